@@ -1,0 +1,271 @@
+"""Checkpoints: everything a run is, in one folder, written atomically, verified before it is used.
+
+    out_dir/checkpoints/step-00000020/
+        model.safetensors   weights, under names without any wrapper's prefix
+        ema.safetensors     averaged weights, when the run keeps them
+        train.pt            optimizers and counters, safe to load (`weights_only`)
+        tokenizer.json      so that a checkpoint can be sampled anywhere
+        manifest.json       schema, config, size and sha256 of every file above
+    out_dir/checkpoints/latest    the name of the newest folder, written last
+
+Protocol: write `step-N.tmp/`, fsync files and folder, rename, update `latest`, prune. A crash at
+any instant leaves the previous checkpoint intact; the next save removes what it left behind.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+SCHEMA = 1  # of the folder's layout; raise it with a migration in `_check_schema`
+WRAPPER_PREFIXES = re.compile(r"^(?:(?:_orig_mod|module)\.)+")  # torch.compile, DDP, AveragedModel
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used: damaged, of another schema, or of another shape."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One verified checkpoint, on the CPU."""
+
+    path: Path
+    step: int
+    manifest: dict[str, Any]
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor] | None
+    train: dict[str, Any]
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    *,
+    model: nn.Module,
+    ema: nn.Module | None,
+    train: dict[str, Any],
+    tokenizer_json: bytes,
+    manifest: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write `root/step-N` so that it exists whole or not at all; keep the newest `keep`.
+
+    Args:
+        train: nested dicts and lists of tensors and Python scalars only (`weights_only`-safe).
+        manifest: JSON-able facts about the run; schema, step and hashes are added here.
+    Raises:
+        CheckpointError: it could not be written (disk full, ...); earlier ones are untouched.
+    """
+    final = root / f"step-{step:08d}"
+    partial = final.with_suffix(".tmp")
+    try:
+        _remove_leftovers(root)
+        partial.mkdir(parents=True)
+        save_file(plain_state(model), partial / "model.safetensors")
+        if ema is not None:
+            save_file(plain_state(ema), partial / "ema.safetensors")
+        torch.save(train, partial / "train.pt")
+        (partial / "tokenizer.json").write_bytes(tokenizer_json)
+        files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
+        whole = {"schema": SCHEMA, "step": step, **manifest, "files": files}
+        (partial / "manifest.json").write_text(json.dumps(whole, indent=2) + "\n")
+        _publish(partial, final)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"checkpoint {final} could not be written: {error}") from error
+    _prune(root, keep)
+    return final
+
+
+def _publish(partial: Path, final: Path) -> None:
+    """Make a completely written folder durable, then visible, then the latest."""
+    for path in [*partial.iterdir(), partial]:
+        _fsync(path)
+    if final.exists():  # of an earlier life of this run, which went back to before this step
+        shutil.rmtree(final)
+    partial.rename(final)
+    _fsync(final.parent)
+    write_atomic(final.parent / "latest", final.name + "\n")
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify one checkpoint folder, all of it, before anything is handed out.
+
+    Raises:
+        CheckpointError: what is wrong with which file; nothing was half-loaded, no code was run.
+    """
+    manifest = _read_manifest(path)
+    for name, wanted in manifest["files"].items():
+        _verify(path, name, wanted)
+    try:
+        train = torch.load(path / "train.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for a pickle that it will not run
+        raise CheckpointError(f"checkpoint {path}: train.pt refused ({error})") from error
+    ema = path / "ema.safetensors"
+    return Checkpoint(
+        path=path,
+        step=manifest["step"],
+        manifest=manifest,
+        model=load_file(path / "model.safetensors"),
+        ema=load_file(ema) if ema.name in manifest["files"] else None,
+        train=train,
+    )
+
+
+def candidates(root: Path) -> list[Path]:
+    """Finished checkpoint folders, best first: the one `latest` names, then ever older ones.
+
+    Folders of later steps than `latest` belong to a life of the run that was abandoned.
+    """
+    finished = sorted((p for p in root.glob("step-*") if p.suffix != ".tmp"), reverse=True)
+    latest = root / "latest"
+    name = latest.read_text().strip() if latest.is_file() else "step-99999999"
+    return [path for path in finished if path.name <= name]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at `path`: one checkpoint's folder, or the newest good one of an out_dir.
+
+    Raises:
+        CheckpointError: there is none, or none that can be used.
+    """
+    if (path / "checkpoints").is_dir():
+        newest = newest_good(path / "checkpoints")
+        if newest is not None:
+            return newest
+    if not (path / "manifest.json").is_file():
+        raise CheckpointError(
+            f"no checkpoint at {path}: wanted a run's out_dir or a folder step-N with manifest.json"
+        )
+    return load_checkpoint(path)
+
+
+def newest_good(root: Path, warn: Callable[[str], None] = print) -> Checkpoint | None:
+    """The newest checkpoint that verifies; says which damaged ones were passed over.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none can be used.
+    """
+    reasons = []
+    for path in candidates(root):
+        try:
+            return load_checkpoint(path)
+        except CheckpointError as error:
+            reasons.append(str(error))
+            warn(f"warning: {error}; trying the one before it")
+    if reasons:
+        raise CheckpointError(
+            f"no usable checkpoint under {root}: "
+            + "; ".join(reasons)
+            + ". Start again in a new out_dir."
+        )
+    return None
+
+
+def load_into(model: nn.Module, state: Mapping[str, Tensor], where: Path) -> None:
+    """Copy `state` into `model`, wrapped or not; all of it or nothing.
+
+    Raises:
+        CheckpointError: lists every key that is missing, unexpected or of another shape.
+    """
+    own = {WRAPPER_PREFIXES.sub("", key): value for key, value in model.state_dict().items()}
+    problems = [f"missing {key}" for key in own.keys() - state.keys()]
+    problems += [f"unexpected {key}" for key in state.keys() - own.keys()]
+    problems += [
+        f"{key} is {tuple(state[key].shape)}, the model's is {tuple(own[key].shape)}"
+        for key in own.keys() & state.keys()
+        if own[key].shape != state[key].shape
+    ]
+    if problems:
+        raise CheckpointError(
+            f"checkpoint {where} does not fit this model: " + "; ".join(sorted(problems))
+        )
+    with torch.no_grad():
+        for key, value in own.items():
+            value.copy_(state[key])
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors by name, on the CPU, without the prefixes of wrappers.
+
+    `n_averaged` is AveragedModel's own counter and no part of the model.
+    """
+    return {
+        WRAPPER_PREFIXES.sub("", key): value.detach().cpu().contiguous()
+        for key, value in model.state_dict().items()
+        if key != "n_averaged"
+    }
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace `path` by a file with `text`, or leave it as it was."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text)
+    _fsync(partial)
+    partial.replace(path)
+    _fsync(path.parent)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        schema = manifest["schema"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged (manifest.json: {error})") from error
+    if schema != SCHEMA:
+        raise CheckpointError(
+            f"checkpoint {path} has schema {schema}, this version reads schema {SCHEMA}"
+        )
+    return manifest
+
+
+def _verify(path: Path, name: str, wanted: dict[str, Any]) -> None:
+    """The file's size, then its hash: truncation is told apart from corruption."""
+    file = path / name
+    if not file.is_file():
+        raise CheckpointError(f"checkpoint {path} is damaged ({name} is missing)")
+    if file.stat().st_size != wanted["bytes"]:
+        raise CheckpointError(
+            f"checkpoint {path} is damaged ({name} has {file.stat().st_size} bytes, "
+            f"{wanted['bytes']} were written)"
+        )
+    if _fingerprint(file) != wanted:
+        raise CheckpointError(f"checkpoint {path} is damaged ({name} does not match its sha256)")
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
+
+
+def _fsync(path: Path) -> None:
+    """Force a file's content or a folder's entries onto the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove_leftovers(root: Path) -> None:
+    for path in root.glob("step-*.tmp"):
+        shutil.rmtree(path)
+
+
+def _prune(root: Path, keep: int) -> None:
+    """Remove the oldest checkpoints up to this step; the one just written is never among them."""
+    for path in candidates(root)[keep:]:
+        shutil.rmtree(path)

@@ -1,0 +1,379 @@
+"""GPT-2 in one file: the model, its key-value cache, and sampling from it."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORE = -1  # a target that is not scored
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    vocab_size: int
+    block_size: int  # tokens of context
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float = 0.0
+    bias: bool = True  # in linear layers and LayerNorms
+    tie_weights: bool = True  # output head = token embedding
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+        problems = [
+            f"{key}={getattr(self, key)}: must be at least 1"
+            for key in sizes
+            if getattr(self, key) < 1
+        ]
+        if self.n_head > 0 and self.n_embd % self.n_head:
+            problems.append(f"n_embd={self.n_embd}: must be divisible by n_head={self.n_head}")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout={self.dropout}: must be in [0, 1)")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+class KVCache:
+    """Keys and values of the tokens that were read so far, so that a new token costs one position.
+
+    Row b of `kv` (n_layer, 2, B, H, block_size, D) holds `lengths[b]` tokens. Anything beyond them
+    is garbage (zeros, or the padding of a shorter row): masked until a real token overwrites it.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, like: Tensor) -> None:
+        D = config.n_embd // config.n_head
+        shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, D)
+        self.kv = torch.zeros(shape, device=like.device, dtype=like.dtype)
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=like.device)  # (B,)
+        self.longest = 0  # max(lengths), on the host: slicing by it waits for no device
+
+    def begin(self, t: int) -> Tensor:
+        """Positions (B, t) of the next t tokens of each row, and what they may attend to."""
+        block_size = self.kv.size(4)
+        if self.longest + t > block_size:
+            raise ValueError(
+                f"the cache's longest row holds {self.longest} tokens and {t} more were given, "
+                f"but block_size is {block_size}: at most {block_size - self.longest} fit"
+            )
+        self.width = self.longest + t  # no row has a key at or beyond this column
+        columns = torch.arange(self.width, device=self.kv.device)
+        positions = self.lengths[:, None] + columns[:t]  # (B, t)
+        self.mask = (columns <= positions[..., None])[:, None]  # (B, 1, t, width)
+        D = self.kv.size(5)
+        self.slots = positions[None, :, None, :, None].expand(2, -1, self.kv.size(3), -1, D)
+        return positions
+
+    def extend(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes kv (2, B, H, t, D) to each row's own positions; returns all keys and values."""
+        memory = self.kv[layer]  # (2, B, H, block_size, D)
+        memory.scatter_(3, self.slots, kv.to(memory.dtype))
+        keys, values = memory[:, :, :, : self.width]  # (B, H, width, D) each
+        return keys, values
+
+    def commit(self, t: int, lengths: Tensor | None) -> None:
+        """Each row keeps the first `lengths[b]` (none given: all) of the t tokens just written."""
+        self.lengths = self.lengths + (t if lengths is None else lengths)
+        self.longest = self.longest + t if lengths is None else int(self.lengths.max())
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+        if cache is None:
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(*qkv, dropout_p=dropout, is_causal=True)
+        else:
+            keys, values = cache.extend(layer, qkv[1:])
+            y = F.scaled_dot_product_attention(qkv[0], keys, values, attn_mask=cache.mask)
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, layer)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2 (Radford et al. 2019): pre-norm transformer decoder with learned positions.
+
+    With tied weights there is no `lm_head`: the token embedding is the head, one tensor, saved once.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "drop": nn.Dropout(config.dropout),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+            }
+        )
+        if not config.tie_weights:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """GPT-2's init: N(0, 0.02²), and 0.02 / sqrt(2 n_layer) where a block adds to the residual."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                parameter.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif parameter.dim() == 2:
+                parameter.normal_(std=0.02)
+            else:  # LayerNorm gains are 1, every bias is 0
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Logits (B, T, V) of idx (B, T), and the mean cross-entropy in nats of the scored targets.
+
+        Raises:
+            ValueError: idx is longer than block_size.
+        """
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"got {T} tokens a row, but block_size is {self.config.block_size}")
+        hidden = self._hidden(idx, torch.arange(T, device=idx.device))
+        logits = self.logits(hidden)
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+        return logits, loss
+
+    def _hidden(self, idx: Tensor, positions: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Final hidden states (B, T, C) of tokens idx (B, T) at positions (T,) or (B, T)."""
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
+        x = self.transformer.drop(x)
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, cache, layer)
+        return self.transformer.ln_f(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> (..., V); the one output head of training, evaluation and generation."""
+        if self.config.tie_weights:
+            return F.linear(hidden, self.transformer.wte.weight)
+        return self.lm_head(hidden)
+
+    def make_cache(self, batch_size: int) -> KVCache:
+        """An empty cache of block_size positions, on the model's device and in its dtype."""
+        return KVCache(self.config, batch_size, like=self.transformer.wte.weight)
+
+    @torch.no_grad()
+    def step(self, idx: Tensor, cache: KVCache, lengths: Tensor | None = None) -> Tensor:
+        """Logits (B, t, V) of t more tokens a row, read at each row's own position.
+
+        Args:
+            idx: (B, t) the next tokens; rows with fewer than t are padded on the right.
+            cache: what the rows have read so far; advances by `lengths`.
+            lengths: (B,) real tokens of each row in idx, 0 leaves a row as it is; none given: all t.
+                Logits at padding mean nothing.
+        Raises:
+            ValueError: the t tokens, padding included, would not fit into block_size.
+        """
+        return self.logits(self._read(idx, cache, lengths))
+
+    def _read(self, idx: Tensor, cache: KVCache, lengths: Tensor | None = None) -> Tensor:
+        hidden = self._hidden(idx, cache.begin(idx.size(1)), cache)  # (B, t, C)
+        cache.commit(idx.size(1), lengths)
+        return hidden
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        greedy: bool = False,
+        generator: torch.Generator | None = None,
+        stop_token: int | None = None,
+    ) -> list[list[int]]:
+        """The new tokens of each prompt, up to `max_new_tokens` or `stop_token` (included).
+
+        One uniform number per row and step is drawn before the first step, row by row: the samples
+        of a prompt do not depend on its neighbours, and one CPU generator passed on from batch to
+        batch gives the same samples for every batch size (up to rounding of the logits).
+
+        Raises:
+            ValueError: bad sampling settings, an empty prompt, an id outside the vocabulary, or a
+                prompt that leaves no room for `max_new_tokens`.
+        """
+        self._check_prompts(prompts, max_new_tokens)
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "greedy": greedy}
+        check_sampling(**sampling)
+        uniforms = draw_uniforms(len(prompts), max_new_tokens, generator)
+        with eval_mode(self):
+            tokens = self._generate(prompts, uniforms, sampling, stop_token)  # (B, steps)
+        return [_until(stop_token, row) for row in tokens.tolist()]
+
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], uniforms: Tensor, sampling: dict, stop: int | None
+    ) -> Tensor:
+        """Reads the prompts, then one token a step for all rows; a stopped row repeats `stop`."""
+        cache = self.make_cache(len(prompts))
+        lengths = torch.tensor([len(prompt) for prompt in prompts])  # (B,)
+        idx = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
+        idx[torch.arange(idx.size(1)) < lengths[:, None]] = torch.tensor(
+            [i for p in prompts for i in p]
+        )
+        device = cache.kv.device
+        idx, lengths, uniforms = idx.to(device), lengths.to(device), uniforms.to(device)
+
+        hidden = self._read(idx, cache, lengths)  # (B, t, C)
+        hidden = hidden[torch.arange(len(prompts), device=device), lengths - 1]  # (B, C)
+        stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        tokens = []
+        for step in range(uniforms.size(1)):
+            if step:
+                hidden = self._read(tokens[-1][:, None], cache)[:, 0]  # (B, C)
+            new = sample_tokens(self.logits(hidden), uniforms[:, step], **sampling)  # (B,)
+            if stop is not None:
+                new = new.masked_fill(stopped, stop)
+                stopped = new == stop
+            tokens.append(new)
+            if stop is not None and stopped.all():
+                break
+        return torch.stack(tokens, dim=1)
+
+    def _check_prompts(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        block_size, vocab_size = self.config.block_size, self.config.vocab_size
+        problems = [] if prompts else ["no prompts were given"]
+        if max_new_tokens < 1:
+            problems.append(f"max_new_tokens={max_new_tokens}: must be at least 1")
+        for row, prompt in enumerate(prompts):
+            if not prompt:
+                problems.append(f"prompt {row} is empty: start it with the end-of-text token")
+            elif min(prompt) < 0 or max(prompt) >= vocab_size:
+                problems.append(
+                    f"prompt {row} holds an id outside the vocabulary [0, {vocab_size})"
+                )
+            elif len(prompt) + max_new_tokens > block_size:
+                problems.append(
+                    f"prompt {row} has {len(prompt)} tokens and max_new_tokens={max_new_tokens}, but "
+                    f"block_size is {block_size}: {max(0, block_size - len(prompt))} new tokens fit"
+                )
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def n_parameters(self) -> int:
+        """Number of weights; a tied head counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations of forward and backward per token: 6 N + 12 L C T.
+
+        N: weights that multiply activations (all but the looked-up embeddings; a tied one is the
+        head). 12 L C T: the attention of T = block_size tokens, causality not deducted.
+        Source: PaLM (Chowdhery et al. 2022), appendix B.
+        """
+        config, N = self.config, self.n_parameters() - self.transformer.wpe.weight.numel()
+        if not config.tie_weights:
+            N -= self.transformer.wte.weight.numel()
+        return 6 * N + 12 * config.n_layer * config.n_embd * config.block_size
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode inside, in the mode it had before outside."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def check_sampling(
+    *, temperature: float, top_k: int | None, top_p: float | None, greedy: bool
+) -> None:
+    """Raises one ValueError that names every setting of `sample_tokens` that means nothing."""
+    problems = []
+    if not 0 < temperature < math.inf:
+        problems.append(f"temperature={temperature}: must be positive and finite (or use greedy)")
+    if top_k is not None and top_k < 1:
+        problems.append(f"top_k={top_k}: must be at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        problems.append(f"top_p={top_p}: must be in (0, 1]")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def draw_uniforms(rows: int, steps: int, generator: torch.Generator | None) -> Tensor:
+    """(rows, steps) float64 in [0, 1), drawn row by row on the generator's device (none: CPU)."""
+    device = "cpu" if generator is None else generator.device
+    return torch.rand(rows, steps, generator=generator, device=device, dtype=torch.float64)
+
+
+def sample_tokens(
+    logits: Tensor,
+    uniforms: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    greedy: bool = False,
+) -> Tensor:
+    """Next tokens (B,) from logits (B, V) by inversion: the first whose cumulative p exceeds u.
+
+    The distribution is softmax(logits / temperature), cut to its top_k likeliest tokens, then to
+    its nucleus: the smallest set of likeliest tokens with at least top_p of the remaining mass.
+    `uniforms` (B,) in [0, 1) decide; equal numbers are common random numbers between models.
+    """
+    if greedy:
+        return logits.argmax(dim=-1)
+    values, ids = logits.float() / temperature, None
+    if top_k is not None or top_p is not None:
+        k = min(top_k or values.size(-1), values.size(-1))
+        values, ids = values.topk(k, dim=-1)  # likeliest first
+    p = values.softmax(dim=-1)
+    cdf = p.cumsum(dim=-1, dtype=torch.float64)
+    if top_p is not None:
+        cdf = (p * (cdf - p < top_p)).cumsum(dim=-1, dtype=torch.float64)
+    target = uniforms[:, None] * cdf[:, -1:]  # below the last value of cdf, as u < 1
+    chosen = torch.searchsorted(cdf, target, right=True)  # (B, 1)
+    return (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
+
+
+def _until(stop: int | None, tokens: list[int]) -> list[int]:
+    """The tokens up to the first `stop`, which is kept."""
+    return tokens[: tokens.index(stop) + 1] if stop in tokens else tokens

@@ -1,0 +1,101 @@
+"""Everything that a run is at one instant: what a checkpoint holds, and what resuming puts back.
+
+Randomness and the position in the data are not here: both are functions of (seed, step).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from checkpoint import Checkpoint, CheckpointError, load_into, save_checkpoint
+
+
+@dataclass
+class TrainState:
+    """The mutable half of a run.
+
+    `step` counts optimizer steps done; `skipped` those among them whose gradient was not finite,
+    `skipped_in_row` the ones since the last good step.
+    """
+
+    model: nn.Module
+    optimizers: list[Optimizer]
+    ema: AveragedModel | None = None
+    step: int = 0
+    skipped: int = 0
+    skipped_in_row: int = 0
+    saved_step: int = -1  # of the newest checkpoint
+
+    def count_step(self, is_finite: bool) -> None:
+        """One more optimizer step was done, or skipped."""
+        self.step += 1
+        self.skipped += not is_finite
+        self.skipped_in_row = 0 if is_finite else self.skipped_in_row + 1
+
+    def save(self, root: Path, *, manifest: dict[str, Any], tokenizer: bytes, keep: int) -> None:
+        """Write a checkpoint under `root`, unless this step already has one.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self.step == self.saved_step:
+            return
+        save_checkpoint(
+            root,
+            self.step,
+            model=self.model,
+            ema=self.ema,
+            train=self.to_dict(),
+            tokenizer_json=tokenizer,
+            manifest={**manifest, "optimizers": self._optimizer_names()},
+            keep=keep,
+        )
+        self.saved_step = self.step
+
+    def _optimizer_names(self) -> list[str]:
+        return [type(optimizer).__name__ for optimizer in self.optimizers]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the weights, in types that `torch.load(weights_only=True)` accepts.
+
+        Hyperparameters are left out: they always come from the run's settings.
+        """
+        return {
+            "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
+            "n_averaged": int(self.ema.n_averaged) if self.ema else 0,
+            "skipped": self.skipped,
+            "skipped_in_row": self.skipped_in_row,
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Become the state that `checkpoint` holds.
+
+        Raises:
+            CheckpointError: it holds another model, other optimizers, or no averaged weights
+                although this run wants them. Nothing was changed.
+        """
+        saved = checkpoint.train
+        theirs, ours = checkpoint.manifest["optimizers"], self._optimizer_names()
+        if theirs != ours:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.path} was written with optimizers {theirs}, "
+                f"this run has {ours}; use the same ones"
+            )
+        if self.ema and checkpoint.ema is None:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.path} holds no averaged weights; resume with ema_decay=0"
+            )
+        load_into(self.model, checkpoint.model, checkpoint.path)
+        if self.ema and checkpoint.ema is not None:
+            load_into(self.ema.module, checkpoint.ema, checkpoint.path)
+            self.ema.n_averaged.fill_(saved["n_averaged"])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.step = self.saved_step = checkpoint.step
+        self.skipped = saved["skipped"]
+        self.skipped_in_row = saved["skipped_in_row"]

@@ -1,0 +1,312 @@
+"""Train a GPT-2: settings, data, model, optimizers, resume, loop, finish. Read it top to bottom.
+
+python train.py config/demo.py
+python train.py config/gpt2_adamw.py --lr=3e-4 --max_steps=2e3
+"""
+
+import os
+import sys
+import time
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    candidates,
+    load_into,
+    newest_good,
+    open_checkpoint,
+    write_atomic,
+)
+from configurator import (
+    Config,
+    ConfigError,
+    describe,
+    describe_changes,
+    load_config,
+    to_json,
+)
+from data.dataset import DataError, Dataset, open_dataset
+from data.loader import train_batches, val_batches
+from eval.hf import load_hf
+from eval.loss import evaluate
+from model import GPT, GPTConfig
+from optim.build import build_optimizers, describe_groups
+from optim.schedule import lr_scale
+from runlog import RunLog, environment, mfu
+from state import TrainState
+from stopping import StopRequest
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many steps in a row had a loss or a gradient that was not finite."""
+
+
+def train(config: Config, stop: StopRequest) -> int:
+    """One run, from settings to the last checkpoint; returns the exit code."""
+    device = pick_device(config)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+    out_dir = Path(config.out_dir)
+
+    # -- data
+    dataset = open_dataset(config.dataset)
+    validation = val_batches(
+        dataset,
+        batch_size=config.micro_batch_size,
+        block_size=config.block_size,
+        limit=config.eval_batches,
+    )
+
+    # -- model, with the same initial weights on every device
+    torch.manual_seed(config.seed)
+    model = build_model(config, dataset).to(device)
+    forward = torch.compile(model) if config.compile else model
+    ema = None
+    if config.ema_decay:
+        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+
+    # -- optimizers
+    optimizers = build_optimizers(model, **optimizer_settings(config))
+    print(describe_groups(optimizers))
+
+    # -- resume: from here on, `state` is all that changes
+    state = TrainState(model, optimizers, ema)
+    resumed = find_checkpoint(config, dataset)
+    if resumed:
+        state.restore(resumed)
+        print(f"resumed {resumed.path} at step {state.step}")
+        print(describe_changes(resumed.manifest["config"], config))
+    batches = train_batches(
+        dataset,
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        block_size=config.block_size,
+        seed=config.seed,
+        start_step=state.step,
+        workers=config.loader_workers,
+    )
+
+    # -- records
+    write_atomic(out_dir / "config.json", to_json(config))
+    log = RunLog(out_dir, state.step, config.max_steps)
+    log.start_wandb(out_dir, config.wandb, config.wandb_project, asdict(config))
+    facts = environment(device)
+    log.write("run", state.step, event="start", **facts, config=asdict(config))
+    manifest = {"config": asdict(config), "model": asdict(model.config), **facts}
+    manifest["tokenizer_sha256"] = dataset.tokenizer.sha256
+
+    def save() -> None:
+        """A checkpoint of this step. A failure is loud; it ends the run only if it was the last."""
+        try:
+            tokenizer = (dataset.dir / "tokenizer.json").read_bytes()
+            keep = config.keep_checkpoints
+            state.save(out_dir / "checkpoints", manifest=manifest, tokenizer=tokenizer, keep=keep)
+        except CheckpointError as error:
+            if stop or state.step == config.max_steps:
+                raise
+            log.say(f"WARNING: {error}; training goes on, the checkpoint before it is kept")
+
+    accumulation = config.batch_size // config.micro_batch_size
+    tokens_per_step = config.batch_size * config.block_size
+    busy_s, busy_steps = 0.0, 0  # since the last logged step, without validation and saving
+
+    with closing(log):
+        while True:
+            is_last = state.step == config.max_steps
+            if not stop and (is_last or state.step % config.eval_every == 0):
+                results = validate(state, validation, dataset, device, autocast, stop)
+                log.val(state.step, results)
+            if stop or is_last or state.step % config.save_every == 0:
+                save()
+            if stop or is_last:
+                break
+            try:
+                micro_batches = next(batches)
+            except DataError:  # a shard vanished: nothing that was trained is lost
+                save()
+                raise
+            started = time.perf_counter()
+
+            # ---------------------------------------------------------------- one optimizer step
+            torch.manual_seed((config.seed * 1_000_003 + state.step) % 2**32)  # dropout
+            loss = torch.zeros((), device=device)
+            for x, y in micro_batches:  # (micro_batch_size, block_size)
+                with autocast:
+                    _, micro_loss = forward(x.to(device), y.to(device))
+                    micro_loss = micro_loss / accumulation
+                micro_loss.backward()
+                loss += micro_loss.detach()
+                if stop:
+                    break
+            if stop:  # this step never happened
+                model.zero_grad()
+                continue
+            parameters = [p for p in model.parameters() if p.grad is not None]
+            grad_norm = get_total_norm([p.grad for p in parameters])
+            if config.grad_clip:
+                clip_grads_with_norm_(parameters, config.grad_clip, grad_norm)
+            scale = lr_scale(state.step, **schedule_settings(config))
+            is_finite = bool(torch.isfinite(loss + grad_norm))
+            if is_finite:
+                for optimizer in optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = group["base_lr"] * scale
+                    optimizer.step()
+                if ema:
+                    ema.update_parameters(model)
+            model.zero_grad()
+            state.count_step(is_finite)
+            # ----------------------------------------------------------------
+
+            busy_s, busy_steps = busy_s + time.perf_counter() - started, busy_steps + 1
+            if not is_finite:
+                log.say(f"step {state.step}: loss or gradient is not finite; step skipped")
+                give_up_if_diverged(state, config)
+            if state.step % config.log_every == 0 or state.step == config.max_steps:
+                tokens_per_s = tokens_per_step * busy_steps / busy_s
+                log.train(
+                    state.step,
+                    loss=loss.item(),
+                    lr=config.lr * scale,
+                    grad_norm=grad_norm.item(),
+                    tokens_per_s=tokens_per_s,
+                    mfu=mfu(model.flops_per_token() * tokens_per_s, facts["device"], config.dtype),
+                    step_ms=1e3 * busy_s / busy_steps,
+                    skipped=state.skipped,
+                )
+                busy_s, busy_steps = 0.0, 0
+
+        reason = f"stopped by {stop}" if stop else "finished"
+        log.write("run", state.step, event="end", reason=reason)
+        log.say(f"{reason} at step {state.step}; everything is in {out_dir}")
+    return stop.exit_code
+
+
+def pick_device(config: Config) -> torch.device:
+    """The device of the run, with torch's determinism switch set."""
+    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    if config.device != "auto":
+        return torch.device(config.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def build_model(config: Config, dataset: Dataset) -> GPT:
+    """The GPT that the settings describe, from random weights or a Hugging Face folder."""
+    keys = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "tie_weights")
+    shape = {key: getattr(config, key) for key in keys}
+    model = GPT(GPTConfig(vocab_size=dataset.tokenizer.n_vocab, **shape))
+    if config.init_from:
+        load_into(model, load_hf(config.init_from).state_dict(), Path(config.init_from))
+    return model
+
+
+def optimizer_settings(config: Config) -> dict[str, Any]:
+    keys = ("optimizer", "lr", "aux_lr", "weight_decay", "beta1", "beta2", "eps", "momentum")
+    return {key: getattr(config, key) for key in keys}
+
+
+def schedule_settings(config: Config) -> dict[str, Any]:
+    keys = ("schedule", "warmup_steps", "max_steps", "min_lr_ratio")
+    return {key: getattr(config, key) for key in keys}
+
+
+def find_checkpoint(config: Config, dataset: Dataset) -> Checkpoint | None:
+    """What `resume` asks for. Refuses to train over a run, or on another tokenizer."""
+    root = Path(config.out_dir) / "checkpoints"
+    if config.resume == "never":
+        if candidates(root):
+            raise ConfigError(
+                f"resume=never, but {root} holds a run; choose another out_dir or resume=auto"
+            )
+        return None
+    found = newest_good(root) if config.resume == "auto" else open_checkpoint(Path(config.resume))
+    if found and found.manifest["tokenizer_sha256"] != dataset.tokenizer.sha256:
+        raise CheckpointError(
+            f"checkpoint {found.path} was trained with another tokenizer than {dataset.dir} has; "
+            "resume it on the data that it was trained on"
+        )
+    return found
+
+
+def validate(
+    state: TrainState,
+    batches: Any,
+    dataset: Dataset,
+    device: torch.device,
+    autocast: torch.autocast,
+    stop: StopRequest,
+) -> dict[str, Any] | None:
+    """Loss of the weights, and of their average, on the fixed validation set; None if stopped."""
+    row: dict[str, Any] = {}
+    averaged = {"ema_": state.ema.module} if state.ema else {}
+    for prefix, model in ({"": state.model} | averaged).items():
+        result = evaluate(
+            model,
+            batches,
+            dataset.tokenizer.token_bytes(),
+            device=device,
+            autocast=autocast,
+            should_stop=lambda: bool(stop),
+        )
+        if result is None:
+            return None
+        row |= {prefix + key: value for key, value in asdict(result).items()}
+    return row
+
+
+def give_up_if_diverged(state: TrainState, config: Config) -> None:
+    if state.skipped_in_row >= config.max_skipped:
+        last_good = [*candidates(Path(config.out_dir) / "checkpoints"), "none"][0]
+        raise TrainingDiverged(
+            f"{state.skipped_in_row} steps in a row were not finite; the weights are those of the "
+            f"last good step. Last checkpoint: {last_good}. Resume it with a smaller lr."
+        )
+
+
+def machine_problems(settings: dict[str, Any]) -> list[str]:
+    """What the settings ask of this machine and it does not have."""
+    problems = []
+    if settings["device"] == "cuda" and not torch.cuda.is_available():
+        problems.append("device=cuda: torch finds no CUDA device here; use device=cpu or auto")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        problems.append("WORLD_SIZE > 1: this version trains in one process; start it with python")
+    return problems
+
+
+def own_out_dir(out_dir: Path) -> filelock.FileLock:
+    """Create `out_dir` and lock it for this process, or say why that cannot be."""
+    lock = filelock.FileLock(out_dir / ".lock", blocking=False)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except filelock.Timeout:
+        raise ConfigError(f"out_dir={out_dir}: another run is writing to it") from None
+    except OSError as error:
+        raise ConfigError(f"out_dir={out_dir}: not writable ({error})") from None
+    return lock
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code. A mistake of the user's is one message, not a traceback."""
+    try:
+        config, origins = load_config(argv, machine_problems)
+        print(describe(config, origins))
+        with own_out_dir(Path(config.out_dir)), StopRequest() as stop:
+            return train(config, stop)
+    except (ConfigError, DataError, CheckpointError, TrainingDiverged) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
