@@ -1,0 +1,3 @@
+from optim.dopr import ActivationPreconditioner
+
+__all__ = ["ActivationPreconditioner"]

@@ -1,0 +1,190 @@
+"""How input activations are seen: a layer's backward adds Σ z zᵀ of its input z to a running sum.
+
+The backward pass is where z meets the gradient: it sees exactly the tokens that form the weight
+gradient, once, in eager mode, under torch.compile and under activation checkpointing, and nothing
+in evaluation. The layer's `forward` is replaced on the instance; copies of the module are plain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from kernels.gram import accumulate_gram
+
+
+class Capture:
+    """Running sum of one layer's input statistics since it was last taken.
+
+    Args:
+        shape: of `gram`; (blocks, d/blocks, d/blocks), or (d,) for a diagonal.
+        stride: one token in `stride` is looked at, beginning at `offset` (see kernels/gram.py).
+    """
+
+    def __init__(self, shape: tuple[int, ...], weight: Tensor, stride: int) -> None:
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.gram = torch.zeros(shape, dtype=dtype, device=weight.device)  # Σ z zᵀ
+        self.count = torch.zeros((), dtype=torch.int64, device=weight.device)  # tokens in it
+        self.offset = torch.zeros((), dtype=torch.int64, device=weight.device)
+        self.stride = stride
+        self.is_collecting = True
+
+    def clear(self) -> None:
+        self.gram.zero_()
+        self.count.zero_()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of the model (averaged weights, say) has no capture: its layers are plain."""
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return _nothing, ()  # the same for a pickled model
+
+
+def _nothing() -> None:
+    return None
+
+
+def install(module: nn.Module, capture: Capture) -> None:
+    """Replace the `forward` of this instance by the one that captures; `remove` undoes it."""
+    vars(module)["_dopr_capture"] = capture  # not a tensor, not a submodule
+    module.forward = MethodType(_forward_of(module), module)
+
+
+def remove(module: nn.Module) -> None:
+    """Make `module` plain again."""
+    del module.forward, module._dopr_capture
+
+
+def _forward_of(module: nn.Module) -> Callable[..., Tensor]:
+    if isinstance(module, nn.Embedding):
+        return _embedding_forward
+    if isinstance(module, nn.Conv2d):
+        return _conv2d_forward
+    return _linear_forward if isinstance(module, nn.Linear) else _conv1d_forward
+
+
+def _is_off(module: Any) -> bool:
+    return module._dopr_capture is None or not torch.is_grad_enabled()
+
+
+def _linear_forward(self: Any, z: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
+    if _is_off(self):
+        return F.linear(z, self.weight, self.bias)
+    return _captured_linear(self._dopr_capture, z, self.weight, self.bias)
+
+
+def _conv1d_forward(self: Any, z: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
+    """Hugging Face's Conv1D: a linear layer whose weight is stored as (d_in, d_out)."""
+    if _is_off(self):
+        return F.linear(z, self.weight.mT, self.bias)
+    return _captured_linear(self._dopr_capture, z, self.weight.mT, self.bias)
+
+
+def _conv2d_forward(self: Any, z: Tensor) -> Tensor:  # (B, C, H, W) -> (B, d_out, H', W')
+    """A linear layer on patches, which are what it captures: (B, H'W', C kh kw)."""
+    y = nn.Conv2d.forward(self, z)
+    if _is_off(self):
+        return y
+    geometry = (self.kernel_size, self.dilation, self.padding, self.stride)
+    patches = F.unfold(z.detach(), *geometry).mT  # (B, H'W', C kh kw)
+    return _Tap.apply(y, patches, self._dopr_capture)
+
+
+def _embedding_forward(self: Any, idx: Tensor) -> Tensor:  # (...) -> (..., d_out)
+    """A linear layer on one-hot inputs: Σ is the diagonal of token frequencies."""
+    y = nn.Embedding.forward(self, idx)
+    return y if _is_off(self) else _Tap.apply(y, idx, self._dopr_capture)
+
+
+# A bound method is pickled by its name: a pickled copy of a module gets its class's own forward.
+for function in (_linear_forward, _conv1d_forward, _conv2d_forward, _embedding_forward):
+    function.__name__ = "forward"
+
+
+def _captured_linear(capture: Capture, z: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    """F.linear with capture. Under autocast z is cast here, so that backward sees the cast z."""
+    if torch.is_autocast_enabled(z.device.type):
+        z = z.to(torch.get_autocast_dtype(z.device.type))
+    return _CapturedLinear.apply(z, W, b, capture)
+
+
+class _CapturedLinear(torch.autograd.Function):
+    """y = z Wᵀ + b, whose backward forms the weight gradient in fp32 and captures z."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, W: Tensor, b: Tensor | None, capture: Capture) -> Tensor:
+        ctx.save_for_backward(z, W)
+        ctx.capture = capture
+        ctx.b_dtype = None if b is None else b.dtype
+        return F.linear(z, W.to(z.dtype), None if b is None else b.to(z.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        z, W = ctx.saved_tensors  # (..., d_in), (d_out, d_in)
+        if ctx.capture.is_collecting:
+            _accumulate(ctx.capture, z)
+        grad_z = grad_y @ W.to(grad_y.dtype) if ctx.needs_input_grad[0] else None
+        rows = grad_y.flatten(0, -2)  # (n, d_out)
+        G = _matmul_fp32(rows.mT, z.flatten(0, -2)).to(W.dtype)  # (d_out, d_in)
+        grad_b = None
+        if ctx.b_dtype is not None:
+            grad_b = rows.sum(0, dtype=_at_least_fp32(rows)).to(ctx.b_dtype)
+        return grad_z, G, grad_b, None
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on y, whose backward captures `z`, the input that y was computed from."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, z: Tensor, capture: Capture) -> Tensor:
+        ctx.save_for_backward(z)
+        ctx.capture = capture
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        (z,) = ctx.saved_tensors
+        if ctx.capture.is_collecting:
+            _accumulate(ctx.capture, z)
+        return grad_y, None, None
+
+
+def _accumulate(capture: Capture, z: Tensor) -> None:
+    """Add the statistics of z, activations (..., d) or token ids, to the running sum."""
+    if capture.gram.dim() == 1:
+        accumulate_frequencies(capture.gram, capture.count, z)
+        return
+    z = z if z.dim() > 1 else z[None]
+    accumulate_gram(capture.gram, capture.count, z, capture.offset, capture.stride, z.shape[-2])
+
+
+@torch.library.custom_op("dopr::accumulate_frequencies", mutates_args=("S", "count"))
+def accumulate_frequencies(S: Tensor, count: Tensor, idx: Tensor) -> None:
+    """S[t] += how often id t is in idx, count += ids; the diagonal of Σ one-hot one-hotᵀ."""
+    S += torch.bincount(idx.flatten(), minlength=S.numel())
+    count += idx.numel()
+
+
+@accumulate_frequencies.register_fake
+def _(S: Tensor, count: Tensor, idx: Tensor) -> None:
+    return None
+
+
+def _at_least_fp32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _matmul_fp32(A: Tensor, B: Tensor) -> Tensor:
+    """A @ B with fp32 sums and an fp32 result; half-precision inputs stay on tensor cores."""
+    if A.is_cuda and A.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(A, B, out_dtype=torch.float32)
+    dtype = _at_least_fp32(A)
+    return A.to(dtype) @ B.to(dtype)

@@ -1,0 +1,127 @@
+"""Which layers activation preconditioning covers, and for every other weight, why not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Covered:
+    """A layer that can be preconditioned: its weight acts on inputs of d_in features."""
+
+    name: str  # of the module
+    module: nn.Module
+    d_in: int
+    is_transposed: bool = False  # weight (d_in, d_out): Conv1D and Embedding
+    is_diagonal: bool = False  # one-hot inputs
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """Looked up when needed: wrappers replace a module's Parameter objects."""
+        return self.module.weight  # pyright: ignore
+
+    def as_matrix(self, weight_like: Tensor) -> Tensor:
+        """The weight or its gradient as (d_out, d_in), a view."""
+        return weight_like.mT if self.is_transposed else weight_like.flatten(1)
+
+
+def find_layers(
+    model: nn.Module,
+    *,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    embeddings: bool = False,
+) -> tuple[list[Covered], dict[str, str]]:
+    """The covered layers, and for every weight of two or more dimensions that is not, why not.
+
+    Args:
+        include: module names to cover, with `*` and `?`; None: all that can be.
+        exclude: module names to leave alone, likewise.
+    Raises:
+        ValueError: a pattern matches nothing, `include` names a layer that cannot be covered,
+            or nothing is left to cover.
+    """
+    covered, reasons = [], {}
+    uses = Counter(p for m in model.modules() for p in m.parameters(recurse=False))
+    attention = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
+    inside_attention = {child for m in attention for child in m.modules()}
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() < 2:
+                continue
+            reason = (
+                "not the weight of a linear layer"
+                if key != "weight"
+                else "part of nn.MultiheadAttention, which does not call its layers"
+                if module in inside_attention
+                else "tied: shared with another layer"
+                if uses[parameter] > 1
+                else _why_not(module, parameter, embeddings)
+            )
+            if _matches(name, include) and reason and include is not None:
+                raise ValueError(f"include covers {name}.{key}, which cannot be: {reason}")
+            if not reason and not (include is None or _matches(name, include)):
+                reason = "not in include"
+            if not reason and _matches(name, exclude):
+                reason = "in exclude"
+            if reason:
+                reasons[f"{name}.{key}"] = reason
+            else:
+                covered.append(_describe(name, module))
+    _check_patterns(model, include, exclude)
+    if not covered:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise ValueError(f"no layer of this model can be preconditioned ({listed or 'no weights'})")
+    return covered, reasons
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Hugging Face's linear layer with a transposed weight, without importing transformers."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+
+
+def _why_not(module: nn.Module, weight: Tensor, embeddings: bool) -> str:
+    """Why this layer cannot be covered; empty if it can."""
+    if not weight.requires_grad:
+        return "frozen"
+    if "forward" in vars(module):
+        return "its forward was replaced already (by another preconditioner?)"
+    if isinstance(module, nn.Embedding):
+        plain = not module.sparse and module.max_norm is None and not module.scale_grad_by_freq
+        if not plain:
+            return "an embedding with sparse gradients, max_norm or scale_grad_by_freq"
+        return "" if embeddings else "an embedding (embeddings=False)"
+    if isinstance(module, nn.Conv2d):
+        plain = module.groups == 1 and module.padding_mode == "zeros"
+        plain = plain and not isinstance(module.padding, str)
+        return "" if plain else "a convolution with groups, or padding given by name or not zero"
+    if is_conv1d(module) or type(module).forward is nn.Linear.forward:
+        return ""
+    return f"{type(module).__name__} is not a linear layer with the usual forward"
+
+
+def _describe(name: str, module: nn.Module) -> Covered:
+    if isinstance(module, nn.Embedding):
+        d_in = module.num_embeddings
+        return Covered(name, module, d_in, is_transposed=True, is_diagonal=True)
+    weight: Tensor = module.weight  # pyright: ignore
+    if is_conv1d(module):
+        return Covered(name, module, weight.shape[0], is_transposed=True)
+    return Covered(name, module, weight[0].numel())
+
+
+def _matches(name: str, patterns: Sequence[str] | None) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns or ())
+
+
+def _check_patterns(model: nn.Module, *pattern_lists: Sequence[str] | None) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for pattern in [p for patterns in pattern_lists for p in patterns or ()]:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"pattern {pattern!r} matches no module; modules are {names[:20]} ...")
