@@ -59,6 +59,20 @@ class Config:
     eps: float = 1e-8
     momentum: float = 0.95  # sgd, signum, muon, adamuon
     grad_clip: float = 1.0  # global norm of the raw gradient; 0: off
+    # -- DoPr: activation preconditioning in front of the optimizer (optim/dopr.py says it all)
+    dopr: bool = False
+    gamma: float = 0.1  # damping relative to the mean eigenvalue of Σ
+    sigma_beta: float | None = None  # average of Σ over refreshes; none: only the newest
+    refresh_every: int = 1  # steps between two inverses
+    collect_every: int = 1  # steps between two that add to Σ
+    token_stride: int = 1  # one token in so many adds to Σ
+    exponent: int = 1  # p of (Σ + γ̄ I)^(-1/p): 1, 2 or 4
+    inverse: Literal["cholesky", "newton_schulz"] = "cholesky"
+    trace_normalized: bool = True  # M keeps the scale of G
+    block_diagonal: int | None = None  # widest block of Σ; none: no blocks
+    embeddings: bool = False  # also the rows of embeddings, by token frequency
+    include: str | None = None  # names of layers to cover, comma-separated, with * and ?; none: all
+    exclude: str | None = None  # names to leave alone; none: an untied output head
     # -- schedule
     max_steps: int = 10_000
     warmup_steps: int = 500

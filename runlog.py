@@ -63,7 +63,7 @@ class RunLog:
         )
         self._started, self._start_step = time.perf_counter(), start_step
 
-    def start_wandb(self, out_dir: Path, mode: str, project: str, config: dict[str, Any]) -> None:
+    def start_wandb(self, out_dir: Path, mode: Any, project: str, config: dict[str, Any]) -> None:
         """Mirror every row to Weights & Biases from here on; `mode` is off, online or offline."""
         if mode == "off":
             return

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from checkpoint import Checkpoint, CheckpointError, load_into, save_checkpoint
+from optim import ActivationPreconditioner
 
 
 @dataclass
@@ -24,6 +25,7 @@ class TrainState:
 
     model: nn.Module
     optimizers: list[Optimizer]
+    preconditioner: ActivationPreconditioner | None = None
     ema: AveragedModel | None = None
     step: int = 0
     skipped: int = 0
@@ -66,6 +68,7 @@ class TrainState:
         """
         return {
             "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
+            "dopr": self.preconditioner.state_dict() if self.preconditioner else None,
             "n_averaged": int(self.ema.n_averaged) if self.ema else 0,
             "skipped": self.skipped,
             "skipped_in_row": self.skipped_in_row,
@@ -75,8 +78,8 @@ class TrainState:
         """Become the state that `checkpoint` holds.
 
         Raises:
-            CheckpointError: it holds another model, other optimizers, or no averaged weights
-                although this run wants them. Nothing was changed.
+            CheckpointError: it holds another model, other optimizers, or lacks the averaged weights
+                or the preconditioner's statistics that this run wants.
         """
         saved = checkpoint.train
         theirs, ours = checkpoint.manifest["optimizers"], self._optimizer_names()
@@ -90,6 +93,8 @@ class TrainState:
                 f"checkpoint {checkpoint.path} holds no averaged weights; resume with ema_decay=0"
             )
         load_into(self.model, checkpoint.model, checkpoint.path)
+        if self.preconditioner:
+            _restore_preconditioner(self.preconditioner, checkpoint)
         if self.ema and checkpoint.ema is not None:
             load_into(self.ema.module, checkpoint.ema, checkpoint.path)
             self.ema.n_averaged.fill_(saved["n_averaged"])
@@ -99,3 +104,15 @@ class TrainState:
         self.step = self.saved_step = checkpoint.step
         self.skipped = saved["skipped"]
         self.skipped_in_row = saved["skipped_in_row"]
+
+
+def _restore_preconditioner(own: ActivationPreconditioner, checkpoint: Checkpoint) -> None:
+    saved = checkpoint.train["dopr"]
+    if saved is None:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path} was written without DoPr; resume with dopr=false"
+        )
+    try:
+        own.load_state_dict(saved)
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {checkpoint.path}: {error}") from error

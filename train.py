@@ -39,8 +39,10 @@ from data.loader import train_batches, val_batches
 from eval.hf import load_hf
 from eval.loss import evaluate
 from model import GPT, GPTConfig
+from optim import ActivationPreconditioner
 from optim.build import build_optimizers, describe_groups
 from optim.schedule import lr_scale
+from optim.statistics import settings_problems
 from runlog import RunLog, environment, mfu
 from state import TrainState
 from stopping import StopRequest
@@ -68,17 +70,22 @@ def train(config: Config, stop: StopRequest) -> int:
     # -- model, with the same initial weights on every device
     torch.manual_seed(config.seed)
     model = build_model(config, dataset).to(device)
-    forward = torch.compile(model) if config.compile else model
     ema = None
     if config.ema_decay:
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
 
-    # -- optimizers
+    # -- optimizers, and DoPr in front of them
     optimizers = build_optimizers(model, **optimizer_settings(config))
     print(describe_groups(optimizers))
+    preconditioner = None
+    if config.dopr:
+        preconditioner = ActivationPreconditioner(model, **dopr_settings(config)).attach(
+            *optimizers
+        )
+    forward = torch.compile(model) if config.compile else model
 
     # -- resume: from here on, `state` is all that changes
-    state = TrainState(model, optimizers, ema)
+    state = TrainState(model, optimizers, preconditioner, ema)
     resumed = find_checkpoint(config, dataset)
     if resumed:
         state.restore(resumed)
@@ -162,6 +169,8 @@ def train(config: Config, stop: StopRequest) -> int:
                     optimizer.step()
                 if ema:
                     ema.update_parameters(model)
+            elif preconditioner:
+                preconditioner.discard()
             model.zero_grad()
             state.count_step(is_finite)
             # ----------------------------------------------------------------
@@ -213,6 +222,16 @@ def build_model(config: Config, dataset: Dataset) -> GPT:
 def optimizer_settings(config: Config) -> dict[str, Any]:
     keys = ("optimizer", "lr", "aux_lr", "weight_decay", "beta1", "beta2", "eps", "momentum")
     return {key: getattr(config, key) for key in keys}
+
+
+def dopr_settings(config: Config) -> dict[str, Any]:
+    keys = ("gamma", "sigma_beta", "refresh_every", "collect_every", "token_stride", "exponent")
+    keys += ("inverse", "trace_normalized", "block_diagonal", "embeddings")
+    head = None if config.tie_weights else ["lm_head"]
+    return {key: getattr(config, key) for key in keys} | {
+        "include": config.include.split(",") if config.include else None,
+        "exclude": head if config.exclude is None else config.exclude.split(","),
+    }
 
 
 def schedule_settings(config: Config) -> dict[str, Any]:
@@ -275,7 +294,7 @@ def give_up_if_diverged(state: TrainState, config: Config) -> None:
 
 def machine_problems(settings: dict[str, Any]) -> list[str]:
     """What the settings ask of this machine and it does not have."""
-    problems = []
+    problems = settings_problems(settings) if settings["dopr"] else []
     if settings["device"] == "cuda" and not torch.cuda.is_available():
         problems.append("device=cuda: torch finds no CUDA device here; use device=cpu or auto")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
