@@ -58,6 +58,11 @@ class Config:
     beta2: float = 0.95
     eps: float = 1e-8
     momentum: float = 0.95  # sgd, signum, muon, adamuon
+    nesterov: bool = True  # muon, adamuon
+    muon_scale: Literal["spectral", "match_rms", "original"] = "match_rms"  # of muon's update
+    coefficients: Literal["polar_express", "quintic"] = "polar_express"  # of muon and adamuon
+    ns_steps: int = 5  # Newton-Schulz steps of muon and adamuon
+    ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of these steps
     grad_clip: float = 1.0  # global norm of the raw gradient; 0: off
     # -- DoPr: activation preconditioning in front of the optimizer (optim/dopr.py says it all)
     dopr: bool = False
@@ -98,7 +103,7 @@ class Config:
 _AT_LEAST = {  # smallest value that makes sense
     **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "batch_size"), 1),
     **dict.fromkeys(("micro_batch_size", "max_steps", "eval_every", "log_every"), 1),
-    **dict.fromkeys(("save_every", "keep_checkpoints", "max_skipped"), 1),
+    **dict.fromkeys(("save_every", "keep_checkpoints", "max_skipped", "ns_steps"), 1),
     **dict.fromkeys(("seed", "warmup_steps", "eval_batches", "loader_workers"), 0),
     **dict.fromkeys(("weight_decay", "grad_clip", "min_lr_ratio", "eps"), 0.0),
     **dict.fromkeys(("dropout", "beta1", "beta2", "momentum", "ema_decay"), 0.0),
@@ -142,6 +147,11 @@ def _cross_field_problems(config: Config) -> list[str]:
     if config.schedule != "constant" and config.warmup_steps >= config.max_steps:
         problems.append(
             f"warmup_steps={config.warmup_steps}: must be below max_steps={config.max_steps}"
+        )
+    if config.aux_lr is not None and config.optimizer not in ("muon", "adamuon"):
+        problems.append(
+            f"aux_lr={config.aux_lr}: only muon and adamuon have an auxiliary AdamW, "
+            f"optimizer={config.optimizer} has not; leave it out"
         )
     return problems
 

@@ -135,12 +135,12 @@ def train(config: Config, stop: StopRequest) -> int:
                 save()
             if stop or is_last:
                 break
+            started = time.perf_counter()
             try:
                 micro_batches = next(batches)
             except DataError:  # a shard vanished: nothing that was trained is lost
                 save()
                 raise
-            started = time.perf_counter()
 
             # ---------------------------------------------------------------- one optimizer step
             torch.manual_seed((config.seed * 1_000_003 + state.step) % 2**32)  # dropout
@@ -221,6 +221,7 @@ def build_model(config: Config, dataset: Dataset) -> GPT:
 
 def optimizer_settings(config: Config) -> dict[str, Any]:
     keys = ("optimizer", "lr", "aux_lr", "weight_decay", "beta1", "beta2", "eps", "momentum")
+    keys += ("nesterov", "muon_scale", "coefficients", "ns_steps", "ns_dtype")
     return {key: getattr(config, key) for key in keys}
 
 

@@ -1,0 +1,1 @@
+"""Linear algebra of double preconditioning, on tensors alone: no hooks, no optimizer, no model."""

@@ -61,6 +61,11 @@ def remove(module: nn.Module) -> None:
     del module.forward, module._dopr_capture
 
 
+def is_replaced(module: nn.Module) -> bool:
+    """Whether `forward` is not the class's own. A copy of a captured module is plain again."""
+    return "forward" in vars(module) and vars(module).get("_dopr_capture", module) is not None
+
+
 def _forward_of(module: nn.Module) -> Callable[..., Tensor]:
     if isinstance(module, nn.Embedding):
         return _embedding_forward
@@ -70,7 +75,9 @@ def _forward_of(module: nn.Module) -> Callable[..., Tensor]:
 
 
 def _is_off(module: Any) -> bool:
-    return module._dopr_capture is None or not torch.is_grad_enabled()
+    """Whether this forward leads to no weight gradient, or the module is a copy."""
+    has_gradient = torch.is_grad_enabled() and module.weight.requires_grad
+    return module._dopr_capture is None or not has_gradient
 
 
 def _linear_forward(self: Any, z: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
@@ -87,19 +94,18 @@ def _conv1d_forward(self: Any, z: Tensor) -> Tensor:  # (..., d_in) -> (..., d_o
 
 
 def _conv2d_forward(self: Any, z: Tensor) -> Tensor:  # (B, C, H, W) -> (B, d_out, H', W')
-    """A linear layer on patches, which are what it captures: (B, H'W', C kh kw)."""
+    """A linear layer on patches (B, H'W', C kh kw), which are cut out again in the backward."""
     y = nn.Conv2d.forward(self, z)
     if _is_off(self):
         return y
     geometry = (self.kernel_size, self.dilation, self.padding, self.stride)
-    patches = F.unfold(z.detach(), *geometry).mT  # (B, H'W', C kh kw)
-    return _Tap.apply(y, patches, self._dopr_capture)
+    return _Tap.apply(y, z.detach(), self._dopr_capture, geometry)
 
 
 def _embedding_forward(self: Any, idx: Tensor) -> Tensor:  # (...) -> (..., d_out)
     """A linear layer on one-hot inputs: Σ is the diagonal of token frequencies."""
     y = nn.Embedding.forward(self, idx)
-    return y if _is_off(self) else _Tap.apply(y, idx, self._dopr_capture)
+    return y if _is_off(self) else _Tap.apply(y, idx, self._dopr_capture, None)
 
 
 # A bound method is pickled by its name: a pickled copy of a module gets its class's own forward.
@@ -130,9 +136,10 @@ class _CapturedLinear(torch.autograd.Function):
         z, W = ctx.saved_tensors  # (..., d_in), (d_out, d_in)
         if ctx.capture.is_collecting:
             _accumulate(ctx.capture, z)
-        grad_z = grad_y @ W.to(grad_y.dtype) if ctx.needs_input_grad[0] else None
-        rows = grad_y.flatten(0, -2)  # (n, d_out)
-        G = _matmul_fp32(rows.mT, z.flatten(0, -2)).to(W.dtype)  # (d_out, d_in)
+        rows = grad_y.reshape(-1, W.shape[0])  # (n, d_out)
+        with torch.autocast(z.device.type, enabled=False):  # backward may be called under it
+            grad_z = grad_y @ W.to(grad_y.dtype) if ctx.needs_input_grad[0] else None
+            G = _matmul_fp32(rows.mT, z.reshape(-1, W.shape[1])).to(W.dtype)  # (d_out, d_in)
         grad_b = None
         if ctx.b_dtype is not None:
             grad_b = rows.sum(0, dtype=_at_least_fp32(rows)).to(ctx.b_dtype)
@@ -140,12 +147,17 @@ class _CapturedLinear(torch.autograd.Function):
 
 
 class _Tap(torch.autograd.Function):
-    """The identity on y, whose backward captures `z`, the input that y was computed from."""
+    """The identity on y, whose backward captures `z`, the input that y was computed from.
+
+    `geometry`, of a convolution, is how z unfolds into patches; None: z is captured as it is.
+    """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, z: Tensor, capture: Capture) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, z: Tensor, capture: Capture, geometry: tuple[Any, ...] | None
+    ) -> Tensor:
         ctx.save_for_backward(z)
-        ctx.capture = capture
+        ctx.capture, ctx.geometry = capture, geometry
         return y.view_as(y)
 
     @staticmethod
@@ -153,8 +165,9 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         (z,) = ctx.saved_tensors
         if ctx.capture.is_collecting:
-            _accumulate(ctx.capture, z)
-        return grad_y, None, None
+            patches = z if ctx.geometry is None else F.unfold(z, *ctx.geometry).mT
+            _accumulate(ctx.capture, patches)
+        return grad_y, None, None, None
 
 
 def _accumulate(capture: Capture, z: Tensor) -> None:

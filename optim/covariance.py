@@ -52,6 +52,12 @@ def precondition(G: Tensor, P: Tensor) -> Tensor:
         return torch.bmm(stacked, P).transpose(0, 1).reshape(G.shape)
 
 
+def norm_ratio(M: Tensor, G: Tensor) -> Tensor:  # ()
+    """‖M‖ / ‖G‖; 0 where G is zero."""
+    norm = torch.linalg.vector_norm(G, dtype=M.dtype)
+    return torch.linalg.vector_norm(M) / norm.clamp_min(torch.finfo(M.dtype).tiny)
+
+
 def condition_number(sigma: Tensor, damping: Tensor) -> float:
     """λmax / λmin of Σ + γ̄ I; costs an eigendecomposition."""
     values = sigma if sigma.dim() == 1 else torch.linalg.eigvalsh(sigma.double())

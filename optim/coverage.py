@@ -9,6 +9,11 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
+from optim.capture import is_replaced
+
+
+USUAL = (nn.Linear, nn.Conv2d, nn.Embedding)
+
 
 @dataclass(frozen=True)
 class Covered:
@@ -26,8 +31,12 @@ class Covered:
         return self.module.weight  # pyright: ignore
 
     def as_matrix(self, weight_like: Tensor) -> Tensor:
-        """The weight or its gradient as (d_out, d_in), a view."""
+        """The weight or its gradient as (d_out, d_in); a copy where strides allow no view."""
         return weight_like.mT if self.is_transposed else weight_like.flatten(1)
+
+    def write(self, matrix: Tensor, weight_like: Tensor) -> None:
+        """weight_like <- matrix (d_out, d_in): the reverse of `as_matrix`, in place."""
+        weight_like.copy_(matrix.mT if self.is_transposed else matrix.view(weight_like.shape))
 
 
 def find_layers(
@@ -46,38 +55,46 @@ def find_layers(
         ValueError: a pattern matches nothing, `include` names a layer that cannot be covered,
             or nothing is left to cover.
     """
-    covered, reasons = [], {}
-    uses = Counter(p for m in model.modules() for p in m.parameters(recurse=False))
+    weights = _weights(model)
+    _check_patterns([name for name, *_ in weights], include, exclude)
+    uses = Counter(weight for *_, weight in weights)
     attention = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
     inside_attention = {child for m in attention for child in m.modules()}
-    for name, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() < 2:
-                continue
-            reason = (
-                "not the weight of a linear layer"
-                if key != "weight"
-                else "part of nn.MultiheadAttention, which does not call its layers"
-                if module in inside_attention
-                else "tied: shared with another layer"
-                if uses[parameter] > 1
-                else _why_not(module, parameter, embeddings)
-            )
-            if _matches(name, include) and reason and include is not None:
-                raise ValueError(f"include covers {name}.{key}, which cannot be: {reason}")
-            if not reason and not (include is None or _matches(name, include)):
-                reason = "not in include"
-            if not reason and _matches(name, exclude):
-                reason = "in exclude"
-            if reason:
-                reasons[f"{name}.{key}"] = reason
-            else:
-                covered.append(_describe(name, module))
-    _check_patterns(model, include, exclude)
+    covered, reasons = [], {}
+    for name, module, key, weight in weights:
+        reason = (
+            "not the weight of a linear layer"
+            if key != "weight"
+            else "part of nn.MultiheadAttention, which does not call its layers"
+            if module in inside_attention
+            else "tied: shared with another layer"
+            if uses[weight] > 1
+            else _why_not(module, weight, embeddings)
+        )
+        if _matches(name, exclude):
+            reason = reason or "in exclude"
+        elif include is not None and not _matches(name, include):
+            reason = reason or "not in include"
+        elif include is not None and reason:
+            raise ValueError(f"include covers {name}.{key}, which cannot be: {reason}")
+        if reason:
+            reasons[f"{name}.{key}"] = reason
+        else:
+            covered.append(_describe(name, module))
     if not covered:
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise ValueError(f"no layer of this model can be preconditioned ({listed or 'no weights'})")
     return covered, reasons
+
+
+def _weights(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Parameter]]:
+    """Every parameter of two or more dimensions: its module's name, the module, its own name."""
+    return [
+        (name, module, key, parameter)
+        for name, module in model.named_modules()
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() >= 2
+    ]
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -90,8 +107,12 @@ def _why_not(module: nn.Module, weight: Tensor, embeddings: bool) -> str:
     """Why this layer cannot be covered; empty if it can."""
     if not weight.requires_grad:
         return "frozen"
-    if "forward" in vars(module):
+    if is_replaced(module):
         return "its forward was replaced already (by another preconditioner?)"
+    if is_conv1d(module):
+        return ""
+    if not any(type(module).forward is kind.forward for kind in USUAL):
+        return f"{type(module).__name__} is not a linear layer with the usual forward"
     if isinstance(module, nn.Embedding):
         plain = not module.sparse and module.max_norm is None and not module.scale_grad_by_freq
         if not plain:
@@ -101,9 +122,7 @@ def _why_not(module: nn.Module, weight: Tensor, embeddings: bool) -> str:
         plain = module.groups == 1 and module.padding_mode == "zeros"
         plain = plain and not isinstance(module.padding, str)
         return "" if plain else "a convolution with groups, or padding given by name or not zero"
-    if is_conv1d(module) or type(module).forward is nn.Linear.forward:
-        return ""
-    return f"{type(module).__name__} is not a linear layer with the usual forward"
+    return ""
 
 
 def _describe(name: str, module: nn.Module) -> Covered:
@@ -120,8 +139,10 @@ def _matches(name: str, patterns: Sequence[str] | None) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns or ())
 
 
-def _check_patterns(model: nn.Module, *pattern_lists: Sequence[str] | None) -> None:
-    names = [name for name, _ in model.named_modules()]
+def _check_patterns(names: list[str], *pattern_lists: Sequence[str] | None) -> None:
     for pattern in [p for patterns in pattern_lists for p in patterns or ()]:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"pattern {pattern!r} matches no module; modules are {names[:20]} ...")
+            raise ValueError(
+                f"pattern {pattern!r} matches no module that has a weight matrix of its own; "
+                f"these have: {', '.join(names[:20])} ..."
+            )

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from kernels.cholesky import Inverse
 from optim.capture import install, remove
-from optim.covariance import condition_number, precondition
+from optim.covariance import norm_ratio, precondition
 from optim.coverage import find_layers
 from optim.statistics import Layer, Settings, refresh
 
@@ -82,13 +83,15 @@ class ActivationPreconditioner:
             inverse=inverse,
             trace_normalized=trace_normalized,
             block_diagonal=block_diagonal,
+            embeddings=embeddings,
         )
         covered, self._not_covered = find_layers(
             model, include=include, exclude=exclude, embeddings=embeddings
         )
-        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
         self.layers = [Layer(each, block_diagonal, token_stride) for each in covered]
         self._hooks: list[Any] = []
+        self._versions = WeakTensorKeyDictionary()  # of the gradients that are M already
         for layer in self.layers:
             install(layer.covered.module, layer.capture)
 
@@ -100,8 +103,9 @@ class ActivationPreconditioner:
             ValueError: a covered weight is in none of them or in several, or this preconditioner
                 is attached already.
         """
-        if self._hooks:
-            raise ValueError("attached already; pass all optimizers to one call of attach")
+        if self._hooks or not self.layers:
+            state = "attached already; pass all optimizers to one call of attach"
+            raise ValueError(state if self._hooks else "detached; make a new preconditioner")
         for optimizer in optimizers:
             if not isinstance(optimizer, Optimizer):
                 raise TypeError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer")
@@ -146,12 +150,8 @@ class ActivationPreconditioner:
         names = {layer.name for layer in self.layers}
         problems = [f"missing {name}" for name in sorted(names - state.keys())]
         problems += [f"unexpected {name}" for name in sorted(state.keys() - names)]
-        problems += [
-            f"{layer.name}: Σ is {tuple(state[layer.name]['sigma'].shape)}, "
-            f"wanted {tuple(layer.sigma.shape)}"
-            for layer in self.layers
-            if layer.name in state and state[layer.name]["sigma"].shape != layer.sigma.shape
-        ]
+        for layer in self.layers:
+            problems += layer.state_problems(state[layer.name]) if layer.name in state else []
         if problems:
             raise ValueError("preconditioner state does not fit: " + "; ".join(problems))
         for layer in self.layers:
@@ -160,21 +160,7 @@ class ActivationPreconditioner:
 
     def report(self) -> list[dict[str, Any]]:
         """One row per weight: is it covered, or why not; memory, condition number, ‖M‖/‖G‖."""
-        rows = []
-        for layer in self.layers:
-            ready = layer.n_refreshes > 0
-            rows.append(
-                {
-                    "name": f"{layer.name}.weight",
-                    "shape": tuple(layer.covered.weight.shape),
-                    "covered": True,
-                    "reason": "",
-                    "bytes": layer.n_bytes(),
-                    "condition": condition_number(layer.sigma, layer.damping) if ready else None,
-                    "norm_ratio": layer.norm_ratio.item() if ready else None,
-                    "mended": layer.n_mended,
-                }
-            )
+        rows = [layer.report() for layer in self.layers]
         blank = {"covered": False, "bytes": 0, "condition": None, "norm_ratio": None, "mended": 0}
         for name, reason in self._not_covered.items():
             rows.append({"name": name, "shape": self._shapes.get(name), "reason": reason, **blank})
@@ -213,27 +199,36 @@ class ActivationPreconditioner:
     def _precondition(self, optimizer: Optimizer) -> None:
         """Replace G by M in every covered weight that this optimizer holds."""
         owned = _parameters(optimizer)
-        layers = [layer for layer in self.layers if layer.covered.weight in owned]
-        due = [layer for layer in layers if self._is_due(layer)]
-        refreshed = refresh(due, self.settings)
+        layers = [
+            layer
+            for layer in self.layers
+            if layer.covered.weight in owned and not self._is_done(layer.covered.weight.grad)
+        ]
+        refreshed = refresh([layer for layer in layers if self._is_due(layer)], self.settings)
         for layer in layers:
             grad = layer.covered.weight.grad
             if grad is not None and layer.n_refreshes:
                 G = layer.covered.as_matrix(grad)  # (d_out, d_in)
                 M = precondition(G, layer.P)
                 if layer in refreshed:
-                    layer.norm_ratio = torch.linalg.vector_norm(M) / torch.linalg.vector_norm(G)
-                G.copy_(M)
+                    layer.norm_ratio = norm_ratio(M, G)
+                layer.covered.write(M, grad)
+                self._versions[grad] = grad._version
             layer.step += 1
             self._schedule_next(layer)
 
+    def _is_done(self, grad: Tensor | None) -> bool:
+        """Whether `grad` is M already, untouched since: a `step` that calls its parent's `step`
+        comes here twice."""
+        return grad is not None and self._versions.get(grad) == grad._version
+
     def _is_due(self, layer: Layer) -> bool:
-        return layer.n_refreshes == 0 or layer.step % self.settings.refresh_every == 0
+        return layer.step >= layer.next_refresh
 
     def _schedule_next(self, layer: Layer) -> None:
         """Whether, and from which offset, the coming step adds to the layer's statistics."""
         on_schedule = layer.step % self.settings.collect_every == 0
-        layer.capture.is_collecting = on_schedule or layer.n_refreshes == 0
+        layer.capture.is_collecting = on_schedule or self._is_due(layer)
         layer.capture.offset.fill_(layer.step)
 
 

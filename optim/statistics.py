@@ -8,10 +8,16 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
 from kernels.cholesky import Inverse, damped_inverse_root
 from optim.capture import Capture
-from optim.covariance import diagonal_inverse_root, ema_update, mean_eigenvalue
+from optim.covariance import (
+    condition_number,
+    diagonal_inverse_root,
+    ema_update,
+    mean_eigenvalue,
+)
 from optim.coverage import Covered
 
 INVERSES = get_args(Inverse)
@@ -35,6 +41,7 @@ class Settings:
     inverse: Inverse
     trace_normalized: bool
     block_diagonal: int | None
+    embeddings: bool
 
     def __post_init__(self) -> None:
         problems = settings_problems(vars(self))
@@ -51,8 +58,8 @@ def settings_problems(settings: dict[str, Any]) -> list[str]:
     if beta is not None and not 0 <= beta < 1:
         problems.append(f"sigma_beta={beta}: must be in [0, 1), or None for no average")
     for key in ("refresh_every", "collect_every", "token_stride"):
-        if settings[key] < 1:
-            problems.append(f"{key}={settings[key]}: must be at least 1")
+        if not isinstance(settings[key], int) or settings[key] < 1:
+            problems.append(f"{key}={settings[key]}: must be a whole number, at least 1")
     if not problems and settings["refresh_every"] % settings["collect_every"]:
         problems.append(
             f"collect_every={settings['collect_every']}: must divide "
@@ -63,8 +70,10 @@ def settings_problems(settings: dict[str, Any]) -> list[str]:
     if settings["inverse"] not in INVERSES:
         problems.append(f"inverse={settings['inverse']!r}: must be one of {', '.join(INVERSES)}")
     width = settings["block_diagonal"]
-    if width is not None and width < 1:
-        problems.append(f"block_diagonal={width}: must be at least 1, or None for no blocks")
+    if width is not None and (not isinstance(width, int) or width < 1):
+        problems.append(f"block_diagonal={width}: must be a whole number, or None for no blocks")
+    if settings["embeddings"] and settings["gamma"] == 0:
+        problems.append("gamma=0 with embeddings: tokens that do not occur need a gamma above 0")
     return problems
 
 
@@ -72,7 +81,7 @@ class Layer:
     """One covered layer: what its inputs were like, and the P made from that."""
 
     TENSORS = ("sigma", "P", "damping", "norm_ratio")
-    NUMBERS = ("step", "n_refreshes", "n_mended")
+    NUMBERS = ("step", "next_refresh", "n_refreshes", "n_mended")
 
     def __init__(self, covered: Covered, block_diagonal: int | None, stride: int) -> None:
         self.covered = covered
@@ -85,9 +94,25 @@ class Layer:
         self.P = torch.zeros_like(self.capture.gram)  # (Σ + γ̄ I)^(-1/p), trace-normalised
         self.damping = torch.zeros((), dtype=self.sigma.dtype, device=self.sigma.device)  # γ̄
         self.step = 0  # steps of the optimizer that owns the weight
+        self.next_refresh = 0  # the step from which on new statistics are due
         self.n_refreshes = 0  # 0: there is no P yet
         self.n_mended = 0  # times that an inverse or a non-finite sum had to be mended
         self.norm_ratio = torch.ones_like(self.damping)  # ‖M‖ / ‖G‖ at the last refresh
+
+    def next_sigma(self, beta: float | None) -> Tensor:
+        """Σ with what was captured since the last refresh."""
+        batch = self.capture.gram / self.capture.count
+        return ema_update(self.sigma, batch, beta, self.n_refreshes + 1)
+
+    def state_problems(self, state: dict[str, Any]) -> list[str]:
+        """Why `load_state_dict` cannot take this state; empty if it can."""
+        missing = self.state_dict().keys() - state.keys()
+        if missing:
+            return [f"{self.name} has no {', '.join(sorted(missing))}"]
+        if state["sigma"].shape != self.sigma.shape:
+            got, wanted = tuple(state["sigma"].shape), tuple(self.sigma.shape)
+            return [f"{self.name}: Σ is {got}, wanted {wanted}"]
+        return []
 
     def state_dict(self) -> dict[str, Any]:
         own = {key: getattr(self, key) for key in (*self.TENSORS, *self.NUMBERS)}
@@ -106,9 +131,19 @@ class Layer:
         self.n_mended += 1
         log.warning("%s: %s", self.name, what)
 
-    def n_bytes(self) -> int:
-        """Memory of Σ, its running sum and P."""
-        return 3 * self.sigma.numel() * self.sigma.element_size()
+    def report(self) -> dict[str, Any]:
+        """What is worth knowing; the condition number costs an eigendecomposition."""
+        is_ready = self.n_refreshes > 0
+        return {
+            "name": f"{self.name}.weight",
+            "shape": tuple(self.covered.weight.shape),
+            "covered": True,
+            "reason": "",
+            "bytes": 3 * self.sigma.numel() * self.sigma.element_size(),  # Σ, its sum, P
+            "condition": condition_number(self.sigma, self.damping) if is_ready else None,
+            "norm_ratio": self.norm_ratio.item() if is_ready else None,
+            "mended": self.n_mended,
+        }
 
 
 def _n_blocks(d: int, widest: int | None) -> int:
@@ -127,15 +162,11 @@ def refresh(layers: list[Layer], settings: Settings) -> list[Layer]:
             no inverse at any damping.
     """
     fresh = [layer for layer in layers if _has_statistics(layer)]
-    by_shape: dict[torch.Size, list[Layer]] = defaultdict(list)
+    alike: dict[Any, list[Layer]] = defaultdict(list)
     for layer in fresh:
-        batch = layer.capture.gram / layer.capture.count
-        layer.capture.clear()
-        layer.n_refreshes += 1
-        layer.sigma = ema_update(layer.sigma, batch, settings.sigma_beta, layer.n_refreshes)
-        by_shape[layer.sigma.shape].append(layer)
-    for group in by_shape.values():
-        _invert(group, settings)
+        alike[layer.sigma.shape, layer.sigma.dtype, layer.sigma.device].append(layer)
+    for group in alike.values():
+        _refresh_alike(group, settings)
     return fresh
 
 
@@ -150,7 +181,7 @@ def _has_statistics(layer: Layer) -> bool:
                 f"Exclude it with exclude=[{layer.name!r}]"
             )
         return False
-    if capture.gram.isfinite().all():
+    if capture.gram.isfinite().all() and mean_eigenvalue(capture.gram).isfinite():
         return True
     capture.clear()
     if layer.n_refreshes == 0:
@@ -159,11 +190,12 @@ def _has_statistics(layer: Layer) -> bool:
     return False
 
 
-def _invert(layers: list[Layer], settings: Settings) -> None:
-    """P of several layers whose Σ have one shape, as one batch."""
-    p = settings.exponent
-    means = torch.stack([mean_eigenvalue(layer.sigma) for layer in layers])  # (N,)
-    sigma = torch.stack([layer.sigma for layer in layers])  # (N, blocks, b, b) or (N, d)
+def _refresh_alike(layers: list[Layer], settings: Settings) -> None:
+    """Σ and P of several layers whose Σ are alike, as one batch; an error changes none of them."""
+    p, beta = settings.exponent, settings.sigma_beta
+    sigmas = [layer.next_sigma(beta) for layer in layers]
+    means = torch.stack([mean_eigenvalue(sigma) for sigma in sigmas])  # (N,)
+    sigma = torch.stack(sigmas)  # (N, blocks, b, b) or (N, d)
     damping = (settings.gamma * means)[:, None].expand(sigma.shape[:2])  # (N, blocks) or (N, d)
     if sigma.dim() == 2:
         P = diagonal_inverse_root(sigma, damping, p)
@@ -173,5 +205,8 @@ def _invert(layers: list[Layer], settings: Settings) -> None:
             if n_failed:
                 layer.mended(f"{n_failed} inverses failed; damping is now {used.max():.1e}")
     for i, layer in enumerate(layers):
-        layer.damping = damping[i].amax()
-        layer.P = P[i] * means[i] ** (1 / p) if settings.trace_normalized else P[i]
+        layer.sigma, layer.damping = sigmas[i], damping[i].amax()
+        layer.P = P[i] * means[i] ** (1 / p) if settings.trace_normalized else P[i].clone()
+        layer.n_refreshes += 1
+        layer.next_refresh = (layer.step // settings.refresh_every + 1) * settings.refresh_every
+        layer.capture.clear()

@@ -51,8 +51,11 @@ def test_values_are_coerced_to_the_declared_type(argument, key, value):
 
 @pytest.mark.parametrize(
     "argument",
-    "--max_steps=1.5 --lr=fast --compile=1 --bias=yes --schedule=cos --seed=nan --lr=nan --lr=inf "
-    "--lr=0 --dropout=1 --n_layer=0 --seed=4294967296 --aux_lr=0.1 --sigma_beta=x".split(),
+    [
+        *("--max_steps=1.5", "--lr=fast", "--compile=1", "--bias=yes", "--schedule=cos"),
+        *("--seed=nan", "--seed=4294967296", "--lr=nan", "--lr=inf", "--lr=0", "--dropout=1"),
+        *("--n_layer=0", "--aux_lr=0.1", "--sigma_beta=x"),
+    ],
 )
 def test_a_value_of_the_wrong_type_or_range_is_refused_by_name(argument):
     key = argument[2:].split("=")[0]

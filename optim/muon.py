@@ -1,0 +1,181 @@
+"""Muon: the momentum of a weight matrix, orthogonalised. For the 2-D weights of hidden layers."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from kernels.newton_schulz import Coefficients, orthogonalize
+from optim.base import DecoupledOptimizer, named_params
+
+Scale = Literal["match_rms", "spectral", "original"]
+IterationDtype = Literal["bfloat16", "float32"]
+
+# An orthogonal (d_out, d_in) matrix has spectral norm 1 and RMS entry 1/√max(d_out, d_in).
+SCALES: dict[str, Callable[[int, int], float]] = {
+    "match_rms": lambda d_out, d_in: 0.2 * math.sqrt(max(d_out, d_in)),
+    "spectral": lambda d_out, d_in: math.sqrt(d_out / d_in),
+    "original": lambda d_out, d_in: math.sqrt(max(1, d_out / d_in)),
+}
+COEFFICIENTS = ("polar_express", "quintic")
+ITERATION_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def muon_update(
+    grads: list[Tensor],  # each (d_out, d_in)
+    momentum_buffers: list[Tensor],  # like grads
+    *,
+    momentum: float,
+    nesterov: bool,
+    scale: Scale,
+    blocks: int,
+    ns_steps: int,
+    coefficients: Coefficients,
+    ns_dtype: IterationDtype,
+) -> list[Tensor]:  # like grads
+    """scale(d_out/blocks, d_in) · orthogonalised momentum, for many matrices; buffers are advanced.
+
+    Arguments as in `Muon`. Source: Jordan et al., Muon (2024), kellerjordan.github.io/posts/muon.
+    """
+    directions = [
+        momentum_direction(grad, buffer, momentum=momentum, nesterov=nesterov)
+        for grad, buffer in zip(grads, momentum_buffers, strict=True)
+    ]
+    matrices = orthogonalize_all(
+        directions, blocks=blocks, steps=ns_steps, coefficients=coefficients, ns_dtype=ns_dtype
+    )
+    return [M.mul_(SCALES[scale](M.shape[0] // blocks, M.shape[1])) for M in matrices]
+
+
+def momentum_direction(
+    grad: Tensor, momentum_buffer: Tensor, *, momentum: float, nesterov: bool
+) -> Tensor:
+    """m <- momentum·m + (1 - momentum)·grad, in place; returns m, or looks ahead from it.
+
+    Looking ahead (Nesterov) takes the average once more, from the new m, and does not store it.
+    With momentum 0 both are grad.
+    """
+    momentum_buffer.lerp_(grad, 1 - momentum)
+    return grad.lerp(momentum_buffer, momentum) if nesterov else momentum_buffer
+
+
+def orthogonalize_all(
+    matrices: list[Tensor],  # each (d_out, d_in)
+    *,
+    blocks: int,
+    steps: int,
+    coefficients: Coefficients,
+    ns_dtype: IterationDtype,
+) -> list[Tensor]:  # new tensors, like matrices
+    """Each of the `blocks` equal row blocks of each matrix, orthogonalised on its own.
+
+    Matrices of equal shape go through the iteration as one batch.
+    """
+    alike: dict[Any, list[int]] = defaultdict(list)
+    for i, matrix in enumerate(matrices):
+        alike[matrix.shape, matrix.dtype, matrix.device].append(i)
+    result = list(matrices)
+    for (shape, _, _), indices in alike.items():
+        d_out, d_in = shape
+        batch = torch.stack([matrices[i] for i in indices])  # (n, d_out, d_in)
+        batch = orthogonalize(
+            batch.view(-1, d_out // blocks, d_in),  # (n·blocks, d_out/blocks, d_in)
+            steps=steps,
+            coefficients=coefficients,
+            dtype=ITERATION_DTYPES[ns_dtype],
+        )
+        for i, matrix in zip(indices, batch.reshape(-1, d_out, d_in), strict=True):
+            result[i] = matrix
+    return result
+
+
+class MatrixOptimizer(DecoupledOptimizer):
+    """A DecoupledOptimizer for matrices, with the settings of the orthogonalisation."""
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        kind, blocks = type(self).__name__, group["blocks"]
+        for key in ("blocks", "ns_steps"):
+            if not (isinstance(group[key], int) and group[key] >= 1):
+                raise ValueError(f"{kind}: {key}={group[key]}: must be a whole number, at least 1")
+        for key, choices in (("coefficients", COEFFICIENTS), ("ns_dtype", ITERATION_DTYPES)):
+            self.check_choice(group, key, choices)
+        for name, param in named_params(group):
+            if param.ndim != 2:
+                raise ValueError(
+                    f"{kind} only supports 2D parameters; {name} is {tuple(param.shape)}; "
+                    "give it to another optimizer, for example torch.optim.AdamW"
+                )
+            if param.shape[0] % blocks:
+                raise ValueError(
+                    f"{kind}: {name} is {tuple(param.shape)}: its rows must be divisible by "
+                    f"blocks={blocks}"
+                )
+
+    def check_choice(self, group: dict[str, Any], key: str, choices: Any) -> None:
+        if group[key] not in choices:
+            raise ValueError(
+                f"{type(self).__name__}: {key}={group[key]!r}: must be one of {', '.join(choices)}"
+            )
+
+
+class Muon(MatrixOptimizer):
+    """W <- (1 - lr·weight_decay) W - lr·lr_mult·scale·orthogonalise(momentum).
+
+    Args:
+        params: 2-D parameters (d_out, d_in). A param group with `blocks=3` holds fused weights,
+            such as q, k, v one below the other: each block is orthogonalised and scaled alone.
+        momentum, nesterov: see `momentum_direction`; momentum in [0, 1).
+        scale: "match_rms" 0.2·√max(d_out, d_in), which gives the update the RMS of a typical AdamW
+            update, so that its lr and weight decay carry over (Liu et al., arXiv 2502.16982);
+            "spectral" √(d_out/d_in), for an lr that does not depend on width;
+            "original" √max(1, d_out/d_in).
+        ns_steps, coefficients, ns_dtype: of `kernels.newton_schulz.orthogonalize`.
+    Raises:
+        ValueError: a number or name outside its range, a parameter that is not 2-D or not divisible
+            into its blocks, a complex parameter, a sparse gradient.
+
+    With scale="original" and coefficients="quintic" this is torch.optim.Muon, up to rounding.
+    """
+
+    buffers = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        *,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.1,
+        scale: Scale = "match_rms",
+        ns_steps: int = 5,
+        coefficients: Coefficients = "polar_express",
+        ns_dtype: IterationDtype = "bfloat16",
+    ) -> None:
+        settings = {"momentum": momentum, "nesterov": nesterov, "scale": scale, "blocks": 1}
+        newton_schulz = {"ns_steps": ns_steps, "coefficients": coefficients, "ns_dtype": ns_dtype}
+        super().__init__(
+            params, {"lr": lr, "weight_decay": weight_decay, **settings, **newton_schulz}
+        )
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        super().check_group(group)
+        self.check_choice(group, "scale", SCALES)
+
+    def updates(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        return muon_update(
+            [p.grad for p in params if p.grad is not None],
+            [self.state[p]["momentum_buffer"] for p in params],
+            momentum=group["momentum"],
+            nesterov=group["nesterov"],
+            scale=group["scale"],
+            blocks=group["blocks"],
+            ns_steps=group["ns_steps"],
+            coefficients=group["coefficients"],
+            ns_dtype=group["ns_dtype"],
+        )

@@ -1,0 +1,50 @@
+"""Signum: the sign of a moving average of the gradient."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from optim.base import DecoupledOptimizer
+
+
+def signum_update(grad: Tensor, momentum_buffer: Tensor, *, momentum: float) -> Tensor:
+    """sign(m) with m <- momentum·m + (1 - momentum)·grad; any shape; `momentum_buffer` is advanced.
+
+    Every entry is -1, 0 or 1. With momentum 0 this is sign(grad).
+
+    Source: Bernstein et al., signSGD, arXiv 1802.04434, Algorithm 2. There m starts at zero without
+    bias correction, which a sign does not see.
+    """
+    momentum_buffer.lerp_(grad, 1 - momentum)
+    return momentum_buffer.sign()
+
+
+class Signum(DecoupledOptimizer):
+    """W <- (1 - lr·weight_decay) W - lr·lr_mult·sign(m); see `signum_update`.
+
+    Args:
+        lr: the size of every entry of the update.
+        momentum: decay of the moving average, in [0, 1).
+    Raises:
+        ValueError: see DecoupledOptimizer.
+    """
+
+    buffers = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
+        *,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    def updates(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        return [
+            signum_update(p.grad, self.state[p]["momentum_buffer"], momentum=group["momentum"])
+            for p in params
+            if p.grad is not None
+        ]

@@ -1,0 +1,235 @@
+"""kernels/gram.py against the dense float64 sum, and its operator under torch.compile."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.gram import accumulate_gram, gram, gram_, mirror
+
+
+def dense_gram(rows, blocks=1):
+    """(n, d) -> the diagonal blocks of rowsᵀ rows in float64."""
+    full = rows.double().mT @ rows.double()
+    b = full.shape[0] // blocks
+    return torch.stack([full[k * b : (k + 1) * b, k * b : (k + 1) * b] for k in range(blocks)])
+
+
+def sampled_positions(T, stride, offset):
+    """Which positions of which sequence count: one-hot inputs make the gram their histogram."""
+    B = 5
+    z = torch.eye(B * T).reshape(B, T, B * T)
+    S, n = gram(z, stride=stride, offset=offset)
+    counts = S[0].diagonal()
+    assert counts.sum() == n
+    assert counts.max() <= 1
+    return counts.reshape(B, T)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    B=st.integers(1, 4),
+    T=st.integers(1, 13),
+    b=st.integers(1, 9),
+    blocks=st.integers(1, 4),
+    stride=st.integers(1, 15),
+    offset=st.integers(0, 40),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+)
+def test_gram_equals_the_dense_float64_sum_over_the_sampled_rows(
+    B, T, b, blocks, stride, offset, dtype
+):
+    z = torch.randn(B, T, b * blocks, generator=torch.Generator().manual_seed(T)).to(dtype)
+    S, n = gram(z, blocks=blocks, stride=stride, offset=offset)
+    taken = [(i, (i + offset + j) % T) for i in range(B) for j in range(0, T, stride)]
+    rows = torch.stack([z[i, t] for i, t in taken])
+    assert n == len(taken)
+    assert S.shape == (blocks, b, b)
+    # products of bf16 are exact in fp32: only the sum of at most 52 terms rounds
+    torch.testing.assert_close(S.double(), dense_gram(rows, blocks), atol=2e-5, rtol=1e-5)
+    assert torch.equal(S, S.mT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gram_is_fp32_and_exactly_symmetric_whatever_the_input_dtype(dtype):
+    S, _ = gram(torch.randn(300, 48).to(dtype), blocks=3)
+    assert S.dtype == torch.float32
+    assert torch.equal(S, S.mT)
+
+
+def test_float64_input_stays_float64():
+    z = torch.randn(20, 6, dtype=torch.float64)
+    torch.testing.assert_close(gram(z)[0], dense_gram(z), rtol=1e-13, atol=1e-13)
+
+
+def test_autocast_does_not_lower_the_precision():
+    z = torch.randn(64, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = gram(z)[0]
+    assert torch.equal(inside, gram(z)[0])
+
+
+def test_integer_valued_inputs_give_the_exact_sum():
+    z = torch.randint(-8, 9, (2, 50, 24))
+    S, n = gram(z.bfloat16(), blocks=2)
+    assert n == 100
+    assert torch.equal(S.double(), dense_gram(z.reshape(-1, 24), 2))
+
+
+def test_blocks_are_the_diagonal_blocks_of_the_full_gram():
+    z = torch.randint(-8, 9, (40, 12)).float()
+    full, parts = gram(z)[0][0], gram(z, blocks=4)[0]
+    assert all(torch.equal(parts[k], full[3 * k : 3 * k + 3, 3 * k : 3 * k + 3]) for k in range(4))
+
+
+def test_stride_one_is_all_tokens_in_any_shape():
+    z = torch.randint(-8, 9, (4, 10, 6)).float()
+    assert torch.equal(gram(z, stride=1, offset=3)[0], gram(z.reshape(-1, 6))[0])
+
+
+def test_flat_tokens_with_a_sequence_length_are_sampled_like_sequences():
+    z = torch.randn(4, 10, 6)
+    flat = gram(z.reshape(-1, 6), stride=3, offset=2, sequence_length=10)
+    assert torch.equal(flat[0], gram(z, stride=3, offset=2)[0])
+    assert flat[1] == 16
+
+
+def test_a_stride_that_divides_the_sequence_length_reaches_every_position_in_one_call():
+    assert (sampled_positions(T=12, stride=4, offset=0).sum(0) > 0).all()
+
+
+@pytest.mark.parametrize(("T", "stride"), [(12, 4), (13, 4), (7, 7), (5, 9)])
+def test_every_position_is_sampled_equally_often_as_the_offset_turns(T, stride):
+    total = sum(sampled_positions(T, stride, offset) for offset in range(T))
+    assert (total == -(-T // stride)).all()
+
+
+def test_an_offset_tensor_gives_what_the_integer_gives():
+    z = torch.randn(3, 8, 5)
+    for k in range(9):
+        as_tensor = gram(z, stride=4, offset=torch.tensor(k))[0]
+        assert torch.equal(as_tensor, gram(z, stride=4, offset=k)[0])
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (0, 8, 6), (3, 0, 6)])
+@pytest.mark.parametrize("stride", [1, 4])
+def test_no_tokens_give_zeros_and_a_zero_count(shape, stride):
+    S, n = gram(torch.empty(shape), blocks=2, stride=stride)
+    assert n == 0
+    assert torch.equal(S, torch.zeros(2, 3, 3))
+
+
+def test_the_mean_of_noise_is_the_identity_with_and_without_sampling():
+    z = torch.randn(16, 512, 8, generator=torch.Generator().manual_seed(0))
+    for stride in (1, 4):
+        S, n = gram(z, stride=stride)
+        torch.testing.assert_close(S[0] / n, torch.eye(8), atol=5 / n**0.5, rtol=0)
+
+
+def test_gram_inplace_is_beta_s_plus_alpha_gram():
+    z, S = torch.randn(30, 12), gram(torch.randn(30, 12), blocks=2)[0]
+    before = S.clone()
+    n = gram_(S, z, beta=torch.tensor(0.9), alpha=torch.tensor(0.1))
+    torch.testing.assert_close(S, 0.9 * before + 0.1 * gram(z, blocks=2)[0])
+    assert n == 30
+    assert torch.equal(S, S.mT)
+
+
+def test_gram_inplace_with_unit_coefficients_from_zero_is_gram():
+    z, S = torch.randn(4, 9, 12), torch.zeros(3, 4, 4)
+    gram_(S, z, beta=1, alpha=1, stride=2, offset=1)
+    assert torch.equal(S, gram(z, blocks=3, stride=2, offset=1)[0])
+
+
+def test_mirror_never_reads_the_upper_triangle():
+    Y = torch.randn(2, 5, 5)
+    spoiled = Y.where(torch.ones(5, 5).tril().bool(), torch.nan)
+    assert torch.equal(mirror(spoiled), Y.tril() + Y.tril(-1).mT)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (lambda: gram(torch.ones(4, 10), blocks=3), "do not divide into blocks=3"),
+        (lambda: gram(torch.ones(4, 10), stride=0), "stride=0"),
+        (lambda: gram(torch.ones(10, 4), sequence_length=3), "sequence_length=3"),
+        (lambda: gram(torch.ones(10)), "wants a floating"),
+        (lambda: gram(torch.ones(10, 4, dtype=torch.int64)), "wants a floating"),
+        (lambda: gram_(torch.ones(2, 3, 3), torch.ones(5, 4), beta=1, alpha=1), "wants S"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(bad, message):
+    with pytest.raises(ValueError, match=message):
+        bad()
+
+
+class CapturingLinear(torch.autograd.Function):
+    """z @ Wᵀ, whose backward adds its inputs to a gram: the way a layer is observed in training."""
+
+    @staticmethod
+    def forward(ctx, z, W, S, count, offset):
+        ctx.save_for_backward(z, W, offset)
+        ctx.sums = S, count
+        return z @ W.mT
+
+    @staticmethod
+    def backward(ctx, grad):
+        z, W, offset = ctx.saved_tensors
+        accumulate_gram(*ctx.sums, z, offset, 2, z.shape[-2])
+        return grad @ W, grad.flatten(0, -2).mT @ z.flatten(0, -2), None, None, None
+
+
+def layer(z, W, S, count, offset):
+    return CapturingLinear.apply(z, W, S, count, offset)
+
+
+def captured(forward, z, W, offset):
+    """S, count and W's gradient after one forward and backward."""
+    W = W.clone().requires_grad_()
+    S, count = torch.zeros(2, 4, 4), torch.zeros((), dtype=torch.int64)
+    forward(z, W, S, count, torch.tensor(offset)).square().sum().backward()
+    return S, count, W.grad
+
+
+# Dynamo makes an instance of the Function class to trace it, which torch itself warns about.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_the_operator_in_a_compiled_backward_equals_eager_and_does_not_recompile():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    z, W = torch.randn(3, 6, 8), torch.randn(5, 8)
+    for offset in range(3):
+        S, count, grad = captured(compiled, z, W, offset)
+        assert torch.equal(S, gram(z, blocks=2, stride=2, offset=offset)[0])
+        assert count == 9
+        torch.testing.assert_close(grad, captured(layer, z, W, offset)[2])
+    assert counter.frame_count == 1
+
+
+def test_gram_itself_compiles_to_one_graph_for_every_offset():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(gram, fullgraph=True, backend=counter)
+    z = torch.randn(3, 8, 6)
+    for k in range(3):
+        S, n = compiled(z, blocks=2, stride=4, offset=torch.tensor(k))
+        assert n == 6
+        assert torch.equal(S, gram(z, blocks=2, stride=4, offset=k)[0])
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("count_dtype", [torch.int64, torch.float32])
+def test_the_operator_passes_opcheck(count_dtype):
+    z, S = torch.randn(3, 6, 8), torch.zeros(2, 4, 4)
+    args = (S, torch.zeros((), dtype=count_dtype), z, torch.tensor(1), 2, 6)
+    torch.library.opcheck(accumulate_gram, args)
+
+
+def test_the_operator_adds_up_over_calls():
+    S, count = torch.zeros(1, 4, 4), torch.zeros(())
+    first, second = torch.randint(-4, 5, (2, 6, 4)).float()
+    for z in (first, second):
+        accumulate_gram(S, count, z, torch.tensor(0), 1, 6)
+    assert torch.equal(S, gram(torch.cat([first, second]))[0])
+    assert count == 12

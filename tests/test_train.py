@@ -1,0 +1,168 @@
+"""The run as a whole: it learns, it resumes bit for bit, it stops cleanly."""
+
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+
+import train
+from tests.tiny import argv, metrics, weights
+
+
+def test_a_run_learns_and_leaves_everything_behind(dataset, tmp_path):
+    out = tmp_path / "run"
+    assert train.main(argv(dataset, out, max_steps=40, warmup_steps=4, lr=1e-2)) == 0
+    val = metrics(out, "val")
+    assert [row["step"] for row in val] == [0, 6, 12, 18, 24, 30, 36, 40]
+    assert val[0]["loss"] == pytest.approx(math.log(257), abs=0.05)  # knows nothing
+    assert val[-1]["loss"] < 2.5
+    assert val[-1]["bits_per_byte"] == pytest.approx(val[-1]["loss"] / math.log(2))  # byte tokens
+    assert json.loads((out / "config.json").read_text())["max_steps"] == 40
+    assert (out / "checkpoints/latest").read_text() == "step-00000040\n"
+    assert [row["event"] for row in metrics(out, "run")] == ["start", "end"]
+    wanted = {"loss", "lr", "grad_norm", "tokens_per_s", "mfu", "step_ms", "skipped"}
+    assert wanted <= metrics(out, "train")[0].keys()
+
+
+VARIANTS = {
+    "adamw": {},
+    "dropout-ema": {"dropout": 0.1, "ema_decay": 0.9},
+    "sgd": {"optimizer": "sgd", "lr": 0.1},
+    "signum": {"optimizer": "signum", "lr": 1e-3},
+    "muon": {"optimizer": "muon"},
+    "adamuon": {"optimizer": "adamuon"},
+    "dopr-adamw-exact": {"dopr": True},
+    "dopr-muon-fast": {"dopr": True, "optimizer": "muon", "sigma_beta": 0.9, "refresh_every": 3},
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_a_run_resumed_twice_equals_an_uninterrupted_one_bit_for_bit(dataset, tmp_path, changes):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    changes = changes | {"save_every": 1, "keep_checkpoints": 99}
+    assert train.main(argv(dataset, whole, **changes)) == 0
+    for stop_after in (4, 8):  # not multiples of refresh_every
+        with pytest.MonkeyPatch.context() as patch:
+            request_stop_after(patch, stop_after)
+            assert train.main(argv(dataset, parts, **changes)) == 128 + signal.SIGTERM
+        assert (parts / "checkpoints/latest").read_text() == f"step-{stop_after:08d}\n"
+    assert train.main(argv(dataset, parts, **changes)) == 0
+    assert weights(parts, 12) == weights(whole, 12)
+    assert losses(parts) == losses(whole)
+    if "ema_decay" in changes:
+        name = "checkpoints/step-00000012/ema.safetensors"
+        assert (parts / name).read_bytes() == (whole / name).read_bytes()
+
+
+def losses(out):
+    """The logged losses, each step once."""
+    train_rows = [(row["step"], row["loss"]) for row in metrics(out, "train")]
+    return train_rows, [(row["step"], row["loss"]) for row in metrics(out, "val")]
+
+
+def request_stop_after(patch, step):
+    """SIGTERM once `step` optimizer steps are done."""
+    count_step = train.TrainState.count_step
+
+    def counting(self, is_finite):
+        count_step(self, is_finite)
+        if self.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    patch.setattr(train.TrainState, "count_step", counting)
+
+
+@pytest.mark.parametrize("where", ["evaluate", "backward"])
+def test_a_stop_inside_validation_or_a_step_loses_and_doubles_nothing(dataset, tmp_path, where):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train.main(argv(dataset, whole, dropout=0.1)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        stop_inside(patch, where)
+        assert train.main(argv(dataset, parts, dropout=0.1)) == 128 + signal.SIGINT
+    assert train.main(argv(dataset, parts, dropout=0.1)) == 0
+    assert weights(parts, 12) == weights(whole, 12)
+    assert losses(parts) == losses(whole)
+
+
+def stop_inside(patch, where):
+    """Ctrl-C at the second validation, or between the two micro-batches of the ninth step."""
+    calls = 0
+    owner, name = {
+        "evaluate": (train, "evaluate"),
+        "backward": (torch.Tensor, "backward"),
+    }[where]
+    call = getattr(owner, name)
+
+    def counted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == {"evaluate": 2, "backward": 17}[where]:
+            os.kill(os.getpid(), signal.SIGINT)
+        return call(*args, **kwargs)
+
+    patch.setattr(owner, name, counted)
+
+
+def test_the_same_seed_gives_the_same_run_whatever_the_number_of_loader_workers(dataset, tmp_path):
+    for workers in (0, 1, 2):
+        assert train.main(argv(dataset, tmp_path / str(workers), loader_workers=workers)) == 0
+    assert losses(tmp_path / "0") == losses(tmp_path / "1") == losses(tmp_path / "2")
+    assert weights(tmp_path / "0", 12) == weights(tmp_path / "2", 12)
+
+
+def test_another_seed_gives_another_run(dataset, tmp_path):
+    for seed in (1, 2):
+        assert train.main(argv(dataset, tmp_path / str(seed), seed=seed, max_steps=3)) == 0
+    assert weights(tmp_path / "1", 3) != weights(tmp_path / "2", 3)
+
+
+@pytest.mark.parametrize("dopr", [False, True])
+def test_micro_batches_do_not_change_the_step(dataset, tmp_path, dopr):
+    finals = []
+    for size in (8, 4, 1):
+        out = tmp_path / str(size)
+        train.main(argv(dataset, out, micro_batch_size=size, dopr=dopr, eval_batches=0))
+        finals.append(metrics(out, "val")[-1]["loss"])
+    assert finals == pytest.approx([finals[0]] * 3, abs=1e-5)  # fp32 sums in another order
+
+
+def test_dropout_differs_from_step_to_step(dataset, tmp_path, monkeypatch):
+    seeds = []
+    seed_all = torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: (seeds.append(seed), seed_all(seed)))
+    train.main(argv(dataset, tmp_path / "run", max_steps=5))
+    per_step = seeds[-5:]
+    # 32 bits are all that the CPU generator takes
+    assert len({seed % 2**32 for seed in per_step}) == 5
+
+
+def test_a_finished_run_is_not_trained_again(dataset, tmp_path):
+    out = tmp_path / "run"
+    train.main(argv(dataset, out))
+    before = weights(out, 12), losses(out)
+    assert train.main(argv(dataset, out)) == 0
+    assert (weights(out, 12), losses(out)) == before
+
+
+def test_the_averaged_weights_are_the_average(dataset, tmp_path):
+    out = tmp_path / "run"
+    changes = {"ema_decay": 0.5, "save_every": 1, "keep_checkpoints": 99, "max_steps": 4}
+    train.main(argv(dataset, out, **changes))
+    load = train.open_checkpoint
+    steps = [load(out / f"checkpoints/step-{i:08d}").model for i in range(1, 5)]
+    ema = load(out).ema
+    for key, value in ema.items():
+        average = steps[0][key]  # the first update copies
+        for later in steps[1:]:
+            average = 0.5 * average + 0.5 * later[key]
+        torch.testing.assert_close(value, average)
+
+
+def test_bf16_and_compile_train(dataset, tmp_path):
+    out = tmp_path / "run"
+    assert train.main(argv(dataset, out, dtype="bfloat16", compile=True, dopr=True)) == 0
+    val = metrics(out, "val")
+    assert val[-1]["loss"] < val[0]["loss"]

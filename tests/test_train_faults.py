@@ -1,0 +1,240 @@
+"""What can go wrong in a run, and what must come of it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import filelock
+import pytest
+import torch
+
+import checkpoint
+import train
+from tests.tiny import argv, metrics, weights, write_dataset
+
+ROOT = Path(__file__).parent.parent
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "train.py", *arguments]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.01)
+
+
+def test_the_run_survives_kill_9_and_ends_as_if_nothing_had_happened(dataset, tmp_path):
+    kill_and_compare(dataset, tmp_path, n_kills=2)
+
+
+@pytest.mark.slow
+def test_the_run_survives_fifty_kills_at_random_instants(dataset, tmp_path):
+    kill_and_compare(dataset, tmp_path, n_kills=50)
+
+
+def kill_and_compare(dataset, tmp_path, n_kills):
+    changes = {"max_steps": 400, "save_every": 1, "eval_every": 400, "log_every": 50}
+    assert train.main(argv(dataset, tmp_path / "whole", **changes)) == 0
+    out = tmp_path / "killed"
+    for i in range(n_kills):
+        process = start(*argv(dataset, out, **changes))
+        wait_for(out / "checkpoints/latest", process)
+        time.sleep(0.002 * (37 * i % 101))  # anywhere in a step or in a save
+        process.kill()
+        process.communicate()
+        found = checkpoint.newest_good(out / "checkpoints", pytest.fail)
+        assert found is not None
+    assert train.main(argv(dataset, out, **changes)) == 0
+    assert weights(out, 400) == weights(tmp_path / "whole", 400)
+    assert not list((out / "checkpoints").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_quickly_with_a_checkpoint_and_no_traceback(
+    dataset, tmp_path, signum
+):
+    out = tmp_path / "run"
+    process = start(*argv(dataset, out, max_steps=100_000, save_every=100_000, loader_workers=1))
+    wait_for(out / "metrics.jsonl", process)
+    time.sleep(0.3)
+    process.send_signal(signum)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 128 + signum
+    assert "Traceback" not in output
+    assert checkpoint.open_checkpoint(out).step > 0
+    assert metrics(out, "run")[-1]["reason"] == f"stopped by {signum.name}"
+
+
+def poison(patch, *, steps, value=float("nan")):
+    """Make the loss of these steps not finite."""
+    forward, calls = train.GPT.forward, 0
+
+    def poisoned(self, idx, targets=None):
+        nonlocal calls
+        logits, loss = forward(self, idx, targets)
+        if self.training:
+            loss = loss * value if calls // 2 in steps else loss  # two micro-batches a step
+            calls += 1
+        return logits, loss
+
+    patch.setattr(train.GPT, "forward", poisoned)
+
+
+@pytest.mark.parametrize("dopr", [False, True])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(dataset, tmp_path, monkeypatch, dopr):
+    poison(monkeypatch, steps={5})
+    out = tmp_path / "run"
+    changes = {"save_every": 1, "keep_checkpoints": 99, "dopr": dopr, "optimizer": "muon"}
+    assert train.main(argv(dataset, out, **changes)) == 0
+    assert weights(out, 6) == weights(out, 5)  # step number 5 took the run from 5 to 6
+    assert weights(out, 7) != weights(out, 6)
+    before, after = (
+        checkpoint.load_checkpoint(out / f"checkpoints/step-{i:08d}").train for i in (5, 6)
+    )
+    torch.testing.assert_close(before["optimizers"], after["optimizers"], rtol=0, atol=0)
+    if dopr:
+        for name, saved in before["dopr"].items():
+            assert torch.equal(saved["sigma"], after["dopr"][name]["sigma"])
+            assert not after["dopr"][name]["gram"].isnan().any()
+    assert after["skipped"] == 1
+    assert metrics(out, "train")[-1]["skipped"] == 1
+
+
+def test_too_many_such_steps_end_the_run_and_name_the_last_checkpoint(
+    dataset, tmp_path, monkeypatch, capsys
+):
+    poison(monkeypatch, steps=range(6, 99), value=float("inf"))
+    assert train.main(argv(dataset, tmp_path / "run", max_skipped=3)) == 1
+    message = capsys.readouterr().err
+    assert "3 steps in a row were not finite" in message
+    assert "step-00000008" in message
+
+
+def test_a_failed_save_is_loud_and_training_goes_on_but_the_last_one_fails_the_run(
+    dataset, tmp_path, monkeypatch, capsys
+):
+    def disk_full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", disk_full)
+    assert train.main(argv(dataset, tmp_path / "run")) == 1
+    output = capsys.readouterr()
+    assert "WARNING: checkpoint" in output.out
+    assert "No space left on device" in output.err
+    assert metrics(tmp_path / "run", "train")[-1]["step"] == 12
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_result_is_the_same(dataset, tmp_path, capsys):
+    out = tmp_path / "run"
+    train.main(argv(dataset, out))
+    before = weights(out, 12)
+    (out / "checkpoints/step-00000012/train.pt").write_bytes(b"x")
+    assert train.main(argv(dataset, out)) == 0
+    assert "step-00000012 is damaged (train.pt has 1 bytes" in capsys.readouterr().out
+    assert weights(out, 12) == before
+
+
+def test_a_vanished_shard_is_named_and_nothing_trained_is_lost(tmp_path, monkeypatch, capsys):
+    folder = write_dataset(tmp_path / "data")
+    count_step = train.TrainState.count_step
+
+    def counting(self, is_finite):
+        count_step(self, is_finite)
+        if self.step == 7:
+            (folder / "train_000000.bin").rename(folder / "elsewhere")
+
+    monkeypatch.setattr(train.TrainState, "count_step", counting)
+    out = tmp_path / "run"
+    assert train.main(argv(folder, out)) == 1
+    assert "train_000000.bin" in capsys.readouterr().err
+    assert checkpoint.open_checkpoint(out).step == 7
+
+
+def test_two_runs_do_not_share_an_out_dir(dataset, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    with filelock.FileLock(out / ".lock"):
+        code = subprocess.run(
+            [sys.executable, "train.py", *argv(dataset, out)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert code.returncode == 1
+    assert "another run is writing to it" in code.stderr
+
+
+def test_an_out_dir_that_cannot_be_written_fails_before_anything_else(dataset, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert train.main(argv(dataset, tmp_path / "file" / "run")) == 1
+    assert "not writable" in capsys.readouterr().err
+
+
+BAD = {
+    "unprepared": ({"dataset": "fineweb"}, r"python -m data\.fineweb\.prepare"),
+    "misspelt": ({"dataset": "finweb"}, "did you mean 'fineweb'"),
+    "too-short": ({"block_size": 5000}, "block_size=5000 needs at least 5,001"),
+    "no-checkpoint": ({"resume": "/nowhere"}, "no checkpoint at /nowhere"),
+    "cuda": ({"device": "cuda"}, "torch finds no CUDA device"),
+    "many": ({"n_head": 5, "gamma": -1, "dopr": True, "lr": "x"}, r"(?s)lr='x'.*gamma.*n_embd=32"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_clear_error_before_any_work(dataset, tmp_path, capsys, changes, message):
+    if "cuda" in str(changes) and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    assert train.main(argv(dataset, tmp_path / "run", **changes)) == 1
+    output = capsys.readouterr()
+    assert re.search(message, output.err)
+    assert "Traceback" not in output.err
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_a_checkpoint_of_another_model_optimizer_or_tokenizer_is_refused(dataset, tmp_path, capsys):
+    out = tmp_path / "run"
+    train.main(argv(dataset, out, max_steps=4))
+    before = weights(out, 4)
+    for changes, message in (
+        ({"n_embd": 64}, r"wte.weight is \(257, 32\), the model's is \(257, 64\)"),
+        ({"optimizer": "sgd", "lr": 0.1}, "written with optimizers .*AdamW"),
+        ({"dopr": True}, "written without DoPr"),
+        ({"ema_decay": 0.9}, "holds no averaged weights"),
+        ({"resume": "never"}, "holds a run"),
+    ):
+        assert train.main(argv(dataset, out, **changes)) == 1
+        assert re.search(message, capsys.readouterr().err)
+    assert weights(out, 4) == before
+
+
+def test_settings_that_change_on_resume_are_named(dataset, tmp_path, capsys):
+    out = tmp_path / "run"
+    train.main(argv(dataset, out, max_steps=4))
+    assert train.main(argv(dataset, out, lr=1e-3)) == 0
+    assert "warning: lr was 0.003 and is 0.001 from here on" in capsys.readouterr().out
+    assert metrics(out, "train")[-1]["lr"] < 1e-3  # the new rate is the one in use
+
+
+def test_the_wrong_world_is_refused(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train.main(argv(dataset, tmp_path / "run")) == 1
+    assert "trains in one process" in capsys.readouterr().err
+
+
+def test_the_lock_is_released_when_the_run_ends(dataset, tmp_path):
+    out = tmp_path / "run"
+    train.main(argv(dataset, out, max_steps=3))
+    with filelock.FileLock(out / ".lock", blocking=False):
+        assert os.path.exists(out / ".lock")
