@@ -25,17 +25,13 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
-        problems = [
-            f"{key}={getattr(self, key)}: must be at least 1"
-            for key in sizes
-            if getattr(self, key) < 1
-        ]
-        if self.n_head > 0 and self.n_embd % self.n_head:
-            problems.append(f"n_embd={self.n_embd}: must be divisible by n_head={self.n_head}")
-        if not 0 <= self.dropout < 1:
-            problems.append(f"dropout={self.dropout}: must be in [0, 1)")
-        if problems:
-            raise ValueError("\n".join(problems))
+        given = {key: getattr(self, key) for key in sizes}
+        whole_heads = self.n_head < 1 or self.n_embd % self.n_head == 0
+        _require(
+            {f"{key}={size}: must be at least 1": size >= 1 for key, size in given.items()}
+            | {f"n_embd={self.n_embd}: must be divisible by n_head={self.n_head}": whole_heads}
+            | {f"dropout={self.dropout}: must be in [0, 1)": 0 <= self.dropout < 1}
+        )
 
 
 class KVCache:
@@ -49,29 +45,28 @@ class KVCache:
         D = config.n_embd // config.n_head
         shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, D)
         self.kv = torch.zeros(shape, device=like.device, dtype=like.dtype)
-        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=like.device)  # (B,)
+        self.rows = torch.arange(batch_size, device=like.device)[:, None]  # (B, 1)
+        self.lengths = torch.zeros_like(self.rows[:, 0])  # (B,)
         self.longest = 0  # max(lengths), on the host: slicing by it waits for no device
 
     def begin(self, t: int) -> Tensor:
-        """Positions (B, t) of the next t tokens of each row, and what they may attend to."""
+        """Positions (B, t) of the next t tokens of each row; sets what they may attend to."""
         block_size = self.kv.size(4)
         if self.longest + t > block_size:
             raise ValueError(
-                f"the cache's longest row holds {self.longest} tokens and {t} more were given, "
-                f"but block_size is {block_size}: at most {block_size - self.longest} fit"
+                f"the longest row holds {self.longest} tokens and {t} more were given, but "
+                f"block_size is {block_size}: at most {block_size - self.longest} fit"
             )
         self.width = self.longest + t  # no row has a key at or beyond this column
         columns = torch.arange(self.width, device=self.kv.device)
-        positions = self.lengths[:, None] + columns[:t]  # (B, t)
-        self.mask = (columns <= positions[..., None])[:, None]  # (B, 1, t, width)
-        D = self.kv.size(5)
-        self.slots = positions[None, :, None, :, None].expand(2, -1, self.kv.size(3), -1, D)
-        return positions
+        self.positions = self.lengths[:, None] + columns[:t]  # (B, t)
+        self.mask = (columns <= self.positions[..., None])[:, None]  # (B, 1, t, width)
+        return self.positions
 
     def extend(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes kv (2, B, H, t, D) to each row's own positions; returns all keys and values."""
+        """Writes kv (B, t, 2, H, D) at each row's own positions; returns all keys and values."""
         memory = self.kv[layer]  # (2, B, H, block_size, D)
-        memory.scatter_(3, self.slots, kv.to(memory.dtype))
+        memory[:, self.rows, :, self.positions] = kv.to(memory.dtype)
         keys, values = memory[:, :, :, : self.width]  # (B, H, width, D) each
         return keys, values
 
@@ -93,13 +88,13 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         if cache is None:
             dropout = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(*qkv, dropout_p=dropout, is_causal=True)
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         else:
-            keys, values = cache.extend(layer, qkv[1:])
-            y = F.scaled_dot_product_attention(qkv[0], keys, values, attn_mask=cache.mask)
+            k, v = cache.extend(layer, qkv[:, :, 1:])
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
         return self.resid_dropout(self.c_proj(y))
 
@@ -131,28 +126,27 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019): pre-norm transformer decoder with learned positions.
 
-    With tied weights there is no `lm_head`: the token embedding is the head, one tensor, saved once.
+    A tied model has no `lm_head`: the token embedding is the head, one tensor, saved once.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "drop": nn.Dropout(config.dropout),
-                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
-            }
-        )
+        parts = {
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "drop": nn.Dropout(config.dropout),
+            "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+        }
+        self.transformer = nn.ModuleDict(parts)
         if not config.tie_weights:
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """GPT-2's init: N(0, 0.02²), and 0.02 / sqrt(2 n_layer) where a block adds to the residual."""
+        """GPT-2's init: N(0, 0.02²); 0.02 / sqrt(2 n_layer) where a block adds to the residual."""
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 parameter.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
@@ -162,20 +156,21 @@ class GPT(nn.Module):
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Logits (B, T, V) of idx (B, T), and the mean cross-entropy in nats of the scored targets.
+        """Logits (B, T, V) of idx (B, T), and the mean cross-entropy in nats of scored targets.
 
         Raises:
             ValueError: idx is longer than block_size.
         """
-        T = idx.size(1)
+        B, T = idx.shape
         if T > self.config.block_size:
             raise ValueError(f"got {T} tokens a row, but block_size is {self.config.block_size}")
         hidden = self._hidden(idx, torch.arange(T, device=idx.device))
         logits = self.logits(hidden)
         if targets is None:
             return logits, None
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
-        return logits, loss
+        return logits, F.cross_entropy(
+            logits.view(B * T, -1), targets.reshape(-1), ignore_index=IGNORE
+        )
 
     def _hidden(self, idx: Tensor, positions: Tensor, cache: KVCache | None = None) -> Tensor:
         """Final hidden states (B, T, C) of tokens idx (B, T) at positions (T,) or (B, T)."""
@@ -186,7 +181,7 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., C) -> (..., V); the one output head of training, evaluation and generation."""
+        """(..., C) -> (..., V): the one output head of training, evaluation and generation."""
         if self.config.tie_weights:
             return F.linear(hidden, self.transformer.wte.weight)
         return self.lm_head(hidden)
@@ -200,12 +195,12 @@ class GPT(nn.Module):
         """Logits (B, t, V) of t more tokens a row, read at each row's own position.
 
         Args:
-            idx: (B, t) the next tokens; rows with fewer than t are padded on the right.
-            cache: what the rows have read so far; advances by `lengths`.
-            lengths: (B,) real tokens of each row in idx, 0 leaves a row as it is; none given: all t.
+            idx: (B, t) next tokens; rows with fewer than t are padded on the right with any id.
+            cache: what the rows have read so far; advances.
+            lengths: (B,) how many of a row's t tokens are real, 0 to t; none given: all of them.
                 Logits at padding mean nothing.
         Raises:
-            ValueError: the t tokens, padding included, would not fit into block_size.
+            ValueError: the t tokens, padding included, do not fit into block_size.
         """
         return self.logits(self._read(idx, cache, lengths))
 
@@ -214,7 +209,7 @@ class GPT(nn.Module):
         cache.commit(idx.size(1), lengths)
         return hidden
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -227,83 +222,74 @@ class GPT(nn.Module):
         generator: torch.Generator | None = None,
         stop_token: int | None = None,
     ) -> list[list[int]]:
-        """The new tokens of each prompt, up to `max_new_tokens` or `stop_token` (included).
+        """New tokens of each prompt: `max_new_tokens`, or fewer if `stop_token` (kept) ends them.
 
-        One uniform number per row and step is drawn before the first step, row by row: the samples
-        of a prompt do not depend on its neighbours, and one CPU generator passed on from batch to
-        batch gives the same samples for every batch size (up to rounding of the logits).
+        The random numbers, one per row and step, are drawn before the first step and row by row.
+        So batches that share one CPU generator give the same samples whatever the batch size, up to
+        rounding of the logits; and two models that get the same seed get the same numbers.
 
         Raises:
-            ValueError: bad sampling settings, an empty prompt, an id outside the vocabulary, or a
-                prompt that leaves no room for `max_new_tokens`.
+            ValueError: settings that mean nothing, or a prompt that is empty, holds an unknown id,
+                or leaves no room for `max_new_tokens`.
         """
-        self._check_prompts(prompts, max_new_tokens)
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "greedy": greedy}
         check_sampling(**sampling)
-        uniforms = draw_uniforms(len(prompts), max_new_tokens, generator)
+        self._check_prompts(prompts, max_new_tokens)
+        shape, device = (len(prompts), max_new_tokens), generator.device if generator else "cpu"
+        uniforms = torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
         with eval_mode(self):
-            tokens = self._generate(prompts, uniforms, sampling, stop_token)  # (B, steps)
+            tokens = self._generate(prompts, uniforms, stop_token, sampling)  # (B, steps)
         return [_until(stop_token, row) for row in tokens.tolist()]
 
     def _generate(
-        self, prompts: Sequence[Sequence[int]], uniforms: Tensor, sampling: dict, stop: int | None
+        self, prompts: Sequence[Sequence[int]], uniforms: Tensor, stop: int | None, sampling: dict
     ) -> Tensor:
-        """Reads the prompts, then one token a step for all rows; a stopped row repeats `stop`."""
+        """Reads the prompts, then one token a step for all rows; a row that stopped repeats it."""
         cache = self.make_cache(len(prompts))
-        lengths = torch.tensor([len(prompt) for prompt in prompts])  # (B,)
-        idx = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
-        idx[torch.arange(idx.size(1)) < lengths[:, None]] = torch.tensor(
-            [i for p in prompts for i in p]
-        )
         device = cache.kv.device
-        idx, lengths, uniforms = idx.to(device), lengths.to(device), uniforms.to(device)
-
-        hidden = self._read(idx, cache, lengths)  # (B, t, C)
-        hidden = hidden[torch.arange(len(prompts), device=device), lengths - 1]  # (B, C)
-        stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        tokens = []
-        for step in range(uniforms.size(1)):
-            if step:
-                hidden = self._read(tokens[-1][:, None], cache)[:, 0]  # (B, C)
-            new = sample_tokens(self.logits(hidden), uniforms[:, step], **sampling)  # (B,)
-            if stop is not None:
-                new = new.masked_fill(stopped, stop)
-                stopped = new == stop
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
+        padded = [[*prompt, *[0] * (int(lengths.max()) - len(prompt))] for prompt in prompts]
+        hidden = self._read(torch.tensor(padded, device=device), cache, lengths)  # (B, t, C)
+        hidden = hidden[cache.rows[:, 0], lengths - 1]  # (B, C)
+        tokens: list[Tensor] = []  # (B,) each
+        for u in uniforms.to(device).unbind(1):
+            if tokens:
+                hidden = self._read(tokens[-1][:, None], cache)[:, 0]
+            new = sample_tokens(self.logits(hidden), u, **sampling)
+            if stop is not None and tokens:
+                new = torch.where(tokens[-1] == stop, stop, new)
             tokens.append(new)
-            if stop is not None and stopped.all():
+            if stop is not None and bool((new == stop).all()):
                 break
         return torch.stack(tokens, dim=1)
 
     def _check_prompts(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-        block_size, vocab_size = self.config.block_size, self.config.vocab_size
-        problems = [] if prompts else ["no prompts were given"]
-        if max_new_tokens < 1:
-            problems.append(f"max_new_tokens={max_new_tokens}: must be at least 1")
-        for row, prompt in enumerate(prompts):
-            if not prompt:
-                problems.append(f"prompt {row} is empty: start it with the end-of-text token")
-            elif min(prompt) < 0 or max(prompt) >= vocab_size:
-                problems.append(
-                    f"prompt {row} holds an id outside the vocabulary [0, {vocab_size})"
-                )
-            elif len(prompt) + max_new_tokens > block_size:
-                problems.append(
-                    f"prompt {row} has {len(prompt)} tokens and max_new_tokens={max_new_tokens}, but "
-                    f"block_size is {block_size}: {max(0, block_size - len(prompt))} new tokens fit"
-                )
-        if problems:
-            raise ValueError("\n".join(problems))
+        V, room = self.config.vocab_size, self.config.block_size
+        longest = max(map(len, prompts), default=0)
+        empty = [row for row, prompt in enumerate(prompts) if not prompt]
+        unknown = [row for row, prompt in enumerate(prompts) if any(not 0 <= i < V for i in prompt)]
+        _require(
+            {
+                "no prompts were given": len(prompts) > 0,
+                f"prompts {empty} are empty: start them with the end-of-text token": not empty,
+                f"prompts {unknown} hold ids outside the vocabulary [0, {V})": not unknown,
+                f"max_new_tokens={max_new_tokens}: must be at least 1": max_new_tokens >= 1,
+                f"max_new_tokens={max_new_tokens}: the longest prompt has {longest} tokens and "
+                f"block_size is {room}, so {max(room - longest, 0)} new tokens fit": (
+                    longest + max_new_tokens <= room
+                ),
+            }
+        )
 
     def n_parameters(self) -> int:
         """Number of weights; a tied head counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self) -> int:
-        """Floating-point operations of forward and backward per token: 6 N + 12 L C T.
+        """Operations of forward and backward per token, 6 N + 12 L C T (PaLM, appendix B).
 
-        N: weights that multiply activations (all but the looked-up embeddings; a tied one is the
-        head). 12 L C T: the attention of T = block_size tokens, causality not deducted.
-        Source: PaLM (Chowdhery et al. 2022), appendix B.
+        N: weights that multiply activations, so not the embeddings that are only looked up.
+        12 L C T: attention over T = block_size tokens; causality is not deducted.
         """
         config, N = self.config, self.n_parameters() - self.transformer.wpe.weight.numel()
         if not config.tie_weights:
@@ -313,7 +299,7 @@ class GPT(nn.Module):
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode inside, in the mode it had before outside."""
+    """Every module in eval mode inside, in the mode that it had before outside."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -326,22 +312,14 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def check_sampling(
     *, temperature: float, top_k: int | None, top_p: float | None, greedy: bool
 ) -> None:
-    """Raises one ValueError that names every setting of `sample_tokens` that means nothing."""
-    problems = []
-    if not 0 < temperature < math.inf:
-        problems.append(f"temperature={temperature}: must be positive and finite (or use greedy)")
-    if top_k is not None and top_k < 1:
-        problems.append(f"top_k={top_k}: must be at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        problems.append(f"top_p={top_p}: must be in (0, 1]")
-    if problems:
-        raise ValueError("\n".join(problems))
-
-
-def draw_uniforms(rows: int, steps: int, generator: torch.Generator | None) -> Tensor:
-    """(rows, steps) float64 in [0, 1), drawn row by row on the generator's device (none: CPU)."""
-    device = "cpu" if generator is None else generator.device
-    return torch.rand(rows, steps, generator=generator, device=device, dtype=torch.float64)
+    """ValueError naming every setting of `sample_tokens` that means nothing."""
+    _require(
+        {
+            f"temperature={temperature}: must be positive": 0 < temperature < math.inf,
+            f"top_k={top_k}: must be at least 1": top_k is None or top_k >= 1,
+            f"top_p={top_p}: must be in (0, 1]": top_p is None or 0 < top_p <= 1,
+        }
+    )
 
 
 def sample_tokens(
@@ -353,18 +331,17 @@ def sample_tokens(
     top_p: float | None = None,
     greedy: bool = False,
 ) -> Tensor:
-    """Next tokens (B,) from logits (B, V) by inversion: the first whose cumulative p exceeds u.
+    """Next tokens (B,) of logits (B, V), by inversion: the first whose cumulative p exceeds u.
 
-    The distribution is softmax(logits / temperature), cut to its top_k likeliest tokens, then to
-    its nucleus: the smallest set of likeliest tokens with at least top_p of the remaining mass.
-    `uniforms` (B,) in [0, 1) decide; equal numbers are common random numbers between models.
+    p = softmax(logits / temperature), cut to the top_k likeliest tokens, then to the nucleus: the
+    fewest likeliest tokens that hold top_p of the mass. uniforms: (B,) float64 in [0, 1).
     """
     if greedy:
         return logits.argmax(dim=-1)
     values, ids = logits.float() / temperature, None
     if top_k is not None or top_p is not None:
-        k = min(top_k or values.size(-1), values.size(-1))
-        values, ids = values.topk(k, dim=-1)  # likeliest first
+        V = values.size(-1)
+        values, ids = values.topk(min(top_k or V, V), dim=-1)  # likeliest first
     p = values.softmax(dim=-1)
     cdf = p.cumsum(dim=-1, dtype=torch.float64)
     if top_p is not None:
@@ -377,3 +354,10 @@ def sample_tokens(
 def _until(stop: int | None, tokens: list[int]) -> list[int]:
     """The tokens up to the first `stop`, which is kept."""
     return tokens[: tokens.index(stop) + 1] if stop in tokens else tokens
+
+
+def _require(claims: dict[str, bool]) -> None:
+    """One ValueError with every message whose claim is false."""
+    problems = [message for message, holds in claims.items() if not holds]
+    if problems:
+        raise ValueError("\n".join(problems))

@@ -8,7 +8,6 @@ import json
 import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,6 @@ class RunLog:
         self._bar = tqdm(
             total=max_steps, initial=start_step, unit="step", disable=not sys.stderr.isatty()
         )
-        self._started, self._start_step = time.perf_counter(), start_step
 
     def start_wandb(self, out_dir: Path, mode: Any, project: str, config: dict[str, Any]) -> None:
         """Mirror every row to Weights & Biases from here on; `mode` is off, online or offline."""
@@ -100,7 +98,8 @@ class RunLog:
             self._bar.update(step - self._bar.n)
             return
         percent = 100 * step // self._max_steps
-        print(f"step {step}/{self._max_steps} ({percent}%)  {text}  eta {self._eta(step)}")
+        eta = tqdm.format_interval((self._max_steps - step) * values["step_ms"] / 1e3)
+        print(f"step {step}/{self._max_steps} ({percent}%)  {text}  eta {eta}")
 
     def val(self, step: int, results: dict[str, Any] | None) -> None:
         """A validation row and a line for the reader; None: validation was interrupted."""
@@ -128,10 +127,6 @@ class RunLog:
                 self._wandb.finish()
             except Exception as error:
                 print(f"warning: wandb did not finish ({error})")
-
-    def _eta(self, step: int) -> str:
-        per_step = (time.perf_counter() - self._started) / max(step - self._start_step, 1)
-        return tqdm.format_interval(per_step * (self._max_steps - step))
 
 
 def _forget_after(path: Path, step: int) -> None:

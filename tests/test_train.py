@@ -17,7 +17,7 @@ def test_a_run_learns_and_leaves_everything_behind(dataset, tmp_path):
     assert train.main(argv(dataset, out, max_steps=40, warmup_steps=4, lr=1e-2)) == 0
     val = metrics(out, "val")
     assert [row["step"] for row in val] == [0, 6, 12, 18, 24, 30, 36, 40]
-    assert val[0]["loss"] == pytest.approx(math.log(257), abs=0.05)  # knows nothing
+    assert val[0]["loss"] == pytest.approx(math.log(257), abs=0.1)  # knows nothing
     assert val[-1]["loss"] < 2.5
     assert val[-1]["bits_per_byte"] == pytest.approx(val[-1]["loss"] / math.log(2))  # byte tokens
     assert json.loads((out / "config.json").read_text())["max_steps"] == 40

@@ -44,9 +44,9 @@ def write_dataset(folder: Path, train_tokens: int = 4000, seed: int = 0) -> Path
     return folder
 
 
-def argv(dataset: Path, out_dir: Path, **changes: object) -> list[str]:
-    """The command line of a tiny run."""
-    settings = SETTINGS | {"dataset": dataset, "out_dir": out_dir} | changes
+def argv(folder: Path, out: Path, **changes: object) -> list[str]:
+    """The command line of a tiny run on the data set in `folder`."""
+    settings = SETTINGS | {"dataset": folder, "out_dir": out} | changes
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
