@@ -44,7 +44,7 @@ def prepare(folder: Path, text: str) -> None:
     for i in range(10):  # documents, so that there is something to split by
         size = len(text) // 10
         (source / f"{i}.txt").write_text(text[i * size : (i + 1) * size])
-    command = ["data.text.prepare", str(source), "--tokenizer=char", f"--out={folder}/ours"]
+    command = ["data.text.prepare", f"--input={source}", "--tokenizer=char", f"--out={folder}/ours"]
     subprocess.run(
         [sys.executable, "-m", *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
     )

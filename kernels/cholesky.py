@@ -33,7 +33,7 @@ def dense_inverse_root(A: Tensor, p: int) -> tuple[Tensor, Tensor]:  # X (..., d
 
     A (..., d, d) is symmetric, fp32 or float64, and so is X, exactly. Where A is not finite or not
     positive definite, or X overflows, `ok` is false and X is NaN, which no one mistakes for a
-    result. Nothing waits for the device.
+    result.
 
     Raises ValueError for another p, shape or dtype.
     """

@@ -84,7 +84,9 @@ def accumulate_gram(
 
 
 @accumulate_gram.register_fake
-def _(S, count, z, offset, stride, sequence_length) -> None:
+def _(
+    S: Tensor, count: Tensor, z: Tensor, offset: Tensor, stride: int, sequence_length: int
+) -> None:
     return None
 
 

@@ -17,7 +17,7 @@ from kernels.gram import mirror
 
 Coefficients = Literal["polar_express", "quintic"]
 
-# One row (a, b, c) is one step p(x) = a x + b x³ + c x⁵; the last row repeats.
+# One row (a, b, c) is one step p(x) = a x + b x³ + c x⁵.
 QUINTIC = ((3.4445, -4.7750, 2.0315),)
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -29,8 +29,15 @@ POLAR_EXPRESS = (
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
     (1.875, -1.25, 0.375),
 )
-# Polar Express keeps singular values this factor below 1, so that rounding cannot push one past it.
+# Each polynomial but the last takes x / SAFETY, so that rounding cannot push x past its interval.
 SAFETY = 1.01
+COEFFICIENTS = {
+    "quintic": QUINTIC,
+    "polar_express": (
+        *((a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in POLAR_EXPRESS[:-1]),
+        POLAR_EXPRESS[-1],
+    ),
+}
 
 
 def orthogonalize(
@@ -67,7 +74,7 @@ def _check_orthogonalize(G: Tensor, steps: int, coefficients: str) -> None:
         )
     if steps < 1:
         raise ValueError(f"orthogonalize: steps={steps}; wants at least 1")
-    if coefficients not in ("polar_express", "quintic"):
+    if coefficients not in COEFFICIENTS:
         raise ValueError(
             f"orthogonalize: coefficients={coefficients!r}; use 'polar_express' or 'quintic'"
         )
@@ -83,11 +90,9 @@ def _normalized(G: Tensor, coefficients: Coefficients) -> Tensor:
     return G / torch.where(norm > 0, norm * margin, 1)
 
 
-def _steps(coefficients: Coefficients, steps: int):
-    if coefficients == "quintic":
-        return repeat(QUINTIC[0], steps)
-    safe = [(a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in POLAR_EXPRESS[:-1]]
-    return islice(chain(safe, repeat(POLAR_EXPRESS[-1])), steps)
+def _steps(coefficients: Coefficients, steps: int) -> Iterator[tuple[float, float, float]]:
+    rows = COEFFICIENTS[coefficients]
+    return islice(chain(rows, repeat(rows[-1])), steps)
 
 
 def inverse_root(
