@@ -41,10 +41,11 @@ def prepare(folder: Path, text: str) -> None:
     """The same characters in both trainers' formats."""
     source = folder / "corpus"
     source.mkdir()
-    for i in range(10):  # documents, so that there is something to split by
-        size = len(text) // 10
+    for i in range(100):  # documents, so that there is something to split by
+        size = len(text) // 100
         (source / f"{i}.txt").write_text(text[i * size : (i + 1) * size])
-    command = ["data.text.prepare", f"--input={source}", "--tokenizer=char", f"--out={folder}/ours"]
+    command = ["data.text.prepare", f"--input={source}", "--tokenizer=char"]
+    command += ["--val_fraction=0.1", f"--out={folder / 'ours'}"]
     subprocess.run(
         [sys.executable, "-m", *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
     )

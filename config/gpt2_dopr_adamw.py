@@ -1,0 +1,24 @@
+# GPT-2 124M on FineWeb with DoPr-AdamW: gpt2_adamw.py and the last lines.
+out_dir = "out/gpt2_dopr_adamw"
+dataset = "fineweb"
+dtype = "bfloat16"
+compile = True
+loader_workers = 1
+bias = False
+
+batch_size = 512  # sequences of 1,024: 524,288 tokens a step
+micro_batch_size = 32
+max_steps = 19_073  # 10B tokens
+warmup_steps = 700
+lr = 1.2e-3  # DoPr-AdamW wants about twice AdamW's
+weight_decay = 0.1
+eval_batches = 160
+
+# DoPr, fast mode: see gpt2_dopr.py.
+dopr = True
+gamma = 0.1
+sigma_beta = 0.95
+refresh_every = 10
+collect_every = 10
+token_stride = 8
+block_diagonal = 768

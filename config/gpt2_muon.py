@@ -1,0 +1,20 @@
+# GPT-2 124M on FineWeb with Muon on the matrices, AdamW on the rest. The base of gpt2_dopr.py.
+out_dir = "out/gpt2_muon"
+dataset = "fineweb"
+dtype = "bfloat16"
+compile = True
+loader_workers = 1
+
+bias = False
+
+batch_size = 512  # sequences of 1,024: 524,288 tokens a step
+micro_batch_size = 32
+max_steps = 19_073  # 10B tokens
+warmup_steps = 700
+
+optimizer = "muon"
+lr = 2e-3  # with muon_scale = match_rms
+aux_lr = 6e-4
+weight_decay = 0.1
+
+eval_batches = 160

@@ -1,0 +1,133 @@
+"""A prepared dataset: a folder with meta.json, tokenizer.json and shards, checked at opening."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import data.pystdlib.prepare
+from data.meta import META, SPLITS, TOKENIZER, describe, read_meta
+from data.shards import DataError, Shard
+from data.tokenizer import Tokenizer
+
+__all__ = ["DataError", "Dataset", "TokenShards", "known_datasets", "open_dataset"]
+
+DATA = Path(__file__).parent
+
+
+class TokenShards:
+    """One split: `n_tokens` ids in `shards`, every id below `n_vocab`."""
+
+    def __init__(self, shards: list[Shard], n_vocab: int) -> None:
+        self.shards = shards
+        self.n_vocab = n_vocab
+        self.sizes = np.array([shard.n_tokens for shard in shards])  # (n_shards,) tokens
+        self.n_tokens = int(self.sizes.sum())
+
+    def rows(self, shard_ids: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+        """`length` ids of a shard from each start, (len(starts), length) int64; -1 behind its end.
+
+        Raises DataError if a file has vanished or changed size, or holds an id outside of n_vocab.
+        """
+        tokens = {shard: self.shards[shard].tokens() for shard in set(shard_ids.tolist())}
+        rows = np.full((len(starts), length), -1, dtype=np.int64)
+        for row, shard, start in zip(rows, shard_ids.tolist(), starts.tolist(), strict=True):
+            piece = tokens[shard][start : start + length]
+            row[: len(piece)] = piece
+        if rows.max(initial=0) >= self.n_vocab:
+            self._fail(rows, shard_ids, starts)
+        return rows
+
+    def _fail(self, rows: np.ndarray, shard_ids: np.ndarray, starts: np.ndarray) -> None:
+        row, column = np.argwhere(rows >= self.n_vocab)[0]
+        raise DataError(
+            f"{self.shards[shard_ids[row]].path}: token {starts[row] + column} is "
+            f"{rows[row, column]}, but the tokenizer has only ids below {self.n_vocab}"
+        )
+
+
+class Dataset:
+    """A folder of prepared tokens. Opening finds every structural fault and raises DataError."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.dir = Path(folder)
+        self.meta: dict[str, Any] = read_meta(self.dir)
+        self.tokenizer = self._load_tokenizer()
+        self._splits = {name: self._open(name) for name in SPLITS}
+
+    def split(self, name: str) -> TokenShards:
+        """The tokens of "train" or "val"."""
+        return self._splits[name]
+
+    def _load_tokenizer(self) -> Tokenizer:
+        try:
+            tokenizer = Tokenizer.load(self.dir / TOKENIZER)
+        except ValueError as error:
+            raise DataError(str(error)) from None
+        if describe(tokenizer) != self.meta["tokenizer"]:
+            raise DataError(
+                f"{self.dir / TOKENIZER}: is {describe(tokenizer)}, but {META} says that the "
+                f"shards were written with {self.meta['tokenizer']}"
+            )
+        return tokenizer
+
+    def _open(self, split: str) -> TokenShards:
+        entries = self.meta["splits"][split]["files"]
+        shards = [self._open_shard(entry) for entry in entries]
+        announced = self.meta["splits"][split]["tokens"]
+        found = sum(shard.n_tokens for shard in shards)
+        if found != announced:
+            raise DataError(
+                f"{self.dir / META}: split {split!r} announces {announced:,} tokens, "
+                f"but its {len(shards)} files hold {found:,}"
+            )
+        if found == 0:
+            raise DataError(f"{self.dir / META}: split {split!r} is empty")
+        return TokenShards(shards, self.tokenizer.n_vocab)
+
+    def _open_shard(self, entry: dict[str, Any]) -> Shard:
+        shard = Shard(self.dir / Path(entry["name"]).name, headerless=not entry["header"])
+        if (shard.n_tokens, shard.n_bytes) != (entry["tokens"], entry["bytes"]):
+            raise DataError(
+                f"{shard.path}: {shard.n_bytes:,} bytes with {shard.n_tokens:,} tokens, but {META} "
+                f"says {entry['bytes']:,} bytes with {entry['tokens']:,} tokens"
+            )
+        return shard
+
+
+def known_datasets() -> list[str]:
+    """Names that have a `prepare` module."""
+    return sorted(path.parent.name for path in DATA.glob("*/prepare.py"))
+
+
+def open_dataset(name_or_path: str | Path) -> Dataset:
+    """The dataset of a known name, from data/<name>/prepared, or of a folder with meta.json.
+
+    `pystdlib` prepares itself. Raises DataError with the command to run if there is no such data.
+    """
+    name = str(name_or_path)
+    if name in known_datasets():
+        return _open_known(name)
+    folder = Path(name)
+    if (folder / META).exists():
+        return Dataset(folder)
+    if folder.is_dir():
+        raise DataError(
+            f"{folder}: has no {META}; for shards made elsewhere it is written by "
+            f"`python -m data.adopt {folder} --tokenizer gpt2`"
+        )
+    close = difflib.get_close_matches(name, known_datasets(), n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise DataError(
+        f"dataset {name!r}: neither a folder nor one of {', '.join(known_datasets())}{hint}"
+    )
+
+
+def _open_known(name: str) -> Dataset:
+    folder = DATA / name / "prepared"
+    if name == "pystdlib" and not (folder / META).exists():
+        data.pystdlib.prepare.main([])
+    if not (folder / META).exists():
+        raise DataError(f"dataset {name!r} is not prepared; run `python -m data.{name}.prepare`")
+    return Dataset(folder)

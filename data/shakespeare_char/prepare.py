@@ -1,0 +1,37 @@
+"""Tiny Shakespeare: one megabyte of plays, one id a character; its last tenth is for validation."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from data.command import parser, run
+from data.corpus import one_text_corpus
+from data.files import fetch
+from data.prepare import prepare
+from data.shards import DataError
+
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def download(file: Path) -> bytes:
+    """The plays, kept in `file` once downloaded."""
+    if not file.exists():
+        try:
+            fetch(URL, file, SHA256)
+        except OSError as error:
+            raise DataError(f"{URL}: {error}; get it elsewhere and give --input FILE") from None
+    return file.read_bytes()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser("shakespeare_char", __doc__, tokenizer="char", val_fraction=0.1)
+    options.add_argument("--input", type=Path, help="the text, instead of a download")
+    args = vars(options.parse_args(argv))
+    given = args.pop("input")
+    source = {"dataset": "shakespeare_char", "input": str(given.resolve()) if given else URL}
+    read = given.read_bytes if given else lambda: download(args["out"] / "input.txt")
+    prepare(one_text_corpus(source, read, args["val_fraction"]), **args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,54 @@
+"""Which tokens the n-th training sequence holds: a pure function of the seed and n.
+
+Every epoch cuts each shard into windows that do not overlap, from a new random offset so that
+their borders move, and visits all windows once in a new random order. No state but n is needed.
+"""
+
+import numpy as np
+
+from data.shards import DataError
+
+
+class EpochWindows:
+    """Windows of `block_size` inputs and one more target in shards of `sizes` tokens."""
+
+    def __init__(self, sizes: np.ndarray, block_size: int, seed: int) -> None:
+        fitting = (sizes - 1) // block_size  # (n_shards,)
+        # One window less than fits leaves room for any offset; a lone window stays.
+        self.counts = np.maximum(fitting - 1, np.minimum(fitting, 1))
+        self.total = int(self.counts.sum())
+        if self.total == 0:
+            raise DataError(
+                f"the largest shard of split 'train' has {sizes.max():,} tokens, but "
+                f"block_size={block_size} needs at least {block_size + 1:,}"
+            )
+        self.block_size = block_size
+        self.seed = seed
+        self._ends = np.cumsum(self.counts)
+        self._spare = np.maximum(sizes - 1 - self.counts * block_size, 0)  # largest offset
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shard and first token of the sequences with these global `indices`, (n,) each."""
+        epochs, positions = np.divmod(indices, self.total)
+        shard_ids, starts = np.empty_like(indices), np.empty_like(indices)
+        for epoch in np.unique(epochs).tolist():
+            offsets, order = self._epoch(epoch)
+            here = epochs == epoch
+            window = order[positions[here]]
+            shard = np.searchsorted(self._ends, window, side="right")
+            within = window - (self._ends - self.counts)[shard]
+            shard_ids[here] = shard
+            starts[here] = offsets[shard] + within * self.block_size
+        return shard_ids, starts
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Offset of each shard, (n_shards,), and order of all windows, (total,), in one epoch."""
+        if epoch not in self._epochs:
+            random = np.random.Generator(
+                np.random.PCG64(np.random.SeedSequence([self.seed, epoch]))
+            )
+            drawn = random.integers(0, self._spare + 1), random.permutation(self.total)
+            before = {e: kept for e, kept in self._epochs.items() if e == epoch - 1}
+            self._epochs = {**before, epoch: drawn}
+        return self._epochs[epoch]

@@ -1,0 +1,143 @@
+"""Opening a dataset: by name, by folder, and every fault that opening must find."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import data.dataset
+from data.dataset import DataError, known_datasets, open_dataset
+from data.meta import META, TOKENIZER
+from data.shards import write_shard
+from data.tokenizer import byte_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path, write_counting):
+    return write_counting(tmp_path / "set", train=(60, 40), val=(50,))
+
+
+@pytest.fixture
+def named(tmp_path, monkeypatch):
+    """The known datasets, all of them unprepared."""
+    for name in known_datasets():
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "prepare.py").touch()
+    monkeypatch.setattr(data.dataset, "DATA", tmp_path / "data")
+    return tmp_path / "data"
+
+
+def edit_meta(folder, change):
+    content = json.loads((folder / META).read_text())
+    change(content)
+    (folder / META).write_text(json.dumps(content))
+
+
+def test_a_folder_opens(folder, counting_tokenizer):
+    dataset = open_dataset(folder)
+    assert dataset.dir == folder
+    assert dataset.tokenizer.sha256 == counting_tokenizer.sha256
+    assert dataset.split("train").n_tokens == 100
+    assert dataset.split("train").sizes.tolist() == [60, 40]
+    assert dataset.meta["splits"]["val"]["tokens"] == 50
+
+
+def test_a_known_name_opens_its_prepared_folder(folder, named):
+    shutil.copytree(folder, named / "tinystories" / "prepared")
+    assert open_dataset("tinystories").split("val").n_tokens == 50
+
+
+@pytest.mark.parametrize("name", sorted(set(known_datasets()) - {"pystdlib"}))
+def test_an_unprepared_name_gives_the_command(name, named):
+    with pytest.raises(DataError, match=rf"python -m data\.{name}\.prepare`"):
+        open_dataset(name)
+
+
+def test_pystdlib_prepares_itself(folder, named, monkeypatch):
+    def prepare(argv):
+        assert argv == []
+        shutil.copytree(folder, named / "pystdlib" / "prepared")
+
+    monkeypatch.setattr(data.pystdlib.prepare, "main", prepare)
+    assert open_dataset("pystdlib").split("train").n_tokens == 100
+
+
+def test_a_misspelt_name_gives_the_nearest():
+    with pytest.raises(DataError, match="did you mean 'openwebtext'"):
+        open_dataset("openwebtxt")
+    with pytest.raises(DataError, match=r"'zzz': neither a folder nor one of .*pystdlib"):
+        open_dataset("zzz")
+
+
+def test_a_folder_without_meta_gives_the_command(tmp_path):
+    with pytest.raises(DataError, match=r"has no meta\.json.*python -m data\.adopt"):
+        open_dataset(tmp_path)
+
+
+def test_rows_are_the_tokens_behind_each_start(folder):
+    train = open_dataset(folder).split("train")
+    rows = train.rows(np.array([1, 0]), np.array([2, 58]), 4)
+    assert rows.tolist() == [[62, 63, 64, 65], [58, 59, -1, -1]]
+
+
+META_FAULTS = {
+    "other format": (lambda m: m.update(format=2), "format 2, expected 1"),
+    "no tokenizer": (lambda m: m.pop("tokenizer"), "tokenizer is None, expected dict"),
+    "vocabulary": (lambda m: m["tokenizer"].update(n_vocab=65537), "n_vocab is 65537"),
+    "no val": (lambda m: m["splits"].pop("val"), r"splits\.val is missing"),
+    "count": (lambda m: m["splits"]["val"].update(tokens=51), "announces 51 .* hold 50"),
+    "empty": (lambda m: m["splits"]["val"].update(tokens=0, files=[]), "'val' is empty"),
+    "files": (lambda m: m["splits"]["val"]["files"][0].pop("sha256"), r"files\[0\]\.sha256"),
+    "tokens": (
+        lambda m: m["splits"]["train"]["files"][1].update(tokens=39),
+        r"train_000001\.bin: 1,104 bytes with 40 tokens, .*1,104 bytes with 39 tokens",
+    ),
+    "header": (
+        lambda m: m["splits"]["val"]["files"][0].update(header=False),
+        "1,124 bytes with 562 tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", META_FAULTS)
+def test_a_fault_in_meta_is_found_at_opening(fault, folder):
+    change, message = META_FAULTS[fault]
+    edit_meta(folder, change)
+    with pytest.raises(DataError, match=message):
+        open_dataset(folder)
+
+
+@pytest.mark.parametrize("raw", [b"", b"[]", b"\xff"])
+def test_meta_that_is_no_json_object_is_refused(raw, folder):
+    (folder / META).write_bytes(raw)
+    with pytest.raises(DataError, match=r"meta\.json"):
+        open_dataset(folder)
+
+
+def test_a_truncated_shard_is_found_at_opening(folder):
+    with open(folder / "train_000001.bin", "r+b") as file:
+        file.truncate(1100)
+    with pytest.raises(DataError, match=r"train_000001\.bin: 1,100 bytes, expected 1,104"):
+        open_dataset(folder)
+
+
+def test_a_missing_shard_is_found_at_opening(folder):
+    (folder / "val_000000.bin").unlink()
+    with pytest.raises(DataError, match=r"val_000000\.bin: cannot be read"):
+        open_dataset(folder)
+
+
+def test_another_shard_of_the_same_name_is_found_at_opening(folder):
+    write_shard(folder / "val_000000.bin", [np.arange(7, dtype=np.uint16)])
+    with pytest.raises(DataError, match="7 tokens, but"):
+        open_dataset(folder)
+
+
+def test_another_or_no_tokenizer_is_found_at_opening(folder):
+    byte_tokenizer().save(folder / TOKENIZER)
+    with pytest.raises(DataError, match=r"tokenizer\.json: is .*'byte'.*'counting'"):
+        open_dataset(folder)
+    (folder / TOKENIZER).unlink()
+    with pytest.raises(DataError, match=r"tokenizer\.json: no tokenizer"):
+        open_dataset(folder)

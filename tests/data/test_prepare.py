@@ -1,0 +1,217 @@
+"""Documents -> a prepared folder."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data.text.prepare
+from data.corpus import Corpus
+from data.dataset import DataError, open_dataset
+from data.meta import META
+from data.prepare import PROGRESS, prepare
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [f"document {i}: " + "words of text " * (i % 7) for i in range(400)]
+SETTINGS = dict(tokenizer="byte", vocab_size=None, num_proc=1, shard_tokens=2000, val_fraction=0.2)
+
+
+def corpus_of(documents, **more):
+    return Corpus(
+        source={"dataset": "test"}, documents=lambda n: islice(documents, n, None), **more
+    )
+
+
+def texts(dataset, split):
+    """The documents of a split, decoded."""
+    ids = np.concatenate([shard.tokens() for shard in dataset.split(split).shards])
+    ends = np.flatnonzero(ids == dataset.tokenizer.eot)
+    assert ends[-1] == len(ids) - 1
+    return [dataset.tokenizer.decode(part[part != 256]) for part in np.split(ids, ends + 1)[:-1]]
+
+
+def files(folder):
+    """Everything that a preparation leaves, byte for byte."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_documents_come_back_in_order_and_in_one_split_each(tmp_path):
+    prepare(corpus_of(DOCUMENTS), out=tmp_path, **SETTINGS)
+    dataset = open_dataset(tmp_path)
+    train, val = texts(dataset, "train"), texts(dataset, "val")
+    assert not set(train) & set(val)
+    assert train == [text for text in DOCUMENTS if text in set(train)]
+    assert val == [text for text in DOCUMENTS if text in set(val)]
+    assert len(train) + len(val) == len(DOCUMENTS)
+    assert 0.1 < len(val) / len(DOCUMENTS) < 0.3  # 0.2 wanted, 5 standard deviations
+
+
+def test_meta_counts_what_the_shards_hold(tmp_path):
+    prepare(corpus_of(DOCUMENTS), out=tmp_path, **SETTINGS)
+    dataset = open_dataset(tmp_path)
+    for name in ("train", "val"):
+        split = dataset.meta["splits"][name]
+        size = sum(len(text.encode()) for text in texts(dataset, name))
+        assert split["documents"] == len(texts(dataset, name))
+        assert split["text_bytes"] == size
+        assert split["tokens"] == size + split["documents"] == dataset.split(name).n_tokens
+        assert split["bytes_per_token"] == pytest.approx(size / split["tokens"], abs=1e-4)
+        assert len(split["files"]) > 2
+    assert not (tmp_path / PROGRESS).exists()
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
+def test_the_number_of_threads_does_not_change_a_byte(tokenizer, tmp_path):
+    settings = {**SETTINGS, "tokenizer": tokenizer}
+    for n in (1, 2):
+        out = tmp_path / str(n)
+        prepare(corpus_of(DOCUMENTS), out=out, bpe_vocab_size=280, **{**settings, "num_proc": n})
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+
+
+def test_the_split_of_a_document_depends_on_nothing_else(tmp_path):
+    prepare(corpus_of(DOCUMENTS), out=tmp_path / "a", **SETTINGS)
+    prepare(corpus_of(DOCUMENTS[::-1][:300]), out=tmp_path / "b", **SETTINGS)
+    few, many = (set(texts(open_dataset(tmp_path / name), "val")) for name in "ba")
+    assert few == many & set(DOCUMENTS[::-1][:300])
+
+
+def test_a_second_call_does_nothing(tmp_path, capsys):
+    prepare(corpus_of(DOCUMENTS), out=tmp_path, **SETTINGS)
+    before = files(tmp_path)
+    prepare(corpus_of(None), out=tmp_path, **SETTINGS)  # its documents cannot be read
+    assert "already prepared" in capsys.readouterr().out
+    assert files(tmp_path) == before
+
+
+def test_a_second_call_with_other_settings_is_refused(tmp_path):
+    prepare(corpus_of(DOCUMENTS), out=tmp_path, **SETTINGS)
+    with pytest.raises(DataError, match=r"(?s)other settings.*'byte'.*'bpe'.*--out"):
+        prepare(corpus_of(DOCUMENTS), out=tmp_path, **{**SETTINGS, "tokenizer": "bpe"})
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.data.test_prepare import DOCUMENTS, SETTINGS, corpus_of
+from data.prepare import prepare
+
+class Deadly(list):
+    def __iter__(self):
+        for number, document in enumerate(super().__iter__()):
+            if number == 300:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield document
+
+prepare(corpus_of(Deadly(DOCUMENTS)), out=Path(sys.argv[1]), **SETTINGS)
+"""
+
+
+def test_a_killed_preparation_continues_to_the_same_bytes(tmp_path, capsys):
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed")]
+    killed = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert killed.returncode == -9
+    progress = json.loads((tmp_path / "killed" / PROGRESS).read_text())
+    assert 0 < progress["documents_read"] < 300
+    assert not (tmp_path / "killed" / META).exists()
+    (tmp_path / "killed" / "train_000099.bin.tmp").touch()
+    prepare(corpus_of(DOCUMENTS), out=tmp_path / "killed", **SETTINGS)
+    assert f"continues after {progress['documents_read']} documents" in capsys.readouterr().out
+    (tmp_path / "killed" / "train_000099.bin.tmp").unlink()
+    prepare(corpus_of(DOCUMENTS), out=tmp_path / "whole", **SETTINGS)
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
+def test_a_failure_before_the_first_part_leaves_nothing_in_the_way(tmp_path):
+    def documents(start):
+        raise DataError("no network")
+
+    with pytest.raises(DataError, match="no network"):
+        prepare(Corpus(source={}, documents=documents), out=tmp_path, **SETTINGS)
+    prepare(corpus_of(DOCUMENTS), out=tmp_path, **SETTINGS)
+    assert open_dataset(tmp_path).split("val").n_tokens > 0
+
+
+def test_text_that_is_not_utf8_is_counted_and_left_out(tmp_path):
+    broken = [b"\xff\xfe", "lone surrogate \ud800", *DOCUMENTS]
+    prepare(corpus_of(broken), out=tmp_path, **SETTINGS)
+    dataset = open_dataset(tmp_path)
+    assert dataset.meta["documents_skipped"] == 2
+    assert len(texts(dataset, "train")) + len(texts(dataset, "val")) == len(DOCUMENTS)
+
+
+@pytest.mark.parametrize(("fraction", "split"), [(1e-9, "val"), (1 - 1e-9, "train")])
+def test_an_empty_split_is_refused_and_can_be_mended(fraction, split, tmp_path):
+    with pytest.raises(DataError, match=f"none of 400 documents went into split '{split}'"):
+        prepare(corpus_of(DOCUMENTS), out=tmp_path, **{**SETTINGS, "val_fraction": fraction})
+    prepare(corpus_of(DOCUMENTS), out=tmp_path, **SETTINGS)
+    assert open_dataset(tmp_path).split(split).n_tokens > 0
+
+
+BAD_SETTINGS = {
+    "vocab_size=300: only for": {"vocab_size": 300},
+    "num_proc=0": {"num_proc": 0},
+    "shard_tokens=0": {"shard_tokens": 0},
+    "val_fraction=1": {"val_fraction": 1.0},
+}
+
+
+@pytest.mark.parametrize("message", BAD_SETTINGS)
+def test_bad_settings_are_refused_before_any_work(message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        prepare(corpus_of(None), out=tmp_path / "out", **{**SETTINGS, **BAD_SETTINGS[message]})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bpe_learns_from_training_documents_only(tmp_path):
+    out, settings = tmp_path / "out", {**SETTINGS, "tokenizer": "bpe", "vocab_size": 258}
+    documents = ["ab" * 3] * 10, ["xy" * 50] * 10
+    corpus = corpus_of(
+        [text for pair in zip(*documents, strict=True) for text in pair],
+        split_of=lambda index: ("train", "val")[index % 2],
+    )
+    prepare(corpus, out=out, **settings)
+    assert open_dataset(out).tokenizer.decode([256]) == "ab"
+
+
+@pytest.mark.usefixtures("gpt2_cache")
+def test_a_folder_of_text_is_prepared_by_its_command(tmp_path):
+    (tmp_path / "in").mkdir()
+    for number, text in enumerate(DOCUMENTS[:60]):
+        (tmp_path / "in" / f"{number:03d}.txt").write_text(text)
+    arguments = ["--input", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+    data.text.prepare.main([*arguments, "--tokenizer=gpt2", "--val_fraction=0.3"])
+    dataset = open_dataset(tmp_path / "out")
+    assert dataset.tokenizer.n_vocab == 50257
+    assert sum(split["documents"] for split in dataset.meta["splits"].values()) == 60
+
+
+def test_a_single_text_file_is_cut_in_two(tmp_path):
+    text = "one é two " * 100
+    (tmp_path / "in.txt").write_bytes(text.encode())
+    arguments = ["--input", str(tmp_path / "in.txt"), "--out", str(tmp_path / "out")]
+    data.text.prepare.main([*arguments, "--tokenizer=byte", "--val_fraction=0.25"])
+    dataset = open_dataset(tmp_path / "out")
+    assert [texts(dataset, name) for name in ("train", "val")] == [[text[:750]], [text[750:]]]
+
+
+@pytest.mark.parametrize("name", ["fineweb", "openwebtext", "tinystories"])
+def test_hub_datasets_are_prepared_from_local_rows(name, tmp_path):
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in DOCUMENTS))
+    command = [sys.executable, "-m", f"data.{name}.prepare", "--local", str(tmp_path / "in.jsonl")]
+    command += ["--out", str(tmp_path / "out"), "--tokenizer=byte", "--val_fraction=0.2"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    dataset = open_dataset(tmp_path / "out")
+    assert sorted(texts(dataset, "train") + texts(dataset, "val")) == sorted(DOCUMENTS)
+
+
+def test_a_command_ends_with_one_message(tmp_path):
+    command = [sys.executable, "-m", "data.text.prepare", "--input", str(tmp_path / "absent")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"error: {tmp_path / 'absent'}: no such file or folder\n"
