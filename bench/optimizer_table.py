@@ -1,0 +1,139 @@
+"""Does DoPr beat its base optimizer on validation loss? The protocol is in LOG.md.
+
+    python -m bench.optimizer_table --out bench/results/optimizer_table.json [--workers 2]
+
+{AdamW, Muon, Signum, AdaMuon} x {base, DoPr} on pystdlib: a learning-rate sweep on seed 0 for each,
+then fresh seeds at each one's own best rate; then, at DoPr's best rate, one setting changed at a
+time. Every run is `train.py` in a process of its own; finished ones are not run again.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / "out" / "optimizer_table"
+MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "bias": False}
+RUN = {
+    **{"dataset": "pystdlib", "batch_size": 32, "micro_batch_size": 32},  # 2,048 tokens a step
+    **{"max_steps": 400, "warmup_steps": 40, "min_lr_ratio": 0.0, "weight_decay": 0.1},
+    **{"eval_every": 400, "eval_batches": 64, "save_every": 400, "log_every": 50},
+}
+RATES = {  # first grid, extended by a factor of two while the best rate is at its edge
+    "adamw": [2e-3, 4e-3, 8e-3, 1.6e-2],
+    "muon": [4e-3, 8e-3, 1.6e-2, 3.2e-2],
+    "signum": [2.5e-4, 5e-4, 1e-3, 2e-3],
+    "adamuon": [4e-3, 8e-3, 1.6e-2, 3.2e-2],
+}
+AUX_LR = 4e-3  # of the AdamW beside muon and adamuon, base and DoPr alike
+DOPR = {"dopr": True, "gamma": 0.1, "sigma_beta": 0.95, "refresh_every": 10}
+TUNING_SEED, FRESH_SEEDS = 0, (1, 2, 3)
+CHANGES: dict[str, dict[str, Any]] = {
+    **{f"gamma={gamma}": {"gamma": gamma} for gamma in (0.01, 0.03, 0.3, 1.0)},
+    **{f"sigma_beta={beta}": {"sigma_beta": beta} for beta in ("none", 0.8)},
+    "refresh_every=1": {"refresh_every": 1},
+    "refresh_every=32": {"refresh_every": 32},
+    "exact mode": {"sigma_beta": "none", "refresh_every": 1},
+    "token_stride=4": {"token_stride": 4},
+    "exponent=2": {"exponent": 2},
+    "block_diagonal=64": {"block_diagonal": 64},
+}
+
+
+def run(optimizer: str, lr: float, seed: int, **changes: Any) -> dict[str, float]:
+    """Final validation loss and median step time of one training run."""
+    settings = MODEL | RUN | {"optimizer": optimizer, "lr": lr, "seed": seed} | changes
+    if optimizer in ("muon", "adamuon"):
+        settings["aux_lr"] = AUX_LR
+    varied = {key: value for key, value in settings.items() if key not in MODEL | RUN}
+    out = RUNS / "_".join(f"{key}={value}" for key, value in sorted(varied.items()))
+    command = [sys.executable, "train.py", f"--out_dir={out}", "--device=cpu"]
+    command += [f"--{key}={value}" for key, value in settings.items()]
+    metrics = out / "metrics.jsonl"
+    if not (metrics.exists() and '"event": "end", "reason": "finished"' in metrics.read_text()):
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=one_thread)
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    losses = [row["loss"] for row in rows if row["kind"] == "val"]
+    times = [row["step_ms"] for row in rows if row["kind"] == "train"]
+    return {"loss": losses[-1], "step_ms": statistics.median(times)}
+
+
+def sweep(optimizer: str, dopr: dict[str, Any]) -> dict[float, float]:
+    """Loss on the tuning seed against the learning rate, the best one inside the grid."""
+    losses: dict[float, float] = {}
+    rates = list(RATES[optimizer])
+    while rates:
+        losses |= {lr: run(optimizer, lr, TUNING_SEED, **dopr)["loss"] for lr in rates}
+        best, low, high = min(losses, key=losses.__getitem__), min(losses), max(losses)
+        rates = [low / 2] if best == low else [high * 2] if best == high else []
+    return dict(sorted(losses.items()))
+
+
+def headline(pair: tuple[str, bool]) -> dict[str, Any]:
+    """One row: the sweep, and the fresh seeds at its best rate."""
+    optimizer, with_dopr = pair
+    dopr = DOPR if with_dopr else {}
+    losses = sweep(optimizer, dopr)
+    lr = min(losses, key=losses.__getitem__)
+    fresh = [run(optimizer, lr, seed, **dopr) for seed in FRESH_SEEDS]
+    return {
+        **{"name": ("dopr-" if with_dopr else "") + optimizer, "optimizer": optimizer, "lr": lr},
+        **{"sweep": losses, **summary(fresh)},
+    }
+
+
+def change(task: tuple[str, float, str]) -> dict[str, Any]:
+    """One row: DoPr with one setting changed, at the rate tuned without the change."""
+    optimizer, lr, name = task
+    fresh = [run(optimizer, lr, seed, **DOPR | CHANGES[name]) for seed in FRESH_SEEDS]
+    return {"name": f"dopr-{optimizer}", "change": name, "lr": lr, **summary(fresh)}
+
+
+def summary(fresh: list[dict[str, float]]) -> dict[str, Any]:
+    losses = [each["loss"] for each in fresh]
+    return {
+        **{"losses": losses, "mean": statistics.mean(losses), "sd": statistics.stdev(losses)},
+        "step_ms": statistics.median(each["step_ms"] for each in fresh),
+    }
+
+
+def markdown(rows: Iterable[dict[str, Any]]) -> str:
+    lines = ["| | lr | val loss, mean ± sd of 3 seeds | step ms |", "|---|---|---|---|"]
+    for row in rows:
+        name = row["name"] + (f", {row['change']}" if "change" in row else "")
+        loss = f"{row['mean']:.4f} ± {row['sd']:.4f}"
+        lines.append(f"| {name} | {row['lr']:g} | {loss} | {row['step_ms']:.0f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=2, help="runs side by side, a thread each")
+    arguments = parser.parse_args()
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        pairs = [(optimizer, dopr) for optimizer in RATES for dopr in (False, True)]
+        table = list(tqdm(pool.map(headline, pairs), total=len(pairs), desc="headline"))
+        best = {row["name"]: row["lr"] for row in table}
+        tasks = [
+            (base, best[f"dopr-{base}"], name) for name in CHANGES for base in ("adamw", "muon")
+        ]
+        changes = list(tqdm(pool.map(change, tasks), total=len(tasks), desc="ablations"))
+    result = {"model": MODEL, "run": RUN, "aux_lr": AUX_LR, "dopr": DOPR}
+    result |= {"fresh_seeds": FRESH_SEEDS, "table": table, "ablations": changes}
+    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(markdown(table), markdown(changes), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
