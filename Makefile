@@ -19,16 +19,26 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
 
+demo: setup            ## train Muon and DoPr-Muon, compare, sample; about 5 minutes on 2 cores
+	$(PY) train.py config/demo.py --dopr=false --out_dir=out/demo_base
+	$(PY) train.py config/demo.py
+	$(PY) -m eval.sample out/demo --prompt "def " --num_samples 2 --temperature 0.8
+	$(PY) -m eval.summary out/demo_base out/demo
+
 check: setup-dev       ## lint, format, types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
 
 test: check            ## under 10 minutes on 2 cores
-	$(PY) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow"
 
 test-full: check       ## everything, the slow ones included
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+
+bench: setup           ## what a step costs, on this machine
+	$(PY) -m bench.train_throughput
+	$(PY) -m bench.step_overhead
 
 clean:
 	rm -rf out data/*/prepared

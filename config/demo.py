@@ -1,4 +1,5 @@
-# A GPT small enough for two CPU cores, on the interpreter's own sources. `make demo` runs it.
+# A GPT small enough for two CPU cores, on the interpreter's own sources. `make demo` runs it, and
+# its base optimizer with --dopr=false.
 out_dir = "out/demo"
 dataset = "pystdlib"
 
@@ -10,9 +11,15 @@ bias = False
 
 batch_size = 32  # 4,096 tokens a step
 micro_batch_size = 32
-max_steps = 1200
-warmup_steps = 60
-lr = 3e-3
+max_steps = 500
+warmup_steps = 50
+eval_every = 250
+save_every = 250
 
-eval_every = 200
-save_every = 400
+optimizer = "muon"
+lr = 1e-2
+aux_lr = 4e-3
+dopr = True
+gamma = 0.1
+sigma_beta = 0.95
+refresh_every = 10

@@ -53,12 +53,13 @@ def evaluate(
             x, y = x.to(device), y.to(device)
             with autocast:
                 logits, _ = model(x)
+            losses = F.cross_entropy(  # (B T,), 0 where nothing is scored
+                logits.flatten(0, 1).float(), y.flatten(), ignore_index=IGNORE, reduction="none"
+            )
             scored = y != IGNORE  # (B, T)
-            targets = y[scored]  # (n,)
-            losses = F.cross_entropy(logits[scored].float(), targets, reduction="none")  # (n,)
             nats += losses.sum(dtype=torch.float64)
-            n_tokens += targets.numel()
-            n_bytes += sizes[targets].sum()
+            n_tokens += scored.sum()
+            n_bytes += sizes[y[scored]].sum()
     return _loss(nats.item(), int(n_tokens), int(n_bytes))
 
 

@@ -1,0 +1,168 @@
+"""Text from a trained run.
+
+    python -m eval.sample out/demo --prompt "def " --num_samples=3
+    python -m eval.sample out/demo --prompts prompts.jsonl --out samples.jsonl
+
+A prompts file holds one prompt a line, or JSON objects with the key "prompt" if its name ends in
+.jsonl. An empty prompt starts from end-of-text, as a document does.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint import CheckpointError
+from data.tokenizer import Tokenizer
+from eval.run import load_run
+from model import GPT, Sampling
+
+
+def sample(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    *,
+    how: Sampling,
+    seed: int,
+    max_new_tokens: int | None = None,
+    batch_size: int = 16,
+) -> Iterator[dict[str, Any]]:
+    """Rows {prompt, completion, ids}, in the order of the prompts, a batch at a time.
+
+    One generator, seeded once, serves all batches: a row's random numbers depend on the seed, on
+    its place among the prompts and on max_new_tokens (none given: what fits beside the longest
+    prompt), not on batch_size. ids are the new tokens; an end-of-text closes them, if it came.
+    Raises ValueError before any work if a prompt cannot be continued.
+    """
+    encoded = [tokenizer.encode(prompt) or [tokenizer.eot] for prompt in prompts]
+    longest = max(map(len, encoded), default=0)
+    room = model.config.block_size - longest
+    if room < (max_new_tokens or 1):
+        row = [len(ids) for ids in encoded].index(longest)
+        raise ValueError(
+            f"prompt {row + 1} has {longest} tokens and block_size is {model.config.block_size}: "
+            f"{max(room, 0)} new tokens fit, {max_new_tokens or 1} are wanted; shorten the prompt"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    for start in range(0, len(prompts), batch_size):
+        rows = slice(start, start + batch_size)
+        new = model.generate(
+            encoded[rows],
+            room if max_new_tokens is None else max_new_tokens,
+            generator=generator,
+            stop_token=tokenizer.eot,
+            **asdict(how),
+        )
+        for prompt, ids in zip(prompts[rows], new, strict=True):
+            text = tokenizer.decode(ids[:-1] if ids[-1] == tokenizer.eot else ids)
+            yield {"prompt": prompt, "completion": text, "ids": ids}
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts in a file; ValueError names the line that is none."""
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8 text") from None
+    if path.suffix != ".jsonl":
+        return lines
+    return [_prompt_of(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+
+
+def _prompt_of(line: str, where: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError):
+        prompt = None
+    if not isinstance(prompt, str):
+        raise ValueError(f'{where}: got {line[:60]!r}, wanted an object like {{"prompt": "def "}}')
+    return prompt
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.sample",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("run", help="an out_dir, or one checkpoint's folder")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", default="", help="one prompt; none: start from end-of-text")
+    source.add_argument("--prompts", type=Path, help="a file of prompts")
+    add("--out", type=Path, help="JSON lines to write instead of printing")
+    add("--num_samples", type=int, default=1, help="per prompt")
+    add("--max_new_tokens", type=int, help="at most; default: what fits into block_size")
+    add("--temperature", type=float, default=1.0)
+    add("--top_k", type=int, help="sample from the k likeliest tokens only")
+    add("--top_p", type=float, help="sample from the likeliest tokens that hold this mass only")
+    add("--greedy", action="store_true", help="always the likeliest token")
+    add("--seed", type=int, default=1337)
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("--batch_size", type=int, default=16)
+    add("--ema", action="store_true", help="the averaged weights")
+    return parser, parser.parse_args(argv)
+
+
+def pick_device(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device=cuda: torch finds no CUDA device here; use --device=cpu")
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check(arguments: argparse.Namespace) -> Sampling:
+    """The settings of sampling; ValueError before any work about an option that cannot be used."""
+    for key in ("num_samples", "batch_size", "max_new_tokens"):
+        if (value := getattr(arguments, key)) is not None and value < 1:
+            raise ValueError(f"--{key}={value}: must be at least 1")
+    if not 0 <= arguments.seed < 2**63:
+        raise ValueError(f"--seed={arguments.seed}: must be in [0, 2^63)")
+    if arguments.out and not arguments.out.parent.is_dir():
+        raise ValueError(f"--out={arguments.out}: there is no folder {arguments.out.parent}")
+    sampling = ("temperature", "top_k", "top_p", "greedy")
+    return Sampling(**{key: getattr(arguments, key) for key in sampling})
+
+
+def samples(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The rows that the command line asks for, with what it takes to make them again."""
+    how = check(arguments)
+    prompts = read_prompts(arguments.prompts) if arguments.prompts else [arguments.prompt]
+    run = load_run(arguments.run, device=pick_device(arguments.device), ema=arguments.ema)
+    limit, seed = arguments.max_new_tokens, arguments.seed
+    settings = asdict(how) | {"max_new_tokens": limit, "ema": arguments.ema}
+    for row in sample(
+        run.model,
+        run.tokenizer,
+        [prompt for prompt in prompts for _ in range(arguments.num_samples)],
+        how=how,
+        seed=seed,
+        max_new_tokens=limit,
+        batch_size=arguments.batch_size,
+    ):
+        yield row | {"step": run.step, "seed": seed, "settings": settings}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, arguments = parse(argv)
+    try:
+        rows = samples(arguments)
+        if arguments.out:
+            lines = [json.dumps(row) + "\n" for row in rows]
+            arguments.out.write_text("".join(lines), encoding="utf-8")
+            print(f"{len(lines)} samples written to {arguments.out}")
+        else:
+            for row in rows:
+                print(row["prompt"] + row["completion"], end="\n---\n")
+    except (CheckpointError, OSError, ValueError) as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

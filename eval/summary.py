@@ -1,0 +1,68 @@
+"""One table of what runs reached: `python -m eval.summary out/run1 out/run2 ...`"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+COLUMNS = ("run", "optimizer", "steps", "val loss", "bits/byte", "tokens/s")
+
+
+class SummaryError(ValueError):
+    """A folder without the records of a run."""
+
+
+def summarize(out_dir: Path) -> dict[str, Any]:
+    """What a run reached, from its metrics.jsonl and config.json.
+
+    Raises:
+        SummaryError: the folder holds no run, or one that was never validated.
+    """
+    try:
+        config = json.loads((out_dir / "config.json").read_text())
+        rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise SummaryError(f"{out_dir} holds no run ({error})") from error
+    val = [row for row in rows if row["kind"] == "val"]
+    if not val:
+        raise SummaryError(f"{out_dir} holds no validation yet")
+    speeds = [row["tokens_per_s"] for row in rows if row["kind"] == "train"]
+    return {
+        "run": str(out_dir),
+        "optimizer": ("dopr-" if config["dopr"] else "") + config["optimizer"],
+        "steps": val[-1]["step"],
+        "val loss": val[-1]["loss"],
+        "bits/byte": val[-1]["bits_per_byte"],
+        "tokens/s": statistics.median(speeds) if speeds else 0.0,
+    }
+
+
+def table(summaries: list[dict[str, Any]]) -> str:
+    """Aligned columns, one run a row."""
+    rows = [COLUMNS]
+    for each in summaries:
+        numbers = (
+            f"{each['val loss']:.4f}",
+            f"{each['bits/byte']:.4f}",
+            f"{each['tokens/s']:,.0f}",
+        )
+        rows.append((each["run"], each["optimizer"], str(each["steps"]), *numbers))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m eval.summary", description=__doc__)
+    parser.add_argument("out_dir", type=Path, nargs="+")
+    try:
+        print(table([summarize(path) for path in parser.parse_args(argv).out_dir]))
+    except SummaryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,134 @@
+"""`python -m eval.sample`: what it prints, what it writes, and how it refuses."""
+
+import json
+
+import pytest
+import torch
+
+import train
+from data.tokenizer import byte_tokenizer
+from eval.sample import main, read_prompts, sample
+from model import GPT, GPTConfig, Sampling
+from tests.tiny import argv
+
+TOKENIZER = byte_tokenizer()
+PROMPTS = ["alpha ", "", "b", "gamma beta"]
+
+
+@pytest.fixture(scope="module")
+def out_dir(dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sample") / "run"
+    assert train.main(argv(dataset, folder)) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(vocab_size=257, block_size=16, n_layer=1, n_head=2, n_embd=16))
+
+
+def rows(model, prompts=PROMPTS, **changes):
+    return list(sample(model, TOKENIZER, prompts, **{"how": Sampling(), "seed": 1} | changes))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_batch_size_does_not_change_the_samples(model, batch_size):
+    assert rows(model, batch_size=batch_size) == rows(model, batch_size=4)
+
+
+def test_the_seed_decides(model):
+    assert rows(model) == rows(model) != rows(model, seed=2)
+
+
+def test_samples_of_the_same_prompt_differ(model):
+    assert len({row["completion"] for row in rows(model, ["a"] * 8)}) > 1
+
+
+def test_without_a_limit_the_longest_prompt_fills_the_context(model):
+    settings = {"prompts": ["a", "gamma beta"], "how": Sampling(greedy=True)}
+    assert [len(row["ids"]) for row in rows(model, **settings)] == [6, 6]  # 16 - len("gamma beta")
+    assert [len(row["ids"]) for row in rows(model, **settings, max_new_tokens=3)] == [3, 3]
+
+
+def test_end_of_text_ends_a_sample_and_is_no_part_of_its_text(model, monkeypatch):
+    answer = [[*b"xy", TOKENIZER.eot], [*b"xyz"]]
+    monkeypatch.setattr(model, "generate", lambda *args, stop_token, **rest: answer)
+    assert [row["completion"] for row in rows(model, ["a", "b"])] == ["xy", "xyz"]
+
+
+def test_an_empty_prompt_starts_from_end_of_text(model, monkeypatch):
+    seen = []
+    generate = model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda p, *a, **k: seen.extend(p) or generate(p, *a, **k)
+    )
+    rows(model, ["", "a"])
+    assert seen == [[TOKENIZER.eot], [ord("a")]]
+
+
+def test_a_prompt_that_is_too_long_is_named(model):
+    with pytest.raises(ValueError, match="prompt 2 has 16 tokens and block_size is 16: 0 new"):
+        rows(model, ["a", "b" * 16])
+    with pytest.raises(ValueError, match="6 new tokens fit, 7 are wanted"):
+        rows(model, max_new_tokens=7)
+
+
+def test_prompts_come_one_a_line_or_as_json(tmp_path):
+    (tmp_path / "p.txt").write_text("one\n\n two \n")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a\\nb"}\n{"prompt": ""}\n')
+    assert read_prompts(tmp_path / "p.txt") == ["one", "", " two "]
+    assert read_prompts(tmp_path / "p.jsonl") == ["a\nb", ""]
+
+
+@pytest.mark.parametrize("line", ["[1]", '{"text": "a"}', '{"prompt": 3}', "{", ""])
+def test_a_line_without_a_prompt_is_named(tmp_path, line):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"p.jsonl:2: got .*, wanted an object"):
+        read_prompts(path)
+
+
+def test_the_command_prints_the_prompt_with_its_completions(out_dir, capsys):
+    main([str(out_dir), "--prompt=alph", "--num_samples=2", "--max_new_tokens=4", "--greedy"])
+    samples = capsys.readouterr().out.split("\n---\n")[:-1]
+    assert samples[0] == samples[1]
+    assert samples[0].startswith("alph")
+    assert len(samples[0]) > 4
+
+
+def test_the_command_writes_rows_that_say_how_to_make_them_again(out_dir, tmp_path):
+    (tmp_path / "prompts.txt").write_text("alpha\nbeta\n")
+    out = tmp_path / "samples.jsonl"
+    line = [str(out_dir), f"--prompts={tmp_path / 'prompts.txt'}", f"--out={out}", "--top_k=5"]
+    main([*line, "--num_samples=2", "--seed=3", "--batch_size=3"])
+    found = [json.loads(row) for row in out.read_text().splitlines()]
+    assert [row["prompt"] for row in found] == ["alpha", "alpha", "beta", "beta"]
+    assert {row["step"] for row in found} == {12}
+    assert {row["seed"] for row in found} == {3}
+    assert found[0]["settings"]["top_k"] == 5
+    assert all(TOKENIZER.decode(row["ids"]).startswith(row["completion"]) for row in found)
+
+
+BAD_LINES = {
+    "out/none": [],
+    "--batch_size=0: must be at least 1": ["--batch_size=0"],
+    "--seed=-1: must be in": ["--seed=-1"],
+    "top_p=0.0: must be in (0, 1]": ["--top_p=0"],
+    "block_size is 16: 0 new tokens fit": ["--prompt=0123456789abcdef"],
+    "no averaged weights": ["--ema"],
+    "none.txt: No such file": ["--prompts=none.txt"],
+    "there is no folder nowhere": ["--out=nowhere/samples.jsonl"],
+}
+
+
+@pytest.mark.parametrize("message", BAD_LINES)
+def test_what_cannot_be_done_is_one_line_and_exit_code_2(out_dir, message, capsys):
+    run = "out/none" if message == "out/none" else str(out_dir)
+    with pytest.raises(SystemExit) as stop:
+        main([run, *BAD_LINES[message]])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error

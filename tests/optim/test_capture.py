@@ -1,0 +1,245 @@
+"""What is captured, and when: eager, accumulation, checkpointing, autocast, copies, evaluation."""
+
+import copy
+import gc
+import io
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
+
+from optim import ActivationPreconditioner
+from tests.optim.models import (
+    backward,
+    covariance,
+    mlp,
+    randn,
+    recorded,
+    regression,
+    relative_error,
+)
+
+FP32 = 1e-6  # a few roundings
+
+
+def captured(model, **settings):
+    """The captures of the covered layers, by name."""
+    preconditioner = ActivationPreconditioner(model, gamma=0.1, **settings)
+    return {layer.name: layer.capture for layer in preconditioner.layers}
+
+
+def sigma(capture):
+    return capture.gram[0] / capture.count
+
+
+def test_sigma_is_the_second_moment_of_the_inputs():
+    model = mlp()
+    captures = captured(model)
+    with recorded(model[0], model[2]) as inputs:
+        backward(model)
+    for capture, calls in zip(captures.values(), inputs, strict=True):
+        assert capture.count == 64
+        assert relative_error(sigma(capture), covariance(*calls)) < FP32
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 7), (2, 5, 7), (2, 3, 5, 7), (0, 7)])
+@pytest.mark.parametrize("needs_input_gradient", [True, False])
+def test_gradients_with_capture_equal_those_without(shape, needs_input_gradient):
+    plain, layer = nn.Linear(7, 4), nn.Linear(7, 4)
+    layer.load_state_dict(plain.state_dict())
+    captures = captured(layer)
+    inputs = [randn(*shape, seed=1).requires_grad_(needs_input_gradient) for _ in range(2)]
+    for each, x in zip((plain, layer), inputs, strict=True):
+        each(x).square().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, plain.weight.grad)
+    torch.testing.assert_close(layer.bias.grad, plain.bias.grad)
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
+    assert captures[""].count == inputs[0].numel() // 7
+
+
+def test_gradients_of_a_float64_model_are_equal_to_fp64_rounding():
+    plain, model = mlp().double(), mlp().double()
+    captures = captured(model)
+    backward(plain)
+    backward(model)
+    for a, b in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-12, atol=1e-14)
+    assert captures["0"].gram.dtype == torch.float64
+
+
+def test_ragged_accumulation_equals_one_batch():
+    def after(parts):
+        model, x = mlp(), regression(n=60)[0]
+        preconditioner = ActivationPreconditioner(model, gamma=0.1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        preconditioner.attach(optimizer)
+        for part in x.split(parts):
+            (model(part).square().sum() / 60).backward()
+        counts = [int(layer.capture.count) for layer in preconditioner.layers]
+        optimizer.step()
+        return counts, [layer.sigma for layer in preconditioner.layers], model[0].weight.grad
+
+    counts, sigmas, M = after([60])
+    ragged_counts, ragged_sigmas, ragged_M = after([1, 26, 33])
+    assert ragged_counts == counts == [60, 60]
+    for a, b in zip(ragged_sigmas, sigmas, strict=True):
+        assert relative_error(a, b) < FP32
+    assert relative_error(ragged_M, M) < 1e-5  # FP32 times a condition number of about 60
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpointed_layer_counts_once(use_reentrant):
+    model = mlp()
+    captures = captured(model)
+    x = regression()[0].requires_grad_()
+    checkpoint(model, x, use_reentrant=use_reentrant).square().sum().backward()
+    assert [int(capture.count) for capture in captures.values()] == [64, 64]
+    assert relative_error(sigma(captures["0"]), covariance(x.detach())) < FP32
+
+
+def test_evaluation_in_between_changes_nothing():
+    model = mlp()
+    captures = captured(model)
+    backward(model)
+    before = {name: capture.gram.clone() for name, capture in captures.items()}
+    model.eval()(regression(1)[0])  # with gradients on, but no backward
+    with torch.no_grad():
+        model(regression(2)[0])
+    with torch.inference_mode():
+        model(regression(3)[0])
+    assert all(torch.equal(captures[name].gram, gram) for name, gram in before.items())
+
+
+def test_a_layer_called_twice_captures_both_inputs():
+    layer = nn.Linear(6, 6)
+    captures = captured(layer)
+    with recorded(layer) as (calls,):
+        layer(torch.tanh(layer(randn(9, 6, seed=1)))).sum().backward()
+    assert captures[""].count == 18
+    assert relative_error(sigma(captures[""]), covariance(*calls)) < FP32
+
+
+def test_a_second_backward_counts_tokens_as_often_as_it_adds_gradient():
+    model = mlp()
+    captures = captured(model)
+    loss = model(regression()[0]).square().mean()
+    loss.backward(retain_graph=True)
+    once = captures["0"].gram.clone()
+    loss.backward()
+    assert captures["0"].count == 128
+    assert torch.equal(captures["0"].gram, 2 * once)
+
+
+def test_a_gradient_of_a_gradient_is_refused():
+    model = mlp()
+    captured(model)
+    x = regression()[0].requires_grad_()
+    (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
+def test_a_layer_that_is_frozen_for_a_pass_does_not_capture_it():
+    model = mlp()
+    captures = captured(model)
+    model[2].requires_grad_(False)  # as a GAN does with its discriminator
+    backward(model)
+    assert [int(capture.count) for capture in captures.values()] == [64, 0]
+    model[2].requires_grad_(True)
+    backward(model)
+    assert [int(capture.count) for capture in captures.values()] == [128, 64]
+
+
+@pytest.mark.parametrize("backward_inside", [True, False])
+def test_under_bf16_autocast_the_weight_gradient_and_sigma_are_fp32(backward_inside):
+    layer, z, grad_y = nn.Linear(64, 32), randn(128, 64, seed=1), randn(128, 32, seed=2)
+    captures = captured(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(z)
+        loss = (y.float() * grad_y).sum()
+        if backward_inside:
+            loss.backward()
+    if not backward_inside:
+        loss.backward()
+    z64, grad_y64 = z.bfloat16().double(), grad_y.bfloat16().double()
+    assert y.dtype == torch.bfloat16
+    assert relative_error(layer.weight.grad, grad_y64.mT @ z64) < FP32  # in bf16: 3e-3
+    assert relative_error(layer.bias.grad, grad_y64.sum(0)) < FP32
+    assert relative_error(sigma(captures[""]), covariance(z64)) < FP32
+
+
+def test_backward_under_autocast_of_an_fp32_forward_stays_fp32():
+    layer, z, grad_y = nn.Linear(64, 32), randn(128, 64, seed=1), randn(128, 32, seed=2)
+    captures = captured(layer)
+    y = layer(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        y.backward(grad_y)
+    assert relative_error(layer.weight.grad, grad_y.double().mT @ z.double()) < FP32
+    assert relative_error(sigma(captures[""]), covariance(z)) < FP32
+
+
+def test_autocast_without_gradients_gives_the_same_output():
+    layer, z = nn.Linear(64, 32), randn(128, 64, seed=1)
+    captured(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(z)
+        with torch.no_grad():
+            assert torch.equal(layer(z), y)
+
+
+def pickled(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, lambda m: AveragedModel(m).module])
+def test_a_copy_of_the_model_is_plain(copied):
+    model = mlp()
+    captures = captured(model)
+    twin = copied(model)
+    backward(twin)
+    assert all(capture.count == 0 for capture in captures.values())
+    assert relative_error(twin(regression()[0]), model(regression()[0])) == 0
+    assert len(captured(twin)) == 2  # it can have a preconditioner of its own
+    backward(twin)
+    assert all(capture.count == 0 for capture in captures.values())
+
+
+def test_captures_keep_no_graph_alive():
+    model = mlp()
+    captures = captured(model)
+    x = regression()[0].requires_grad_()
+    y = model(x)
+    node = weakref.ref(y.grad_fn)
+    y.sum().backward()
+    del y
+    gc.collect()
+    assert node() is None
+    assert all(capture.gram.grad_fn is None for capture in captures.values())
+
+
+def test_the_state_dict_of_the_model_is_unchanged():
+    model = mlp()
+    before = list(model.state_dict())
+    captured(model)
+    assert list(model.state_dict()) == before
+
+
+def test_token_stride_reaches_every_position_as_steps_go_on():
+    layer = nn.Linear(8, 3, bias=False)
+    preconditioner = ActivationPreconditioner(layer, gamma=0.1, token_stride=4)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    preconditioner.attach(optimizer)
+    sampled = []
+    for _ in range(4):
+        layer(torch.eye(8).expand(2, 8, 8)).sum().backward()  # token t is the unit vector e_t
+        sampled.append(preconditioner.layers[0].capture.gram[0].diagonal() > 0)
+        assert preconditioner.layers[0].capture.count == 4  # one in four of 2 x 8
+        optimizer.step()
+    assert torch.stack(sampled).any(0).all()
+    assert not torch.equal(sampled[0], sampled[1])
