@@ -295,11 +295,11 @@ def describe(config: Config, origins: dict[str, str]) -> str:
 def describe_changes(saved: dict[str, Any], config: Config) -> str:
     """The settings in which a resumed run differs from the one that wrote its checkpoint."""
     rows = [
-        f"  warning: {key} was {saved.get(key)!r} and is {value!r} from here on"
+        f"  warning: {key} was {saved.get(key)!r} and is {value!r} from here on\n"
         for key, value in dataclasses.asdict(config).items()
         if key not in RUN_ONLY and saved.get(key) != value
     ]
-    return "\n".join(rows)
+    return "".join(rows)
 
 
 def help_text() -> str:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +26,29 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
-        given = {key: getattr(self, key) for key in sizes}
-        whole_heads = self.n_head < 1 or self.n_embd % self.n_head == 0
-        _require(
-            {f"{key}={size}: must be at least 1": size >= 1 for key, size in given.items()}
-            | {f"n_embd={self.n_embd}: must be divisible by n_head={self.n_head}": whole_heads}
-            | {f"dropout={self.dropout}: must be in [0, 1)": 0 <= self.dropout < 1}
-        )
+        given = ((key, getattr(self, key)) for key in sizes)
+        claims = {f"{key}={size}: must be at least 1": size >= 1 for key, size in given}
+        divides = self.n_head < 1 or self.n_embd % self.n_head == 0
+        claims[f"n_embd={self.n_embd}: must be divisible by n_head={self.n_head}"] = divides
+        claims[f"dropout={self.dropout}: must be in [0, 1)"] = 0 <= self.dropout < 1
+        _require(claims)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn; the defaults are the model's own distribution."""
+
+    temperature: float = 1.0
+    top_k: int | None = None  # only the k likeliest tokens
+    top_p: float | None = None  # of these, only the fewest likeliest that hold this mass (nucleus)
+    greedy: bool = False  # the likeliest token, whatever the rest says
+
+    def __post_init__(self) -> None:
+        t, k, p = self.temperature, self.top_k, self.top_p
+        claims = {f"temperature={t}: must be positive and finite": 0 < t < math.inf}
+        claims[f"top_k={k}: must be at least 1"] = k is None or k >= 1
+        claims[f"top_p={p}: must be in (0, 1]"] = p is None or 0 < p <= 1
+        _require(claims)
 
 
 class KVCache:
@@ -51,12 +68,8 @@ class KVCache:
 
     def begin(self, t: int) -> Tensor:
         """Positions (B, t) of the next t tokens of each row; sets what they may attend to."""
-        block_size = self.kv.size(4)
-        if self.longest + t > block_size:
-            raise ValueError(
-                f"the longest row holds {self.longest} tokens and {t} more were given, but "
-                f"block_size is {block_size}: at most {block_size - self.longest} fit"
-            )
+        room = self.kv.size(4) - self.longest  # block_size less what the longest row holds
+        _require({f"{t} more tokens were given, but only {room} fit into block_size": t <= room})
         self.width = self.longest + t  # no row has a key at or beyond this column
         columns = torch.arange(self.width, device=self.kv.device)
         self.positions = self.lengths[:, None] + columns[:t]  # (B, t)
@@ -158,19 +171,16 @@ class GPT(nn.Module):
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits (B, T, V) of idx (B, T), and the mean cross-entropy in nats of scored targets.
 
-        Raises:
-            ValueError: idx is longer than block_size.
+        Raises ValueError if idx is longer than block_size.
         """
-        B, T = idx.shape
+        T = idx.size(1)
         if T > self.config.block_size:
             raise ValueError(f"got {T} tokens a row, but block_size is {self.config.block_size}")
         hidden = self._hidden(idx, torch.arange(T, device=idx.device))
-        logits = self.logits(hidden)
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(
-            logits.view(B * T, -1), targets.reshape(-1), ignore_index=IGNORE
-        )
+        logits, loss = self.logits(hidden), None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+        return logits, loss
 
     def _hidden(self, idx: Tensor, positions: Tensor, cache: KVCache | None = None) -> Tensor:
         """Final hidden states (B, T, C) of tokens idx (B, T) at positions (T,) or (B, T)."""
@@ -192,15 +202,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def step(self, idx: Tensor, cache: KVCache, lengths: Tensor | None = None) -> Tensor:
-        """Logits (B, t, V) of t more tokens a row, read at each row's own position.
+        """Logits (B, t, V) of t more tokens idx (B, t) a row, read at each row's own position.
 
-        Args:
-            idx: (B, t) next tokens; rows with fewer than t are padded on the right with any id.
-            cache: what the rows have read so far; advances.
-            lengths: (B,) how many of a row's t tokens are real, 0 to t; none given: all of them.
-                Logits at padding mean nothing.
-        Raises:
-            ValueError: the t tokens, padding included, do not fit into block_size.
+        Rows with fewer than t tokens are padded on the right with any id: `lengths` (B,) says how
+        many are real (none given: all), and logits at padding mean nothing. The cache advances.
+        Raises ValueError if t tokens, padding included, do not fit into block_size.
         """
         return self.logits(self._read(idx, cache, lengths))
 
@@ -215,71 +221,62 @@ class GPT(nn.Module):
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        greedy: bool = False,
         generator: torch.Generator | None = None,
         stop_token: int | None = None,
+        **sampling: Any,  # the fields of `Sampling`
     ) -> list[list[int]]:
         """New tokens of each prompt: `max_new_tokens`, or fewer if `stop_token` (kept) ends them.
 
         The random numbers, one per row and step, are drawn before the first step and row by row.
         So batches that share one CPU generator give the same samples whatever the batch size, up to
         rounding of the logits; and two models that get the same seed get the same numbers.
-
-        Raises:
-            ValueError: settings that mean nothing, or a prompt that is empty, holds an unknown id,
-                or leaves no room for `max_new_tokens`.
+        Raises ValueError if a setting means nothing, or if a prompt is empty, holds an unknown id,
+        or leaves no room for `max_new_tokens`.
         """
-        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "greedy": greedy}
-        check_sampling(**sampling)
+        how = Sampling(**sampling)
         self._check_prompts(prompts, max_new_tokens)
         shape, device = (len(prompts), max_new_tokens), generator.device if generator else "cpu"
         uniforms = torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
         with eval_mode(self):
-            tokens = self._generate(prompts, uniforms, stop_token, sampling)  # (B, steps)
-        return [_until(stop_token, row) for row in tokens.tolist()]
+            tokens = self._generate(prompts, uniforms, stop_token, how).tolist()  # (B, steps)
+        return [row[: row.index(stop_token) + 1] if stop_token in row else row for row in tokens]
 
     def _generate(
-        self, prompts: Sequence[Sequence[int]], uniforms: Tensor, stop: int | None, sampling: dict
+        self, prompts: Sequence[Sequence[int]], uniforms: Tensor, stop: int | None, how: Sampling
     ) -> Tensor:
         """Reads the prompts, then one token a step for all rows; a row that stopped repeats it."""
         cache = self.make_cache(len(prompts))
-        device = cache.kv.device
+        device, longest = cache.kv.device, max(map(len, prompts))
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
-        padded = [[*prompt, *[0] * (int(lengths.max()) - len(prompt))] for prompt in prompts]
+        padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
         hidden = self._read(torch.tensor(padded, device=device), cache, lengths)  # (B, t, C)
         hidden = hidden[cache.rows[:, 0], lengths - 1]  # (B, C)
         tokens: list[Tensor] = []  # (B,) each
         for u in uniforms.to(device).unbind(1):
             if tokens:
                 hidden = self._read(tokens[-1][:, None], cache)[:, 0]
-            new = sample_tokens(self.logits(hidden), u, **sampling)
+            new = sample_tokens(self.logits(hidden), u, how)
             if stop is not None and tokens:
-                new = torch.where(tokens[-1] == stop, stop, new)
+                new = new.masked_fill(tokens[-1] == stop, stop)
             tokens.append(new)
             if stop is not None and bool((new == stop).all()):
                 break
         return torch.stack(tokens, dim=1)
 
     def _check_prompts(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-        V, room = self.config.vocab_size, self.config.block_size
-        longest = max(map(len, prompts), default=0)
+        V, longest = self.config.vocab_size, max(map(len, prompts), default=0)
+        room = self.config.block_size - longest
         empty = [row for row, prompt in enumerate(prompts) if not prompt]
         unknown = [row for row, prompt in enumerate(prompts) if any(not 0 <= i < V for i in prompt)]
-        _require(
-            {
-                "no prompts were given": len(prompts) > 0,
-                f"prompts {empty} are empty: start them with the end-of-text token": not empty,
-                f"prompts {unknown} hold ids outside the vocabulary [0, {V})": not unknown,
-                f"max_new_tokens={max_new_tokens}: must be at least 1": max_new_tokens >= 1,
-                f"max_new_tokens={max_new_tokens}: the longest prompt has {longest} tokens and "
-                f"block_size is {room}, so {max(room - longest, 0)} new tokens fit": (
-                    longest + max_new_tokens <= room
-                ),
-            }
-        )
+        claims = {"no prompts were given": len(prompts) > 0}
+        claims[f"prompts {empty} are empty: start them with end-of-text"] = not empty
+        claims[f"prompts {unknown} hold ids that are not in the vocabulary [0, {V})"] = not unknown
+        claims[f"max_new_tokens={max_new_tokens}: must be at least 1"] = max_new_tokens >= 1
+        claims[
+            f"max_new_tokens={max_new_tokens}: the longest prompt has {longest} tokens, so "
+            f"{max(room, 0)} new tokens fit into block_size={self.config.block_size}"
+        ] = max_new_tokens <= room
+        _require(claims)
 
     def n_parameters(self) -> int:
         """Number of weights; a tied head counts once."""
@@ -309,51 +306,23 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def check_sampling(
-    *, temperature: float, top_k: int | None, top_p: float | None, greedy: bool
-) -> None:
-    """ValueError naming every setting of `sample_tokens` that means nothing."""
-    _require(
-        {
-            f"temperature={temperature}: must be positive": 0 < temperature < math.inf,
-            f"top_k={top_k}: must be at least 1": top_k is None or top_k >= 1,
-            f"top_p={top_p}: must be in (0, 1]": top_p is None or 0 < top_p <= 1,
-        }
-    )
-
-
-def sample_tokens(
-    logits: Tensor,
-    uniforms: Tensor,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    greedy: bool = False,
-) -> Tensor:
+def sample_tokens(logits: Tensor, uniforms: Tensor, how: Sampling) -> Tensor:
     """Next tokens (B,) of logits (B, V), by inversion: the first whose cumulative p exceeds u.
 
-    p = softmax(logits / temperature), cut to the top_k likeliest tokens, then to the nucleus: the
-    fewest likeliest tokens that hold top_p of the mass. uniforms: (B,) float64 in [0, 1).
+    uniforms: (B,) float64 in [0, 1), on the logits' device; equal ones are common random numbers.
     """
-    if greedy:
+    if how.greedy:
         return logits.argmax(dim=-1)
-    values, ids = logits.float() / temperature, None
-    if top_k is not None or top_p is not None:
-        V = values.size(-1)
-        values, ids = values.topk(min(top_k or V, V), dim=-1)  # likeliest first
+    values, ids, V = logits.float() / how.temperature, None, logits.size(-1)
+    if how.top_k is not None or how.top_p is not None:
+        values, ids = values.topk(min(how.top_k or V, V), dim=-1)  # likeliest first
     p = values.softmax(dim=-1)
     cdf = p.cumsum(dim=-1, dtype=torch.float64)
-    if top_p is not None:
-        cdf = (p * (cdf - p < top_p)).cumsum(dim=-1, dtype=torch.float64)
+    if how.top_p is not None:
+        cdf = (p * (cdf - p < how.top_p)).cumsum(dim=-1, dtype=torch.float64)
     target = uniforms[:, None] * cdf[:, -1:]  # below the last value of cdf, as u < 1
     chosen = torch.searchsorted(cdf, target, right=True)  # (B, 1)
     return (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
-
-
-def _until(stop: int | None, tokens: list[int]) -> list[int]:
-    """The tokens up to the first `stop`, which is kept."""
-    return tokens[: tokens.index(stop) + 1] if stop in tokens else tokens
 
 
 def _require(claims: dict[str, bool]) -> None:

@@ -5,6 +5,7 @@ when it fails, that is reported once and it is switched off.
 """
 
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -76,6 +77,7 @@ class RunLog:
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One row of metrics.jsonl, and the same to wandb."""
+        values = {key: _finite(value) for key, value in values.items()}
         row = {"kind": kind, "step": step, **values}
         self._file.write(json.dumps(row) + "\n")
         if self._wandb is not None and kind != "run":
@@ -127,6 +129,11 @@ class RunLog:
                 self._wandb.finish()
             except Exception as error:
                 print(f"warning: wandb did not finish ({error})")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they are written as null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _forget_after(path: Path, step: int) -> None:

@@ -1,7 +1,8 @@
-"""Train a GPT-2: settings, data, model, optimizers, resume, loop, finish. Read it top to bottom.
+"""Train a GPT-2: settings, data, model, optimizers, resume, loop. Read it top to bottom.
 
-python train.py config/demo.py
-python train.py config/gpt2_adamw.py --lr=3e-4 --max_steps=2e3
+Usage:
+    python train.py config/demo.py
+    python train.py config/gpt2_adamw.py --lr=3e-4 --max_steps=2e3
 """
 
 import os
@@ -79,9 +80,9 @@ def train(config: Config, stop: StopRequest) -> int:
     print(describe_groups(optimizers))
     preconditioner = None
     if config.dopr:
-        preconditioner = ActivationPreconditioner(model, **dopr_settings(config)).attach(
-            *optimizers
-        )
+        preconditioner = ActivationPreconditioner(model, **dopr_settings(config))
+        preconditioner.attach(*optimizers)
+        print(preconditioner.summary())
     forward = torch.compile(model) if config.compile else model
 
     # -- resume: from here on, `state` is all that changes
@@ -90,7 +91,7 @@ def train(config: Config, stop: StopRequest) -> int:
     if resumed:
         state.restore(resumed)
         print(f"resumed {resumed.path} at step {state.step}")
-        print(describe_changes(resumed.manifest["config"], config))
+        print(describe_changes(resumed.manifest["config"], config), end="")
     batches = train_batches(
         dataset,
         batch_size=config.batch_size,
@@ -151,11 +152,6 @@ def train(config: Config, stop: StopRequest) -> int:
                     micro_loss = micro_loss / accumulation
                 micro_loss.backward()
                 loss += micro_loss.detach()
-                if stop:
-                    break
-            if stop:  # this step never happened
-                model.zero_grad()
-                continue
             parameters = [p for p in model.parameters() if p.grad is not None]
             grad_norm = get_total_norm([p.grad for p in parameters])
             if config.grad_clip:

@@ -5,18 +5,15 @@ dtype = "bfloat16"
 compile = True
 loader_workers = 1
 bias = False
-
 batch_size = 512  # sequences of 1,024: 524,288 tokens a step
 micro_batch_size = 32
 max_steps = 19_073  # 10B tokens
 warmup_steps = 700
-
 optimizer = "muon"
 lr = 2e-3  # with muon_scale = match_rms
 aux_lr = 6e-4
 weight_decay = 0.1
 eval_batches = 160
-
 # DoPr, fast mode. Exact mode (the paper's) is the defaults: every token, every step, dense Σ; that
 # costs a fifth of a step. One token in 8 of every tenth step is still 85 tokens per feature.
 dopr = True

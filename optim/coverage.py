@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from optim.capture import is_replaced
 
-
 USUAL = (nn.Linear, nn.Conv2d, nn.Embedding)
 
 

@@ -88,10 +88,12 @@ class ActivationPreconditioner:
         covered, self._not_covered = find_layers(
             model, include=include, exclude=exclude, embeddings=embeddings
         )
-        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+        self._shapes = {
+            name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)
+        }
         self.layers = [Layer(each, block_diagonal, token_stride) for each in covered]
         self._hooks: list[Any] = []
-        self._versions = WeakTensorKeyDictionary()  # of the gradients that are M already
+        self._written = WeakTensorKeyDictionary()  # gradients that are M: version, tokens so far
         for layer in self.layers:
             install(layer.covered.module, layer.capture)
 
@@ -166,6 +168,12 @@ class ActivationPreconditioner:
             rows.append({"name": name, "shape": self._shapes.get(name), "reason": reason, **blank})
         return rows
 
+    def summary(self) -> str:
+        """What is covered and what is not, for people; see `report` for every number."""
+        n_bytes = sum(row["bytes"] for row in (layer.report() for layer in self.layers))
+        reasons = "".join(f"\n  not {name}: {why}" for name, why in self._not_covered.items())
+        return f"DoPr covers {len(self.layers)} weights, {n_bytes / 2**20:.1f} MiB{reasons}"
+
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]):
         """The hook: precondition the gradients, or wrap the closure that will compute them."""
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -202,7 +210,7 @@ class ActivationPreconditioner:
         layers = [
             layer
             for layer in self.layers
-            if layer.covered.weight in owned and not self._is_done(layer.covered.weight.grad)
+            if layer.covered.weight in owned and not self._is_done(layer)
         ]
         refreshed = refresh([layer for layer in layers if self._is_due(layer)], self.settings)
         for layer in layers:
@@ -213,14 +221,17 @@ class ActivationPreconditioner:
                 if layer in refreshed:
                     layer.norm_ratio = norm_ratio(M, G)
                 layer.covered.write(M, grad)
-                self._versions[grad] = grad._version
+                self._written[grad] = grad._version, layer.capture.count.clone()
             layer.step += 1
             self._schedule_next(layer)
 
-    def _is_done(self, grad: Tensor | None) -> bool:
-        """Whether `grad` is M already, untouched since: a `step` that calls its parent's `step`
-        comes here twice."""
-        return grad is not None and self._versions.get(grad) == grad._version
+    def _is_done(self, layer: Layer) -> bool:
+        """Whether the gradient is M already: a `step` that calls its parent's comes here twice."""
+        grad = layer.covered.weight.grad
+        if grad is None or grad not in self._written:
+            return False
+        version, count = self._written[grad]
+        return grad._version == version and torch.equal(layer.capture.count, count)
 
     def _is_due(self, layer: Layer) -> bool:
         return layer.step >= layer.next_refresh

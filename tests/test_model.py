@@ -221,6 +221,16 @@ def test_writing_past_block_size_raises():
     assert model.step(tokens(2, 1), cache).shape == (2, 1, 61)
 
 
+def test_padding_takes_no_room_in_the_cache():
+    model, x = gpt(), tokens(2, 16)
+    cache = model.make_cache(2)
+    model.step(x[:, :12], cache, torch.tensor([3, 2]))
+    with pytest.raises(ValueError, match="only 13 fit"):
+        model.step(x[:, :14], cache)
+    logits = model.step(x[:, 3:], cache)
+    torch.testing.assert_close(logits[0], model(x[:1])[0][0, 3:], rtol=0, atol=CACHE_ATOL)
+
+
 def test_the_cache_works_under_autocast():
     model, x = gpt(), tokens(2, 8)
     with torch.autocast("cpu", torch.bfloat16):
@@ -279,12 +289,13 @@ def test_a_row_ends_with_its_stop_token_and_the_others_go_on():
 
 
 def test_generation_ends_early_when_every_row_has_stopped(monkeypatch):
-    model, steps = gpt(), []
-    stop = model.generate([PROMPTS[0]], 8, greedy=True)[0][2]
-    read = model._read
-    monkeypatch.setattr(model, "_read", lambda *args: steps.append(1) or read(*args))
-    row = model.generate([PROMPTS[0]], 8, greedy=True, stop_token=stop)[0]
-    assert len(steps) == len(row) <= 3
+    model, steps, read = gpt(), [], GPT._read
+    first, second = model.generate([PROMPTS[0], PROMPTS[2]], 11, greedy=True)
+    stop = next(token for token in first if token in second)
+    monkeypatch.setattr(model, "_read", lambda *args: steps.append(1) or read(model, *args))
+    rows = model.generate([PROMPTS[0], PROMPTS[2]], 11, greedy=True, stop_token=stop)
+    assert len(rows[0]) != len(rows[1])  # the first to stop waits for the other
+    assert len(steps) == max(map(len, rows)) < 11
 
 
 def test_generation_past_block_size_says_how_many_tokens_fit():
@@ -360,10 +371,11 @@ def test_tokens_come_as_often_as_the_settings_say(settings, wanted):
     torch.testing.assert_close(drawn, wanted, rtol=0, atol=2e-5)  # 1 / n a boundary
 
 
-def test_the_largest_uniform_number_draws_no_forbidden_token():
-    u = torch.tensor([1 - 2**-53], dtype=torch.float64)
-    for V in (3, 1000, 50257):
-        logits = torch.randn(1, V, generator=torch.Generator().manual_seed(V))
-        logits[:, -2:] = -torch.inf
-        assert sample_tokens(logits, u, Sampling()).item() < V - 2
-        assert sample_tokens(logits, u, Sampling(top_p=0.9)).item() < V - 2
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-53])
+@pytest.mark.parametrize("V", [5, 1000, 50257])
+def test_the_extreme_uniform_numbers_draw_no_forbidden_token(u, V):
+    logits = torch.randn(1, V, generator=torch.Generator().manual_seed(V))
+    logits[:, :2] = logits[:, -2:] = -torch.inf
+    for how in (Sampling(), Sampling(top_p=0.9), Sampling(top_k=V)):
+        token = sample_tokens(logits, torch.tensor([u], dtype=torch.float64), how).item()
+        assert 2 <= token < V - 2

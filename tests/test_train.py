@@ -78,11 +78,12 @@ def request_stop_after(patch, step):
 @pytest.mark.parametrize("where", ["evaluate", "backward"])
 def test_a_stop_inside_validation_or_a_step_loses_and_doubles_nothing(dataset, tmp_path, where):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train.main(argv(dataset, whole, dropout=0.1)) == 0
+    changes = {"dropout": 0.1, "dopr": True, "refresh_every": 3}
+    assert train.main(argv(dataset, whole, **changes)) == 0
     with pytest.MonkeyPatch.context() as patch:
         stop_inside(patch, where)
-        assert train.main(argv(dataset, parts, dropout=0.1)) == 128 + signal.SIGINT
-    assert train.main(argv(dataset, parts, dropout=0.1)) == 0
+        assert train.main(argv(dataset, parts, **changes)) == 128 + signal.SIGINT
+    assert train.main(argv(dataset, parts, **changes)) == 0
     assert weights(parts, 12) == weights(whole, 12)
     assert losses(parts) == losses(whole)
 
