@@ -89,7 +89,7 @@ def _read_weights(path: Path, tie_weights: bool) -> dict[str, Tensor]:
             continue
         ours = key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
         transposed = TRANSPOSED.search(ours) and tensor.dim() == 2
-        weights[ours] = (tensor.T if transposed else tensor).float().contiguous()
+        weights[ours] = tensor.T if transposed else tensor
     return weights
 
 

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 import train
 from data.tokenizer import END_OF_TEXT, byte_tokenizer, char_tokenizer, gpt2_tokenizer, train_bpe
+from data.tokenizer import Tokenizer as OurTokenizer
 from eval.hf import _tokenizer_json, export_hf, load_hf, main
 from eval.run import load_run
 from model import GPT, GPTConfig
@@ -232,6 +233,13 @@ def test_merges_of_the_same_letters_happen_in_the_same_order(text, corpus):
     ours = train_bpe([corpus * 3], 257 + 4)
     theirs = Tokenizer.from_str(_tokenizer_json(ours))
     assert theirs.encode(text).ids == ours.encode(text)
+
+
+def test_a_token_that_no_merge_makes_is_found_whole():
+    ranks = {bytes([value]): value for value in range(256)} | {b"abc": 256}
+    ours = OurTokenizer("whole", r"\w+|\W+", ranks)
+    assert ours.encode("abc abcd") == [256, *b" abcd"]
+    assert Tokenizer.from_str(_tokenizer_json(ours)).encode("abc abcd").ids == [256, *b" abcd"]
 
 
 def test_a_character_vocabulary_is_exported_too(tmp_path):
