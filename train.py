@@ -27,14 +27,7 @@ from checkpoint import (
     open_checkpoint,
     write_atomic,
 )
-from configurator import (
-    Config,
-    ConfigError,
-    describe,
-    describe_changes,
-    load_config,
-    to_json,
-)
+from configurator import describe, describe_changes, load_config, to_json
 from data.dataset import DataError, Dataset, open_dataset
 from data.loader import train_batches, val_batches
 from eval.hf import load_hf
@@ -45,6 +38,7 @@ from optim.build import build_optimizers, describe_groups
 from optim.schedule import lr_scale
 from optim.statistics import settings_problems
 from runlog import RunLog, environment, mfu
+from settings import Config, ConfigError
 from state import TrainState
 from stopping import StopRequest
 

@@ -6,15 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from configurator import (
-    FIELDS,
-    Config,
-    ConfigError,
-    describe,
-    describe_changes,
-    load_config,
-    to_json,
-)
+from configurator import describe, describe_changes, load_config, to_json
+from settings import FIELDS, Config, ConfigError
 
 
 def write(path: Path, text: str) -> str:

@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LOWER = {  # part of the house -> the parts that it may import
-    "configurator": set(),
+    "settings": set(),
+    "configurator": {"settings"},
     "stopping": set(),
     "runlog": set(),
     "kernels": set(),
@@ -19,8 +20,8 @@ LOWER = {  # part of the house -> the parts that it may import
     "checkpoint": set(),
     "state": {"checkpoint", "optim"},
     "eval": {"model", "data", "checkpoint"},
-    "train": {"configurator", "stopping", "runlog", "model", "optim", "data", "checkpoint", "state"}
-    | {"eval"},
+    "train": {"settings", "configurator", "stopping", "runlog", "model", "optim", "data"}
+    | {"checkpoint", "state", "eval"},
 }
 
 
@@ -50,8 +51,9 @@ def test_every_part_of_the_house_has_a_floor():
     assert parts - {"tests", "bench"} == LOWER.keys()
 
 
-def test_the_configurator_needs_only_the_standard_library():
-    assert imports(ROOT / "configurator.py") <= sys.stdlib_module_names
+def test_the_settings_need_only_the_standard_library():
+    for name in ("settings", "configurator"):
+        assert imports(ROOT / f"{name}.py") <= {*sys.stdlib_module_names, "settings"}
 
 
 def test_the_model_needs_only_torch():

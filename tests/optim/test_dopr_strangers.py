@@ -28,7 +28,7 @@ OPTIMIZERS = {
     "Adam": (torch.optim.Adam, {"amsgrad": True}),
     "RMSprop": (torch.optim.RMSprop, {"lr": 1e-3}),
     "NAdam": (torch.optim.NAdam, {}),
-    "RAdam": (torch.optim.RAdam, {}),
+    "RAdam": (torch.optim.RAdam, {"lr": 5e-2}),
     "Adagrad": (torch.optim.Adagrad, {}),
     "Adadelta": (torch.optim.Adadelta, {"lr": 1.0}),
     "Adamax": (torch.optim.Adamax, {}),
@@ -45,7 +45,7 @@ OTHERS = {
     "AdEMAMix": {},
     "CAME": {"lr": 1e-3},
     "DAdaptAdam": {"lr": 1.0},
-    "Kron": {},
+    "Kron": {"balance_prob": 0.0},  # else it draws from a generator of its own
     "Lamb": {},
     "LARS": {"lr": 1.0},
     "Lion": {},

@@ -1,0 +1,147 @@
+"""Every setting of a run, with its default, its meaning, and what it must not be."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+
+class ConfigError(ValueError):
+    """Settings that cannot be used; the message lists every problem found."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    # -- run
+    out_dir: str = "out/run"  # everything the run writes: config, metrics, checkpoints
+    resume: str = "auto"  # auto: newest good checkpoint in out_dir | never | a checkpoint's path
+    init_from: str = ""  # local Hugging Face GPT-2 folder to start the weights from; empty: random
+    seed: int = 1337  # weights, data order and dropout are functions of (seed, step)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the forward pass; weights are fp32
+    compile: bool = False  # torch.compile the model
+    deterministic: bool = False  # deterministic algorithms only (slower on a GPU)
+    # -- data
+    dataset: str = "pystdlib"  # a name under data/ or a folder with meta.json
+    loader_workers: int = 0  # processes that read ahead
+    # -- model
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    block_size: int = 1024  # tokens of context
+    dropout: float = 0.0
+    bias: bool = True  # in linear layers and LayerNorms
+    tie_weights: bool = True  # output head = token embedding
+    # -- batch
+    batch_size: int = 512  # sequences per optimizer step, over all devices
+    micro_batch_size: int = 16  # sequences per device per forward; accumulation is derived
+    # -- optimizer
+    optimizer: Literal["adamw", "sgd", "signum", "muon", "adamuon"] = "adamw"
+    lr: float = 6e-4
+    aux_lr: float | None = (
+        None  # AdamW on embeddings, head, gains beside muon and adamuon; none: 6e-4
+    )
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    momentum: float = 0.95  # sgd, signum, muon, adamuon
+    nesterov: bool = True  # muon, adamuon
+    muon_scale: Literal["spectral", "match_rms", "original"] = "match_rms"  # of muon's update
+    coefficients: Literal["polar_express", "quintic"] = "polar_express"  # of muon and adamuon
+    ns_steps: int = 5  # Newton-Schulz steps of muon and adamuon
+    ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of these steps
+    grad_clip: float = 1.0  # global norm of the raw gradient; 0: off
+    # -- DoPr: activation preconditioning in front of the optimizer (optim/dopr.py says it all)
+    dopr: bool = False
+    gamma: float = 0.1  # damping relative to the mean eigenvalue of Σ
+    sigma_beta: float | None = None  # average of Σ over refreshes; none: only the newest
+    refresh_every: int = 1  # steps between two inverses
+    collect_every: int = 1  # steps between two that add to Σ
+    token_stride: int = 1  # one token in so many adds to Σ
+    exponent: int = 1  # p of (Σ + γ̄ I)^(-1/p): 1, 2 or 4
+    inverse: Literal["cholesky", "newton_schulz"] = "cholesky"
+    trace_normalized: bool = True  # M keeps the scale of G
+    block_diagonal: int | None = None  # widest block of Σ; none: no blocks
+    embeddings: bool = False  # also the rows of embeddings, by token frequency
+    include: str | None = None  # names of layers to cover, comma-separated, with * and ?; none: all
+    exclude: str | None = None  # names to leave alone; none: an untied output head
+    # -- schedule
+    max_steps: int = 10_000
+    warmup_steps: int = 500
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    min_lr_ratio: float = 0.1  # final lr / peak lr
+    # -- evaluation and records
+    eval_every: int = 250  # steps
+    eval_batches: int = 0  # validation batches, evenly spread and always the same; 0: all of it
+    ema_decay: float = 0.0  # moving average of the weights, evaluated beside them; 0: off
+    log_every: int = 10  # steps
+    save_every: int = 1000  # steps; the last step is always saved
+    keep_checkpoints: int = 2  # newest ones kept
+    max_skipped: int = 20  # non-finite steps in a row before the run gives up
+    wandb: Literal["off", "online", "offline"] = "off"
+    wandb_project: str = "dopr"
+
+    def __post_init__(self) -> None:
+        problems = [*_range_problems(self), *_cross_field_problems(self)]
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+
+_AT_LEAST = {  # smallest value that makes sense
+    **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "batch_size"), 1),
+    **dict.fromkeys(("micro_batch_size", "max_steps", "eval_every", "log_every"), 1),
+    **dict.fromkeys(("save_every", "keep_checkpoints", "max_skipped", "ns_steps"), 1),
+    **dict.fromkeys(("seed", "warmup_steps", "eval_batches", "loader_workers"), 0),
+    **dict.fromkeys(("weight_decay", "grad_clip", "min_lr_ratio", "eps"), 0.0),
+    **dict.fromkeys(("dropout", "beta1", "beta2", "momentum", "ema_decay"), 0.0),
+}
+_BELOW_ONE = ("dropout", "beta1", "beta2", "momentum", "ema_decay")
+
+
+def _range_problems(config: Config) -> list[str]:
+    """Numbers outside the range in which they mean something."""
+    problems = [
+        f"{key}={getattr(config, key)}: must be at least {low}"
+        for key, low in _AT_LEAST.items()
+        if not getattr(config, key) >= low
+    ]
+    problems += [
+        f"{key}={getattr(config, key)}: must be below 1"
+        for key in _BELOW_ONE
+        if getattr(config, key) >= 1
+    ]
+    if config.seed >= 2**32:
+        problems.append(f"seed={config.seed}: must be below 2**32")
+    for key in ("lr", "aux_lr"):
+        value = getattr(config, key)
+        if value is not None and not 0 < value < float("inf"):
+            problems.append(f"{key}={value}: must be positive and finite")
+    if config.min_lr_ratio > 1:
+        problems.append(f"min_lr_ratio={config.min_lr_ratio}: must be at most 1")
+    return problems
+
+
+def _cross_field_problems(config: Config) -> list[str]:
+    """Settings that contradict each other."""
+    problems = []
+    if config.n_head > 0 and config.n_embd % config.n_head:
+        problems.append(f"n_embd={config.n_embd}: must be divisible by n_head={config.n_head}")
+    if config.micro_batch_size > 0 and config.batch_size % config.micro_batch_size:
+        problems.append(
+            f"batch_size={config.batch_size}: must be divisible by "
+            f"micro_batch_size={config.micro_batch_size} (sequences per forward)"
+        )
+    if config.schedule != "constant" and config.warmup_steps >= config.max_steps:
+        problems.append(
+            f"warmup_steps={config.warmup_steps}: must be below max_steps={config.max_steps}"
+        )
+    if config.aux_lr is not None and config.optimizer not in ("muon", "adamuon"):
+        problems.append(
+            f"aux_lr={config.aux_lr}: only muon and adamuon have an auxiliary AdamW, "
+            f"optimizer={config.optimizer} has not; leave it out"
+        )
+    return problems
+
+
+RUN_ONLY = {"out_dir", "resume", "log_every", "wandb", "wandb_project"}  # do not change results
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
