@@ -6,10 +6,11 @@
         train.pt            optimizers and counters, safe to load (`weights_only`)
         tokenizer.json      so that a checkpoint can be sampled anywhere
         manifest.json       schema, config, size and sha256 of every file above
-    out_dir/checkpoints/latest    the name of the newest folder, written last
+    out_dir/checkpoints/latest    the name of the newest folder, written last; for people
 
 Protocol: write `step-N.tmp/`, fsync files and folder, rename, update `latest`, prune. A crash at
-any instant leaves the previous checkpoint intact; the next save removes what it left behind.
+any instant leaves the previous checkpoint intact; the next save removes what it left behind. A run
+that goes back to an earlier step renames the later folders to `abandoned-step-N` when it saves.
 """
 
 import hashlib
@@ -27,7 +28,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-SCHEMA = 1  # of the folder's layout; raise it with a migration in `_check_schema`
+SCHEMA = 1  # of the folder's layout
+FOLDER = re.compile(r"step-\d{8}")
 WRAPPER_PREFIXES = re.compile(r"^(?:(?:_orig_mod|module)\.)+")  # torch.compile, DDP, AveragedModel
 
 
@@ -78,12 +80,13 @@ def save_checkpoint(
         (partial / "tokenizer.json").write_bytes(tokenizer_json)
         files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
         whole = {"schema": SCHEMA, "step": step, **manifest, "files": files}
+        whole["sha256"] = _digest(whole)
         (partial / "manifest.json").write_text(json.dumps(whole, indent=2) + "\n")
         _publish(partial, final)
+        _prune(root, keep)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"checkpoint {final} could not be written: {error}") from error
-    _prune(root, keep)
     return final
 
 
@@ -91,8 +94,10 @@ def _publish(partial: Path, final: Path) -> None:
     """Make a completely written folder durable, then visible, then the latest."""
     for path in [*partial.iterdir(), partial]:
         _fsync(path)
-    if final.exists():  # of an earlier life of this run, which went back to before this step
-        shutil.rmtree(final)
+    for path in candidates(final.parent):
+        if path.name >= final.name:  # of an earlier life of this run, which went back before it
+            shutil.rmtree(path.with_name(f"abandoned-{path.name}"), ignore_errors=True)
+            path.rename(path.with_name(f"abandoned-{path.name}"))
     partial.rename(final)
     _fsync(final.parent)
     write_atomic(final.parent / "latest", final.name + "\n")
@@ -123,14 +128,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def candidates(root: Path) -> list[Path]:
-    """Finished checkpoint folders, best first: the one `latest` names, then ever older ones.
-
-    Folders of later steps than `latest` belong to a life of the run that was abandoned.
-    """
-    finished = sorted((p for p in root.glob("step-*") if p.suffix != ".tmp"), reverse=True)
-    latest = root / "latest"
-    name = latest.read_text().strip() if latest.is_file() else "step-99999999"
-    return [path for path in finished if path.name <= name]
+    """The finished checkpoint folders under `root`, the newest step first."""
+    return sorted((p for p in root.glob("step-*") if FOLDER.fullmatch(p.name)), reverse=True)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -219,13 +218,15 @@ def write_atomic(path: Path, text: str) -> None:
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        schema = manifest["schema"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        schema, digest = manifest["schema"], manifest.pop("sha256")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged (manifest.json: {error})") from error
     if schema != SCHEMA:
         raise CheckpointError(
             f"checkpoint {path} has schema {schema}, this version reads schema {SCHEMA}"
         )
+    if digest != _digest(manifest):
+        raise CheckpointError(f"checkpoint {path} is damaged (manifest.json does not match itself)")
     return manifest
 
 
@@ -241,6 +242,10 @@ def _verify(path: Path, name: str, wanted: dict[str, Any]) -> None:
         )
     if _fingerprint(file) != wanted:
         raise CheckpointError(f"checkpoint {path} is damaged ({name} does not match its sha256)")
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
@@ -266,6 +271,6 @@ def _remove_leftovers(root: Path) -> None:
 
 
 def _prune(root: Path, keep: int) -> None:
-    """Remove the oldest checkpoints up to this step; the one just written is never among them."""
+    """Remove all but the newest checkpoints; the one just written is the newest."""
     for path in candidates(root)[keep:]:
         shutil.rmtree(path)

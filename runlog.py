@@ -7,6 +7,7 @@ when it fails, that is reported once and it is switched off.
 import json
 import math
 import platform
+import secrets
 import subprocess
 import sys
 from pathlib import Path
@@ -69,17 +70,26 @@ class RunLog:
         try:
             import wandb
 
+            if mode == "online" and not wandb.api.api_key:
+                raise PermissionError("no key: set WANDB_API_KEY, or use wandb=offline")
             self._wandb = wandb.init(
-                project=project, name=out_dir.name, dir=str(out_dir), mode=mode, config=config
+                project=project,
+                name=out_dir.name,
+                id=_wandb_id(out_dir),
+                resume="allow",
+                dir=str(out_dir),
+                mode=mode,
+                config=config,
+                settings=wandb.Settings(init_timeout=30),
             )
         except Exception as error:
             self.say(f"warning: wandb is off ({type(error).__name__}: {error})")
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """One row of metrics.jsonl, and the same to wandb."""
+        """One row of metrics.jsonl; train and val rows also go to wandb."""
         values = {key: _finite(value) for key, value in values.items()}
         row = {"kind": kind, "step": step, **values}
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         if self._wandb is not None and kind != "run":
             try:
                 self._wandb.log({f"{kind}/{key}": value for key, value in values.items()}, step)
@@ -101,7 +111,7 @@ class RunLog:
             return
         percent = 100 * step // self._max_steps
         eta = tqdm.format_interval((self._max_steps - step) * values["step_ms"] / 1e3)
-        print(f"step {step}/{self._max_steps} ({percent}%)  {text}  eta {eta}")
+        self.say(f"step {step}/{self._max_steps} ({percent}%)  {text}  eta {eta}")
 
     def val(self, step: int, results: dict[str, Any] | None) -> None:
         """A validation row and a line for the reader; None: validation was interrupted."""
@@ -129,6 +139,14 @@ class RunLog:
                 self._wandb.finish()
             except Exception as error:
                 print(f"warning: wandb did not finish ({error})")
+
+
+def _wandb_id(out_dir: Path) -> str:
+    """The same for every life of a run."""
+    path = out_dir / "wandb_id"
+    if not path.exists():
+        path.write_text(secrets.token_hex(8))
+    return path.read_text()
 
 
 def _finite(value: Any) -> Any:

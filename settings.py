@@ -1,6 +1,7 @@
 """Every setting of a run, with its default, its meaning, and what it must not be."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,9 +38,7 @@ class Config:
     # -- optimizer
     optimizer: Literal["adamw", "sgd", "signum", "muon", "adamuon"] = "adamw"
     lr: float = 6e-4
-    aux_lr: float | None = (
-        None  # AdamW on embeddings, head, gains beside muon and adamuon; none: 6e-4
-    )
+    aux_lr: float | None = None  # of the AdamW beside muon and adamuon; none: 6e-4
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -72,7 +71,7 @@ class Config:
     min_lr_ratio: float = 0.1  # final lr / peak lr
     # -- evaluation and records
     eval_every: int = 250  # steps
-    eval_batches: int = 0  # validation batches, evenly spread and always the same; 0: all of it
+    eval_batches: int = 0  # batches of batch_size, evenly spread and the same; 0: all of it
     ema_decay: float = 0.0  # moving average of the weights, evaluated beside them; 0: off
     log_every: int = 10  # steps
     save_every: int = 1000  # steps; the last step is always saved
@@ -112,6 +111,11 @@ def _range_problems(config: Config) -> list[str]:
     ]
     if config.seed >= 2**32:
         problems.append(f"seed={config.seed}: must be below 2**32")
+    problems += [
+        f"{key}={value}: must be finite"
+        for key, value in vars(config).items()
+        if isinstance(value, float) and math.isinf(value)
+    ]
     for key in ("lr", "aux_lr"):
         value = getattr(config, key)
         if value is not None and not 0 < value < float("inf"):
@@ -133,7 +137,8 @@ def _cross_field_problems(config: Config) -> list[str]:
         )
     if config.schedule != "constant" and config.warmup_steps >= config.max_steps:
         problems.append(
-            f"warmup_steps={config.warmup_steps}: must be below max_steps={config.max_steps}"
+            f"warmup_steps={config.warmup_steps}: must be below max_steps={config.max_steps}; "
+            "give both"
         )
     if config.aux_lr is not None and config.optimizer not in ("muon", "adamuon"):
         problems.append(

@@ -5,9 +5,11 @@ Usage:
     python train.py config/gpt2_adamw.py --lr=3e-4 --max_steps=2e3
 """
 
+import hashlib
 import os
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +31,7 @@ from checkpoint import (
 )
 from configurator import describe, describe_changes, load_config, to_json
 from data.dataset import DataError, Dataset, open_dataset
-from data.loader import train_batches, val_batches
+from data.loader import Batch, train_batches, val_batches
 from eval.hf import load_hf
 from eval.loss import evaluate
 from model import GPT, GPTConfig
@@ -55,16 +57,18 @@ def train(config: Config, stop: StopRequest) -> int:
 
     # -- data
     dataset = open_dataset(config.dataset)
+    tokenizer_json = (dataset.dir / "tokenizer.json").read_bytes()
     validation = val_batches(
         dataset,
         batch_size=config.micro_batch_size,
         block_size=config.block_size,
-        limit=config.eval_batches,
+        limit=config.eval_batches * config.batch_size,
     )
 
     # -- model, with the same initial weights on every device
+    resumed = find_checkpoint(config, dataset)
     torch.manual_seed(config.seed)
-    model = build_model(config, dataset).to(device)
+    model = build_model(config, dataset, is_new=resumed is None).to(device)
     ema = None
     if config.ema_decay:
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
@@ -74,14 +78,12 @@ def train(config: Config, stop: StopRequest) -> int:
     print(describe_groups(optimizers))
     preconditioner = None
     if config.dopr:
-        preconditioner = ActivationPreconditioner(model, **dopr_settings(config))
-        preconditioner.attach(*optimizers)
+        preconditioner = build_preconditioner(config, model).attach(*optimizers)
         print(preconditioner.summary())
     forward = torch.compile(model) if config.compile else model
 
     # -- resume: from here on, `state` is all that changes
     state = TrainState(model, optimizers, preconditioner, ema)
-    resumed = find_checkpoint(config, dataset)
     if resumed:
         state.restore(resumed)
         print(f"resumed {resumed.path} at step {state.step}")
@@ -104,13 +106,17 @@ def train(config: Config, stop: StopRequest) -> int:
     log.write("run", state.step, event="start", **facts, config=asdict(config))
     manifest = {"config": asdict(config), "model": asdict(model.config), **facts}
     manifest["tokenizer_sha256"] = dataset.tokenizer.sha256
+    manifest["dataset_sha256"] = fingerprint(dataset)
 
     def save() -> None:
         """A checkpoint of this step. A failure is loud; it ends the run only if it was the last."""
         try:
-            tokenizer = (dataset.dir / "tokenizer.json").read_bytes()
-            keep = config.keep_checkpoints
-            state.save(out_dir / "checkpoints", manifest=manifest, tokenizer=tokenizer, keep=keep)
+            state.save(
+                out_dir / "checkpoints",
+                manifest=manifest,
+                tokenizer=tokenizer_json,
+                keep=config.keep_checkpoints,
+            )
         except CheckpointError as error:
             if stop or state.step == config.max_steps:
                 raise
@@ -123,17 +129,18 @@ def train(config: Config, stop: StopRequest) -> int:
     with closing(log):
         while True:
             is_last = state.step == config.max_steps
-            if not stop and (is_last or state.step % config.eval_every == 0):
-                results = validate(state, validation, dataset, device, autocast, stop)
-                log.val(state.step, results)
-            if stop or is_last or state.step % config.save_every == 0:
-                save()
-            if stop or is_last:
-                break
-            started = time.perf_counter()
             try:
-                micro_batches = next(batches)
-            except DataError:  # a shard vanished: nothing that was trained is lost
+                if not stop and (is_last or state.step % config.eval_every == 0):
+                    results = validate(state, validation, dataset, device, autocast, stop)
+                    log.val(state.step, results)
+                is_due = state.step % config.save_every == 0 and not state.skipped_in_row
+                if stop or is_last or is_due:
+                    save()
+                if stop or is_last:
+                    break
+                started = time.perf_counter()
+                micro_batches = next_step(batches)
+            except DataError:  # a shard vanished, say: nothing that was trained is lost
                 save()
                 raise
 
@@ -199,30 +206,45 @@ def pick_device(config: Config) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def build_model(config: Config, dataset: Dataset) -> GPT:
+def build_model(config: Config, dataset: Dataset, *, is_new: bool) -> GPT:
     """The GPT that the settings describe, from random weights or a Hugging Face folder."""
     keys = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "tie_weights")
     shape = {key: getattr(config, key) for key in keys}
     model = GPT(GPTConfig(vocab_size=dataset.tokenizer.n_vocab, **shape))
-    if config.init_from:
-        load_into(model, load_hf(config.init_from).state_dict(), Path(config.init_from))
+    if config.init_from and is_new:
+        try:
+            weights = load_hf(config.init_from).state_dict()
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"init_from={config.init_from}: {error}") from error
+        load_into(model, weights, Path(config.init_from))
     return model
+
+
+def build_preconditioner(config: Config, model: GPT) -> ActivationPreconditioner:
+    """DoPr as the settings describe it; an untied output head is left out unless they say more."""
+    keys = ("gamma", "sigma_beta", "refresh_every", "collect_every", "token_stride", "exponent")
+    keys += ("inverse", "trace_normalized", "block_diagonal", "embeddings")
+    numbers = {key: getattr(config, key) for key in keys}
+    head = None if config.tie_weights else ["lm_head"]
+    include = config.include.split(",") if config.include else None
+    exclude = config.exclude.split(",") if config.exclude else head
+    try:
+        return ActivationPreconditioner(model, include=include, exclude=exclude, **numbers)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """The hash of all shards' hashes: the same for the same data, wherever it lies."""
+    splits = dataset.meta["splits"]
+    hashes = [file["sha256"] for name in sorted(splits) for file in splits[name]["files"]]
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def optimizer_settings(config: Config) -> dict[str, Any]:
     keys = ("optimizer", "lr", "aux_lr", "weight_decay", "beta1", "beta2", "eps", "momentum")
     keys += ("nesterov", "muon_scale", "coefficients", "ns_steps", "ns_dtype")
     return {key: getattr(config, key) for key in keys}
-
-
-def dopr_settings(config: Config) -> dict[str, Any]:
-    keys = ("gamma", "sigma_beta", "refresh_every", "collect_every", "token_stride", "exponent")
-    keys += ("inverse", "trace_normalized", "block_diagonal", "embeddings")
-    head = None if config.tie_weights else ["lm_head"]
-    return {key: getattr(config, key) for key in keys} | {
-        "include": config.include.split(",") if config.include else None,
-        "exclude": head if config.exclude is None else config.exclude.split(","),
-    }
 
 
 def schedule_settings(config: Config) -> dict[str, Any]:
@@ -240,17 +262,37 @@ def find_checkpoint(config: Config, dataset: Dataset) -> Checkpoint | None:
             )
         return None
     found = newest_good(root) if config.resume == "auto" else open_checkpoint(Path(config.resume))
-    if found and found.manifest["tokenizer_sha256"] != dataset.tokenizer.sha256:
+    if found is None:
+        return None
+    if found.path.resolve().parent != root.resolve() and candidates(root):
+        raise ConfigError(
+            f"resume={config.resume}, but {root} holds another run; use a new out_dir"
+        )
+    if found.step > config.max_steps:
+        raise ConfigError(
+            f"max_steps={config.max_steps}, but checkpoint {found.path} is past it; raise max_steps"
+        )
+    if found.manifest["tokenizer_sha256"] != dataset.tokenizer.sha256:
         raise CheckpointError(
             f"checkpoint {found.path} was trained with another tokenizer than {dataset.dir} has; "
             "resume it on the data that it was trained on"
         )
+    if found.manifest["dataset_sha256"] != fingerprint(dataset):
+        print(f"warning: {dataset.dir} is not the data that {found.path} was trained on")
     return found
+
+
+def next_step(batches: Iterator[list[Batch]]) -> list[Batch]:
+    """The micro-batches of the next step; DataError if they cannot be had."""
+    try:
+        return next(batches)
+    except (RuntimeError, EOFError, OSError) as error:  # what a dead loader process looks like
+        raise DataError(f"the data loader stopped: {error}") from error
 
 
 def validate(
     state: TrainState,
-    batches: Any,
+    batches: Iterable[Batch],
     dataset: Dataset,
     device: torch.device,
     autocast: torch.autocast,
@@ -278,8 +320,8 @@ def give_up_if_diverged(state: TrainState, config: Config) -> None:
     if state.skipped_in_row >= config.max_skipped:
         last_good = [*candidates(Path(config.out_dir) / "checkpoints"), "none"][0]
         raise TrainingDiverged(
-            f"{state.skipped_in_row} steps in a row were not finite; the weights are those of the "
-            f"last good step. Last checkpoint: {last_good}. Resume it with a smaller lr."
+            f"{state.skipped_in_row} steps in a row were not finite; nothing was saved since the "
+            f"first of them. Last checkpoint: {last_good}. Go on from it with a smaller lr."
         )
 
 
@@ -313,7 +355,7 @@ def main(argv: list[str]) -> int:
         print(describe(config, origins))
         with own_out_dir(Path(config.out_dir)), StopRequest() as stop:
             return train(config, stop)
-    except (ConfigError, DataError, CheckpointError, TrainingDiverged) as error:
+    except (ConfigError, DataError, CheckpointError, TrainingDiverged, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

@@ -2,13 +2,16 @@
 
     python -m bench.optimizer_table --out bench/results/optimizer_table.json [--workers 2]
 
-{AdamW, Muon, Signum, AdaMuon} x {base, DoPr} on pystdlib: a learning-rate sweep on seed 0 for each,
-then fresh seeds at each one's own best rate; then, at DoPr's best rate, one setting changed at a
-time. Every run is `train.py` in a process of its own; finished ones are not run again.
+{AdamW, Muon, Signum, AdaMuon} x {base, DoPr lazy, DoPr exact} on pystdlib: a learning-rate sweep on
+seed 0 for each, then fresh seeds at each one's own best rate. On other seeds, at the best rate of
+lazy DoPr, one setting changed at a time. Every run is `train.py` in a process of its own; finished
+ones are not run again.
 """
 
 import argparse
+import hashlib
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -21,7 +24,6 @@ from typing import Any
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS = ROOT / "out" / "optimizer_table"
 MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "bias": False}
 RUN = {
     **{"dataset": "pystdlib", "batch_size": 32, "micro_batch_size": 32},  # 2,048 tokens a step
@@ -34,10 +36,15 @@ RATES = {  # first grid, extended by a factor of two while the best rate is at i
     "signum": [2.5e-4, 5e-4, 1e-3, 2e-3],
     "adamuon": [4e-3, 8e-3, 1.6e-2, 3.2e-2],
 }
+KEY = hashlib.sha256(json.dumps([MODEL, RUN]).encode()).hexdigest()[:8]
+RUNS = ROOT / "out" / f"optimizer_table-{KEY}"  # other fixed settings are other runs
 AUX_LR = 4e-3  # of the AdamW beside muon and adamuon, base and DoPr alike
-DOPR = {"dopr": True, "gamma": 0.1, "sigma_beta": 0.95, "refresh_every": 10}
-TUNING_SEED, FRESH_SEEDS = 0, (1, 2, 3)
+LAZY = {"dopr": True, "gamma": 0.1, "sigma_beta": 0.95, "refresh_every": 10}
+EXACT = {"dopr": True, "gamma": 0.1, "sigma_beta": "none", "refresh_every": 1}
+MODES: dict[str, dict[str, Any]] = {"": {}, "dopr-": LAZY, "exact dopr-": EXACT}
+TUNING_SEED, ABLATION_SEEDS, FRESH_SEEDS = 0, (1, 2, 3), (4, 5, 6)
 CHANGES: dict[str, dict[str, Any]] = {
+    "as it is": {},
     "gamma=0.01": {"gamma": 0.01},
     "gamma=1": {"gamma": 1.0},
     "sigma_beta=none": {"sigma_beta": "none"},
@@ -46,8 +53,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def run(optimizer: str, lr: float, seed: int, **changes: Any) -> dict[str, float]:
-    """Final validation loss and median step time of one training run."""
+def run(optimizer: str, lr: float, seed: int, **changes: Any) -> float:
+    """Final validation loss of one training run; infinite if it diverged."""
     settings = MODEL | RUN | {"optimizer": optimizer, "lr": lr, "seed": seed} | changes
     if optimizer in ("muon", "adamuon"):
         settings["aux_lr"] = AUX_LR
@@ -58,11 +65,13 @@ def run(optimizer: str, lr: float, seed: int, **changes: Any) -> dict[str, float
     metrics = out / "metrics.jsonl"
     if not (metrics.exists() and '"event": "end", "reason": "finished"' in metrics.read_text()):
         one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=one_thread)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=one_thread)
+        if "steps in a row were not finite" in done.stderr:
+            return math.inf
+        done.check_returncode()
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    losses = [row["loss"] for row in rows if row["kind"] == "val"]
-    times = [row["step_ms"] for row in rows if row["kind"] == "train"]
-    return {"loss": losses[-1], "step_ms": statistics.median(times)}
+    loss = [row["loss"] for row in rows if row["kind"] == "val"][-1]
+    return math.inf if loss is None else loss
 
 
 def sweep(optimizer: str, dopr: dict[str, Any]) -> dict[float, float]:
@@ -70,46 +79,38 @@ def sweep(optimizer: str, dopr: dict[str, Any]) -> dict[float, float]:
     losses: dict[float, float] = {}
     rates = list(RATES[optimizer])
     while rates:
-        losses |= {lr: run(optimizer, lr, TUNING_SEED, **dopr)["loss"] for lr in rates}
+        losses |= {lr: run(optimizer, lr, TUNING_SEED, **dopr) for lr in rates}
         best, low, high = min(losses, key=losses.__getitem__), min(losses), max(losses)
         rates = [low / 2] if best == low else [high * 2] if best == high else []
     return dict(sorted(losses.items()))
 
 
-def headline(pair: tuple[str, bool]) -> dict[str, Any]:
+def headline(variant: tuple[str, str]) -> dict[str, Any]:
     """One row: the sweep, and the fresh seeds at its best rate."""
-    optimizer, with_dopr = pair
-    dopr = DOPR if with_dopr else {}
-    losses = sweep(optimizer, dopr)
+    optimizer, mode = variant
+    losses = sweep(optimizer, MODES[mode])
     lr = min(losses, key=losses.__getitem__)
-    fresh = [run(optimizer, lr, seed, **dopr) for seed in FRESH_SEEDS]
-    return {
-        **{"name": ("dopr-" if with_dopr else "") + optimizer, "optimizer": optimizer, "lr": lr},
-        **{"sweep": losses, **summary(fresh)},
-    }
+    fresh = [run(optimizer, lr, seed, **MODES[mode]) for seed in FRESH_SEEDS]
+    return {"name": mode + optimizer, "lr": lr, "sweep": losses, **summary(fresh)}
 
 
 def change(task: tuple[str, float, str]) -> dict[str, Any]:
-    """One row: DoPr with one setting changed, at the rate tuned without the change."""
+    """One row: lazy DoPr with one setting changed, at the rate tuned without the change."""
     optimizer, lr, name = task
-    fresh = [run(optimizer, lr, seed, **DOPR | CHANGES[name]) for seed in FRESH_SEEDS]
-    return {"name": f"dopr-{optimizer}", "change": name, "lr": lr, **summary(fresh)}
+    losses = [run(optimizer, lr, seed, **LAZY | CHANGES[name]) for seed in ABLATION_SEEDS]
+    return {"name": f"dopr-{optimizer}", "change": name, "lr": lr, **summary(losses)}
 
 
-def summary(fresh: list[dict[str, float]]) -> dict[str, Any]:
-    losses = [each["loss"] for each in fresh]
-    return {
-        **{"losses": losses, "mean": statistics.mean(losses), "sd": statistics.stdev(losses)},
-        "step_ms": statistics.median(each["step_ms"] for each in fresh),
-    }
+def summary(losses: list[float]) -> dict[str, Any]:
+    return {"losses": losses, "mean": statistics.mean(losses), "sd": statistics.stdev(losses)}
 
 
 def markdown(rows: Iterable[dict[str, Any]]) -> str:
-    lines = ["| | lr | val loss, mean ± sd of 3 seeds | step ms |", "|---|---|---|---|"]
+    lines = ["| | lr | val loss, mean ± sd of 3 seeds |", "|---|---|---|"]
     for row in rows:
         name = row["name"] + (f", {row['change']}" if "change" in row else "")
         loss = f"{row['mean']:.4f} ± {row['sd']:.4f}"
-        lines.append(f"| {name} | {row['lr']:g} | {loss} | {row['step_ms']:.0f} |")
+        lines.append(f"| {name} | {row['lr']:g} | {loss} |")
     return "\n".join(lines)
 
 
@@ -119,15 +120,20 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, a thread each")
     arguments = parser.parse_args()
     with ThreadPoolExecutor(arguments.workers) as pool:
-        pairs = [(optimizer, dopr) for optimizer in RATES for dopr in (False, True)]
-        table = list(tqdm(pool.map(headline, pairs), total=len(pairs), desc="headline"))
+        variants = [(optimizer, mode) for optimizer in RATES for mode in MODES]
+        table = list(tqdm(pool.map(headline, variants), total=len(variants), desc="headline"))
         best = {row["name"]: row["lr"] for row in table}
         tasks = [
             (base, best[f"dopr-{base}"], name) for name in CHANGES for base in ("adamw", "muon")
         ]
         changes = list(tqdm(pool.map(change, tasks), total=len(tasks), desc="ablations"))
-    result = {"model": MODEL, "run": RUN, "aux_lr": AUX_LR, "dopr": DOPR}
-    result |= {"fresh_seeds": FRESH_SEEDS, "table": table, "ablations": changes}
+    result = {"model": MODEL, "run": RUN, "aux_lr": AUX_LR, "modes": MODES}
+    result |= {
+        "fresh_seeds": FRESH_SEEDS,
+        "ablation_seeds": ABLATION_SEEDS,
+        "table": table,
+        "ablations": changes,
+    }
     arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     print(markdown(table), markdown(changes), sep="\n\n")
 

@@ -14,5 +14,5 @@ warmup_steps = 700
 lr = 6e-4
 weight_decay = 0.1
 
-eval_batches = 160
+eval_batches = 20  # 10M tokens
 save_every = 1000

@@ -12,7 +12,7 @@ max_steps = 19_073  # 10B tokens
 warmup_steps = 700
 lr = 1.2e-3  # DoPr-AdamW wants about twice AdamW's
 weight_decay = 0.1
-eval_batches = 160
+eval_batches = 20  # 10M tokens
 
 # DoPr, fast mode: see gpt2_dopr.py.
 dopr = True

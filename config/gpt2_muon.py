@@ -17,4 +17,4 @@ lr = 2e-3  # with muon_scale = match_rms
 aux_lr = 6e-4
 weight_decay = 0.1
 
-eval_batches = 160
+eval_batches = 20  # 10M tokens

@@ -16,5 +16,5 @@ lr = 1e-3
 beta2 = 0.99
 min_lr_ratio = 0.1
 
-eval_batches = 20
+eval_batches = 40
 log_every = 50

@@ -4,7 +4,7 @@ Training batches depend on (seed, step) and on nothing else: not on how many ran
 or worker processes share the work. A run continues from its step number.
 """
 
-import signal
+import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -91,7 +91,7 @@ def train_batches(
         sampler=range(start_step, _ENDLESS),
         num_workers=workers,
         collate_fn=_as_is,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_leave_the_group,
         generator=torch.Generator(),  # or the loader would draw from the global one
     )
     return iter(loader)
@@ -101,9 +101,9 @@ def _as_is(item: list[Batch]) -> list[Batch]:
     return item
 
 
-def _ignore_interrupt(_worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the main one decides."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_the_group(_worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM go to a whole process group; the main process decides."""
+    os.setpgid(0, 0)
 
 
 class ValBatches(Sequence[Batch]):
@@ -118,16 +118,17 @@ class ValBatches(Sequence[Batch]):
         self.shard_ids = np.repeat(np.arange(len(starts)), [len(s) for s in starts])
         if len(self.starts) == 0:
             raise DataError("split 'val' has no token with another one before it")
-        n_batches = -(-len(self.starts) // batch_size)
-        n_chosen = min(limit, n_batches) if limit else n_batches
-        self.chosen = np.arange(n_chosen) * n_batches // n_chosen  # evenly spread
+        if 0 < limit < len(self.starts):  # evenly spread
+            chosen = np.arange(limit) * len(self.starts) // limit
+            self.starts, self.shard_ids = self.starts[chosen], self.shard_ids[chosen]
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        return -(-len(self.starts) // self.batch_size)
 
     def __getitem__(self, index: int) -> Batch:
-        first = self.chosen[index] * self.batch_size
-        window = slice(first, first + self.batch_size)
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        window = slice(index * self.batch_size, (index + 1) * self.batch_size)
         shard_ids, starts = self.shard_ids[window], self.starts[window]
         rows = np.full((self.batch_size, self.block_size + 1), -1)
         rows[: len(starts)] = self.split.rows(shard_ids, starts, self.block_size + 1)
@@ -142,7 +143,8 @@ def val_batches(
     """The fixed validation batches (x, y), each (batch_size, block_size) int64.
 
     limit=0: all of the split; each token but the first of a shard is a target exactly once.
-    limit=n: n of those batches, evenly spread. Where nothing is scored, x is 0 and y is -1.
+    limit=n: n of the windows, evenly spread and the same for every batch_size.
+    Where nothing is scored, x is 0 and y is -1.
     """
     if batch_size < 1 or block_size < 1 or limit < 0:
         raise ValueError(

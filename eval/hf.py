@@ -118,6 +118,8 @@ def export_hf(model: GPT, tokenizer: Tokenizer, directory: str | Path) -> None:
             f"{tokenizer.n_vocab}: they do not belong together"
         )
     directory = Path(directory)
+    if (directory / "checkpoints").exists() or (directory / "manifest.json").exists():
+        raise ValueError(f"{directory} holds a run; export into a folder of its own")
     texts = {
         "tokenizer.json": _tokenizer_json(tokenizer),
         "tokenizer_config.json": _to_json(_tokenizer_config(model.config)),

@@ -43,14 +43,15 @@ def table(summaries: list[dict[str, Any]]) -> str:
     """Aligned columns, one run a row."""
     rows = [COLUMNS]
     for each in summaries:
-        numbers = (
-            f"{each['val loss']:.4f}",
-            f"{each['bits/byte']:.4f}",
-            f"{each['tokens/s']:,.0f}",
-        )
-        rows.append((each["run"], each["optimizer"], str(each["steps"]), *numbers))
+        losses = (_number(each["val loss"]), _number(each["bits/byte"]))
+        speed = f"{each['tokens/s']:,.0f}"
+        rows.append((each["run"], each["optimizer"], str(each["steps"]), *losses, speed))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def main(argv: list[str]) -> int:

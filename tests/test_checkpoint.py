@@ -123,15 +123,33 @@ def test_only_the_newest_are_kept_and_leftovers_are_removed(tmp_path):
 def test_going_back_and_on_never_picks_up_the_abandoned_future(tmp_path):
     for step in (10, 20, 30):
         save(tmp_path, step, keep=9)
-    save(tmp_path, 15, keep=1)  # the run went back to 10 and took another way
+    for step in (15, 25, 35):  # the run went back to 10 and took another way
+        save(tmp_path, step, keep=9)
+        found = ck.newest_good(tmp_path)
+        assert found is not None
+        assert found.step == step
+    assert [path.name for path in ck.candidates(tmp_path)] == [
+        f"step-{step:08d}" for step in (35, 25, 15, 10)
+    ]
+    assert (tmp_path / "abandoned-step-00000030").is_dir()  # nothing is lost
+
+
+@pytest.mark.parametrize("content", ["", "nonsense", "step-00000001"])
+def test_the_file_latest_is_for_people_and_misleads_no_resume(tmp_path, content):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    (tmp_path / "latest").write_text(content)
+    (tmp_path / "step-00000009.bak").mkdir()
     found = ck.newest_good(tmp_path)
     assert found is not None
-    assert found.step == 15
-    assert {path.name for path in tmp_path.glob("step-*")} == {
-        "step-00000015",
-        "step-00000020",
-        "step-00000030",
-    }
+    assert found.step == 2
+
+
+def test_a_changed_manifest_is_refused(tmp_path):
+    path = save(tmp_path, 40) / "manifest.json"
+    path.write_text(path.read_text().replace('"step": 40', '"step": 30'))
+    with pytest.raises(ck.CheckpointError, match=r"manifest\.json does not match itself"):
+        ck.load_checkpoint(path.parent)
 
 
 def test_a_failed_save_keeps_the_one_before_and_leaves_no_debris(tmp_path, monkeypatch):

@@ -88,6 +88,7 @@ def test_help_lists_every_setting_with_its_comment(capsys):
     text = capsys.readouterr().out
     assert caught.value.code == 0
     assert all(f"--{key}=" in text for key in FIELDS)
+    assert "of the AdamW beside muon and adamuon" in text
     assert "global norm of the raw gradient" in text
 
 

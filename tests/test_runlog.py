@@ -54,13 +54,18 @@ class BrokenRun:
         raise ConnectionError("no route")
 
 
+def wandb_with(init):
+    api = SimpleNamespace(api_key="key")
+    return SimpleNamespace(init=init, api=api, Settings=lambda **kwargs: None)
+
+
 def fail(**kwargs):
     raise RuntimeError("no API key configured")
 
 
 @pytest.mark.parametrize("init", [fail, lambda **kwargs: BrokenRun()], ids=["init", "log"])
 def test_a_failing_wandb_stops_nothing_and_loses_nothing(tmp_path, monkeypatch, capsys, init):
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.setitem(sys.modules, "wandb", wandb_with(init))
     log = RunLog(tmp_path, 0, 10)
     log.start_wandb(tmp_path, "online", "test", {})
     log.train(1, **TRAIN)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import filelock
@@ -22,16 +23,21 @@ ROOT = Path(__file__).parent.parent
 def start(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "train.py", *arguments]
     return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(has_happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 60
-    while not path.exists():
+    while not has_happened():
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.01)
+        assert time.monotonic() < deadline, "waited for a minute"
+        time.sleep(0.005)
 
 
 def test_the_run_survives_kill_9_and_ends_as_if_nothing_had_happened(dataset, tmp_path):
@@ -44,19 +50,22 @@ def test_the_run_survives_fifty_kills_at_random_instants(dataset, tmp_path):
 
 
 def kill_and_compare(dataset, tmp_path, n_kills):
-    changes = {"max_steps": 400, "save_every": 1, "eval_every": 400, "log_every": 50}
+    changes = {"max_steps": 1000, "eval_every": 1000, "save_every": 1000, "log_every": 50}
     assert train.main(argv(dataset, tmp_path / "whole", **changes)) == 0
     out = tmp_path / "killed"
+    latest = out / "checkpoints/latest"
     for i in range(n_kills):
-        process = start(*argv(dataset, out, **changes))
-        wait_for(out / "checkpoints/latest", process)
-        time.sleep(0.002 * (37 * i % 101))  # anywhere in a step or in a save
+        latest.unlink(missing_ok=True)  # it is for people, and here for us
+        process = start(*argv(dataset, out, **changes | {"save_every": 1}))
+        wait_for(latest.exists, process)
+        time.sleep(0.001 * (37 * i % 101))  # anywhere in a step or in a save
         process.kill()
         process.communicate()
         found = checkpoint.newest_good(out / "checkpoints", pytest.fail)
         assert found is not None
+        assert found.step < 1000, "the run must still be going when it is killed"
     assert train.main(argv(dataset, out, **changes)) == 0
-    assert weights(out, 400) == weights(tmp_path / "whole", 400)
+    assert weights(out, 1000) == weights(tmp_path / "whole", 1000)
     assert not list((out / "checkpoints").glob("*.tmp"))
 
 
@@ -66,9 +75,9 @@ def test_a_signal_ends_the_run_quickly_with_a_checkpoint_and_no_traceback(
 ):
     out = tmp_path / "run"
     process = start(*argv(dataset, out, max_steps=100_000, save_every=100_000, loader_workers=1))
-    wait_for(out / "metrics.jsonl", process)
+    wait_for((out / "metrics.jsonl").exists, process)
     time.sleep(0.3)
-    process.send_signal(signum)
+    os.killpg(process.pid, signum)  # as a terminal and a scheduler do
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 128 + signum
     assert "Traceback" not in output
@@ -96,9 +105,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(dataset, tmp_path, mon
     poison(monkeypatch, steps={5})
     out = tmp_path / "run"
     changes = {"save_every": 1, "keep_checkpoints": 99, "dopr": dopr, "optimizer": "muon"}
-    assert train.main(argv(dataset, out, **changes)) == 0
+    assert train.main(argv(dataset, out, max_steps=6, **changes)) == 0
     assert weights(out, 6) == weights(out, 5)  # step number 5 took the run from 5 to 6
-    assert weights(out, 7) != weights(out, 6)
+    assert weights(out, 5) != weights(out, 4)
     before, after = (
         checkpoint.load_checkpoint(out / f"checkpoints/step-{i:08d}").train for i in (5, 6)
     )
@@ -118,7 +127,7 @@ def test_too_many_such_steps_end_the_run_and_name_the_last_checkpoint(
     assert train.main(argv(dataset, tmp_path / "run", max_skipped=3)) == 1
     message = capsys.readouterr().err
     assert "3 steps in a row were not finite" in message
-    assert "step-00000008" in message
+    assert "step-00000004" in message  # step 8 came after the first of them: it was not saved
 
 
 def test_a_failed_save_is_loud_and_training_goes_on_but_the_last_one_fails_the_run(
@@ -161,6 +170,38 @@ def test_a_vanished_shard_is_named_and_nothing_trained_is_lost(tmp_path, monkeyp
     assert checkpoint.open_checkpoint(out).step == 7
 
 
+@pytest.mark.parametrize("lost", ["val_000000.bin", "."])
+def test_a_vanished_validation_set_or_folder_loses_nothing_either(tmp_path, monkeypatch, lost):
+    folder = write_dataset(tmp_path / "data")
+    count_step = train.TrainState.count_step
+
+    def counting(self, is_finite):
+        count_step(self, is_finite)
+        if self.step == 6:  # validation is due
+            (folder / lost).rename(tmp_path / "elsewhere")
+
+    monkeypatch.setattr(train.TrainState, "count_step", counting)
+    assert train.main(argv(folder, tmp_path / "run")) == 1
+    assert checkpoint.open_checkpoint(tmp_path / "run").step == 6
+
+
+def test_a_run_does_not_go_past_its_end_or_over_another_run(dataset, tmp_path, capsys):
+    assert train.main(argv(dataset, tmp_path / "a")) == 0
+    assert train.main(argv(dataset, tmp_path / "a", max_steps=8)) == 1
+    assert "raise max_steps" in capsys.readouterr().err
+    assert train.main(argv(dataset, tmp_path / "b")) == 0
+    there = tmp_path / "a/checkpoints/step-00000008"
+    assert train.main(argv(dataset, tmp_path / "b", resume=there)) == 1
+    assert "holds another run" in capsys.readouterr().err
+
+
+def test_other_data_under_the_same_name_is_noticed(tmp_path, capsys):
+    train.main(argv(write_dataset(tmp_path / "old"), tmp_path / "run", max_steps=4))
+    new = write_dataset(tmp_path / "new", seed=1)
+    assert train.main(argv(new, tmp_path / "run")) == 0
+    assert "is not the data that" in capsys.readouterr().out
+
+
 def test_two_runs_do_not_share_an_out_dir(dataset, tmp_path, capsys):
     out = tmp_path / "run"
     out.mkdir()
@@ -188,6 +229,8 @@ BAD = {
     "too-short": ({"block_size": 5000}, "block_size=5000 needs at least 5,001"),
     "no-checkpoint": ({"resume": "/nowhere"}, "no checkpoint at /nowhere"),
     "cuda": ({"device": "cuda"}, "torch finds no CUDA device"),
+    "init_from": ({"init_from": "/nowhere"}, "init_from=/nowhere"),
+    "pattern": ({"dopr": True, "include": "nonsense"}, "nonsense.* matches no module"),
     "many": ({"n_head": 5, "gamma": -1, "dopr": True, "lr": "x"}, r"(?s)lr='x'.*gamma.*n_embd=32"),
 }
 
