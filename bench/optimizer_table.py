@@ -2,9 +2,9 @@
 
     python -m bench.optimizer_table --out bench/results/optimizer_table.json [--workers 2]
 
-{AdamW, Muon, Signum, AdaMuon} x {base, DoPr lazy, DoPr exact} on pystdlib: a learning-rate sweep on
+{AdamW, Muon, Signum, AdaMuon} x {base, DoPr fast, DoPr exact} on pystdlib: a learning-rate sweep on
 seed 0 for each, then fresh seeds at each one's own best rate. On other seeds, at the best rate of
-lazy DoPr, one setting changed at a time. Every run is `train.py` in a process of its own; finished
+fast DoPr, one setting changed at a time. Every run is `train.py` in a process of its own; finished
 ones are not run again.
 """
 
@@ -39,9 +39,9 @@ RATES = {  # first grid, extended by a factor of two while the best rate is at i
 KEY = hashlib.sha256(json.dumps([MODEL, RUN]).encode()).hexdigest()[:8]
 RUNS = ROOT / "out" / f"optimizer_table-{KEY}"  # other fixed settings are other runs
 AUX_LR = 4e-3  # of the AdamW beside muon and adamuon, base and DoPr alike
-LAZY = {"dopr": True, "gamma": 0.1, "sigma_beta": 0.95, "refresh_every": 10}
+FAST = {"dopr": True, "gamma": 0.1, "sigma_beta": 0.95, "refresh_every": 10}
 EXACT = {"dopr": True, "gamma": 0.1, "sigma_beta": "none", "refresh_every": 1}
-MODES: dict[str, dict[str, Any]] = {"": {}, "dopr-": LAZY, "exact dopr-": EXACT}
+MODES: dict[str, dict[str, Any]] = {"": {}, "dopr-": FAST, "exact dopr-": EXACT}
 TUNING_SEED, ABLATION_SEEDS, FRESH_SEEDS = 0, (1, 2, 3), (4, 5, 6)
 CHANGES: dict[str, dict[str, Any]] = {
     "as it is": {},
@@ -95,9 +95,9 @@ def headline(variant: tuple[str, str]) -> dict[str, Any]:
 
 
 def change(task: tuple[str, float, str]) -> dict[str, Any]:
-    """One row: lazy DoPr with one setting changed, at the rate tuned without the change."""
+    """One row: fast DoPr with one setting changed, at the rate tuned without the change."""
     optimizer, lr, name = task
-    losses = [run(optimizer, lr, seed, **LAZY | CHANGES[name]) for seed in ABLATION_SEEDS]
+    losses = [run(optimizer, lr, seed, **FAST | CHANGES[name]) for seed in ABLATION_SEEDS]
     return {"name": f"dopr-{optimizer}", "change": name, "lr": lr, **summary(losses)}
 
 

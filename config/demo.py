@@ -11,15 +11,13 @@ bias = False
 
 batch_size = 32  # 4,096 tokens a step
 micro_batch_size = 32
-max_steps = 500
-warmup_steps = 50
-eval_every = 250
-save_every = 250
+max_steps = 400
+warmup_steps = 40
+eval_every = 200
+save_every = 200
 
 optimizer = "muon"
 lr = 1e-2
 aux_lr = 4e-3
 dopr = True
-gamma = 0.1
-sigma_beta = 0.95
-refresh_every = 10
+gamma = 0.1  # exact mode: the covariance of every step, from all of its tokens

@@ -14,8 +14,8 @@ lr = 2e-3  # with muon_scale = match_rms
 aux_lr = 6e-4
 weight_decay = 0.1
 eval_batches = 20  # 10M tokens
-# DoPr, fast mode. Exact mode (the paper's) is the defaults: every token, every step, dense Σ; that
-# costs a fifth of a step. One token in 8 of every tenth step is still 85 tokens per feature.
+# DoPr, fast mode. Exact mode (the defaults, the paper's) would cost a fifth of a step, and was far
+# better in small runs (LOG.md): when it can be paid for, take these lines out except the first two.
 dopr = True
 gamma = 0.1
 sigma_beta = 0.95

@@ -3,7 +3,6 @@
 import itertools
 import multiprocessing
 import os
-import signal
 
 import numpy as np
 import pytest
@@ -134,15 +133,14 @@ def test_a_shard_lost_during_the_run_is_named(dataset, fault, workers):
         list(itertools.islice(stream, 20))
 
 
-def test_workers_leave_ctrl_c_to_the_trainer(dataset):
+def test_signals_to_the_trainers_group_do_not_reach_its_workers(dataset):
     stream = train_batches(
         dataset, batch_size=8, micro_batch_size=8, block_size=T, seed=0, workers=1
     )
     next(stream)
     (worker,) = multiprocessing.active_children()
-    os.kill(worker.pid, signal.SIGINT)
+    assert os.getpgid(worker.pid) != os.getpgid(0)
     assert len(list(itertools.islice(stream, 20))) == 20
-    assert worker.is_alive()
 
 
 def scored(batches):
