@@ -1,5 +1,6 @@
 """Where documents come from: local files, or a dataset streamed from the Hugging Face hub."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ def local_corpus(path: str | Path, *, column: str = "text") -> Corpus:
         rows = (document for file in files for document in _documents_in(file, column))
         return islice(rows, start, None)
 
-    return Corpus(source={"local": str(root.resolve()), "column": column}, documents=documents)
+    source = {"local": str(root.resolve()), "files": _fingerprint(files, root), "column": column}
+    return Corpus(source=source, documents=documents)
 
 
 def one_text_corpus(
@@ -85,6 +87,12 @@ def hub_corpus(path: str, *, subset: str | None = None, column: str = "text") ->
         return _rows(column, start, path=path, name=subset)
 
     return Corpus(source={"hub": path, "subset": subset, "column": column}, documents=documents)
+
+
+def _fingerprint(files: list[Path], root: Path) -> str:
+    """Changes when a file is added, removed, renamed or of another size."""
+    listing = [f"{file.relative_to(root)} {file.stat().st_size}" for file in files]
+    return hashlib.sha256("\n".join(listing).encode()).hexdigest()[:16]
 
 
 def _is_hidden(path: Path) -> bool:

@@ -77,3 +77,11 @@ def test_a_hub_switched_off_fails_at_once_with_the_remedy(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(DataError, match="HF_HUB_OFFLINE forbids it"):
         hub_corpus("some/set").documents(0)
+
+
+def test_a_folder_that_changed_is_another_corpus(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    before = local_corpus(tmp_path).source
+    assert local_corpus(tmp_path).source == before
+    (tmp_path / "b.txt").write_text("two")
+    assert local_corpus(tmp_path).source != before
