@@ -143,7 +143,7 @@ def _cross_field_problems(config: Config) -> list[str]:
     if config.aux_lr is not None and config.optimizer not in ("muon", "adamuon"):
         problems.append(
             f"aux_lr={config.aux_lr}: only muon and adamuon have an auxiliary AdamW, "
-            f"optimizer={config.optimizer} has not; leave it out"
+            f"optimizer={config.optimizer} has not; take it out or add --aux_lr=none, and mind lr"
         )
     return problems
 

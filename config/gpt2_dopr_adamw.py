@@ -1,4 +1,4 @@
-# GPT-2 124M on FineWeb with DoPr-AdamW: gpt2_adamw.py and the last lines.
+# GPT-2 124M on FineWeb with DoPr-AdamW: gpt2_adamw.py, another lr and the last lines.
 out_dir = "out/gpt2_dopr_adamw"
 dataset = "fineweb"
 dtype = "bfloat16"
@@ -10,7 +10,7 @@ batch_size = 512  # sequences of 1,024: 524,288 tokens a step
 micro_batch_size = 32
 max_steps = 19_073  # 10B tokens
 warmup_steps = 700
-lr = 1.2e-3  # DoPr-AdamW wants about twice AdamW's
+lr = 1.2e-3  # not gpt2_adamw.py's: a guess from small runs
 weight_decay = 0.1
 eval_batches = 20  # 10M tokens
 

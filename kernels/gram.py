@@ -65,7 +65,7 @@ def gram_(
     return n
 
 
-@torch.library.custom_op("dopr::accumulate_gram", mutates_args=("S", "count"))
+@torch.library.custom_op("dopr::accumulate_gram", mutates_args=("S", "count", "offset"))
 def accumulate_gram(
     S: Tensor,  # (blocks, d/blocks, d/blocks), updated in place
     count: Tensor,  # (), updated in place
@@ -81,6 +81,7 @@ def accumulate_gram(
     count += gram_(
         S, z, beta=1, alpha=1, stride=stride, offset=offset, sequence_length=sequence_length
     )
+    offset += z.numel() // max(1, sequence_length * z.shape[-1])
 
 
 @accumulate_gram.register_fake

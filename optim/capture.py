@@ -1,8 +1,10 @@
 """How input activations are seen: a layer's backward adds Σ z zᵀ of its input z to a running sum.
 
-The backward pass is where z meets the gradient: it sees exactly the tokens that form the weight
-gradient, once, in eager mode, under torch.compile and under activation checkpointing, and nothing
-in evaluation. The layer's `forward` is replaced on the instance; copies of the module are plain.
+The backward pass is where z meets the gradient: it sees the tokens that form the weight gradient,
+once, in eager mode, under torch.compile and under activation checkpointing, and nothing in
+evaluation. It cannot tell a backward whose weight gradient is not wanted (`torch.autograd.grad` of
+the inputs, a pass before `zero_grad`): such a pass adds its tokens, too. The layer's `forward` is
+replaced on the instance; copies of the module are plain.
 """
 
 from __future__ import annotations
@@ -80,32 +82,32 @@ def _is_off(module: Any) -> bool:
     return module._dopr_capture is None or not has_gradient
 
 
-def _linear_forward(self: Any, z: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
+def _linear_forward(self: Any, input: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
     if _is_off(self):
-        return F.linear(z, self.weight, self.bias)
-    return _captured_linear(self._dopr_capture, z, self.weight, self.bias)
+        return F.linear(input, self.weight, self.bias)
+    return _captured_linear(self._dopr_capture, input, self.weight, self.bias)
 
 
-def _conv1d_forward(self: Any, z: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
+def _conv1d_forward(self: Any, x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
     """Hugging Face's Conv1D: a linear layer whose weight is stored as (d_in, d_out)."""
     if _is_off(self):
-        return F.linear(z, self.weight.mT, self.bias)
-    return _captured_linear(self._dopr_capture, z, self.weight.mT, self.bias)
+        return F.linear(x, self.weight.mT, self.bias)
+    return _captured_linear(self._dopr_capture, x, self.weight.mT, self.bias)
 
 
-def _conv2d_forward(self: Any, z: Tensor) -> Tensor:  # (B, C, H, W) -> (B, d_out, H', W')
+def _conv2d_forward(self: Any, input: Tensor) -> Tensor:  # (B, C, H, W) -> (B, d_out, H', W')
     """A linear layer on patches (B, H'W', C kh kw), which are cut out again in the backward."""
-    y = nn.Conv2d.forward(self, z)
+    y = nn.Conv2d.forward(self, input)
     if _is_off(self):
         return y
     geometry = (self.kernel_size, self.dilation, self.padding, self.stride)
-    return _Tap.apply(y, z.detach(), self._dopr_capture, geometry)
+    return _Tap.apply(y, input.detach(), self._dopr_capture, geometry)
 
 
-def _embedding_forward(self: Any, idx: Tensor) -> Tensor:  # (...) -> (..., d_out)
+def _embedding_forward(self: Any, input: Tensor) -> Tensor:  # (...) -> (..., d_out)
     """A linear layer on one-hot inputs: Σ is the diagonal of token frequencies."""
-    y = nn.Embedding.forward(self, idx)
-    return y if _is_off(self) else _Tap.apply(y, idx, self._dopr_capture, None)
+    y = nn.Embedding.forward(self, input)
+    return y if _is_off(self) else _Tap.apply(y, input, self._dopr_capture, None)
 
 
 # A bound method is pickled by its name: a pickled copy of a module gets its class's own forward.
@@ -117,6 +119,8 @@ def _captured_linear(capture: Capture, z: Tensor, W: Tensor, b: Tensor | None) -
     """F.linear with capture. Under autocast z is cast here, so that backward sees the cast z."""
     if torch.is_autocast_enabled(z.device.type):
         z = z.to(torch.get_autocast_dtype(z.device.type))
+    elif z.dtype != W.dtype:
+        return F.linear(z, W, b)  # torch's own error
     return _CapturedLinear.apply(z, W, b, capture)
 
 

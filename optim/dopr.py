@@ -104,10 +104,14 @@ class ActivationPreconditioner:
             TypeError: not a torch.optim.Optimizer.
             ValueError: a covered weight is in none of them or in several, or this preconditioner
                 is attached already.
+            RuntimeError: several processes train together, which is not supported yet.
         """
         if self._hooks or not self.layers:
             state = "attached already; pass all optimizers to one call of attach"
             raise ValueError(state if self._hooks else "detached; make a new preconditioner")
+        is_parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if is_parallel and torch.distributed.get_world_size() > 1:
+            raise RuntimeError("Σ is summed in one process only: every rank would differ")
         for optimizer in optimizers:
             if not isinstance(optimizer, Optimizer):
                 raise TypeError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer")
@@ -138,6 +142,7 @@ class ActivationPreconditioner:
         """Forget the activations seen since the last refresh: for a step that is not taken."""
         for layer in self.layers:
             layer.capture.clear()
+            self._schedule_next(layer)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that resuming needs, by layer; keep it beside the optimizer's."""
@@ -170,9 +175,10 @@ class ActivationPreconditioner:
 
     def summary(self) -> str:
         """What is covered and what is not, for people; see `report` for every number."""
-        n_bytes = sum(row["bytes"] for row in (layer.report() for layer in self.layers))
+        n_bytes = sum(layer.n_bytes for layer in self.layers)
         reasons = "".join(f"\n  not {name}: {why}" for name, why in self._not_covered.items())
-        return f"DoPr covers {len(self.layers)} weights, {n_bytes / 2**20:.1f} MiB{reasons}"
+        state = "" if self._hooks else "; not attached: no optimizer is preconditioned"
+        return f"DoPr covers {len(self.layers)} weights, {n_bytes / 2**20:.1f} MiB{state}{reasons}"
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]):
         """The hook: precondition the gradients, or wrap the closure that will compute them."""
@@ -240,7 +246,7 @@ class ActivationPreconditioner:
         """Whether, and from which offset, the coming step adds to the layer's statistics."""
         on_schedule = layer.step % self.settings.collect_every == 0
         layer.capture.is_collecting = on_schedule or self._is_due(layer)
-        layer.capture.offset.fill_(layer.step)
+        layer.capture.offset.fill_(layer.step // self.settings.collect_every)
 
 
 def _parameters(optimizer: Optimizer) -> set[Tensor]:

@@ -131,6 +131,11 @@ class Layer:
         self.n_mended += 1
         log.warning("%s: %s", self.name, what)
 
+    @property
+    def n_bytes(self) -> int:
+        """Memory of Σ, its running sum and P."""
+        return 3 * self.sigma.numel() * self.sigma.element_size()
+
     def report(self) -> dict[str, Any]:
         """What is worth knowing; the condition number costs an eigendecomposition."""
         is_ready = self.n_refreshes > 0
@@ -139,7 +144,7 @@ class Layer:
             "shape": tuple(self.covered.weight.shape),
             "covered": True,
             "reason": "",
-            "bytes": 3 * self.sigma.numel() * self.sigma.element_size(),  # Σ, its sum, P
+            "bytes": self.n_bytes,
             "condition": condition_number(self.sigma, self.damping) if is_ready else None,
             "norm_ratio": self.norm_ratio.item() if is_ready else None,
             "mended": self.n_mended,
