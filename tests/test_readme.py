@@ -76,7 +76,7 @@ def test_every_evaluation_command_runs_on_a_trained_model(trained, tmp_path):
     found = commands("python -m eval.")
     assert len(found) >= 3
     for command in found:
-        places = {"out/demo": trained, "hf_model": tmp_path / "hf_model"}
+        places = {"out/demo": trained, "out/demo_base": trained, "hf_model": tmp_path / "hf_model"}
         places |= {name: tmp_path / name for name in ("prompts.txt", "samples.jsonl")}
         run([str(places.get(word, word)) for word in command])
     assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 2
