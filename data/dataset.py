@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 import data.pystdlib.prepare
+from data.layout import Layout
 from data.meta import META, SPLITS, TOKENIZER, describe, read_meta
 from data.shards import DataError, Shard
 from data.tokenizer import Tokenizer
@@ -53,6 +54,7 @@ class Dataset:
     def __init__(self, folder: str | Path) -> None:
         self.dir = Path(folder)
         self.meta: dict[str, Any] = read_meta(self.dir)
+        self.layout = Layout.of(self.meta)  # None: a stream of text
         self.tokenizer = self._load_tokenizer()
         self._splits = {name: self._open(name) for name in SPLITS}
 

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from data.dataset import Dataset, TokenShards
+from data.layout import Layout
 from data.shards import DataError
 from data.windows import EpochWindows
 
@@ -27,6 +28,7 @@ class TrainSteps(torch.utils.data.Dataset):
         self,
         split: TokenShards,
         windows: EpochWindows,
+        layout: Layout | None,
         *,
         batch_size: int,
         micro_batch_size: int,
@@ -35,17 +37,19 @@ class TrainSteps(torch.utils.data.Dataset):
     ) -> None:
         self.split = split
         self.windows = windows
+        self.layout = layout
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.places = np.arange(batch_size)[rank::world]  # this rank's rows of the global batch
 
     def __getitem__(self, step: int) -> list[Batch]:
         shard_ids, starts = self.windows.locate(step * self.batch_size + self.places)
-        rows = torch.from_numpy(self.split.rows(shard_ids, starts, self.windows.block_size + 1))
-        return [
-            (micro[:, :-1].contiguous(), micro[:, 1:].contiguous())  # (micro_batch_size, T) each
-            for micro in rows.split(self.micro_batch_size)
-        ]
+        rows = self.split.rows(shard_ids, starts, self.windows.block_size + 1)
+        x, y = rows[:, :-1].copy(), rows[:, 1:].copy()  # (batch_size / world, T) each
+        y = self.layout.targets(y) if self.layout else y
+        size = self.micro_batch_size
+        parts = torch.from_numpy(x).split(size), torch.from_numpy(y).split(size)
+        return list(zip(*parts, strict=True))
 
 
 def train_batches(
@@ -79,7 +83,8 @@ def train_batches(
     split = dataset.split("train")
     steps = TrainSteps(
         split,
-        EpochWindows(split.sizes, block_size, seed),
+        EpochWindows(split.sizes, block_size, seed, dataset.layout),
+        dataset.layout,
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
         rank=rank,
@@ -109,11 +114,14 @@ def _leave_the_group(_worker: int) -> None:
 class ValBatches(Sequence[Batch]):
     """The validation split cut into windows, the same for everybody; see `val_batches`."""
 
-    def __init__(self, split: TokenShards, batch_size: int, block_size: int, limit: int) -> None:
-        self.split = split
+    def __init__(self, dataset: Dataset, batch_size: int, block_size: int, limit: int) -> None:
+        self.split, self.layout = dataset.split("val"), dataset.layout
         self.batch_size = batch_size
         self.block_size = block_size
-        starts = [np.arange(0, size - 1, block_size) for size in split.sizes]
+        if self.layout:
+            self.layout.check(block_size)
+        stride = self.layout.length if self.layout else block_size
+        starts = [np.arange(0, size - 1, stride) for size in self.split.sizes]
         self.starts = np.concatenate(starts)  # (n_windows,)
         self.shard_ids = np.repeat(np.arange(len(starts)), [len(s) for s in starts])
         if len(self.starts) == 0:
@@ -134,6 +142,7 @@ class ValBatches(Sequence[Batch]):
         rows[: len(starts)] = self.split.rows(shard_ids, starts, self.block_size + 1)
         y = rows[:, 1:].copy()
         x = np.where(y == -1, 0, rows[:, :-1])
+        y = self.layout.targets(y) if self.layout else y
         return torch.from_numpy(x), torch.from_numpy(y)
 
 
@@ -144,11 +153,11 @@ def val_batches(
 
     limit=0: all of the split; each token but the first of a shard is a target exactly once.
     limit=n: n of the windows, evenly spread and the same for every batch_size.
-    Where nothing is scored, x is 0 and y is -1.
+    Where nothing is scored y is -1; where the shard has ended x is 0, too.
     """
     if batch_size < 1 or block_size < 1 or limit < 0:
         raise ValueError(
             f"batch_size={batch_size}, block_size={block_size} must be positive, "
             f"limit={limit} not negative"
         )
-    return ValBatches(dataset.split("val"), batch_size, block_size, limit)
+    return ValBatches(dataset, batch_size, block_size, limit)

@@ -19,6 +19,7 @@ SPLITS = ("train", "val")
 _SCHEMA = {"format": int, "source": dict, "tokenizer": dict, "splits": dict, "created_with": dict}
 _TOKENIZER = {"name": str, "sha256": str, "n_vocab": int}
 _SPLIT = {"files": list, "tokens": int, "documents": int, "text_bytes": int}
+_LAYOUT = {"length": int, "prompt": int, "unscored": list}  # optional, see data/layout.py
 _FILE = {"name": str, "tokens": int, "bytes": int, "header": bool, "sha256": str}
 
 
@@ -81,6 +82,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
             f"{path}: n_vocab is {meta['tokenizer']['n_vocab']}, expected 2 to {MAX_VOCAB}, "
             "because ids are stored as uint16"
         )
+    if "layout" in meta:
+        _check(path, "layout.", meta["layout"], _LAYOUT)
     for name in SPLITS:
         split = meta["splits"].get(name)
         _check(path, f"splits.{name}.", split, _SPLIT)

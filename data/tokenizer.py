@@ -7,6 +7,7 @@ sampling need neither the network nor the corpus again.
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -27,6 +28,8 @@ PATTERN = (
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 
+_PIECES = {"character": r"(?s:.)", "symbol": r"\S+ ?|\s"}  # what texts of a vocabulary consist of
+
 # url -> sha256 of the file; tiktoken keeps each under the sha1 of its url.
 GPT2_FILES = {
     "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe": (
@@ -41,8 +44,8 @@ GPT2_FILES = {
 class Tokenizer:
     """Byte-pair encoding over `ranks` (token bytes -> id, ids 0..n-1), with end-of-text as id n.
 
-    Ranks without merges make a byte or character vocabulary. Raises ValueError if the ids are not
-    contiguous, if there are more than 65,536, or if the pattern is no regular expression.
+    Ranks without merges make a vocabulary of bytes, characters or symbols. Raises ValueError if the
+    ids are not contiguous or more than 65,536, or if the pattern is no regular expression.
     """
 
     def __init__(self, name: str, pattern: str, ranks: dict[bytes, int]) -> None:
@@ -61,23 +64,23 @@ class Tokenizer:
             mergeable_ranks=self.ranks,
             special_tokens={END_OF_TEXT: self.eot},
         )
-        alphabet = {token.decode("latin-1") for token in ranks if len(token) == 1}
-        self._alphabet = None if len(alphabet) == 256 else alphabet  # None: every text has ids
+        has_all_bytes = all(bytes([value]) in ranks for value in range(256))
+        self._symbols = None if has_all_bytes else {*map(_text, ranks)}
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, "<|endoftext|>" in it being plain text. ValueError: unknown character."""
-        self._check_alphabet(text)
+        self._check_symbols(text)
         return self.encoding.encode_ordinary(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text, on all processors."""
         for text in texts:
-            self._check_alphabet(text)
+            self._check_symbols(text)
         return self.encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
 
     def encode_array(self, text: str) -> np.ndarray:
         """`encode` as (n,) uint16; threads of it run side by side."""
-        self._check_alphabet(text)
+        self._check_symbols(text)
         return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -125,14 +128,21 @@ class Tokenizer:
         }
         return (json.dumps(content, indent=1) + "\n").encode()
 
-    def _check_alphabet(self, text: str) -> None:
-        if self._alphabet is None or (unknown := set(text) - self._alphabet) == set():
+    def _check_symbols(self, text: str) -> None:
+        """With all bytes every text has ids; else it must be made of whole symbols."""
+        if self._symbols is None or self._symbols.issuperset(text):
             return
-        character = min(unknown, key=text.index)
-        raise ValueError(
-            f"character {character!r} at position {text.index(character)} is not among the "
-            f"{len(self._alphabet)} characters of tokenizer {self.name!r}"
-        )
+        kind = "character" if all(len(symbol) == 1 for symbol in self._symbols) else "symbol"
+        for match in re.finditer(_PIECES[kind], text):
+            if match[0] not in self._symbols:
+                raise ValueError(
+                    f"{kind} {match[0]!r} at position {match.start()} is not among the "
+                    f"{len(self._symbols)} {kind}s of tokenizer {self.name!r}"
+                )
+
+
+def _text(token: bytes) -> str:
+    return token.decode(errors="replace")
 
 
 def _from_json(raw: bytes) -> Tokenizer:
@@ -173,6 +183,13 @@ def char_tokenizer(text: str) -> Tokenizer:
             "only; use --tokenizer=byte or --tokenizer=bpe"
         )
     return Tokenizer("char", PATTERN, {c.encode(): i for i, c in enumerate(characters)})
+
+
+def symbol_tokenizer(name: str, symbols: Sequence[str]) -> Tokenizer:
+    """One id a symbol, in their order, and end-of-text; in text, a space follows each symbol."""
+    if len(set(symbols)) < len(symbols) or any(not s or set(s) & set(" \n") for s in symbols):
+        raise ValueError(f"tokenizer {name!r}: symbols must differ and hold no white space")
+    return Tokenizer(name, r"\S+ ", {f"{s} ".encode(): i for i, s in enumerate(symbols)})
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -2,20 +2,30 @@
 
 Every epoch cuts each shard into windows that do not overlap, from a new random offset so that
 their borders move, and visits all windows once in a new random order. No state but n is needed.
+Documents that all have one length are windows themselves: their borders stay.
 """
 
 import numpy as np
 
+from data.layout import Layout
 from data.shards import DataError
 
 
 class EpochWindows:
     """Windows of `block_size` inputs and one more target in shards of `sizes` tokens."""
 
-    def __init__(self, sizes: np.ndarray, block_size: int, seed: int) -> None:
-        fitting = (sizes - 1) // block_size  # (n_shards,)
-        # One window less than fits leaves room for any offset; a lone window stays.
-        self.counts = np.maximum(fitting - 1, np.minimum(fitting, 1))
+    def __init__(
+        self, sizes: np.ndarray, block_size: int, seed: int, layout: Layout | None = None
+    ) -> None:
+        if layout:
+            layout.check(block_size)
+            self.stride = layout.length  # tokens from one window to the next
+            self.counts = sizes // layout.length  # (n_shards,)
+        else:
+            self.stride = block_size  # the last target is the next window's first input
+            fitting = (sizes - 1) // block_size  # (n_shards,)
+            # One window less than fits leaves room for any offset; a lone window stays.
+            self.counts = np.maximum(fitting - 1, np.minimum(fitting, 1))
         self.total = int(self.counts.sum())
         if self.total == 0:
             raise DataError(
@@ -25,7 +35,8 @@ class EpochWindows:
         self.block_size = block_size
         self.seed = seed
         self._ends = np.cumsum(self.counts)
-        self._spare = np.maximum(sizes - 1 - self.counts * block_size, 0)  # largest offset
+        used = self.counts * self.stride + (0 if layout else 1)
+        self._spare = np.maximum(sizes - used, 0)  # largest offset
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -39,7 +50,7 @@ class EpochWindows:
             shard = np.searchsorted(self._ends, window, side="right")
             within = window - (self._ends - self.counts)[shard]
             shard_ids[here] = shard
-            starts[here] = offsets[shard] + within * self.block_size
+            starts[here] = offsets[shard] + within * self.stride
         return shard_ids, starts
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:

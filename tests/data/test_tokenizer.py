@@ -19,6 +19,7 @@ from data.tokenizer import (
     char_tokenizer,
     gpt2_tokenizer,
     named_tokenizer,
+    symbol_tokenizer,
     train_bpe,
 )
 
@@ -226,3 +227,22 @@ def test_an_empty_cache_variable_is_refused(monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
     with pytest.raises(ValueError, match="TIKTOKEN_CACHE_DIR is empty"):
         gpt2_tokenizer()
+
+
+def test_symbols_have_one_id_each_and_their_text_comes_back():
+    symbols = symbol_tokenizer("graph", ["n1", "n12", "end"])
+    assert symbols.encode("n1 n12 end ") == [0, 1, 2]
+    assert symbols.decode([2, 0]) == "end n1 "
+    assert (symbols.eot, symbols.n_vocab) == (3, 4)
+
+
+def test_an_unknown_symbol_is_named_with_its_place():
+    symbols = symbol_tokenizer("graph", ["n1", "n12"])
+    with pytest.raises(ValueError, match="symbol 'n2 ' at position 3 is not among the 2 symbols"):
+        symbols.encode("n1 n2 ")
+
+
+@pytest.mark.parametrize("symbols", [["a", "a"], ["a b"], [""]])
+def test_symbols_that_cannot_be_told_apart_are_refused(symbols):
+    with pytest.raises(ValueError, match="must differ and hold no white space"):
+        symbol_tokenizer("bad", symbols)

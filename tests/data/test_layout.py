@@ -1,0 +1,88 @@
+"""Data made of documents of one length: a sequence is a document, and only its targets count."""
+
+import json
+
+import numpy as np
+import pytest
+
+from data.dataset import Dataset
+from data.layout import Layout
+from data.loader import train_batches, val_batches
+from data.meta import empty_split, write_meta
+from data.shards import DataError, write_shard
+from data.tokenizer import symbol_tokenizer
+
+LENGTH, N = 5, 12  # document n is n, n + 1, ... modulo 16
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("documents")
+    tokenizer = symbol_tokenizer("counts", [f"c{i}" for i in range(16)])
+    tokenizer.save(folder / "tokenizer.json")
+    ids = (np.arange(N)[:, None] + np.arange(LENGTH)).astype(np.uint16) % 16  # (N, LENGTH)
+    splits = {}
+    for name in ("train", "val"):
+        entry = write_shard(folder / f"{name}_000000.bin", list(ids))
+        splits[name] = empty_split() | {"tokens": ids.size, "documents": N, "files": [entry]}
+        splits[name]["text_bytes"] = ids.size
+    layout = {"length": LENGTH, "prompt": 2, "unscored": [3]}
+    write_meta(folder, {"name": "counts"}, tokenizer, splits, layout=layout)
+    return Dataset(folder)
+
+
+def expected(x):
+    """Targets of documents that count up from their first token."""
+    y = (x + 1) % 16
+    y[:, 0] = -1  # the second token of the prompt
+    y[y == 3] = -1
+    return y
+
+
+def test_an_epoch_is_every_document_once_and_whole(documents):
+    steps = train_batches(documents, batch_size=4, micro_batch_size=2, block_size=4, seed=0)
+    for _ in range(2):  # epochs
+        firsts = []
+        for _ in range(N // 4):
+            for x, y in next(steps):
+                assert x.shape == y.shape == (2, LENGTH - 1)
+                assert (y == expected(x)).all()
+                firsts += x[:, 0].tolist()
+        assert sorted(firsts) == list(range(N))
+
+
+def test_validation_is_every_document_once(documents):
+    batches = list(val_batches(documents, batch_size=5, block_size=4))
+    x = np.concatenate([x.numpy() for x, _ in batches])
+    y = np.concatenate([y.numpy() for _, y in batches])
+    assert (x[:N, 0] == np.arange(N)).all()
+    assert (y[:N] == expected(x[:N])).all()
+    assert (y[N:] == -1).all()  # the last batch is filled up
+
+
+@pytest.mark.parametrize("make", [train_batches, val_batches])
+def test_a_sequence_that_is_not_a_document_is_refused_with_the_size_to_use(documents, make):
+    sizes = {"batch_size": 4, "block_size": 8}
+    if make is train_batches:
+        sizes |= {"micro_batch_size": 4, "seed": 0}
+    with pytest.raises(DataError, match="use --block_size=4"):
+        make(documents, **sizes)
+
+
+def test_text_has_no_layout(dataset):
+    assert Dataset(dataset).layout is None
+
+
+def test_a_damaged_layout_is_refused(documents, tmp_path):
+    meta = json.loads((documents.dir / "meta.json").read_text())
+    meta["layout"]["length"] = "5"
+    for file in documents.dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(DataError, match=r"layout.length is '5', expected int"):
+        Dataset(tmp_path)
+
+
+def test_nothing_is_masked_without_a_prompt_or_unscored_ids():
+    y = np.arange(6).reshape(2, 3)
+    assert (Layout(4, 1, ()).targets(y) == y).all()
