@@ -1,6 +1,6 @@
 """What a run says of itself: metrics.jsonl always, a progress line or bar, wandb if asked for.
 
-Rows of metrics.jsonl have `kind` = run | train | val and always `step`. wandb may not stop a run:
+Rows of metrics.jsonl have `kind` = run | train | val | ttf and always `step`. wandb may not stop a run:
 when it fails, that is reported once and it is switched off.
 """
 
@@ -126,6 +126,11 @@ class RunLog:
             f"{results['bits_per_byte']:.4f} bits/byte  {results['n_tokens']:,} tokens"
         )
 
+    def ttf(self, step: int, primary: str, metrics: dict[str, float]) -> None:
+        """A row on the model's own rollouts, and a line with the metric that ranks."""
+        self.write("ttf", step, **metrics)
+        self.say(f"step {step}  rollouts: {primary} {metrics[primary]:.4f}")
+
     def say(self, text: str) -> None:
         """A line for the reader that does not break the progress bar."""
         tqdm.write(text, file=sys.stdout)
@@ -162,7 +167,7 @@ def _forget_after(path: Path, step: int) -> None:
             row = json.loads(line)
         except ValueError:
             continue
-        if row["step"] < step or (row["step"] == step and row["kind"] != "val"):
+        if row["step"] < step or (row["step"] == step and row["kind"] not in ("val", "ttf")):
             kept.append(line + "\n")
     partial = path.with_suffix(".tmp")
     partial.write_text("".join(kept))

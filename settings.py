@@ -22,7 +22,7 @@ class Config:
     compile: bool = False  # torch.compile the model
     deterministic: bool = False  # deterministic algorithms only (slower on a GPU)
     # -- data
-    dataset: str = "pystdlib"  # a name under data/ or a folder with meta.json
+    dataset: str = "pystdlib"  # a name under data/, task:NAME,knob=value,... or a folder
     loader_workers: int = 0  # processes that read ahead
     # -- model
     n_layer: int = 12
@@ -56,10 +56,10 @@ class Config:
     sigma_beta: float | None = None  # average of Σ over refreshes; none: only the newest
     refresh_every: int = 1  # steps between two inverses
     collect_every: int = 1  # steps between two that add to Σ
-    token_stride: int = 1  # one token in so many adds to Σ
+    token_stride: int = 1  # one token in so many adds to Σ; embeddings count every one
     exponent: int = 1  # p of (Σ + γ̄ I)^(-1/p): 1, 2 or 4
     inverse: Literal["cholesky", "newton_schulz"] = "cholesky"
-    trace_normalized: bool = True  # M keeps the scale of G
+    trace_normalized: bool = True  # P times tr(Σ)/d_in: M keeps the scale of G; false: the paper
     block_diagonal: int | None = None  # widest block of Σ; none: no blocks
     embeddings: bool = False  # also the rows of embeddings, by token frequency
     include: str | None = None  # names of layers to cover, comma-separated, with * and ?; none: all
@@ -72,6 +72,8 @@ class Config:
     # -- evaluation and records
     eval_every: int = 250  # steps
     eval_batches: int = 0  # batches of batch_size, evenly spread and the same; 0: all of it
+    ttf_every: int = 0  # steps between two gradings of the model's own rollouts; 0: off
+    ttf_episodes: int = 128  # rollouts of such a grading
     ema_decay: float = 0.0  # moving average of the weights, evaluated beside them; 0: off
     log_every: int = 10  # steps
     save_every: int = 1000  # steps; the last step is always saved
@@ -89,8 +91,9 @@ class Config:
 _AT_LEAST = {  # smallest value that makes sense
     **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "batch_size"), 1),
     **dict.fromkeys(("micro_batch_size", "max_steps", "eval_every", "log_every"), 1),
-    **dict.fromkeys(("save_every", "keep_checkpoints", "max_skipped", "ns_steps"), 1),
-    **dict.fromkeys(("seed", "warmup_steps", "eval_batches", "loader_workers"), 0),
+    **dict.fromkeys(("save_every", "ttf_episodes", "keep_checkpoints"), 1),
+    **dict.fromkeys(("max_skipped", "ns_steps"), 1),
+    **dict.fromkeys(("seed", "warmup_steps", "eval_batches", "ttf_every", "loader_workers"), 0),
     **dict.fromkeys(("weight_decay", "grad_clip", "min_lr_ratio", "eps"), 0.0),
     **dict.fromkeys(("dropout", "beta1", "beta2", "momentum", "ema_decay"), 0.0),
 }
@@ -148,5 +151,6 @@ def _cross_field_problems(config: Config) -> list[str]:
     return problems
 
 
-RUN_ONLY = {"out_dir", "resume", "log_every", "wandb", "wandb_project"}  # do not change results
+# What does not change the results of a run.
+RUN_ONLY = {"out_dir", "resume", "log_every", "ttf_every", "ttf_episodes", "wandb", "wandb_project"}
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}

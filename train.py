@@ -30,10 +30,12 @@ from checkpoint import (
     write_atomic,
 )
 from configurator import describe, describe_changes, load_config, to_json
-from data.dataset import DataError, Dataset, open_dataset
+from data.dataset import DataError, Dataset
 from data.loader import Batch, train_batches, val_batches
 from eval.hf import load_hf
 from eval.loss import evaluate
+from eval.tasks import open_data, task_of
+from eval.ttf import grade_model
 from model import GPT, GPTConfig
 from optim import ActivationPreconditioner
 from optim.build import build_optimizers, describe_groups
@@ -56,8 +58,9 @@ def train(config: Config, stop: StopRequest) -> int:
     out_dir = Path(config.out_dir)
 
     # -- data
-    dataset = open_dataset(config.dataset)
+    dataset = open_data(config.dataset)
     tokenizer_json = (dataset.dir / "tokenizer.json").read_bytes()
+    task = task_of(config.dataset) if config.ttf_every else None
     validation = val_batches(
         dataset,
         batch_size=config.micro_batch_size,
@@ -133,6 +136,9 @@ def train(config: Config, stop: StopRequest) -> int:
                 if not stop and (is_last or state.step % config.eval_every == 0):
                     results = validate(state, validation, dataset, device, autocast, stop)
                     log.val(state.step, results)
+                if task and not stop and state.step % config.ttf_every == 0:
+                    grade = grade_model(task, model, n=config.ttf_episodes, seed=0)
+                    log.ttf(state.step, task.primary, grade.means())
                 is_due = state.step % config.save_every == 0 and not state.skipped_in_row
                 if stop or is_last or is_due:
                     save()

@@ -10,6 +10,8 @@ from checkpoint import CheckpointError, load_into, open_checkpoint
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
+ENVIRONMENT = ("device", "threads", "python", "torch", "git", "world")  # see runlog.environment
+
 
 @dataclass(frozen=True)
 class Run:
@@ -20,6 +22,7 @@ class Run:
     model: GPT
     tokenizer: Tokenizer
     config: dict[str, Any]  # the run's settings
+    environment: dict[str, Any]  # where it was trained: device, versions, git revision
 
 
 def load_run(path: str | Path, *, device: str | torch.device = "cpu", ema: bool = False) -> Run:
@@ -42,4 +45,5 @@ def load_run(path: str | Path, *, device: str | torch.device = "cpu", ema: bool 
         model=model.to(device).eval(),
         tokenizer=Tokenizer.load(found.path / "tokenizer.json"),
         config=found.manifest["config"],
+        environment={key: found.manifest[key] for key in ENVIRONMENT},
     )

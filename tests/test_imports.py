@@ -19,7 +19,7 @@ LOWER = {  # part of the house -> the parts that it may import
     "data": set(),
     "checkpoint": set(),
     "state": {"checkpoint", "optim"},
-    "eval": {"model", "data", "checkpoint"},
+    "eval": {"model", "data", "checkpoint", "optim", "runlog"},
     "train": {"settings", "configurator", "stopping", "runlog", "model", "optim", "data"}
     | {"checkpoint", "state", "eval"},
 }

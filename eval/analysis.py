@@ -1,0 +1,221 @@
+"""What a set of graded models says: leaderboard, curves over seeds, sweeps, matched validation.
+
+A record is one graded model (see eval/record.py). Only fresh records, on seeds that nothing was
+tuned on, enter the leaderboard; records of single runs stand for themselves.
+"""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.intervals import Estimate, Paired, over_seeds, paired
+
+Record = dict[str, Any]
+FIT_DEGREE = 2  # of log rollout error in validation loss
+FIT_POINTS = 50  # of the fitted curve
+
+
+class AnalysisError(ValueError):
+    """Nothing to analyse, or something that is no record."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One optimizer on a leaderboard."""
+
+    variant: str
+    base: str
+    lr: float
+    val_loss: Estimate  # nats per scored token
+    primary: Estimate
+    versus_base: Paired | None  # primary, paired over seeds; None for a base
+    val_versus_base: Paired | None
+    n_diverged: int
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Log rollout error beyond what validation loss predicts; negative: better rollouts."""
+
+    residual: Estimate  # mean over fresh seeds inside the range of the fit
+    n_inside: int
+    n: int
+
+
+def load_records(paths: Iterable[Path]) -> list[Record]:
+    """Records of study folders (records.jsonl) and of graded runs (ttf/*.json, the last step).
+
+    Raises AnalysisError for a folder that has neither.
+    """
+    records: list[Record] = []
+    for path in paths:
+        study, graded = path / "records.jsonl", sorted((path / "ttf").glob("step-*.json"))
+        if not study.exists() and not graded:
+            raise AnalysisError(
+                f"{path}: neither records.jsonl nor ttf/; grade runs with `python -m eval.ttf`, "
+                "or run `python -m eval.compare`"
+            )
+        lines = study.read_text().splitlines() if study.exists() else [graded[-1].read_text()]
+        records += map(json.loads, lines)
+    return records
+
+
+def groups(records: Iterable[Record]) -> dict[tuple[str, int], list[Record]]:
+    """Records that may be compared: the same task and training length."""
+    found: dict[tuple[str, int], list[Record]] = defaultdict(list)
+    for record in records:
+        found[record["task"], record["steps"]].append(record)
+    return dict(sorted(found.items()))
+
+
+def primary(record: Record) -> float:
+    """The metric that ranks; NaN for a run that diverged."""
+    grade = record["grade"]
+    value = grade and grade["metrics"][record["primary"]]["mean"]
+    return math.nan if value is None else value
+
+
+def val_loss(record: Record) -> float:
+    return math.nan if record["val_loss"] is None else record["val_loss"]
+
+
+def is_reported(record: Record) -> bool:
+    return record["role"] in ("fresh", "single")
+
+
+def leaderboard(records: list[Record]) -> list[Row]:
+    """One row a variant, best first. A variant with a diverged run is last, whatever the others."""
+    runs = _by_variant(filter(is_reported, records))
+    rows = [_row(own, runs.get(own[0]["base"], [])) for own in runs.values()]
+    sign = -1 if records and records[0]["higher_is_better"] else 1
+    return sorted(rows, key=lambda row: (row.n_diverged, sign * row.primary.mean))
+
+
+def _row(own: list[Record], base: list[Record]) -> Row:
+    first = own[0]
+    finished = [record for record in own if math.isfinite(primary(record))]
+    is_base = first["variant"] == first["base"]
+    return Row(
+        variant=first["variant"],
+        base=first["base"],
+        lr=first["lr"],
+        val_loss=over_seeds([val_loss(record) for record in finished]),
+        primary=over_seeds([primary(record) for record in finished]),
+        versus_base=None if is_base else _versus(finished, base, primary),
+        val_versus_base=None if is_base else _versus(finished, base, val_loss),
+        n_diverged=len(own) - len(finished),
+    )
+
+
+def _versus(own: list[Record], base: list[Record], value) -> Paired | None:
+    """Paired over the seeds that both have; None if there are none."""
+    theirs = {record["seed"]: value(record) for record in base if math.isfinite(value(record))}
+    pairs = [(value(record), theirs[record["seed"]]) for record in own if record["seed"] in theirs]
+    if not pairs:
+        return None
+    higher = value is primary and own[0]["higher_is_better"]
+    return paired(*zip(*pairs, strict=True), higher_is_better=higher)
+
+
+def seed_curves(
+    records: list[Record], name: str
+) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Mean and t-interval over seeds, (H,) each, of one curve of each variant.
+
+    A single run has no spread over seeds: it keeps its own interval over episodes.
+    """
+    return {
+        variant: _band([record["grade"]["curves"][name] for record in own])
+        for variant, own in _by_variant(filter(is_reported, records)).items()
+        if all(record["grade"] and name in record["grade"]["curves"] for record in own)
+    }
+
+
+def _band(curves: list[dict[str, list[float]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    if len(curves) == 1:
+        mean, lo, hi = (np.array(curves[0][key], dtype=float) for key in ("mean", "lo", "hi"))
+        return mean, lo, hi
+    columns = np.array([each["mean"] for each in curves], dtype=float).T  # (H, seeds)
+    estimates = [over_seeds(column.tolist()) for column in columns]
+    mean, lo, hi = np.array([(each.mean, each.lo, each.hi) for each in estimates]).T
+    return mean, lo, hi
+
+
+def sweeps(records: list[Record]) -> dict[str, list[tuple[float, float, float]]]:
+    """(lr, val_loss, primary) of every variant's tuning runs, averaged over seeds, by lr."""
+    found: dict[str, list[tuple[float, float, float]]] = {}
+    for variant, own in _by_variant(r for r in records if r["role"] == "tuning").items():
+        rates = sorted({record["lr"] for record in own})
+        at = {lr: [record for record in own if record["lr"] == lr] for lr in rates}
+        found[variant] = [
+            (lr, *(float(np.mean([*map(value, at[lr])])) for value in (val_loss, primary)))
+            for lr in rates
+        ]
+    return found
+
+
+def matched_validation(records: list[Record]) -> dict[str, Matched]:
+    """Is an optimizer better at *equal* validation loss? Residuals from a fit over base runs.
+
+    Log rollout error (of a task where lower is better; log(1 - value) where higher is) is fitted
+    by a quadratic in validation loss over all runs of base optimizers, tuning runs included. The
+    fit is not extrapolated: a run outside the bases' range of validation loss does not count.
+    """
+    fit = _fit(records)
+    if fit is None:
+        return {}
+    coefficients, low, high = fit
+    found = {}
+    for variant, own in _by_variant(filter(is_reported, records)).items():
+        points = [point for record in own if (point := _point(record))]
+        inside = [(x, y) for x, y in points if low <= x <= high]
+        residuals = [y - float(np.polyval(coefficients, x)) for x, y in inside]
+        if residuals:
+            found[variant] = Matched(over_seeds(residuals), len(inside), len(own))
+    return found
+
+
+def fit_curve(records: list[Record]) -> tuple[np.ndarray, np.ndarray]:
+    """Validation loss (K,), and the rollout error that the base runs lead one to expect at it."""
+    fit = _fit(records)
+    if fit is None:
+        return np.empty(0), np.empty(0)
+    coefficients, low, high = fit
+    x = np.linspace(low, high, FIT_POINTS)
+    return x, np.exp(np.polyval(coefficients, x))
+
+
+def _fit(records: list[Record]) -> tuple[np.ndarray, float, float] | None:
+    """Coefficients and range of the fit; None with too few base runs for it to mean anything."""
+    bases = [record for record in records if record["variant"] == record["base"]]
+    points = np.array([point for record in bases if (point := _point(record))])  # (n, 2)
+    if len(points) < 3 * (FIT_DEGREE + 1) or len(np.unique(points[:, 0])) <= FIT_DEGREE:
+        return None
+    x, y = points.T
+    return np.polyfit(x, y, FIT_DEGREE), float(x.min()), float(x.max())
+
+
+def _point(record: Record) -> tuple[float, float] | None:
+    """(validation loss, log rollout error); None where there is no logarithm.
+
+    A metric whose name begins with log10_ is a logarithm already.
+    """
+    error = 1 - primary(record) if record["higher_is_better"] else primary(record)
+    if record["primary"].startswith("log10_"):
+        error = 10**error
+    if not (error > 0 and math.isfinite(error) and math.isfinite(val_loss(record))):
+        return None
+    return val_loss(record), math.log(error)
+
+
+def _by_variant(records: Iterable[Record]) -> dict[str, list[Record]]:
+    found: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        found[record["variant"]].append(record)
+    return dict(found)

@@ -1,0 +1,100 @@
+"""Compare optimizers on one task: sweep, fresh seeds, paired tests, rollouts against validation.
+
+    python -m eval.compare --task ctrl --optimizers adamw,dopr-adamw,muon,dopr-muon --seeds 5
+
+The learning rate of each optimizer is swept on tuning seeds, by validation loss; fresh seeds run at
+the best rate, and they alone are reported. A seed draws the weights, the order of the data and the
+task's instance (automaton, graph, plant). Everything is in --out; the same command continues there,
+and more optimizers or seeds are added to it. The last line says where the records are.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from data.shards import DataError
+from eval.analysis import Record, leaderboard, matched_validation
+from eval.lds import Lds
+from eval.points import PointError
+from eval.study import Study, compare
+from eval.tables import leaderboard_table, matched_table
+from eval.tasks import TASKS, Task, parse_task
+from eval.variants import parse_variant
+
+
+def summary(records: list[Record]) -> str:
+    """The leaderboard, and what validation loss does not explain."""
+    rows, first = leaderboard(records), records[0]
+    higher = first["higher_is_better"]
+    board = leaderboard_table(rows, first["primary"], higher_is_better=higher)
+    matched = matched_validation(records)
+    return board + ("\n\n" + matched_table(matched) if matched else "")
+
+
+def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--task", required=True, help=f"{', '.join([*TASKS, Lds.name])}; NAME,knob=value,...")
+    add("--optimizers", required=True, help="comma-separated; see eval/variants.py")
+    add("--seeds", type=int, default=5, help="fresh seeds, the ones reported")
+    add("--tuning_seeds", type=int, default=1, help="seeds of a learning-rate sweep")
+    add("--steps", type=int, default=500, help="optimizer steps of a run")
+    add("--tokens_per_step", type=int, default=1024, help="rounded to whole documents")
+    add("--episodes", type=int, default=512, help="graded rollouts a run")
+    add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other settings of train.py")
+    add("--workers", type=int, default=2, help="runs side by side, a thread each")
+    add("--out", type=Path, help="default: out/compare/TASK-STEPS")
+    return parser, parser.parse_args(argv)
+
+
+def study_of(arguments: argparse.Namespace) -> Study:
+    """The study that the command line describes. ValueError or DataError before any work."""
+    for key in ("seeds", "tuning_seeds", "steps", "tokens_per_step", "episodes", "workers"):
+        if getattr(arguments, key) < 1:
+            raise ValueError(f"--{key}={getattr(arguments, key)}: must be at least 1")
+    if wrong := [pair for pair in arguments.set if "=" not in pair]:
+        raise ValueError(f"--set {wrong[0]}: wants KEY=VALUE")
+    task = parse_task(arguments.task, TASKS | {Lds.name: Lds})
+    settings = training(task, arguments.steps, arguments.tokens_per_step)
+    name = task.spec if "," in arguments.task else task.name
+    return Study(
+        out=arguments.out or Path("out/compare", f"{name}-{arguments.steps}"),
+        task=task,
+        variants=tuple(map(parse_variant, arguments.optimizers.split(","))),
+        steps=arguments.steps,
+        tuning_seeds=arguments.tuning_seeds,
+        fresh_seeds=arguments.seeds,
+        n=arguments.episodes,
+        settings=settings | dict(pair.split("=", 1) for pair in arguments.set),
+    )
+
+
+def training(task: Task | Lds, steps: int, tokens_per_step: int) -> dict[str, Any]:
+    """Settings of train.py that follow from the task's size, beside those of config/ttf.py."""
+    if isinstance(task, Lds):
+        return {}
+    documents = max(1, round(tokens_per_step / task.context_tokens))
+    sizes = {"block_size": task.context_tokens, "batch_size": documents}
+    sizes["micro_batch_size"] = documents
+    return sizes | {"warmup_steps": steps // 10, "eval_every": steps}
+
+
+def main(argv: list[str]) -> None:
+    parser, arguments = parse(argv)
+    try:
+        study = study_of(arguments)
+        study.begin("python -m eval.compare " + " ".join(argv))
+        records = compare(study, arguments.workers)
+    except (DataError, PointError, ValueError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
+    print(summary(records))
+    print(f"{len(records)} runs in {study.out}; a page: python -m eval.report {study.out}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,117 @@
+"""From episodes to numbers: what a rollout costs beyond what validation sees.
+
+    A(l) = Σ_{t<=l} E q_t   on the data's contexts, q_t = KL(oracle ‖ model) in nats
+    B(l) = Σ_{t<=l} E q_t   on the model's own rollouts
+    G(l) = (B(l) - A(l)) / l      the test-time feedback gap
+    %ExAccErr(l) = 100 (B(l) - A(l)) / A(l)      (Arora et al. 2022); never rank by it: what
+                                  divides is the teacher-forced loss, which optimizers change
+
+Every number comes with a 95 % bootstrap interval over episodes, both rollouts resampled together.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from eval.intervals import Estimate, bootstrap_weights, percentiles
+from eval.world import Rollout
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A number for each step of the horizon, with its interval."""
+
+    mean: list[float]  # (H,)
+    lo: list[float]
+    hi: list[float]
+
+
+@dataclass(frozen=True)
+class Grade:
+    """What grading one model says."""
+
+    metrics: dict[str, Estimate]
+    curves: dict[str, Curve] = field(default_factory=dict)
+    n_t: dict[str, list[int]] = field(default_factory=dict)  # episodes that reached each step
+    samples: list[dict[str, Any]] = field(default_factory=list)  # {"data": ids, "own": ids}
+
+    def means(self) -> dict[str, float]:
+        """The metrics without their intervals."""
+        return {name: each.mean for name, each in self.metrics.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def oracle_grade(data: Rollout, own: Rollout, n_samples: int = 4) -> Grade:
+    """Compare episodes that the oracle decided with episodes that the model decided."""
+    weights = bootstrap_weights(len(own.tokens))  # (R, B)
+    on_data, on_own = _step_means(weights, data.error), _step_means(weights, own.error)  # (R, H)
+    A, B = on_data.cumsum(1), on_own.cumsum(1)
+    steps = np.arange(1, A.shape[1] + 1)  # l
+    gap = (B - A) / steps
+    with np.errstate(divide="ignore", invalid="ignore"):  # a model without error on the data
+        excess = 100 * (B - A)[:, -1] / A[:, -1]
+    values = {
+        "val_ce": _mean(weights, data.nll),
+        "val_kl": _mean(weights, data.error),
+        "accumulated_kl": B[:, -1],
+        "gap": gap[:, -1],
+        "excess_percent": excess,
+        "entropy_drift": entropy_drift(weights, data.nll, own.entropy),
+        **{name: _mean(weights, each[:, None]) for name, each in own.outcomes.items()},
+        **{f"data_{name}": _mean(weights, each[:, None]) for name, each in data.outcomes.items()},
+    }
+    rows = zip(data.tokens[:n_samples].tolist(), own.tokens[:n_samples].tolist(), strict=True)
+    return Grade(
+        metrics={name: estimate(each, len(own.tokens)) for name, each in values.items()},
+        curves={name: curve(each) for name, each in {"A": A, "B": B, "G": gap}.items()},
+        n_t={"data": _alive(data.error), "own": _alive(own.error)},
+        samples=[{"data": reference, "own": ids} for reference, ids in rows],
+    )
+
+
+def entropy_drift(weights: np.ndarray, nll: Tensor, own_entropy: Tensor) -> np.ndarray:  # (R,)
+    """Mean entropy (nats) in the last half of the own rollouts minus cross-entropy on the data.
+
+    Zero for a calibrated model that does not drift (Braverman et al. 2020, entropy-rate drift).
+    """
+    late = own_entropy[:, own_entropy.shape[1] // 2 :]
+    return _mean(weights, late) - _mean(weights, nll)
+
+
+def estimate(values: np.ndarray, n: int) -> Estimate:
+    """From one value per row of the bootstrap weights; n units were resampled."""
+    mean, lo, hi = percentiles(values)
+    return Estimate(float(mean), float(lo), float(hi), n)
+
+
+def curve(values: np.ndarray) -> Curve:  # (R, H)
+    mean, lo, hi = percentiles(values)
+    return Curve(mean.tolist(), lo.tolist(), hi.tolist())
+
+
+def _sums(weights: np.ndarray, values: Tensor) -> tuple[np.ndarray, np.ndarray]:  # (R, H) twice
+    """Weighted sum, and weight, of what is not NaN in each column of (B, H)."""
+    array = values.double().cpu().numpy()
+    counted = ~np.isnan(array)
+    return weights @ np.where(counted, array, 0.0), weights @ counted
+
+
+def _step_means(weights: np.ndarray, values: Tensor) -> np.ndarray:  # (R, H)
+    """Mean over the episodes that are under way at each step; 0 where none is."""
+    total, count = _sums(weights, values)
+    return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
+
+
+def _mean(weights: np.ndarray, values: Tensor) -> np.ndarray:  # (R,)
+    """Mean over all graded decisions; NaN if there are none."""
+    total, count = _sums(weights, values)
+    with np.errstate(invalid="ignore"):
+        return total.sum(1) / count.sum(1)
+
+
+def _alive(values: Tensor) -> list[int]:
+    return (~values.isnan()).sum(0).tolist()

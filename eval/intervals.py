@@ -1,0 +1,68 @@
+"""Uncertainty: bootstrap over episodes inside one run, Student's t over seeds, paired tests."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95  # of every interval
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its interval, over n units (episodes or seeds)."""
+
+    mean: float
+    lo: float
+    hi: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Paired:
+    """a minus b over pairs: the mean difference, its t-interval, p (two-sided), wins of a."""
+
+    difference: Estimate
+    p: float  # 1 for a single pair or equal differences
+    wins: int  # pairs in which a is better
+
+
+def bootstrap_weights(n: int, seed: int = 0) -> np.ndarray:  # (1 + RESAMPLES, n)
+    """How often each of n units is in each resample. Row 0 is the sample itself, all ones."""
+    resamples = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    return np.concatenate([np.ones((1, n)), resamples])
+
+
+def percentiles(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Value, lower and upper end of what was computed with each row of `bootstrap_weights`.
+
+    values: (1 + RESAMPLES, ...). The ends are percentiles of the resamples; NaN if all are NaN.
+    """
+    tail = 50 * (1 - LEVEL)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
+        lo, hi = np.nanpercentile(values[1:], [tail, 100 - tail], axis=0)
+    return values[0], lo, hi
+
+
+def over_seeds(values: Sequence[float]) -> Estimate:
+    """The mean of one number a seed, with Student's t-interval; NaN ends for a single seed."""
+    mean, n = float(np.mean(values)), len(values)
+    if n < 2:
+        return Estimate(mean, float("nan"), float("nan"), n)
+    half = stats.t.ppf((1 + LEVEL) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n)
+    return Estimate(mean, float(mean - half), float(mean + half), n)
+
+
+def paired(a: Sequence[float], b: Sequence[float], *, higher_is_better: bool = False) -> Paired:
+    """Compare two optimizers on the same seeds. ValueError if the numbers of seeds differ."""
+    if len(a) != len(b):
+        raise ValueError(f"paired: {len(a)} values against {len(b)}; wants one pair a seed")
+    difference = np.subtract(a, b)
+    better = difference > 0 if higher_is_better else difference < 0
+    spread = len(difference) > 1 and np.ptp(difference) > 0
+    p = float(stats.ttest_1samp(difference, 0).pvalue) if spread else 1.0
+    return Paired(over_seeds(difference.tolist()), p, int(better.sum()))

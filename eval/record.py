@@ -1,0 +1,64 @@
+"""A record: one graded model with everything that its numbers must be read with, as JSON.
+
+task, spec, primary, higher_is_better    what it was graded on
+variant, base, lr, seed, steps, tokens   how it was trained; `base` is what it is compared with
+role                                     tuning | fresh | single (no part of a protocol)
+val_loss                                 nats per scored token; null: the run diverged
+grade                                    see eval/grade.py; null: the run diverged
+command, environment, seconds, settings  how to make it again, and where it was made
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from checkpoint import write_atomic
+from eval.grade import Grade
+from eval.lds import Lds
+from eval.tasks import Task
+
+
+def make_record(
+    task: Task | Lds, settings: dict[str, Any], *, steps: int, val_loss: float | None, **more: Any
+) -> dict[str, Any]:
+    """The parts that follow from the task and the run's settings; `more` has all others."""
+    base = settings["optimizer"]
+    return {
+        "task": task.name,
+        "spec": task.spec,
+        "primary": task.primary,
+        "higher_is_better": task.higher_is_better,
+        "variant": f"dopr-{base}" if settings["dopr"] else base,
+        "base": base,
+        "role": "single",
+        "lr": settings["lr"],
+        "seed": settings["seed"],
+        "steps": steps,
+        "tokens": steps * settings["batch_size"] * settings["block_size"],
+        "val_loss": val_loss,
+        "settings": settings,
+        **more,
+    }
+
+
+def readable(grade: Grade, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
+    """A grade as JSON, its samples as text."""
+    content = grade.to_json()
+    samples = [{key: decode(ids) for key, ids in sample.items()} for sample in grade.samples]
+    return content | {"samples": samples}
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """One JSON object, atomically; numbers that are not finite become null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(_finite(record), allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

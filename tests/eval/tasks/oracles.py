@@ -1,0 +1,87 @@
+"""Predictors whose every number is known: the oracle itself, and models that are off by a law."""
+
+from collections.abc import Callable
+from copy import deepcopy
+
+import torch
+from torch import Tensor
+
+from eval.predictor import Predictor
+from eval.tasks.task import OracleTask
+from eval.world import Rollout, World, rollout
+from model import GPT, GPTConfig
+
+
+class OraclePredictor(Predictor):
+    """A model that equals the oracle: it lives through a twin of the world that it is graded in.
+
+    world: at its beginning; it stays there. What is read must be what the twin answers.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    def start(self, prompts: Tensor) -> Tensor:
+        self.twin = deepcopy(self.world)
+        assert prompts.equal(self.twin.prompts)
+        return self.twin.oracle().log()
+
+    def read(self, tokens: Tensor) -> Tensor:  # (B, 1 + k): a decision and the world's answer
+        assert tokens[:, 1:].equal(self.twin.step(tokens[:, 0]))
+        return self.twin.oracle().log()
+
+
+class Bent(Predictor):
+    """Another predictor's probabilities, changed by a function of (B, V) float64."""
+
+    def __init__(self, predictor: Predictor, bend: Callable[[Tensor], Tensor]) -> None:
+        self.predictor = predictor
+        self.bend = bend
+
+    def start(self, prompts: Tensor) -> Tensor:
+        return self.bend(self.predictor.start(prompts).exp()).log()
+
+    def read(self, tokens: Tensor) -> Tensor:
+        return self.bend(self.predictor.read(tokens).exp()).log()
+
+
+class Product(Predictor):
+    """Probabilities proportional to the product of two predictors', the second raised to `power`:
+    near the first, but off by what the second makes of the whole context."""
+
+    def __init__(self, first: Predictor, second: Predictor, power: float) -> None:
+        self.parts = first, second
+        self.power = power
+
+    def _join(self, first: Tensor, second: Tensor) -> Tensor:
+        return (first + self.power * second).log_softmax(-1)
+
+    def start(self, prompts: Tensor) -> Tensor:
+        first, second = (part.start(prompts) for part in self.parts)
+        return self._join(first, second)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        first, second = (part.read(tokens) for part in self.parts)
+        return self._join(first, second)
+
+
+def smoothed(p: Tensor, share: float = 0.1) -> Tensor:
+    """A share of the mass spread evenly over all tokens."""
+    return (1 - share) * p + share / p.size(-1)
+
+
+def both_rollouts(
+    task: OracleTask, predictor: Predictor, *, n: int, seed: int
+) -> tuple[Rollout, Rollout]:
+    """Episodes on the data's contexts and on the model's own, as `task.grade` compares them."""
+    uniforms = task.uniforms(n, seed)
+    data = rollout(task.world(n, seed), predictor, uniforms, "oracle")
+    own = rollout(task.world(n, seed), predictor, uniforms, "model")
+    return data, own
+
+
+def random_gpt(task: OracleTask, seed: int = 0) -> GPT:
+    """An untrained GPT that can live through an episode of the task."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": len(task.symbols()) + 1, "block_size": task.context_tokens}
+    return GPT(GPTConfig(**sizes, n_layer=2, n_head=2, n_embd=32)).eval()

@@ -1,0 +1,181 @@
+"""Control against scipy's normal law, a simulation by hand, and a driver who sees no velocity."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from eval.predictor import Predictor
+from eval.tasks import ctrl
+from eval.tasks.ctrl import Bins, Ctrl
+from eval.tasks.task import TaskError
+from tests.eval.tasks.oracles import OraclePredictor, both_rollouts
+
+EXACT = 1e-12  # float64
+N = 300
+MIDDLE = 33 + 8  # the action of u = 0
+
+
+class VelocityBlind(Predictor):
+    """The expert's law at the centre of the last angle's bin, and ω = 0."""
+
+    def __init__(self, task: Ctrl) -> None:
+        self.world = task.world(1, 0)
+        self.centres = Bins(task.obs_bins, ctrl.THETA_MAX).centres
+
+    def start(self, prompts: Tensor) -> Tensor:
+        return self.read(prompts)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        self.world.theta = self.centres[tokens[:, -1]]
+        self.world.omega = torch.zeros_like(self.world.theta)
+        return self.world.oracle().log()
+
+
+@pytest.fixture
+def task():
+    return Ctrl()
+
+
+def act(task: Ctrl, tokens: list[int], n: int = N, seed: int = 0) -> ctrl.CtrlWorld:
+    """The world after all its pendulums got the same tokens."""
+    world = task.world(n, seed)
+    for token in tokens:
+        world.step(torch.full((n,), token))
+    return world
+
+
+def test_the_expert_has_no_gap_and_lives_the_same_episodes(task):
+    predictor = OraclePredictor(task.world(N, 0))
+    data, own = both_rollouts(task, predictor, n=N, seed=0)
+    assert own.tokens.equal(data.tokens)
+    assert all(own.outcomes[key].equal(data.outcomes[key]) for key in data.outcomes)
+    metrics = task.grade(predictor, n=N, seed=0).means()
+    assert metrics["gap"] == metrics["accumulated_kl"] == metrics["illegal_share"] == 0
+
+
+@pytest.mark.parametrize("instance", range(4))
+def test_the_expert_falls_rarely_and_who_sees_no_velocity_falls_often(instance):
+    task = Ctrl(instance=instance)
+    metrics = task.grade(VelocityBlind(task), n=2000, seed=0).means()
+    assert metrics["data_failure"] < 0.01
+    assert metrics["failure"] > 0.3
+    assert metrics["action_error"] > 3 * metrics["data_action_error"]
+    assert metrics["cost"] > 3 * metrics["data_cost"]
+
+
+def test_the_oracle_is_the_experts_law_over_the_bins(task):
+    world = task.world(N, 0)
+    p = world.oracle().numpy()
+    length = ctrl.GRAVITY / world.plant.stiffness
+    theta, omega = world.theta.numpy(), world.omega.numpy()
+    u = -(ctrl.GRAVITY / length + ctrl.KAPPA**2) * theta - 2 * ctrl.KAPPA * omega
+    law = stats.norm(np.clip(u, -ctrl.U_MAX, ctrl.U_MAX)[:, None], ctrl.ACTION_NOISE)
+    edges = np.linspace(-ctrl.U_MAX, ctrl.U_MAX, 18)
+    edges[[0, -1]] = -np.inf, np.inf
+    assert p[:, 33:50] == pytest.approx(np.diff(law.cdf(edges)), abs=EXACT)
+    assert (p[:, :33] == 0).all()
+    assert (p[:, 50:] == 0).all()
+
+
+def test_the_masses_of_the_bins_are_those_of_sampled_actions():
+    bins, n = Bins(17, 8.0), 200_000
+    mean = torch.tensor([-9.0, -0.3, 7.9], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(n, 3, generator=generator, dtype=torch.float64)
+    index = bins.index(mean + 1.5 * z)  # (n, 3)
+    sampled = torch.stack([index.eq(i).double().mean(0) for i in range(17)], dim=1)
+    p = bins.masses(mean, 1.5)
+    assert ((sampled - p).abs() <= 5 * (p * (1 - p) / n).sqrt() + 1 / n).all()
+
+
+@pytest.mark.parametrize("bins", [Bins(33, 0.5), Bins(17, 8.0), Bins(2, 1.0)])
+def test_bins_and_their_centres_are_inverse(bins):
+    order = torch.arange(bins.n)
+    assert bins.index(bins.centres).equal(order)
+    x = torch.linspace(-bins.limit, bins.limit, 1001, dtype=torch.float64)
+    off = (bins.centres[bins.index(x)] - x).abs()
+    assert off.max() <= bins.limit / bins.n + EXACT
+    beyond = torch.tensor([-99.0, 99.0], dtype=torch.float64)
+    assert bins.index(beyond).tolist() == [0, bins.n - 1]
+
+
+def test_angles_and_actions_take_turns_and_only_actions_are_scored(task):
+    documents = task.documents(N, "train")
+    assert documents.shape == (N, 64)
+    assert set(documents[:, 0::2].unique().tolist()) <= set(range(33)) == set(task.unscored())
+    assert documents[:, 1::2].min() >= 33
+    assert documents[:, 1::2].max() < 50 == len(task.symbols())
+
+
+def test_the_angles_of_a_document_are_the_worlds_answers_to_its_actions(task):
+    documents = task.documents(N, 0)
+    world = task.world(N, 0)
+    assert world.prompts.equal(documents[:, :1])
+    for t in range(1, 62, 2):
+        assert world.step(documents[:, t]).equal(documents[:, t + 1 : t + 2])
+    assert not task.documents(N, 1).equal(documents)
+
+
+def test_a_pendulum_does_what_the_equations_say(task):
+    world = act(task, [33, 50 - 1, MIDDLE, 33 + 10], n=1)
+    start = task.world(1, 0)
+    theta, omega = start.theta.item(), start.omega.item()
+    cost = error = 0.0
+    for u, push in zip((-16 / 17, 16 / 17, 0, 4 / 17), start.pushes[:, 0].tolist(), strict=False):
+        u *= ctrl.U_MAX
+        cost += theta**2 + 0.1 * omega**2 + 0.001 * u**2
+        wanted = -(task.plant.stiffness + ctrl.KAPPA**2) * theta - 2 * ctrl.KAPPA * omega
+        error += (u - min(max(wanted, -ctrl.U_MAX), ctrl.U_MAX)) ** 2
+        omega += ctrl.DT * (task.plant.stiffness * math.sin(theta) + u) + push
+        theta += ctrl.DT * omega
+    assert (world.theta.item(), world.omega.item()) == pytest.approx((theta, omega), abs=EXACT)
+    outcomes = world.outcomes()
+    assert outcomes["cost"].item() == pytest.approx(cost / 4, rel=EXACT)
+    assert outcomes["action_error"].item() == pytest.approx(error / 4, rel=EXACT)
+
+
+@pytest.mark.parametrize("token", [0, 32, 50])
+def test_a_token_that_is_no_action_is_illegal_and_pushes_nothing(task, token):
+    world, still = act(task, [token] * 3), act(task, [MIDDLE] * 3)
+    assert world.theta.equal(still.theta)
+    assert (world.outcomes()["illegal_share"] == 1).all()
+    assert (still.outcomes()["illegal_share"] == 0).all()
+
+
+def test_a_fallen_pendulum_stays_where_it_fell_and_is_not_graded(task):
+    early, late = act(task, [49] * 16), act(task, [49] * 16 + [33] * 16)  # full power, one way
+    assert early.fallen.all()
+    assert (early.theta == ctrl.THETA_MAX).all()
+    assert late.theta.equal(early.theta)
+    before, after = early.outcomes(), late.outcomes()
+    for key in ("failure", "action_error", "illegal_share"):
+        assert after[key].equal(before[key])
+    expected = (before["cost"] + ctrl.THETA_MAX**2) / 2
+    assert after["cost"].numpy() == pytest.approx(expected.numpy(), rel=EXACT)
+
+
+def test_a_rollout_grades_decisions_up_to_the_fall(task):
+    _, own = both_rollouts(task, VelocityBlind(task), n=N, seed=0)
+    graded = ~own.error.isnan()
+    assert (graded.int().diff(dim=1) <= 0).all()
+    # a fall at the last decision leaves nothing ungraded
+    assert own.outcomes["failure"][~graded[:, -1]].all()
+    assert (~graded[:, -1]).sum() > 0.3 * N
+
+
+def test_instances_are_plants_within_the_documented_range():
+    plants = [Ctrl(instance=i).plant for i in range(50)]
+    lengths = np.array([ctrl.GRAVITY / plant.stiffness for plant in plants])
+    noises = np.array([plant.noise for plant in plants])
+    for values, (low, high) in ((lengths, ctrl.LENGTHS), (noises, ctrl.NOISES)):
+        assert low <= values.min() < values.max() <= high
+        assert np.ptp(values) > 0.8 * (high - low)
+
+
+def test_impossible_knobs_are_one_error():
+    with pytest.raises(TaskError, match=r"horizon=0: .* 1; obs_bins=1: .* 1024; action_bins=2000"):
+        Ctrl(horizon=0, obs_bins=1, action_bins=2000)

@@ -1,0 +1,126 @@
+"""Leaderboards and fits on records whose answers are known."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from eval.analysis import (
+    AnalysisError,
+    fit_curve,
+    groups,
+    leaderboard,
+    load_records,
+    matched_validation,
+    seed_curves,
+    sweeps,
+)
+from tests.eval.records import record
+
+BASE, DOPR = [4.0, 5.0, 6.0], [3.0, 4.5, 4.0]
+
+
+def study():
+    rows = [record("adamw", seed, value) for seed, value in enumerate(BASE)]
+    return rows + [record("dopr-adamw", seed, value) for seed, value in enumerate(DOPR)]
+
+
+def test_the_leaderboard_is_sorted_and_compares_with_the_base_on_the_same_seeds():
+    best, base = leaderboard(study()[::-1])  # the order of the records does not matter
+    assert (best.variant, base.variant) == ("dopr-adamw", "adamw")
+    expected = stats.ttest_rel(DOPR, BASE)
+    assert best.versus_base.difference.mean == pytest.approx(np.mean(DOPR) - np.mean(BASE))
+    assert best.versus_base.p == pytest.approx(expected.pvalue)
+    assert best.versus_base.wins == 3
+    assert base.versus_base is None
+    interval = expected.confidence_interval(0.95)
+    assert best.versus_base.difference.lo == pytest.approx(interval.low)
+
+
+def test_where_higher_is_better_order_and_wins_turn_around():
+    rows = [each | {"higher_is_better": True} for each in study()]
+    best, worst = leaderboard(rows)
+    assert (best.variant, worst.versus_base.wins) == ("adamw", 0)
+
+
+def test_tuning_runs_do_not_enter_the_leaderboard():
+    rows = [*study(), record("dopr-adamw", 9, 0.001, role="tuning")]
+    assert leaderboard(rows)[0].primary.mean == pytest.approx(np.mean(DOPR))
+
+
+def test_a_diverged_run_puts_its_optimizer_last_and_is_counted():
+    rows = [*study(), record("dopr-adamw", 3, None), record("adamw", 3, 9.0)]
+    last = leaderboard(rows)[-1]
+    assert (last.variant, last.n_diverged) == ("dopr-adamw", 1)
+    assert last.versus_base.difference.n == 3  # only seeds that both finished
+
+
+def test_curves_have_a_band_over_seeds_and_a_single_run_its_own():
+    mean, lo, hi = seed_curves(study(), "B")["adamw"]
+    half = stats.t.ppf(0.975, 2) * np.std(BASE, ddof=1) / np.sqrt(3)
+    assert mean == pytest.approx([1.0, 5.0])
+    assert (lo[1], hi[1]) == pytest.approx((5.0 - half, 5.0 + half))
+    single = seed_curves([record("adamw", 0, 4.0, role="single")], "B")["adamw"]
+    assert [each.tolist() for each in single] == [[1.0, 4.0], [0.0, 0.0], [2.0, 9.0]]
+
+
+def test_a_sweep_is_sorted_by_rate_and_averages_tuning_seeds():
+    rows = [record("adamw", seed, 2.0, role="tuning", lr=0.2, val_loss=3.0) for seed in (0, 1)]
+    rows += [record("adamw", 0, 1.0, role="tuning", lr=0.1), record("adamw", 1, 5.0, lr=0.1)]
+    assert sweeps(rows) == {"adamw": [(0.1, 1.0, 1.0), (0.2, 3.0, 2.0)]}
+
+
+def on_a_line(shift: float):
+    """Base runs with log error = 2 val - 1, DoPr runs `shift` off that, and one out of range."""
+    losses = np.linspace(1.0, 2.0, 10)
+    rows = [
+        record("adamw", i, math.exp(2 * x - 1), val_loss=x, role="tuning")
+        for i, x in enumerate(losses)
+    ]
+    inside = [(1.2, shift), (1.5, shift), (1.8, shift), (5.0, 0.0)]
+    for i, (x, off) in enumerate(inside):
+        rows.append(record("dopr-adamw", i, math.exp(2 * x - 1 + off), val_loss=x))
+    return rows
+
+
+def test_matched_validation_finds_what_the_loss_does_not_explain():
+    matched = matched_validation(on_a_line(-0.3))["dopr-adamw"]
+    assert matched.residual.mean == pytest.approx(-0.3, abs=1e-9)
+    assert (matched.n_inside, matched.n) == (3, 4)  # the fit is not extrapolated
+
+
+def test_a_gain_that_the_loss_explains_is_no_residual():
+    matched = matched_validation(on_a_line(0.0))["dopr-adamw"]
+    assert matched.residual.mean == pytest.approx(0.0, abs=1e-9)
+    x, y = fit_curve(on_a_line(0.0))
+    assert np.log(y) == pytest.approx(2 * x - 1)
+
+
+def test_too_few_base_runs_make_no_fit():
+    assert matched_validation(study()) == {}
+    assert len(fit_curve(study())[0]) == 0
+
+
+def test_records_are_grouped_by_task_and_length():
+    rows = [record("adamw", 0, 1.0), record("adamw", 0, 1.0, steps=1500)]
+    assert list(groups(rows)) == [("pdfa", 500), ("pdfa", 1500)]
+
+
+def test_records_come_from_studies_and_from_graded_runs(tmp_path):
+    (tmp_path / "study").mkdir()
+    lines = "".join(json.dumps(each) + "\n" for each in study())
+    (tmp_path / "study/records.jsonl").write_text(lines)
+    (tmp_path / "run/ttf").mkdir(parents=True)
+    for step in (100, 200):
+        row = record("muon", 0, 1.0, steps=step)
+        (tmp_path / f"run/ttf/step-{step:08d}.json").write_text(json.dumps(row))
+    rows = load_records([tmp_path / "study", tmp_path / "run"])
+    assert rows[:-1] == study()
+    assert rows[-1]["steps"] == 200  # a run counts once, at its last graded step
+
+
+def test_a_folder_without_grades_is_an_error_that_says_what_to_run(tmp_path):
+    with pytest.raises(AnalysisError, match=r"python -m eval\.ttf"):
+        load_records([tmp_path])

@@ -1,0 +1,121 @@
+"""From episodes to numbers: sums by hand, and identities that hold for every task."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from eval.grade import oracle_grade
+from eval.predictor import GPTPredictor
+from eval.tasks.chain import Chain
+from eval.tasks.nav import Nav
+from eval.tasks.pdfa import Pdfa
+from eval.world import Rollout
+from tests.eval.tasks.oracles import Bent, OraclePredictor, both_rollouts, random_gpt
+
+TASKS = [Pdfa(horizon=24), Nav(nodes=24, horizon=16), Chain()]
+EXACT = 1e-12  # float64, sums of at most a few dozen terms
+X = math.nan  # an episode that has ended
+
+every_task = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+
+
+def episodes(error, nll=None, entropy=None, **outcomes) -> Rollout:
+    given = (error, nll or error, entropy or error)
+    tables = [torch.tensor(rows, dtype=torch.float64) for rows in given]
+    scores = {name: torch.tensor(each).double() for name, each in outcomes.items()}
+    return Rollout(torch.zeros(tables[0].shape, dtype=torch.int64), *tables, scores)
+
+
+@pytest.fixture
+def by_hand():
+    data = episodes([[1, 2, X], [3, 4, 6]], nll=[[2, 2, X], [3, 1, 7]], reached=[1, 1])
+    own = episodes([[2, X, X], [4, 6, 1]], entropy=[[9, X, X], [9, 4, 7]], reached=[0, 1])
+    return oracle_grade(data, own)
+
+
+def test_steps_average_the_episodes_under_way(by_hand):
+    assert by_hand.curves["A"].mean == [2, 2 + 3, 2 + 3 + 6]
+    assert by_hand.curves["B"].mean == [3, 3 + 6, 3 + 6 + 1]
+    assert by_hand.curves["G"].mean == [1 / 1, 4 / 2, -1 / 3]
+    assert by_hand.n_t == {"data": [2, 2, 1], "own": [2, 1, 1]}
+
+
+def test_metrics_by_hand(by_hand):
+    wanted = {
+        "val_kl": (1 + 2 + 3 + 4 + 6) / 5,  # over decisions, not over episodes
+        "val_ce": (2 + 2 + 3 + 1 + 7) / 5,
+        "accumulated_kl": 10,
+        "gap": -1 / 3,
+        "excess_percent": 100 * (10 - 11) / 11,
+        "entropy_drift": (4 + 7) / 2 - 3,  # the first of three steps is no late one
+        "reached": 0.5,
+        "data_reached": 1,
+    }
+    assert by_hand.means() == pytest.approx(wanted, rel=EXACT)
+    assert all(each.n == 2 for each in by_hand.metrics.values())
+
+
+def test_steps_that_nobody_reached_add_nothing_and_have_no_drift():
+    over = episodes([[1, 2, X, X], [3, 4, X, X]])
+    grade = oracle_grade(over, over)
+    assert grade.curves["A"].mean == [2, 5, 5, 5]
+    drift = grade.metrics["entropy_drift"]
+    assert np.isnan([drift.mean, drift.lo, drift.hi]).all()
+
+
+def test_both_rollouts_are_resampled_together():
+    error = torch.rand(40, 6, generator=torch.Generator().manual_seed(0)).tolist()
+    shifted = [[x + 0.5 for x in row] for row in error]
+    grade = oracle_grade(episodes(error), episodes(shifted))
+    for each in (grade.metrics["gap"], grade.metrics["accumulated_kl"]):
+        assert each.lo <= each.mean <= each.hi
+    gap, total = grade.metrics["gap"], grade.metrics["accumulated_kl"]
+    assert (gap.mean, gap.lo, gap.hi) == pytest.approx((0.5, 0.5, 0.5), rel=EXACT)
+    assert total.hi - total.lo > 0.1  # the episodes differ, the difference does not
+
+
+def test_a_grade_is_json_and_shows_the_first_episodes():
+    task = Chain()
+    data, own = both_rollouts(task, GPTPredictor(random_gpt(task)), n=8, seed=0)
+    grade = json.loads(json.dumps(oracle_grade(data, own, n_samples=2).to_json()))
+    assert grade["samples"][1] == {"data": data.tokens[1].tolist(), "own": own.tokens[1].tolist()}
+    assert len(grade["samples"]) == 2
+    assert len(grade["curves"]["G"]["hi"]) == task.horizon
+    assert grade["metrics"]["gap"].keys() == {"mean", "lo", "hi", "n"}
+
+
+@every_task
+def test_the_oracle_itself_has_no_gap_and_no_error(task):
+    grade = task.grade(OraclePredictor(task.world(128, 1)), n=128, seed=1)
+    assert np.abs([grade.curves[name].mean for name in "ABG"]).max() < EXACT
+    assert abs(grade.metrics["gap"].hi) < EXACT
+    if task.higher_is_better:
+        best = grade.metrics[task.primary]
+        assert (best.mean, best.lo, best.hi) == (1, 1, 1)
+
+
+@every_task
+def test_one_step_is_the_same_on_both_contexts_for_any_model(task):
+    grade = task.grade(GPTPredictor(random_gpt(task)), n=64, seed=0)
+    assert grade.curves["A"].mean[0] == grade.curves["B"].mean[0] > 0
+    assert grade.curves["G"].mean[0] == 0
+
+
+def test_an_error_that_no_context_changes_accumulates_linearly_without_a_gap():
+    task, share = Chain(horizon=12), 0.2
+
+    def never_right(p):  # a share of the mass on end-of-text, which is never the answer
+        p = (1 - share) * p
+        p[:, -1] += share
+        return p
+
+    grade = task.grade(Bent(OraclePredictor(task.world(64, 0)), never_right), n=64, seed=0)
+    A, B = (np.array(grade.curves[name].mean) for name in "AB")
+    steps = np.arange(1, 13)
+    assert pytest.approx(-math.log(1 - share) * steps, rel=EXACT) == A
+    assert pytest.approx(steps, rel=EXACT) == B / (A / steps)  # AccErr(l) = l
+    assert np.abs(grade.curves["G"].mean).max() < EXACT
+    assert grade.metrics["exact_match"].mean < 0.5  # it did leave the data's contexts
