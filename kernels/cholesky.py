@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.gram import mirror
+from kernels.gram import mirror_
 from kernels.newton_schulz import inverse_root, newton_iterations, probe_residual, upper_bound
 
 Inverse = Literal["cholesky", "newton_schulz"]
@@ -38,13 +38,9 @@ def dense_inverse_root(A: Tensor, p: int) -> tuple[Tensor, Tensor]:  # X (..., d
     Raises ValueError for another p, shape or dtype.
     """
     _check_square(A, p)
-    eye = torch.eye(A.shape[-1], dtype=torch.float64, device=A.device)
-    finite = A.isfinite().all(dim=(-2, -1))
-    A64 = torch.where(finite[..., None, None], A.double(), eye)
-    X, positive = _inverse(A64, eye) if p == 1 else _inverse_root_by_eigh(A64, p)
-    X = mirror(X).to(A.dtype)
-    ok = finite & positive & X.isfinite().all(dim=(-2, -1))
-    return torch.where(ok[..., None, None], X, torch.nan), ok
+    finite = A.isfinite().all(dim=(-2, -1))[..., None, None]
+    zeroed = A.to(torch.float64, copy=True).masked_fill_(~finite, 0)  # 0 has no inverse either
+    return _symmetric(*_root(zeroed, p), A.dtype)
 
 
 def damped_inverse_root(
@@ -59,44 +55,51 @@ def damped_inverse_root(
     An attempt fails where the inverse does not exist, is not finite, or leaves a probe residual
     above `PROBE_TOLERANCE`. A failed Newton-Schulz is redone by Cholesky; a failed Cholesky is
     redone with ten times the damping (at least one rounding error of the mean eigenvalue).
-    Waits for the device once an attempt.
+    Waits for the device once, and once more an attempt.
 
     Raises FloatingPointError if Σ is not finite or if `MAX_ATTEMPTS` fail, naming the matrix;
     ValueError for bad arguments.
     """
     _check_damped(sigma, damping, p, inverse)
-    d = sigma.shape[-1]
+    batch, d = sigma.shape[:-2], sigma.shape[-1]
     flat = sigma.reshape(-1, d, d)  # (N, d, d)
-    damping = damping.to(sigma.dtype).expand(sigma.shape[:-2]).reshape(-1).clone()  # (N,)
+    damping = damping.to(sigma.dtype).expand(batch).reshape(-1).clone()  # (N,)
     least = torch.finfo(sigma.dtype).eps * flat.diagonal(dim1=-2, dim2=-1).mean(-1)  # (N,)
-    X, failures = torch.full_like(flat, torch.nan), torch.zeros_like(damping, dtype=torch.int64)
-    todo = torch.arange(len(flat), device=sigma.device)
-    for _ in range(MAX_ATTEMPTS):
-        X[todo], ok = _attempt(flat[todo], damping[todo], p, inverse)
-        todo = todo[~ok]
-        if len(todo) == 0:
-            batch = sigma.shape[:-2]
-            return DampedInverse(X.view_as(sigma), damping.view(batch), failures.view(batch))
+    failures = torch.zeros_like(damping, dtype=torch.int64)
+    X, good = _attempt(flat, damping, p, inverse)
+    attempts = 1
+    while len(todo := (~good).nonzero()[:, 0]):  # waits for the device
+        if attempts == MAX_ATTEMPTS:
+            raise FloatingPointError(
+                f"damped_inverse_root: no inverse after {MAX_ATTEMPTS} attempts for matrices "
+                f"{todo.tolist()} of {len(flat)}, damping raised to {damping[todo].tolist()}; "
+                "are they zero or indefinite?"
+            )
         failures[todo] += 1
         if inverse == "cholesky":
             damping[todo] = torch.maximum(DAMPING_FACTOR * damping[todo], least[todo])
         inverse = "cholesky"
-    raise FloatingPointError(
-        f"damped_inverse_root: no inverse after {MAX_ATTEMPTS} attempts for matrices "
-        f"{todo.tolist()} of {len(flat)}, damping raised to {damping[todo].tolist()}; "
-        "are they zero or indefinite?"
-    )
+        X[todo], good[todo] = _attempt(flat[todo], damping[todo], p, inverse)
+        attempts += 1
+    return DampedInverse(X.view_as(sigma), damping.view(batch), failures.view(batch))
 
 
 def _attempt(sigma: Tensor, damping: Tensor, p: int, inverse: Inverse) -> tuple[Tensor, Tensor]:
     """One inverse of each Σ + damping I, (n, d, d), and whether it is one, (n,)."""
-    A64 = sigma.double() + torch.diag_embed(damping.double()[:, None].expand(sigma.shape[:-1]))
-    A = A64.to(sigma.dtype)
-    if inverse == "cholesky":  # the sum is not rounded either: at small damping that would show
-        X = dense_inverse_root(A64, p)[0].to(sigma.dtype)
+    if inverse == "cholesky":  # the sum is not rounded to fp32: at small damping that would show
+        X, _ = _symmetric(*_root(_damped(sigma, damping, torch.float64), p), sigma.dtype)
+        A = _damped(sigma, damping, sigma.dtype)
     else:
+        A = _damped(sigma, damping, sigma.dtype)
         X = _newton_schulz(A, damping, p)
     return X, probe_residual(A, X, p) <= PROBE_TOLERANCE  # false where X is NaN
+
+
+def _damped(sigma: Tensor, damping: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ + damping I, (n, d, d), as one copy in `dtype`."""
+    A = sigma.to(dtype, copy=True)
+    A.diagonal(dim1=-2, dim2=-1).add_(damping.to(dtype)[:, None])
+    return A
 
 
 def _newton_schulz(A: Tensor, damping: Tensor, p: int) -> Tensor:
@@ -107,17 +110,28 @@ def _newton_schulz(A: Tensor, damping: Tensor, p: int) -> Tensor:
     return inverse_root(A, p, lower_bound=damping, iterations=iterations)
 
 
-def _inverse(A: Tensor, eye: Tensor) -> tuple[Tensor, Tensor]:
-    """A⁻¹ from its Cholesky factor, and whether A is positive definite; I stands in where not."""
+def _root(A: Tensor, p: int) -> tuple[Tensor, Tensor]:  # X (..., d, d), is_positive (...)
+    """A^(-1/p) for finite A (..., d, d) in float64, and whether A is positive definite.
+
+    By Cholesky for p = 1, else as Q diag(w^(-1/p)) Qᵀ. A is let go of as soon as it is factorised.
+    """
+    if p > 1:
+        w, Q = torch.linalg.eigh(A)  # (..., d), (..., d, d)
+        del A
+        return (Q * w[..., None, :] ** (-1 / p)) @ Q.mT, w[..., 0] > 0
     L, info = torch.linalg.cholesky_ex(A)
-    positive = info == 0
-    return torch.cholesky_inverse(torch.where(positive[..., None, None], L, eye)), positive
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)  # stands in for a failed factor
+    del A
+    is_positive = info == 0
+    torch.where(is_positive[..., None, None], L, eye, out=L)
+    return torch.cholesky_inverse(L), is_positive
 
 
-def _inverse_root_by_eigh(A: Tensor, p: int) -> tuple[Tensor, Tensor]:
-    """Q diag(w^(-1/p)) Qᵀ, and whether all eigenvalues w are positive."""
-    w, Q = torch.linalg.eigh(A)  # (..., d), (..., d, d)
-    return (Q * w[..., None, :] ** (-1 / p)) @ Q.mT, w[..., 0] > 0
+def _symmetric(X: Tensor, is_positive: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """X in `dtype`, exactly symmetric, and whether it is a result; NaN where it is not."""
+    X = mirror_(X.to(dtype, memory_format=torch.contiguous_format))
+    ok = is_positive & X.isfinite().all(dim=(-2, -1))
+    return X.masked_fill_(~ok[..., None, None], torch.nan), ok
 
 
 def _check_square(A: Tensor, p: int) -> None:
@@ -133,9 +147,11 @@ def _check_damped(sigma: Tensor, damping: Tensor, p: int, inverse: str) -> None:
     _check_square(sigma, p)
     if inverse not in ("cholesky", "newton_schulz"):
         raise ValueError(f"inverse={inverse!r}; use 'cholesky' or 'newton_schulz'")
-    if not bool((damping.isfinite() & (damping >= 0)).all()):
+    bad_damping = ~(damping.isfinite() & (damping >= 0))
+    bad_sigma = ~sigma.isfinite().all(dim=(-2, -1)).reshape(-1)  # (N,)
+    is_bad = torch.stack([bad_damping.any(), bad_sigma.any()]).tolist()  # waits for the device
+    if is_bad[0]:
         raise ValueError(f"damping is {damping.tolist()}; wants finite numbers >= 0")
-    finite = sigma.isfinite().all(dim=(-2, -1)).reshape(-1)  # (N,)
-    if not bool(finite.all()):
-        bad = (~finite).nonzero().flatten().tolist()
-        raise FloatingPointError(f"sigma is not finite in matrices {bad} of {len(finite)}")
+    if is_bad[1]:
+        which = bad_sigma.nonzero()[:, 0].tolist()
+        raise FloatingPointError(f"sigma is not finite in matrices {which} of {len(bad_sigma)}")

@@ -9,117 +9,87 @@ import torch
 from torch import Tensor
 
 
-def gram(
-    z: Tensor,  # (..., d), one row a token
+def gram_(
+    S: Tensor,  # (blocks, d/blocks, d/blocks), updated in place
+    z: Tensor,  # (..., T, d), one row a token
     *,
-    blocks: int = 1,
+    beta: float = 1.0,
+    alpha: float = 1.0,
     stride: int = 1,
     offset: int | Tensor = 0,
-    sequence_length: int | None = None,
-) -> tuple[Tensor, int]:  # S (blocks, d/blocks, d/blocks), count
-    """Sum z zᵀ over the sampled tokens and count them: S[k] = Σ z_k z_kᵀ, z_k the k-th slice of z.
+) -> int:  # count
+    """S <- β S + α Σ z zᵀ over the sampled tokens, in place; returns how many these are.
 
-    S is fp32 (float64 for float64 z), whatever the dtype of z, and exactly symmetric: the upper
-    triangle is a copy of the lower one. Σ is S / count.
+    S[k] takes Σ z_k z_kᵀ, z_k the k-th of `blocks` slices of z. The sum is formed in fp32 (float64
+    for float64 z), whatever the dtype of z, and exactly symmetric: the upper triangle is a copy of
+    the lower one. From S = 0 with α = 1, the covariance Σ is S / count.
 
     Sequence b gives the tokens (offset + b + j·stride) mod T, j = 0, 1, ...: one in `stride`,
     beginning elsewhere in each sequence, so that a stride that divides T still reaches every
     position. The count, ⌈T / stride⌉ a sequence, is known from the shapes. Advance `offset` from
     one call to the next; as an int64 tensor it changes without a recompilation.
 
-    Args:
-        sequence_length: T in tokens. By default the last dimension but one of z.
-
-    Raises ValueError if d is not a multiple of `blocks`, or the tokens not one of T.
+    Raises ValueError if S and z do not fit, or lie on different devices.
     """
-    _check_gram(z, blocks, stride)
-    rows = _sample(z.detach(), stride, offset, sequence_length)  # (n, d)
-    n, d = rows.shape
-    slices = rows.reshape(n, blocks, d // blocks).transpose(0, 1)  # (blocks, n, d/blocks)
-    return mirror(_inner_products(slices)), n
-
-
-def gram_(
-    S: Tensor,  # (blocks, d/blocks, d/blocks), updated in place
-    z: Tensor,  # (..., d)
-    *,
-    beta: float | Tensor,
-    alpha: float | Tensor,
-    stride: int = 1,
-    offset: int | Tensor = 0,
-    sequence_length: int | None = None,
-) -> int:
-    """S <- β S + α Σ z zᵀ, in place; returns the count. The blocks are those of S; else see `gram`.
-
-    `beta` and `alpha` are numbers or scalar tensors, which change without a recompilation.
-    """
-    if S.ndim != 3 or S.shape[1] != S.shape[2] or S.shape[0] * S.shape[1] != z.shape[-1]:
-        raise ValueError(
-            f"gram_: S is {tuple(S.shape)} and z is {tuple(z.shape)}; "
-            "wants S (blocks, d/blocks, d/blocks) for z (..., d)"
-        )
-    new, n = gram(
-        z, blocks=S.shape[0], stride=stride, offset=offset, sequence_length=sequence_length
-    )
+    _check_gram(S, z, stride)
+    rows = _sample(z.detach(), stride, offset)  # (n, d)
+    slices = rows.reshape(len(rows), *S.shape[:2]).transpose(0, 1)  # (blocks, n, d/blocks)
+    new = mirror_(_inner_products(slices))
     S.mul_(beta).add_(new.mul_(alpha))  # no fused multiply-add: it would differ across the diagonal
-    return n
+    return len(rows)
 
 
 @torch.library.custom_op("dopr::accumulate_gram", mutates_args=("S", "count", "offset"))
 def accumulate_gram(
     S: Tensor,  # (blocks, d/blocks, d/blocks), updated in place
     count: Tensor,  # (), updated in place
-    z: Tensor,  # (..., d)
-    offset: Tensor,  # () int64
+    z: Tensor,  # (..., T, d)
+    offset: Tensor,  # () int64, updated in place
+    is_paused: Tensor,  # () bool, on the CPU, where reading it waits for nothing
     stride: int,
-    sequence_length: int,
 ) -> None:
-    """S += Σ z zᵀ and count += n, as one opaque operator that torch.compile does not look into.
+    """S += Σ z zᵀ, count += n, offset += sequences; nothing while `is_paused`. See `gram_`.
 
-    Made for the backward of an autograd.Function. See `gram` for the arguments.
+    One opaque operator that torch.compile does not look into, made for the backward of an
+    autograd.Function: `is_paused` is read when the backward runs, also where it was compiled.
     """
-    count += gram_(
-        S, z, beta=1, alpha=1, stride=stride, offset=offset, sequence_length=sequence_length
-    )
-    offset += z.numel() // max(1, sequence_length * z.shape[-1])
+    if is_paused:
+        return
+    count += gram_(S, z, beta=1.0, alpha=1.0, stride=stride, offset=offset)
+    offset += z.shape[:-2].numel()
 
 
 @accumulate_gram.register_fake
-def _(
-    S: Tensor, count: Tensor, z: Tensor, offset: Tensor, stride: int, sequence_length: int
-) -> None:
+def _(S: Tensor, count: Tensor, z: Tensor, offset: Tensor, is_paused: Tensor, stride: int) -> None:
     return None
 
 
-def mirror(Y: Tensor) -> Tensor:  # (..., d, d)
+def mirror_(Y: Tensor) -> Tensor:  # (..., d, d), updated in place
     """Copy the lower triangle onto the upper one: exactly symmetric, each element computed once."""
-    return Y.tril() + Y.tril(-1).mT
+    return Y.tril_().add_(Y.tril(-1).mT)
 
 
-def _check_gram(z: Tensor, blocks: int, stride: int) -> None:
+def _check_gram(S: Tensor, z: Tensor, stride: int) -> None:
     if z.ndim < 2 or not z.is_floating_point():
-        raise ValueError(f"gram: z is {tuple(z.shape)} {z.dtype}; wants a floating (..., d)")
-    if blocks < 1 or z.shape[-1] % blocks:
+        raise ValueError(f"gram_: z is {tuple(z.shape)} {z.dtype}; wants a floating (..., T, d)")
+    if S.ndim != 3 or S.shape[1] != S.shape[2] or S.shape[0] * S.shape[1] != z.shape[-1]:
         raise ValueError(
-            f"gram: {z.shape[-1]} features do not divide into blocks={blocks}; use a divisor"
+            f"gram_: S is {tuple(S.shape)} and z is {tuple(z.shape)}; "
+            "wants S (blocks, d/blocks, d/blocks) for z (..., T, d)"
         )
+    if S.device != z.device:
+        raise ValueError(f"gram_: S is on {S.device} and z on {z.device}; wants one device")
     if stride < 1:
-        raise ValueError(f"gram: stride={stride}; wants at least 1")
+        raise ValueError(f"gram_: stride={stride}; wants at least 1")
 
 
-def _sample(z: Tensor, stride: int, offset: int | Tensor, sequence_length: int | None) -> Tensor:
+def _sample(z: Tensor, stride: int, offset: int | Tensor) -> Tensor:
     """The rows (n, d) of z that count: ⌈T / stride⌉ of each sequence of T."""
-    T = z.shape[-2] if sequence_length is None else sequence_length
-    rows = z.reshape(-1, z.shape[-1])  # (B T, d)
-    if rows.shape[0] == 0:
+    T, d = z.shape[-2:]
+    rows = z.reshape(-1, d)  # (B T, d)
+    if stride == 1 or len(rows) == 0:
         return rows
-    if T < 1 or rows.shape[0] % T:
-        raise ValueError(
-            f"gram: {rows.shape[0]} tokens do not divide into sequences of sequence_length={T}"
-        )
-    if stride == 1:
-        return rows
-    first = torch.arange(rows.shape[0] // T, device=z.device)[:, None]  # (B, 1)
+    first = torch.arange(len(rows) // T, device=z.device)[:, None]  # (B, 1)
     steps = torch.arange(0, T, stride, device=z.device)  # (⌈T / stride⌉,)
     index = first * T + (first + steps + offset) % T  # (B, ⌈T / stride⌉)
     return rows.index_select(0, index.reshape(-1))

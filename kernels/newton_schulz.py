@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels.gram import mirror
+from kernels.gram import mirror_
 
 Coefficients = Literal["polar_express", "quintic"]
 
@@ -124,8 +124,8 @@ def inverse_root(
         for _ in range(iterations):
             a, c, low = _scaled_step(low, p)
             T = a * (eye - c * M)
-            X = mirror(X @ T)
-            M = mirror(_times_power(M, T, p))
+            X = mirror_(X @ T)
+            M = mirror_(_times_power(M, T, p))
     return X * ((1 + low) / 2) ** (-1 / p)  # M lies in [low, 1]: centre it on 1
 
 

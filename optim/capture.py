@@ -3,8 +3,8 @@
 The backward pass is where z meets the gradient: it sees the tokens that form the weight gradient,
 once, in eager mode, under torch.compile and under activation checkpointing, and nothing in
 evaluation. It cannot tell a backward whose weight gradient is not wanted (`torch.autograd.grad` of
-the inputs, a pass before `zero_grad`): such a pass adds its tokens, too. The layer's `forward` is
-replaced on the instance; copies of the module are plain.
+the inputs, a pass before `zero_grad`): such a pass belongs inside `paused()`. The layer's `forward`
+is replaced on the instance; copies of the module are plain.
 """
 
 from __future__ import annotations
@@ -26,16 +26,22 @@ class Capture:
 
     Args:
         shape: of `gram`; (blocks, d/blocks, d/blocks), or (d,) for a diagonal.
-        stride: one token in `stride` is looked at, beginning at `offset` (see kernels/gram.py).
+        stride: one token in `stride` is looked at, beginning at `offset` (see kernels/gram.py);
+            of token ids, every one is.
+        is_paused: () bool on the CPU, shared by all captures of a preconditioner. A tensor, which
+            the backward reads when it runs; `is_collecting` is fixed when a forward is compiled.
     """
 
-    def __init__(self, shape: tuple[int, ...], weight: Tensor, stride: int) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], weight: Tensor, stride: int, is_paused: Tensor
+    ) -> None:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.gram = torch.zeros(shape, dtype=dtype, device=weight.device)  # Σ z zᵀ
         self.count = torch.zeros((), dtype=torch.int64, device=weight.device)  # tokens in it
         self.offset = torch.zeros((), dtype=torch.int64, device=weight.device)
         self.stride = stride
-        self.is_collecting = True
+        self.is_paused = is_paused
+        self.is_collecting = True  # whether this step is one of those that add to Σ
 
     def clear(self) -> None:
         self.gram.zero_()
@@ -64,8 +70,12 @@ def remove(module: nn.Module) -> None:
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """Whether `forward` is not the class's own. A copy of a captured module is plain again."""
-    return "forward" in vars(module) and vars(module).get("_dopr_capture", module) is not None
+    """Whether someone, another preconditioner say, put a `forward` of their own on this instance.
+
+    A copy of a captured module has our `forward`, but its capture was left behind: it is plain.
+    """
+    is_copy = "_dopr_capture" in vars(module) and module._dopr_capture is None
+    return "forward" in vars(module) and not is_copy
 
 
 def _forward_of(module: nn.Module) -> Callable[..., Tensor]:
@@ -176,22 +186,25 @@ class _Tap(torch.autograd.Function):
 
 def _accumulate(capture: Capture, z: Tensor) -> None:
     """Add the statistics of z, activations (..., d) or token ids, to the running sum."""
-    if capture.gram.dim() == 1:
-        accumulate_frequencies(capture.gram, capture.count, z)
+    S, count, is_paused = capture.gram, capture.count, capture.is_paused
+    if S.dim() == 1:
+        accumulate_frequencies(S, count, z, is_paused)
         return
     z = z if z.dim() > 1 else z[None]
-    accumulate_gram(capture.gram, capture.count, z, capture.offset, capture.stride, z.shape[-2])
+    accumulate_gram(S, count, z, capture.offset, is_paused, capture.stride)
 
 
 @torch.library.custom_op("dopr::accumulate_frequencies", mutates_args=("S", "count"))
-def accumulate_frequencies(S: Tensor, count: Tensor, idx: Tensor) -> None:
-    """S[t] += how often id t is in idx, count += ids; the diagonal of Σ one-hot one-hotᵀ."""
+def accumulate_frequencies(S: Tensor, count: Tensor, idx: Tensor, is_paused: Tensor) -> None:
+    """S[t] += how often id t is in idx, count += ids, unless paused: diag(Σ z zᵀ) of one-hot z."""
+    if is_paused:
+        return
     S += torch.bincount(idx.flatten(), minlength=S.numel())
     count += idx.numel()
 
 
 @accumulate_frequencies.register_fake
-def _(S: Tensor, count: Tensor, idx: Tensor) -> None:
+def _(S: Tensor, count: Tensor, idx: Tensor, is_paused: Tensor) -> None:
     return None
 
 

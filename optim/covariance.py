@@ -59,7 +59,11 @@ def norm_ratio(M: Tensor, G: Tensor) -> Tensor:  # ()
 
 
 def condition_number(sigma: Tensor, damping: Tensor) -> float:
-    """λmax / λmin of Σ + γ̄ I; costs an eigendecomposition."""
+    """λmax / λmin of Σ + γ̄ I over all blocks; costs an eigendecomposition.
+
+    Args:
+        damping: γ̄, one of every block (blocks,), or one of all, () or (1,).
+    """
     values = sigma if sigma.dim() == 1 else torch.linalg.eigvalsh(sigma.double())
-    values = values.double() + damping.double()
+    values = values.double() + damping.double()[..., None]  # (blocks, b)
     return float(values.max() / values.min().clamp_min(0))

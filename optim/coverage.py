@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from optim.capture import is_replaced
 
@@ -48,36 +49,24 @@ def find_layers(
     """The covered layers, and for every weight of two or more dimensions that is not, why not.
 
     Args:
-        include: module names to cover, with `*` and `?`; None: all that can be.
+        include: module names to cover, with `*` and `?`; None: all that can be. What a wildcard
+            matches but cannot be covered is left alone.
         exclude: module names to leave alone, likewise.
     Raises:
-        ValueError: a pattern matches nothing, `include` names a layer that cannot be covered,
-            or nothing is left to cover.
+        ValueError: a pattern matches nothing, `include` gives the exact name of a layer that cannot
+            be covered, a parameter is not initialised yet, or nothing is left to cover.
     """
     weights = _weights(model)
-    _check_patterns([name for name, *_ in weights], include, exclude)
-    uses = Counter(weight for *_, weight in weights)
-    attention = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
-    inside_attention = {child for m in attention for child in m.modules()}
+    _check_patterns([name for name, *_ in weights], include=include, exclude=exclude)
+    obstacles = _obstacles(model, weights, embeddings)
     covered, reasons = [], {}
-    for name, module, key, weight in weights:
-        reason = (
-            "not the weight of a linear layer"
-            if key != "weight"
-            else "part of nn.MultiheadAttention, which does not call its layers"
-            if module in inside_attention
-            else "tied: shared with another layer"
-            if uses[weight] > 1
-            else _why_not(module, weight, embeddings)
-        )
-        if _matches(name, exclude):
-            reason = reason or "in exclude"
-        elif include is not None and not _matches(name, include):
-            reason = reason or "not in include"
-        elif include is not None and reason:
-            raise ValueError(f"include covers {name}.{key}, which cannot be: {reason}")
+    for name, module, key, _ in weights:
+        weight, choice = f"{name}.{key}", _left_out(name, include, exclude)
+        if weight in obstacles and not choice and name in (include or ()):
+            raise ValueError(f"include covers {weight}, which cannot be: {obstacles[weight]}")
+        reason = obstacles.get(weight, choice)
         if reason:
-            reasons[f"{name}.{key}"] = reason
+            reasons[weight] = reason
         else:
             covered.append(_describe(name, module))
     if not covered:
@@ -86,14 +75,49 @@ def find_layers(
     return covered, reasons
 
 
-def _weights(model: nn.Module) -> list[tuple[str, nn.Module, str, nn.Parameter]]:
-    """Every parameter of two or more dimensions: its module's name, the module, its own name."""
+Weight = tuple[str, nn.Module, str, nn.Parameter]  # its module's name, the module, its own name
+
+
+def _weights(model: nn.Module) -> list[Weight]:
+    """Every parameter of two or more dimensions."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(
+                f"{name} has no shape yet (a lazy module); run one batch through the model first"
+            )
     return [
         (name, module, key, parameter)
         for name, module in model.named_modules()
         for key, parameter in module.named_parameters(recurse=False)
         if parameter.dim() >= 2
     ]
+
+
+def _obstacles(model: nn.Module, weights: list[Weight], embeddings: bool) -> dict[str, str]:
+    """For every weight that cannot be covered, whatever is asked for: why not."""
+    uses = Counter(weight for *_, weight in weights)
+    attention = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
+    inside_attention = {child for m in attention for child in m.modules()}
+    obstacles = {}
+    for name, module, key, weight in weights:
+        if key != "weight":
+            reason = "not the weight of a linear layer"
+        elif module in inside_attention:
+            reason = "part of nn.MultiheadAttention, which does not call its layers"
+        elif uses[weight] > 1:
+            reason = "tied: shared with another layer"
+        else:
+            reason = _why_not(module, weight, embeddings)
+        if reason:
+            obstacles[f"{name}.{key}"] = reason
+    return obstacles
+
+
+def _left_out(name: str, include: Sequence[str] | None, exclude: Sequence[str] | None) -> str:
+    """Which of the two patterns leaves this module out; empty if neither does."""
+    if _matches(name, exclude):
+        return "in exclude"
+    return "" if include is None or _matches(name, include) else "not in include"
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -138,10 +162,13 @@ def _matches(name: str, patterns: Sequence[str] | None) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns or ())
 
 
-def _check_patterns(names: list[str], *pattern_lists: Sequence[str] | None) -> None:
-    for pattern in [p for patterns in pattern_lists for p in patterns or ()]:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(
-                f"pattern {pattern!r} matches no module that has a weight matrix of its own; "
-                f"these have: {', '.join(names[:20])} ..."
-            )
+def _check_patterns(names: list[str], **pattern_lists: Sequence[str] | None) -> None:
+    for key, patterns in pattern_lists.items():
+        if isinstance(patterns, str):
+            raise ValueError(f"{key}={patterns!r}: must be a list of names; write [{patterns!r}]")
+        for pattern in patterns or ():
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"pattern {pattern!r} matches no module that has a weight matrix of its own; "
+                    f"these have: {', '.join(names[:20])} ..."
+                )

@@ -9,20 +9,22 @@ Source: Zhang, Shah, Zhang, Zhang, Matni, Simchowitz, "Double Preconditioning", 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from kernels.cholesky import Inverse
+from optim.binding import call_before_step, check_optimizers, parameters
 from optim.capture import install, remove
 from optim.covariance import norm_ratio, precondition
 from optim.coverage import find_layers
-from optim.statistics import Layer, Settings, refresh
+from optim.refresh import preconditioners, refresh
+from optim.statistics import Layer, Preconditioner, Settings, log
 
 
 class ActivationPreconditioner:
@@ -32,11 +34,13 @@ class ActivationPreconditioner:
         preconditioner.attach(optimizer)
 
     Construct it after the model is on its device and before `torch.compile`. The order of a step is
-    backward, clip (the raw gradient), then `optimizer.step()`, which preconditions first.
+    backward, clip (the raw gradient), then `optimizer.step()`, which preconditions first. A
+    backward whose weight gradient is not wanted belongs inside `paused()`.
 
-    The defaults are the paper's exact mode: the batch covariance of every step, over all tokens.
-    Averaging (`sigma_beta`), sampling (`token_stride`, `collect_every`), rarer inverses
-    (`refresh_every`) and blocks (`block_diagonal`) make it fast.
+    The defaults are the paper's exact mode, up to the scale tr(Σ)/d_in of P (`trace_normalized`):
+    the batch covariance of every step, over all tokens. Averaging (`sigma_beta`), sampling
+    (`token_stride`, `collect_every`), rarer inverses (`refresh_every`) and blocks
+    (`block_diagonal`) make it fast.
 
     Args:
         gamma: γ, damping relative to the mean eigenvalue of Σ; where a source writes it relative to
@@ -44,11 +48,13 @@ class ActivationPreconditioner:
         sigma_beta: β of an average of Σ over refreshes, bias-corrected; None: only the newest.
         refresh_every: steps between two P.
         collect_every: steps between two that add to Σ; divides `refresh_every`.
-        token_stride: one token in so many adds to Σ, beginning elsewhere in each sequence and step.
+        token_stride: one token in so many adds to Σ, beginning elsewhere in each sequence and step;
+            embeddings count every token, which costs next to nothing.
         exponent: p of (Σ + γ̄ I)^(-1/p): 1 (the paper), 2 or 4.
         inverse: cholesky (for p > 1 an eigendecomposition) or newton_schulz.
         trace_normalized: multiply P by the p-th root of the mean eigenvalue of Σ, so that M keeps
             the scale of G, and what is tuned to it (eps, clipping, width rules) keeps its meaning.
+            False is the paper's P.
         block_diagonal: widest block of Σ; wider inputs are cut into equal blocks. None: no blocks.
         embeddings: also divide the rows of embeddings by (token frequency + γ̄).
         include, exclude: names of modules, with `*` and `?`, to cover or to leave alone.
@@ -91,9 +97,10 @@ class ActivationPreconditioner:
         self._shapes = {
             name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)
         }
-        self.layers = [Layer(each, block_diagonal, token_stride) for each in covered]
+        self._is_paused = torch.zeros((), dtype=torch.bool, device="cpu")  # read in the backward
+        self.layers = [Layer(each, self.settings, self._is_paused) for each in covered]
         self._hooks: list[Any] = []
-        self._written = WeakTensorKeyDictionary()  # gradients that are M: version, tokens so far
+        self._written = WeakTensorKeyDictionary()  # gradients that are M, and their version then
         for layer in self.layers:
             install(layer.covered.module, layer.capture)
 
@@ -102,32 +109,17 @@ class ActivationPreconditioner:
 
         Raises:
             TypeError: not a torch.optim.Optimizer.
-            ValueError: a covered weight is in none of them or in several, or this preconditioner
-                is attached already.
+            ValueError: a covered weight is in none of them or in several, the model was moved or
+                cast meanwhile, or this preconditioner is attached already or detached.
             RuntimeError: several processes train together, which is not supported yet.
         """
-        if self._hooks or not self.layers:
-            state = "attached already; pass all optimizers to one call of attach"
-            raise ValueError(state if self._hooks else "detached; make a new preconditioner")
-        is_parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if is_parallel and torch.distributed.get_world_size() > 1:
-            raise RuntimeError("Σ is summed in one process only: every rank would differ")
-        for optimizer in optimizers:
-            if not isinstance(optimizer, Optimizer):
-                raise TypeError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer")
-        owners = Counter(p for each in optimizers for p in _parameters(each))
-        wrong = [
-            f"{layer.name}.weight is in {owners[layer.covered.weight]}"
-            for layer in self.layers
-            if owners[layer.covered.weight] != 1
-        ]
-        if wrong:
-            raise ValueError(
-                "every covered weight must be in exactly one of the optimizers: "
-                + "; ".join(wrong)
-                + ". Attach all optimizers in one call, or exclude these layers"
-            )
-        self._hooks = [each.register_step_pre_hook(self._before_step) for each in optimizers]
+        self._check_installed()
+        if self._hooks:
+            raise ValueError("attached already; pass all optimizers to one call of attach")
+        check_optimizers(optimizers, {layer.name: layer.covered.weight for layer in self.layers})
+        for layer in self.layers:
+            layer.check_place()
+        self._hooks = [call_before_step(each, self._precondition) for each in optimizers]
         return self
 
     def detach(self) -> None:
@@ -142,18 +134,40 @@ class ActivationPreconditioner:
         """Forget the activations seen since the last refresh: for a step that is not taken."""
         for layer in self.layers:
             layer.capture.clear()
-            self._schedule_next(layer)
+            layer.schedule_next()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, backward passes add nothing to the statistics; gradients are as ever.
+
+        For a backward whose weight gradient is thrown away: gradients of inputs, a GAN's other
+        player, the first pass of SAM. What counts is where the backward runs, eager or compiled;
+        the forward may be anywhere. Schedules go on; `paused` may be nested.
+        """
+        before = self._is_paused.clone()
+        self._is_paused.fill_(True)
+        try:
+            yield
+        finally:
+            self._is_paused.copy_(before)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that resuming needs, by layer; keep it beside the optimizer's."""
+        self._check_installed()
         return {layer.name: layer.state_dict() for layer in self.layers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`, bit for bit.
 
+        A P that was made with another gamma, exponent or trace_normalized is made again here, from
+        the Σ in `state`; all other settings may differ, too, and hold from now on.
+
         Raises:
-            ValueError: other layers or shapes, all listed; nothing was changed.
+            ValueError: other layers, shapes or kinds of values, all listed.
+            FloatingPointError: a P has to be made again, and Σ has no inverse.
+        Nothing was changed then.
         """
+        self._check_installed()
         names = {layer.name for layer in self.layers}
         problems = [f"missing {name}" for name in sorted(names - state.keys())]
         problems += [f"unexpected {name}" for name in sorted(state.keys() - names)]
@@ -161,13 +175,32 @@ class ActivationPreconditioner:
             problems += layer.state_problems(state[layer.name]) if layer.name in state else []
         if problems:
             raise ValueError("preconditioner state does not fit: " + "; ".join(problems))
+        renewed = self._renewed(state)
         for layer in self.layers:
             layer.load_state_dict(state[layer.name])
-            self._schedule_next(layer)
+        for layer, new in renewed:
+            layer.use(new)
 
-    def report(self) -> list[dict[str, Any]]:
-        """One row per weight: is it covered, or why not; memory, condition number, ‖M‖/‖G‖."""
-        rows = [layer.report() for layer in self.layers]
+    def _renewed(self, state: dict[str, Any]) -> list[tuple[Layer, Preconditioner]]:
+        """The layers whose P in `state` was made with other settings, with the P of ours."""
+        outdated = [
+            layer
+            for layer in self.layers
+            if state[layer.name]["n_refreshes"]
+            and state[layer.name]["made_with"] != self.settings.of_P
+        ]
+        if outdated:
+            log.info("%d P were made with other settings and are made again", len(outdated))
+        return preconditioners(
+            outdated, lambda layer: state[layer.name]["sigma"].to(layer.sigma), self.settings
+        )
+
+    def report(self, *, condition: bool = False) -> list[dict[str, Any]]:
+        """One row per weight: is it covered, or why not; memory, ‖M‖/‖G‖, what was mended.
+
+        With `condition` also the condition number of Σ + γ̄ I, by an eigendecomposition of each Σ.
+        """
+        rows = [layer.report(condition=condition) for layer in self.layers]
         blank = {"covered": False, "bytes": 0, "condition": None, "norm_ratio": None, "mended": 0}
         for name, reason in self._not_covered.items():
             rows.append({"name": name, "shape": self._shapes.get(name), "reason": reason, **blank})
@@ -180,45 +213,16 @@ class ActivationPreconditioner:
         state = "" if self._hooks else "; not attached: no optimizer is preconditioned"
         return f"DoPr covers {len(self.layers)} weights, {n_bytes / 2**20:.1f} MiB{state}{reasons}"
 
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]):
-        """The hook: precondition the gradients, or wrap the closure that will compute them."""
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
-            self._precondition(optimizer)
-            return None
-        wrapped = self._wrap(closure, optimizer)
-        if len(args) > 1:
-            return (args[0], wrapped, *args[2:]), kwargs
-        return args, kwargs | {"closure": wrapped}
-
-    def _wrap(self, closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
-        """The closure, with its gradients preconditioned; it may be called once a step."""
-        n_calls = 0
-
-        def preconditioned_closure() -> Any:
-            nonlocal n_calls
-            n_calls += 1
-            if n_calls > 1:
-                raise RuntimeError(
-                    f"{type(optimizer).__name__} calls its closure several times a step (a line "
-                    "search?), which activation preconditioning does not support"
-                )
-            loss = closure()
-            self._precondition(optimizer)
-            return loss
-
-        return preconditioned_closure
-
     @torch.no_grad()
     def _precondition(self, optimizer: Optimizer) -> None:
         """Replace G by M in every covered weight that this optimizer holds."""
-        owned = _parameters(optimizer)
+        owned = parameters(optimizer)
         layers = [
             layer
             for layer in self.layers
             if layer.covered.weight in owned and not self._is_done(layer)
         ]
-        refreshed = refresh([layer for layer in layers if self._is_due(layer)], self.settings)
+        refreshed = refresh([layer for layer in layers if layer.is_due], self.settings)
         for layer in layers:
             grad = layer.covered.weight.grad
             if grad is not None and layer.n_refreshes:
@@ -227,27 +231,18 @@ class ActivationPreconditioner:
                 if layer in refreshed:
                     layer.norm_ratio = norm_ratio(M, G)
                 layer.covered.write(M, grad)
-                self._written[grad] = grad._version, layer.capture.count.clone()
+                self._written[grad] = grad._version
             layer.step += 1
-            self._schedule_next(layer)
+            layer.schedule_next()
 
     def _is_done(self, layer: Layer) -> bool:
-        """Whether the gradient is M already: a `step` that calls its parent's comes here twice."""
+        """Whether the gradient is M already: a `step` that calls its parent's comes here twice.
+
+        The version tells: all that is added to the gradient later advances it.
+        """
         grad = layer.covered.weight.grad
-        if grad is None or grad not in self._written:
-            return False
-        version, count = self._written[grad]
-        return grad._version == version and torch.equal(layer.capture.count, count)
+        return grad is not None and self._written.get(grad) == grad._version
 
-    def _is_due(self, layer: Layer) -> bool:
-        return layer.step >= layer.next_refresh
-
-    def _schedule_next(self, layer: Layer) -> None:
-        """Whether, and from which offset, the coming step adds to the layer's statistics."""
-        on_schedule = layer.step % self.settings.collect_every == 0
-        layer.capture.is_collecting = on_schedule or self._is_due(layer)
-        layer.capture.offset.fill_(layer.step // self.settings.collect_every)
-
-
-def _parameters(optimizer: Optimizer) -> set[Tensor]:
-    return {param for group in optimizer.param_groups for param in group["params"]}
+    def _check_installed(self) -> None:
+        if not self.layers:
+            raise ValueError("this preconditioner was detached; make a new preconditioner")

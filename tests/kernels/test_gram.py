@@ -6,7 +6,16 @@ import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.gram import accumulate_gram, gram, gram_, mirror
+from kernels.gram import accumulate_gram, gram_, mirror_
+
+RUNS, PAUSED = torch.tensor(False), torch.tensor(True)
+
+
+def gram(z, blocks=1, **sampling):
+    """S (blocks, d/blocks, d/blocks) of z alone, and the count."""
+    b = z.shape[-1] // blocks
+    S = torch.zeros(blocks, b, b, dtype=torch.promote_types(z.dtype, torch.float32))
+    return S, gram_(S, z, **sampling)
 
 
 def dense_gram(rows, blocks=1):
@@ -88,13 +97,6 @@ def test_stride_one_is_all_tokens_in_any_shape():
     assert torch.equal(gram(z, stride=1, offset=3)[0], gram(z.reshape(-1, 6))[0])
 
 
-def test_flat_tokens_with_a_sequence_length_are_sampled_like_sequences():
-    z = torch.randn(4, 10, 6)
-    flat = gram(z.reshape(-1, 6), stride=3, offset=2, sequence_length=10)
-    assert torch.equal(flat[0], gram(z, stride=3, offset=2)[0])
-    assert flat[1] == 16
-
-
 def test_a_stride_that_divides_the_sequence_length_reaches_every_position_in_one_call():
     assert (sampled_positions(T=12, stride=4, offset=0).sum(0) > 0).all()
 
@@ -127,36 +129,32 @@ def test_the_mean_of_noise_is_the_identity_with_and_without_sampling():
         torch.testing.assert_close(S[0] / n, torch.eye(8), atol=5 / n**0.5, rtol=0)
 
 
-def test_gram_inplace_is_beta_s_plus_alpha_gram():
+@pytest.mark.parametrize(("beta", "alpha"), [(0.9, 0.1), (1.0, 0.5), (0.0, 1.0)])
+def test_it_is_beta_s_plus_alpha_times_the_sum(beta, alpha):
     z, S = torch.randn(30, 12), gram(torch.randn(30, 12), blocks=2)[0]
     before = S.clone()
-    n = gram_(S, z, beta=torch.tensor(0.9), alpha=torch.tensor(0.1))
-    torch.testing.assert_close(S, 0.9 * before + 0.1 * gram(z, blocks=2)[0])
+    n = gram_(S, z, beta=beta, alpha=alpha)
+    torch.testing.assert_close(S, beta * before + alpha * gram(z, blocks=2)[0])
     assert n == 30
     assert torch.equal(S, S.mT)
 
 
-def test_gram_inplace_with_unit_coefficients_from_zero_is_gram():
-    z, S = torch.randn(4, 9, 12), torch.zeros(3, 4, 4)
-    gram_(S, z, beta=1, alpha=1, stride=2, offset=1)
-    assert torch.equal(S, gram(z, blocks=3, stride=2, offset=1)[0])
-
-
-def test_mirror_never_reads_the_upper_triangle():
+def test_mirror_never_reads_the_upper_triangle_and_works_in_place():
     Y = torch.randn(2, 5, 5)
     spoiled = Y.where(torch.ones(5, 5).tril().bool(), torch.nan)
-    assert torch.equal(mirror(spoiled), Y.tril() + Y.tril(-1).mT)
+    assert mirror_(spoiled) is spoiled
+    assert torch.equal(spoiled, Y.tril() + Y.tril(-1).mT)
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (lambda: gram(torch.ones(4, 10), blocks=3), "do not divide into blocks=3"),
-        (lambda: gram(torch.ones(4, 10), stride=0), "stride=0"),
-        (lambda: gram(torch.ones(10, 4), sequence_length=3), "sequence_length=3"),
-        (lambda: gram(torch.ones(10)), "wants a floating"),
-        (lambda: gram(torch.ones(10, 4, dtype=torch.int64)), "wants a floating"),
-        (lambda: gram_(torch.ones(2, 3, 3), torch.ones(5, 4), beta=1, alpha=1), "wants S"),
+        (lambda: gram_(torch.zeros(3, 3, 3), torch.ones(4, 10)), "wants S"),
+        (lambda: gram_(torch.ones(2, 3, 3), torch.ones(5, 4)), "wants S"),
+        (lambda: gram_(torch.ones(1, 4, 4), torch.ones(5, 4), stride=0), "stride=0"),
+        (lambda: gram_(torch.ones(1, 4, 4), torch.ones(4)), "wants a floating"),
+        (lambda: gram_(torch.ones(1, 4, 4), torch.ones(9, 4).long()), "wants a floating"),
+        (lambda: gram_(torch.ones(1, 4, 4), torch.ones(9, 4, device="meta")), "wants one device"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(bad, message):
@@ -176,7 +174,7 @@ class CapturingLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         z, W, offset = ctx.saved_tensors
-        accumulate_gram(*ctx.sums, z, offset, 2, z.shape[-2])
+        accumulate_gram(*ctx.sums, z, offset, RUNS, 2)
         return grad @ W, grad.flatten(0, -2).mT @ z.flatten(0, -2), None, None, None
 
 
@@ -219,17 +217,25 @@ def test_gram_itself_compiles_to_one_graph_for_every_offset():
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("is_paused", [RUNS, PAUSED])
 @pytest.mark.parametrize("count_dtype", [torch.int64, torch.float32])
-def test_the_operator_passes_opcheck(count_dtype):
+def test_the_operator_passes_opcheck(count_dtype, is_paused):
     z, S = torch.randn(3, 6, 8), torch.zeros(2, 4, 4)
-    args = (S, torch.zeros((), dtype=count_dtype), z, torch.tensor(1), 2, 6)
+    args = (S, torch.zeros((), dtype=count_dtype), z, torch.tensor(1), is_paused, 2)
     torch.library.opcheck(accumulate_gram, args)
 
 
 def test_the_operator_adds_up_over_calls():
-    S, count = torch.zeros(1, 4, 4), torch.zeros(())
-    first, second = torch.randint(-4, 5, (2, 6, 4)).float()
+    S, count, offset = torch.zeros(1, 4, 4), torch.zeros(()), torch.tensor(0)
+    first, second = torch.randint(-4, 5, (2, 3, 6, 4)).float()
     for z in (first, second):
-        accumulate_gram(S, count, z, torch.tensor(0), 1, 6)
+        accumulate_gram(S, count, z, offset, RUNS, 1)
     assert torch.equal(S, gram(torch.cat([first, second]))[0])
-    assert count == 12
+    assert (count, offset) == (36, 6)
+
+
+def test_a_paused_operator_changes_nothing_not_even_by_what_is_not_finite():
+    S, count, offset = torch.ones(1, 4, 4), torch.tensor(7), torch.tensor(3)
+    accumulate_gram(S, count, torch.full((6, 4), torch.nan), offset, PAUSED, 1)
+    assert torch.equal(S, torch.ones(1, 4, 4))
+    assert (count, offset) == (7, 3)

@@ -230,40 +230,6 @@ def test_the_state_dict_of_the_model_is_unchanged():
     assert list(model.state_dict()) == before
 
 
-def test_token_stride_reaches_every_position_as_steps_go_on():
-    layer = nn.Linear(8, 3, bias=False)
-    preconditioner = ActivationPreconditioner(layer, gamma=0.1, token_stride=4)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
-    preconditioner.attach(optimizer)
-    sampled = []
-    for _ in range(4):
-        layer(torch.eye(8).expand(2, 8, 8)).sum().backward()  # token t is the unit vector e_t
-        sampled.append(preconditioner.layers[0].capture.gram[0].diagonal() > 0)
-        assert preconditioner.layers[0].capture.count == 4  # one in four of 2 x 8
-        optimizer.step()
-    assert torch.stack(sampled).any(0).all()
-    assert not torch.equal(sampled[0], sampled[1])
-
-
-@pytest.mark.parametrize("batch", [1, 2, 4])
-@pytest.mark.parametrize("collect_every", [1, 8])
-def test_a_token_stride_reaches_every_position_whatever_the_micro_batch(batch, collect_every):
-    model = nn.Sequential(nn.Linear(16, 2))
-    steps = {"collect_every": collect_every, "refresh_every": 8 * collect_every}
-    preconditioner = ActivationPreconditioner(model, gamma=0.1, token_stride=4, **steps)
-    preconditioner.attach(torch.optim.SGD(model.parameters(), lr=0.0))
-    (layer,), seen = preconditioner.layers, torch.zeros(16)
-    for step in range(4 * collect_every):
-        layer.step, layer.n_refreshes, layer.next_refresh = step, 1, 10**6
-        preconditioner._schedule_next(layer)
-        for _ in range(4 // batch):  # micro-batches; z at position t is the t-th unit vector
-            model(torch.eye(16).expand(batch, 16, 16)).sum().backward()
-        seen += layer.capture.gram[0].diagonal()
-        layer.capture.clear()
-    assert (seen > 0).all()
-    assert seen.max() == seen.min()
-
-
 def test_a_captured_layer_takes_its_input_by_name_and_refuses_other_types():
     layer = nn.Sequential(nn.Linear(3, 2))
     ActivationPreconditioner(layer, gamma=0.1)

@@ -89,6 +89,11 @@ def test_the_condition_number_is_that_of_the_damped_matrix(blocks):
     assert condition_number(sigma, damping) == pytest.approx(wanted.item(), rel=1e-4)
 
 
+def test_the_condition_number_takes_the_damping_of_each_block():
+    sigma = torch.diag_embed(torch.tensor([[4.0, 1.0], [2.0, 0.0]]))
+    assert condition_number(sigma, torch.tensor([0.0, 0.5])) == pytest.approx(4 / 0.5)
+
+
 def test_the_condition_number_of_a_diagonal_and_of_a_singular_matrix():
     diagonal = torch.tensor([1.0, 3.0])
     assert condition_number(diagonal, torch.tensor(1.0)) == pytest.approx(2)

@@ -152,6 +152,33 @@ def test_including_what_cannot_be_covered_is_refused_with_the_reason():
         find_layers(nested(), include=["head", "table"])
 
 
+def test_a_wildcard_covers_what_can_be_and_says_why_the_rest_is_not():
+    model = nn.ModuleDict({"wte": nn.Embedding(5, 4), "proj": nn.Linear(4, 4)})
+    model["head"], model["mix"] = nn.Linear(4, 5, bias=False), nn.Bilinear(4, 4, 4)
+    model["head"].weight = model["wte"].weight
+    covered, reasons = find_layers(model, include=["*"], embeddings=True)
+    assert [layer.name for layer in covered] == ["proj"]
+    assert "tied" in reasons["wte.weight"]
+    assert "tied" in reasons["head.weight"]
+    assert "usual forward" in reasons["mix.weight"]
+    with pytest.raises(ValueError, match=r"include covers head\.weight, which cannot be: tied"):
+        find_layers(model, include=["p*", "head"])
+
+
+@pytest.mark.parametrize("key", ["include", "exclude"])
+def test_a_bare_string_for_a_list_of_names_is_refused(key):
+    with pytest.raises(ValueError, match=rf"{key}='head': must be a list .* write \['head'\]"):
+        find_layers(nested(), **{key: "head"})
+
+
+def test_a_lazy_layer_is_refused_until_it_has_a_shape():
+    model = nn.Sequential(nn.Linear(3, 4), nn.LazyLinear(2))
+    with pytest.raises(ValueError, match=r"1\.weight has no shape yet .* run one batch"):
+        find_layers(model)
+    model(torch.ones(1, 3))
+    assert [layer.name for layer in find_layers(model)[0]] == ["0", "1"]
+
+
 def test_a_model_with_nothing_to_cover_is_refused_with_all_reasons():
     with pytest.raises(ValueError, match=r"0\.weight: an embedding.*1\.weight: frozen"):
         find_layers(nn.Sequential(nn.Embedding(3, 2), frozen(nn.Linear(2, 2))))

@@ -1,6 +1,5 @@
-"""What goes wrong is refused, mended and counted, or without effect; and resuming is exact."""
+"""What goes wrong is refused, mended and counted, or without effect."""
 
-import io
 import logging
 
 import pytest
@@ -10,91 +9,8 @@ from torch import nn
 
 from kernels import cholesky
 from optim import ActivationPreconditioner
-from optim.adamuon import AdaMuon
-from optim.muon import Muon
-from optim.signum import Signum
 from tests.optim.models import backward, mlp, randn
-
-LAZY = {"refresh_every": 4, "collect_every": 2, "sigma_beta": 0.9, "token_stride": 3}
-
-
-def matrices(model, **kwargs):
-    return {"params": [p for p in model.parameters() if p.dim() == 2], **kwargs}
-
-
-BASES = {
-    "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2),
-    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9),
-    "muon": lambda model: Muon([matrices(model)], lr=1e-2),
-    "adamuon": lambda model: AdaMuon([matrices(model)], lr=1e-2),
-    "signum": lambda model: Signum(model.parameters(), lr=1e-2),
-}
-
-
-def made(base="sgd", **settings):
-    """A model, an optimizer and its preconditioner."""
-    model = mlp()
-    optimizer = BASES[base](model)
-    preconditioner = ActivationPreconditioner(model, gamma=0.1, **settings).attach(optimizer)
-    return model, optimizer, preconditioner
-
-
-def train(parts, steps):
-    model, optimizer, _ = parts
-    for step in steps:
-        backward(model, step)
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def resumed(parts, base, **settings):
-    """The same run in new objects, through a file."""
-    file, again = io.BytesIO(), made(base, **settings)
-    torch.save([part.state_dict() for part in parts], file)
-    file.seek(0)
-    for part, state in zip(again, torch.load(file, weights_only=True), strict=True):
-        part.load_state_dict(state)
-    return again
-
-
-def assert_same(some, others):
-    for a, b in zip(some[0].parameters(), others[0].parameters(), strict=True):
-        assert torch.equal(a, b)
-    for a, b in zip(some[2].layers, others[2].layers, strict=True):
-        assert torch.equal(a.sigma, b.sigma)
-        assert torch.equal(a.P, b.P)
-    assert some[2].report() == others[2].report()
-
-
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("settings", [{}, LAZY], ids=["exact", "lazy"])
-@pytest.mark.parametrize("breaks", [(5,), (3, 7)], ids=["once", "twice"])
-def test_a_resumed_run_is_bit_equal(base, settings, breaks):
-    whole, parts, start = made(base, **settings), made(base, **settings), 0
-    train(whole, range(11))
-    for stop in (*breaks, 11):
-        parts = resumed(parts, base, **settings)
-        train(parts, range(start, stop))
-        start = stop
-    assert_same(parts, whole)
-
-
-def test_a_state_that_does_not_fit_is_refused_whole():
-    _, _, preconditioner = parts = made()
-    train(parts, range(2))
-    before = resumed(parts, "sgd")
-    state = preconditioner.state_dict()
-    state["2"] = state["2"] | {"sigma": torch.zeros(1, 3, 3)}
-    state["9"] = state["0"]
-    with pytest.raises(ValueError, match=r"unexpected 9; 2: Σ is \(1, 3, 3\), wanted \(1, 9, 9\)"):
-        preconditioner.load_state_dict(state)
-    del state["0"], state["9"], state["2"]["P"]
-    with pytest.raises(ValueError, match="missing 0; 2 has no P"):
-        preconditioner.load_state_dict(state)
-    assert_same(parts, before)
-
-
-# -- steps that are not taken
+from tests.optim.runs import LAZY, assert_same, made, train
 
 
 @pytest.mark.parametrize("settings", [{}, LAZY], ids=["exact", "lazy"])

@@ -1,0 +1,150 @@
+"""From running sums to new Σ and P, for many layers at once: few host reads, bounded memory."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.cholesky import damped_inverse_root
+from optim.covariance import diagonal_inverse_root, mean_eigenvalue
+from optim.statistics import Layer, Preconditioner, Settings
+
+CHUNK_BYTES = 256 * 2**20  # of Σ inverted together; an inverse takes about 5 times as much for it
+
+
+def refresh(layers: list[Layer], settings: Settings) -> list[Layer]:
+    """New Σ and P for the layers that have new statistics; returns these layers.
+
+    All P are made before the first layer is changed: an error leaves every Σ, P and schedule as it
+    was, at the price of a second P of every layer for the time being. Sums that are not finite or
+    all zero are dropped all the same. Waits for the device a few times a chunk, not a layer.
+
+    Raises:
+        RuntimeError: a layer has a gradient but its activations were not seen.
+        FloatingPointError: activations are not finite and there is no earlier P to keep, or Σ has
+            no inverse at any damping.
+        ValueError: the model was moved or cast meanwhile.
+    """
+    for layer in layers:
+        layer.check_place()
+    fresh = _with_statistics(layers)
+    for layer, new in preconditioners(fresh, Layer.next_sigma, settings):
+        layer.sigma = layer.next_sigma()  # formed again rather than kept for all layers
+        layer.use(new)
+        layer.n_refreshes += 1
+        layer.next_refresh = layer.following_refresh
+        layer.capture.clear()
+    return fresh
+
+
+def preconditioners(
+    layers: list[Layer], sigma_of: Callable[[Layer], Tensor], settings: Settings
+) -> list[tuple[Layer, Preconditioner]]:
+    """Every layer with its P from the Σ that `sigma_of` gives; the layers are not changed.
+
+    Raises FloatingPointError if a Σ is not finite or has no inverse at any damping.
+    """
+    made = []
+    for chunk in _chunks(layers):
+        sigma = torch.stack([sigma_of(layer) for layer in chunk])  # (N, blocks, b, b) or (N, d)
+        made += zip(chunk, _invert(sigma, settings), strict=True)
+    return made
+
+
+def _chunks(layers: list[Layer]) -> Iterator[list[Layer]]:
+    """Layers whose Σ are alike, `CHUNK_BYTES` of them or a single one at a time."""
+    alike: dict[Any, list[Layer]] = defaultdict(list)
+    for layer in layers:
+        alike[layer.sigma.shape, layer.sigma.dtype, layer.sigma.device].append(layer)
+    for group in alike.values():
+        size = max(1, CHUNK_BYTES // group[0].sigma.nbytes)
+        for first in range(0, len(group), size):
+            yield group[first : first + size]
+
+
+def _invert(sigma: Tensor, settings: Settings) -> list[Preconditioner]:
+    """P of each of N covariances, (N, blocks, b, b) or (N, d), as one batch."""
+    p = settings.exponent
+    means = torch.stack([mean_eigenvalue(each) for each in sigma])  # (N,)
+    blocks = 1 if sigma.dim() == 2 else sigma.shape[1]
+    damping = (settings.gamma * means)[:, None].expand(-1, blocks)  # (N, blocks)
+    if sigma.dim() == 2:
+        P, n_failed = diagonal_inverse_root(sigma, damping, p), [0] * len(sigma)
+    else:
+        P, damping, failures = damped_inverse_root(sigma, damping, p, inverse=settings.inverse)
+        n_failed = failures.sum(1).tolist()
+    scales = means ** (1 / p) if settings.trace_normalized else torch.ones_like(means)
+    return [
+        Preconditioner(P[i] * scales[i], damping[i].clone(), n_failed[i]) for i in range(len(sigma))
+    ]
+
+
+def _with_statistics(layers: list[Layer]) -> list[Layer]:
+    """The layers whose running sum is of use; what keeps the others from it is dealt with.
+
+    One host read for all layers. The mean eigenvalue says enough: because of |z_i z_j| <=
+    (z_i² + z_j²) / 2, Σ z zᵀ is zero if it is zero, and finite if it is finite.
+    """
+    sums = [
+        torch.stack([layer.capture.count.double(), mean_eigenvalue(layer.capture.gram).double()])
+        for layer in layers
+    ]
+    unseen, broken, zero, usable = [], [], [], []
+    for layer, (count, mean) in zip(layers, _read(sums), strict=True):
+        kind = unseen if count == 0 else zero if mean == 0 else usable
+        (kind if math.isfinite(mean) else broken).append(layer)
+    _refuse_unseen(unseen)
+    _drop_broken(broken)
+    _drop_zero(zero)
+    return usable
+
+
+def _refuse_unseen(layers: list[Layer]) -> None:
+    """Layers without tokens were not used in this step, or something is wrong with the capture."""
+    missed = [layer.name for layer in _with_gradient(layers)]
+    if missed:
+        others = f" (nor those of {len(missed) - 1} more layers)" if missed[1:] else ""
+        raise RuntimeError(
+            f"{missed[0]} has a gradient but its input activations were not seen{others}. Likely "
+            "causes: its forward is bypassed (F.linear on its weight, a fused or functional call), "
+            "or was traced, exported or replaced; every backward ran inside paused(), or before "
+            "the preconditioner was made or discard() was called; the gradient was set by hand. "
+            f"A layer that is never seen is left out by exclude={missed}"
+        )
+
+
+def _drop_broken(layers: list[Layer]) -> None:
+    """Sums that are not finite go; the last P is kept, where there is one."""
+    for layer in layers:
+        layer.capture.clear()
+    first = [layer.name for layer in layers if layer.n_refreshes == 0]
+    if first:
+        raise FloatingPointError(f"the first activations seen by {', '.join(first)} are not finite")
+    for layer in layers:
+        layer.mended("activations are not finite; the last P is kept")
+
+
+def _drop_zero(layers: list[Layer]) -> None:
+    """Zero tokens show no direction; a gradient from others than these is a case to mend."""
+    for layer in layers:
+        layer.capture.clear()
+    for layer in _with_gradient(layers):
+        what = "the last P is kept" if layer.n_refreshes else "the gradient is left as it is"
+        layer.mended(f"all sampled activations are zero; {what}")
+
+
+def _with_gradient(layers: list[Layer]) -> list[Layer]:
+    """The layers whose gradient is not zero; one host read, and none without gradients."""
+    held = [layer for layer in layers if layer.covered.weight.grad is not None]
+    has_any = _read([layer.covered.weight.grad.any() for layer in held])  # pyright: ignore
+    return [layer for layer, is_any in zip(held, has_any, strict=True) if is_any]
+
+
+def _read(values: list[Tensor]) -> list[Any]:
+    """Tensors of one shape, wherever they are, as numbers: the host waits once for all."""
+    return torch.stack([each.to(values[0].device) for each in values]).tolist() if values else []
