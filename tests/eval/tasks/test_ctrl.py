@@ -60,11 +60,12 @@ def test_the_expert_has_no_gap_and_lives_the_same_episodes(task):
 @pytest.mark.parametrize("instance", range(4))
 def test_the_expert_falls_rarely_and_who_sees_no_velocity_falls_often(instance):
     task = Ctrl(instance=instance)
-    metrics = task.grade(VelocityBlind(task), n=2000, seed=0).means()
-    assert metrics["data_failure"] < 0.01
-    assert metrics["failure"] > 0.3
-    assert metrics["action_error"] > 3 * metrics["data_action_error"]
-    assert metrics["cost"] > 3 * metrics["data_cost"]
+    data, own = both_rollouts(task, VelocityBlind(task), n=2000, seed=0)
+    expert, blind = ({k: v.nanmean() for k, v in each.outcomes.items()} for each in (data, own))
+    assert expert["failure"] < 0.01
+    assert blind["failure"] > 0.5
+    assert blind["action_error"] > 2 * expert["action_error"]
+    assert blind["cost"] > 2 * expert["cost"]
 
 
 def test_the_oracle_is_the_experts_law_over_the_bins(task):
@@ -82,8 +83,8 @@ def test_the_oracle_is_the_experts_law_over_the_bins(task):
 
 
 def test_the_masses_of_the_bins_are_those_of_sampled_actions():
-    bins, n = Bins(17, 8.0), 200_000
-    mean = torch.tensor([-9.0, -0.3, 7.9], dtype=torch.float64)
+    bins, n = Bins(17, 10.0), 200_000
+    mean = torch.tensor([-11.0, -0.3, 9.9], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(n, 3, generator=generator, dtype=torch.float64)
     index = bins.index(mean + 1.5 * z)  # (n, 3)
@@ -92,7 +93,7 @@ def test_the_masses_of_the_bins_are_those_of_sampled_actions():
     assert ((sampled - p).abs() <= 5 * (p * (1 - p) / n).sqrt() + 1 / n).all()
 
 
-@pytest.mark.parametrize("bins", [Bins(33, 0.5), Bins(17, 8.0), Bins(2, 1.0)])
+@pytest.mark.parametrize("bins", [Bins(33, 0.45), Bins(17, 10.0), Bins(2, 1.0)])
 def test_bins_and_their_centres_are_inverse(bins):
     order = torch.arange(bins.n)
     assert bins.index(bins.centres).equal(order)
@@ -121,12 +122,13 @@ def test_the_angles_of_a_document_are_the_worlds_answers_to_its_actions(task):
 
 
 def test_a_pendulum_does_what_the_equations_say(task):
-    world = act(task, [33, 50 - 1, MIDDLE, 33 + 10], n=1)
-    start = task.world(1, 0)
+    tokens = task.documents(1, 0)[0, 1:16:2].tolist()  # rounding nearly doubles every step
+    world, start = act(task, tokens, n=1), task.world(1, 0)
+    assert not world.fallen
     theta, omega = start.theta.item(), start.omega.item()
     cost = error = 0.0
-    for u, push in zip((-16 / 17, 16 / 17, 0, 4 / 17), start.pushes[:, 0].tolist(), strict=False):
-        u *= ctrl.U_MAX
+    for token, push in zip(tokens, start.pushes[:8, 0].tolist(), strict=True):
+        u = (token - MIDDLE) * 2 * ctrl.U_MAX / 17
         cost += theta**2 + 0.1 * omega**2 + 0.001 * u**2
         wanted = -(task.plant.stiffness + ctrl.KAPPA**2) * theta - 2 * ctrl.KAPPA * omega
         error += (u - min(max(wanted, -ctrl.U_MAX), ctrl.U_MAX)) ** 2
@@ -134,8 +136,8 @@ def test_a_pendulum_does_what_the_equations_say(task):
         theta += ctrl.DT * omega
     assert (world.theta.item(), world.omega.item()) == pytest.approx((theta, omega), abs=EXACT)
     outcomes = world.outcomes()
-    assert outcomes["cost"].item() == pytest.approx(cost / 4, rel=EXACT)
-    assert outcomes["action_error"].item() == pytest.approx(error / 4, rel=EXACT)
+    assert outcomes["cost"].item() == pytest.approx(cost / 8, rel=EXACT)
+    assert outcomes["action_error"].item() == pytest.approx(error / 8, rel=EXACT)
 
 
 @pytest.mark.parametrize("token", [0, 32, 50])
@@ -164,7 +166,7 @@ def test_a_rollout_grades_decisions_up_to_the_fall(task):
     assert (graded.int().diff(dim=1) <= 0).all()
     # a fall at the last decision leaves nothing ungraded
     assert own.outcomes["failure"][~graded[:, -1]].all()
-    assert (~graded[:, -1]).sum() > 0.3 * N
+    assert (~graded[:, -1]).sum() > 0.5 * N
 
 
 def test_instances_are_plants_within_the_documented_range():
