@@ -54,7 +54,7 @@ class Lds:
     width: int = 16  # of the policies that imitate the expert
 
     name: ClassVar[str] = "lds"
-    primary: ClassVar[str] = "deviation"
+    primary: ClassVar[str] = "log10_deviation"
     higher_is_better: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -129,12 +129,13 @@ class CtrlWorld(World):
         self, plant: Plant, angles: Bins, actions: Bins, start: Tensor, pushes: Tensor
     ) -> None:
         self.plant, self.angles, self.actions = plant, angles, actions
-        self.theta, self.omega = start  # (B,) each
+        theta, self.omega = start  # (B,) each
+        self.theta = theta.clamp(-THETA_MAX, THETA_MAX)
         self.pushes = pushes  # (H, B)
-        self.fallen = self.theta.abs() > THETA_MAX
+        self.fallen = torch.zeros_like(theta, dtype=torch.bool)
         self.prompts = angles.index(self.theta)[:, None]
         self.steps = 0
-        sums = torch.zeros(4, len(self.theta), dtype=torch.float64)
+        sums = torch.zeros(4, len(theta), dtype=torch.float64)
         self.decisions, self.illegal, self.action_error, self.cost = sums
 
     def oracle(self) -> Tensor:
@@ -164,7 +165,7 @@ class CtrlWorld(World):
         (rad, rad/s, rad/s²; as in Gymnasium's Pendulum), θ_max² for those after a fall.
         Over the decisions before a fall: action_error, the mean squared distance (rad²/s⁴) from
         what the expert would do on average in that state; illegal_share, of tokens that are no
-        action. NaN if there was no decision to take.
+        action.
         """
         return {
             "failure": self.fallen.double(),
