@@ -58,9 +58,9 @@ class KVCache:
     is garbage (zeros, or the padding of a shorter row): masked until a real token overwrites it.
     """
 
-    def __init__(self, config: GPTConfig, batch_size: int, like: Tensor) -> None:
+    def __init__(self, config: GPTConfig, batch_size: int, length: int, like: Tensor) -> None:
         D = config.n_embd // config.n_head
-        shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, D)
+        shape = (config.n_layer, 2, batch_size, config.n_head, length, D)
         self.kv = torch.zeros(shape, device=like.device, dtype=like.dtype)
         self.rows = torch.arange(batch_size, device=like.device)[:, None]  # (B, 1)
         self.lengths = torch.zeros_like(self.rows[:, 0])  # (B,)
@@ -68,8 +68,8 @@ class KVCache:
 
     def begin(self, t: int) -> Tensor:
         """Positions (B, t) of the next t tokens of each row; sets what they may attend to."""
-        room = self.kv.size(4) - self.longest  # block_size less what the longest row holds
-        _require({f"{t} more tokens were given, but only {room} fit into block_size": t <= room})
+        room = self.kv.size(4) - self.longest  # the cache's length less what the longest row holds
+        _require({f"{t} more tokens were given, but only {room} fit into the cache": t <= room})
         self.width = self.longest + t  # no row has a key at or beyond this column
         columns = torch.arange(self.width, device=self.kv.device)
         self.positions = self.lengths[:, None] + columns[:t]  # (B, t)
@@ -196,9 +196,10 @@ class GPT(nn.Module):
             return F.linear(hidden, self.transformer.wte.weight)
         return self.lm_head(hidden)
 
-    def make_cache(self, batch_size: int) -> KVCache:
-        """An empty cache of block_size positions, on the model's device and in its dtype."""
-        return KVCache(self.config, batch_size, like=self.transformer.wte.weight)
+    def make_cache(self, batch_size: int, length: int | None = None) -> KVCache:
+        """An empty cache of `length` positions (none given: block_size), on the model's device."""
+        length = self.config.block_size if length is None else length
+        return KVCache(self.config, batch_size, length, like=self.transformer.wte.weight)
 
     @torch.no_grad()
     def step(self, idx: Tensor, cache: KVCache, lengths: Tensor | None = None) -> Tensor:
@@ -245,8 +246,9 @@ class GPT(nn.Module):
         self, prompts: Sequence[Sequence[int]], uniforms: Tensor, stop: int | None, how: Sampling
     ) -> Tensor:
         """Reads the prompts, then one token a step for all rows; a row that stopped repeats it."""
-        cache = self.make_cache(len(prompts))
-        device, longest = cache.kv.device, max(map(len, prompts))
+        longest = max(map(len, prompts))
+        cache = self.make_cache(len(prompts), longest + uniforms.size(1))
+        device = cache.kv.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
         padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
         hidden = self._read(torch.tensor(padded, device=device), cache, lengths)  # (B, t, C)

@@ -1,0 +1,117 @@
+"""Is our generation faster than Hugging Face's? Tokens per second of both, run alternately.
+
+    python -m bench.generation [--sizes demo gpt2] [--batches 1 16 64] [--rounds 9] [--out FILE]
+
+The same weights on both sides: a GPT of random weights (speed does not depend on their values) and
+its export through eval/hf.py, in one process, fp32, with the same prompts, no stop token and no
+truncation of the distribution. Reported: median tokens per second, and the median over rounds of
+the ratio within a round, with its quartiles; the order within a round alternates.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from data.tokenizer import byte_tokenizer
+from eval.hf import export_hf
+from model import GPT, GPTConfig
+from runlog import environment
+
+SIZES: dict[str, dict[str, Any]] = {
+    "demo": {"vocab_size": 8192, "block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 128},
+    "gpt2": {"vocab_size": 50304, "block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768},
+}
+TOKENS = {"demo": (16, 64), "gpt2": (4, 8)}  # of the prompt, and new ones
+Generate = Callable[[list[list[int]], int, bool], list[list[int]]]
+
+
+def make_pair(size: str) -> dict[str, Generate]:
+    """Our generate and Hugging Face's on the same random weights."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SIZES[size], bias=False)).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        export_hf(model, byte_tokenizer(), folder)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs.generation_config.eos_token_id = None  # as many tokens as were asked for
+
+    def ours(prompts: list[list[int]], n: int, greedy: bool) -> list[list[int]]:
+        return model.generate(prompts, n, greedy=greedy)
+
+    def hugging_face(prompts: list[list[int]], n: int, greedy: bool) -> list[list[int]]:
+        x = torch.tensor(prompts)
+        how = {"do_sample": False} if greedy else {"do_sample": True, "top_k": 0, "top_p": 1.0}
+        mask = torch.ones_like(x)
+        y = theirs.generate(x, attention_mask=mask, max_new_tokens=n, pad_token_id=0, **how)
+        return y[:, x.size(1) :].tolist()
+
+    return {"ours": ours, "hugging_face": hugging_face}
+
+
+def agreement(pair: dict[str, Generate], prompts: list[list[int]], n: int) -> float:
+    """Share of greedy tokens that are equal: 1 but for ties that rounding breaks."""
+    ours, theirs = (torch.tensor(generate(prompts, n, True)) for generate in pair.values())
+    return (ours == theirs).double().mean().item()
+
+
+def measure(
+    pair: dict[str, Generate], prompts: list[list[int]], n: int, greedy: bool, rounds: int
+) -> dict[str, Any]:
+    """Tokens per second of both sides and their ratio."""
+    speeds: dict[str, list[float]] = {side: [] for side in pair}
+    for round_number in range(rounds + 1):
+        sides = list(pair) if round_number % 2 else list(pair)[::-1]
+        for side in sides:
+            started = time.perf_counter()
+            new = pair[side](prompts, n, greedy)
+            seconds = time.perf_counter() - started
+            if [len(row) for row in new] != [n] * len(prompts):
+                raise RuntimeError(f"{side} made rows of {sorted({*map(len, new)})}, wanted {n}")
+            if round_number:  # the first round warms up
+                speeds[side].append(len(prompts) * n / seconds)
+    ratios = [a / b for a, b in zip(*speeds.values(), strict=True)]  # > 1: ours is faster
+    quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
+    return {
+        "tokens_per_s": {side: round(statistics.median(each)) for side, each in speeds.items()},
+        "ratio": round(statistics.median(ratios), 3),
+        "ratio_quartiles": [round(quartiles[0], 3), round(quartiles[2], 3)],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", choices=SIZES, nargs="+", default=list(SIZES))
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--rounds", type=int, default=9, help="a third of them at size gpt2")
+    parser.add_argument("--out", type=Path, help="write the result as JSON here")
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    rows = []
+    for size in arguments.sizes:
+        pair, (prompt, n) = make_pair(size), TOKENS[size]
+        rounds = arguments.rounds if size == "demo" else max(2, arguments.rounds // 3)
+        for batch in arguments.batches:
+            prompts = torch.randint(SIZES[size]["vocab_size"], (batch, prompt)).tolist()
+            equal = agreement(pair, prompts, n)
+            for name, greedy in (("sampled", False), ("greedy", True)):
+                row = {"size": size, "batch": batch, "mode": name, "rounds": rounds}
+                row |= measure(pair, prompts, n, greedy, rounds) | {"greedy_agreement": equal}
+                rows.append(row)
+                print(*(f"{key} {value}" for key, value in row.items()), sep="  ", flush=True)
+    result = environment(torch.device("cpu")) | {"transformers": transformers.__version__}
+    result |= {"load_average": os.getloadavg(), "weights": "random", "sizes": SIZES}
+    result |= {"tokens": TOKENS, "rows": rows}
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
