@@ -4,7 +4,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 export PYTHONUNBUFFERED = 1
 
-.PHONY: setup setup-dev demo test test-full check bench clean
+.PHONY: setup setup-dev demo test test-full check bench study clean
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), f"needs Python >= 3.10, found {sys.version}"'
@@ -19,11 +19,13 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
 
-demo: setup            ## train Muon and DoPr-Muon, compare, sample; about 5 minutes on 2 cores
-	$(PY) train.py config/demo.py --dopr=false --out_dir=out/demo_base
+demo: setup            ## train three models, grade their rollouts, write a page; 5 minutes on 2 cores
+	$(PY) train.py config/ttf.py --lr=8e-3 --out_dir=out/demo/adamw
+	$(PY) train.py config/ttf.py --lr=8e-3 --dopr=true --out_dir=out/demo/dopr_adamw
 	$(PY) train.py config/demo.py
-	$(PY) -m eval.sample out/demo --prompt "def " --num_samples 2 --temperature 0.8
-	$(PY) -m eval.summary out/demo_base out/demo
+	$(PY) -m eval.sample out/demo/text --prompt "def " --num_samples 2 --temperature 0.8
+	$(PY) -m eval.ttf out/demo/adamw out/demo/dopr_adamw out/demo/text
+	$(PY) -m eval.report out/demo/adamw out/demo/dopr_adamw out/demo/text --out out/demo
 
 check: setup-dev       ## lint, format, types
 	$(VENV)/bin/ruff check .
@@ -39,6 +41,22 @@ test-full: check       ## everything, the slow ones included
 bench: setup           ## what a step costs, on this machine
 	$(PY) -m bench.train_throughput
 	$(PY) -m bench.step_overhead
+
+BASES := sgd adamw signum muon adamuon
+LONG  := adamw muon
+comma := ,
+empty :=
+with_dopr = $(subst $(empty) $(empty),$(comma),$(foreach base,$(1),$(base) dopr-$(base) fast-dopr-$(base)))
+COMPARE := $(PY) -m eval.compare --seeds 5
+
+study: setup           ## the rollout study of LOG.md; hours of CPU, continues where it was stopped
+	set -e; for task in pdfa ctrl nav; do \
+	  $(COMPARE) --task $$task --steps 500 --optimizers $(call with_dopr,$(BASES)); \
+	  $(COMPARE) --task $$task --steps 1500 --optimizers $(call with_dopr,$(LONG)); \
+	done
+	$(COMPARE) --task lds --steps 200 --optimizers $(call with_dopr,$(BASES))
+	$(COMPARE) --task lds --steps 600 --optimizers $(call with_dopr,$(LONG))
+	$(PY) -m eval.report out/compare/*-* --out out/study
 
 clean:
 	rm -rf out data/*/prepared

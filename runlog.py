@@ -1,7 +1,7 @@
 """What a run says of itself: metrics.jsonl always, a progress line or bar, wandb if asked for.
 
-Rows of metrics.jsonl have `kind` = run | train | val | ttf and always `step`. wandb may not stop a run:
-when it fails, that is reported once and it is switched off.
+Rows of metrics.jsonl have `kind` = run | train | val | ttf and always `step`. wandb may not stop a
+run: when it fails, that is reported once and it is switched off.
 """
 
 import json

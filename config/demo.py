@@ -1,6 +1,5 @@
-# A GPT small enough for two CPU cores, on the interpreter's own sources. `make demo` runs it, and
-# its base optimizer with --dopr=false.
-out_dir = "out/demo"
+# A GPT small enough for two CPU cores, on the interpreter's own sources; a part of `make demo`.
+out_dir = "out/demo/text"
 dataset = "pystdlib"
 
 n_layer = 4

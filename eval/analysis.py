@@ -7,7 +7,7 @@ tuned on, enter the leaderboard; records of single runs stand for themselves.
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 from eval.intervals import Estimate, Paired, over_seeds, paired
 
 Record = dict[str, Any]
-FIT_DEGREE = 2  # of log rollout error in validation loss
+FIT_DEGREE = 2  # of log rollout error in log teacher-forced error
 FIT_POINTS = 50  # of the fitted curve
 
 
@@ -41,7 +41,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Matched:
-    """Log rollout error beyond what validation loss predicts; negative: better rollouts."""
+    """Log rollout error beyond what teacher-forced error predicts; negative: better rollouts."""
 
     residual: Estimate  # mean over fresh seeds inside the range of the fit
     n_inside: int
@@ -85,6 +85,16 @@ def val_loss(record: Record) -> float:
     return math.nan if record["val_loss"] is None else record["val_loss"]
 
 
+def teacher_forced(record: Record) -> float:
+    """The error on the data's contexts: oracle KL where there is an oracle, else validation loss.
+
+    A seed draws the task's instance, and instances differ in entropy: their losses do not compare.
+    """
+    grade = record["grade"] or {"metrics": {}}
+    value = grade["metrics"].get("val_kl", {"mean": record["val_loss"]})["mean"]
+    return math.nan if value is None else value
+
+
 def is_reported(record: Record) -> bool:
     return record["role"] in ("fresh", "single")
 
@@ -113,7 +123,9 @@ def _row(own: list[Record], base: list[Record]) -> Row:
     )
 
 
-def _versus(own: list[Record], base: list[Record], value) -> Paired | None:
+def _versus(
+    own: list[Record], base: list[Record], value: Callable[[Record], float]
+) -> Paired | None:
     """Paired over the seeds that both have; None if there are none."""
     theirs = {record["seed"]: value(record) for record in base if math.isfinite(value(record))}
     pairs = [(value(record), theirs[record["seed"]]) for record in own if record["seed"] in theirs]
@@ -153,19 +165,20 @@ def sweeps(records: list[Record]) -> dict[str, list[tuple[float, float, float]]]
     for variant, own in _by_variant(r for r in records if r["role"] == "tuning").items():
         rates = sorted({record["lr"] for record in own})
         at = {lr: [record for record in own if record["lr"] == lr] for lr in rates}
-        found[variant] = [
-            (lr, *(float(np.mean([*map(value, at[lr])])) for value in (val_loss, primary)))
-            for lr in rates
-        ]
+        found[variant] = [(lr, _mean(val_loss, at[lr]), _mean(primary, at[lr])) for lr in rates]
     return found
 
 
+def _mean(value: Callable[[Record], float], records: list[Record]) -> float:
+    return float(np.mean([*map(value, records)]))
+
+
 def matched_validation(records: list[Record]) -> dict[str, Matched]:
-    """Is an optimizer better at *equal* validation loss? Residuals from a fit over base runs.
+    """Is an optimizer better at *equal* validation? Residuals from a fit over base runs.
 
     Log rollout error (of a task where lower is better; log(1 - value) where higher is) is fitted
-    by a quadratic in validation loss over all runs of base optimizers, tuning runs included. The
-    fit is not extrapolated: a run outside the bases' range of validation loss does not count.
+    by a quadratic in log teacher-forced error over all runs of base optimizers, tuning runs
+    included. The fit is not extrapolated: a run outside the bases' range does not count.
     """
     fit = _fit(records)
     if fit is None:
@@ -182,13 +195,13 @@ def matched_validation(records: list[Record]) -> dict[str, Matched]:
 
 
 def fit_curve(records: list[Record]) -> tuple[np.ndarray, np.ndarray]:
-    """Validation loss (K,), and the rollout error that the base runs lead one to expect at it."""
+    """Teacher-forced error (K,), and the rollout error that base runs lead one to expect at it."""
     fit = _fit(records)
     if fit is None:
         return np.empty(0), np.empty(0)
     coefficients, low, high = fit
     x = np.linspace(low, high, FIT_POINTS)
-    return x, np.exp(np.polyval(coefficients, x))
+    return np.exp(x), np.exp(np.polyval(coefficients, x))
 
 
 def _fit(records: list[Record]) -> tuple[np.ndarray, float, float] | None:
@@ -202,16 +215,17 @@ def _fit(records: list[Record]) -> tuple[np.ndarray, float, float] | None:
 
 
 def _point(record: Record) -> tuple[float, float] | None:
-    """(validation loss, log rollout error); None where there is no logarithm.
+    """Logarithms of teacher-forced and of rollout error; None where there are none.
 
     A metric whose name begins with log10_ is a logarithm already.
     """
     error = 1 - primary(record) if record["higher_is_better"] else primary(record)
     if record["primary"].startswith("log10_"):
         error = 10**error
-    if not (error > 0 and math.isfinite(error) and math.isfinite(val_loss(record))):
+    before = teacher_forced(record)
+    if not (0 < error < math.inf and 0 < before < math.inf):
         return None
-    return val_loss(record), math.log(error)
+    return math.log(before), math.log(error)
 
 
 def _by_variant(records: Iterable[Record]) -> dict[str, list[Record]]:

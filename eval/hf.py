@@ -1,6 +1,6 @@
 """GPT-2 models from and to Hugging Face folders on this machine; nothing is ever downloaded.
 
-    python -m eval.hf export out/demo DIR
+    python -m eval.hf export out/demo/text DIR
 
 writes a folder that `AutoModelForCausalLM.from_pretrained(DIR)` and `AutoTokenizer` load directly.
 """

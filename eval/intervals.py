@@ -49,7 +49,9 @@ def percentiles(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def over_seeds(values: Sequence[float]) -> Estimate:
-    """The mean of one number a seed, with Student's t-interval; NaN ends for a single seed."""
+    """The mean of one number a seed, with Student's t-interval; NaN where seeds are too few."""
+    if not len(values):
+        return Estimate(float("nan"), float("nan"), float("nan"), 0)
     mean, n = float(np.mean(values)), len(values)
     if n < 2:
         return Estimate(mean, float("nan"), float("nan"), n)
@@ -63,6 +65,12 @@ def paired(a: Sequence[float], b: Sequence[float], *, higher_is_better: bool = F
         raise ValueError(f"paired: {len(a)} values against {len(b)}; wants one pair a seed")
     difference = np.subtract(a, b)
     better = difference > 0 if higher_is_better else difference < 0
-    spread = len(difference) > 1 and np.ptp(difference) > 0
-    p = float(stats.ttest_1samp(difference, 0).pvalue) if spread else 1.0
-    return Paired(over_seeds(difference.tolist()), p, int(better.sum()))
+    return Paired(over_seeds(difference.tolist()), _p_value(difference), int(better.sum()))
+
+
+def _p_value(difference: np.ndarray) -> float:
+    """Two-sided, of Student's t-test against zero; 1 where there is no spread to judge by."""
+    if len(difference) < 2 or np.ptp(difference) == 0:
+        return 1.0
+    t = difference.mean() / (difference.std(ddof=1) / np.sqrt(len(difference)))
+    return float(2 * stats.t.sf(abs(t), len(difference) - 1))

@@ -59,8 +59,8 @@ def run_point(point: Point) -> dict[str, Any]:
     if path.exists():
         return json.loads(path.read_text())
     started = time.perf_counter()
-    is_linear = isinstance(point.task, Lds)
-    record = _imitate(point, point.task) if is_linear else _train_and_grade(point, point.task)
+    task = point.task
+    record = _imitate(point, task) if isinstance(task, Lds) else _train_and_grade(point, task)
     record |= {"variant": point.variant, "base": point.base, "role": point.role}
     record["seconds"] = time.perf_counter() - started
     write_record(path, record)

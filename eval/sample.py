@@ -1,7 +1,7 @@
 """Text from a trained run.
 
-    python -m eval.sample out/demo --prompt "def " --num_samples=3
-    python -m eval.sample out/demo --prompts prompts.jsonl --out samples.jsonl
+    python -m eval.sample out/demo/text --prompt "def " --num_samples=3
+    python -m eval.sample out/demo/text --prompts prompts.jsonl --out samples.jsonl
 
 A prompts file holds one prompt a line, or JSON objects with the key "prompt" if its name ends in
 .jsonl. An empty prompt starts from end-of-text, as a document does.

@@ -4,8 +4,11 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from eval.tables import aligned
 
 COLUMNS = ("run", "optimizer", "steps", "val loss", "bits/byte", "tokens/s")
 
@@ -41,13 +44,12 @@ def summarize(out_dir: Path) -> dict[str, Any]:
 
 def table(summaries: list[dict[str, Any]]) -> str:
     """Aligned columns, one run a row."""
-    rows = [COLUMNS]
+    rows: list[Sequence[str]] = [COLUMNS]
     for each in summaries:
         losses = (_number(each["val loss"]), _number(each["bits/byte"]))
         speed = f"{each['tokens/s']:,.0f}"
         rows.append((each["run"], each["optimizer"], str(each["steps"]), *losses, speed))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return aligned(rows)
 
 
 def _number(value: float | None) -> str:

@@ -16,18 +16,18 @@ def aligned(rows: Iterable[Sequence[str]]) -> str:
 def leaderboard_table(rows: Sequence[Row], metric: str, *, higher_is_better: bool) -> str:
     """Best first: mean and 95 % interval over seeds, and the difference to the base optimizer."""
     direction = "higher" if higher_is_better else "lower"
-    header = ("optimizer", "lr", "val loss", f"{metric} ({direction} is better)")
-    cells = [(*header, "minus base", "wins", "p", "diverged")]
+    header = ["optimizer", "lr", "val loss", f"{metric} ({direction} is better)"]
+    cells = [[*header, "minus base", "wins", "p", "diverged"]]
     for row in rows:
-        values = (number(row.val_loss), number(row.primary))
+        values = number(row.val_loss), number(row.primary)
         versus = row.versus_base
         compared = ("", "", "") if versus is None else _compared(versus)
-        cells.append((row.variant, f"{row.lr:g}", *values, *compared, str(row.n_diverged or "")))
+        cells.append([row.variant, f"{row.lr:g}", *values, *compared, str(row.n_diverged or "")])
     return aligned(cells)
 
 
 def matched_table(matched: dict[str, Matched]) -> str:
-    """Rollout error at equal validation loss: exp(residual) - 1, in percent."""
+    """Rollout error at equal validation: the mean residual of its logarithm."""
     cells = [("optimizer", "log rollout error beyond the bases' fit", "seeds inside the fit")]
     for variant, each in matched.items():
         cells.append((variant, number(each.residual), f"{each.n_inside}/{each.n}"))

@@ -155,8 +155,8 @@ class OracleTask(Task):
         splits = {}
         for name, n in (("train", self.n_documents), ("val", self.n_validation)):
             splits[name] = _write_split(folder, name, self.documents(n, name), tokenizer)
-        layout = {"length": self.document_tokens, "prompt": self.prompt_tokens}
-        layout["unscored"] = self.unscored()
+        sizes = {"length": self.document_tokens, "prompt": self.prompt_tokens}
+        layout = sizes | {"unscored": self.unscored()}
         write_meta(folder, {"task": self.spec}, tokenizer, splits, layout=layout)
 
 

@@ -16,6 +16,7 @@ from eval.analysis import (
     matched_validation,
     seed_curves,
     sweeps,
+    teacher_forced,
 )
 from tests.eval.records import record
 
@@ -73,15 +74,15 @@ def test_a_sweep_is_sorted_by_rate_and_averages_tuning_seeds():
 
 
 def on_a_line(shift: float):
-    """Base runs with log error = 2 val - 1, DoPr runs `shift` off that, and one out of range."""
+    """Base runs with log error = 2 log val - 1, DoPr runs `shift` off it, and one out of range."""
     losses = np.linspace(1.0, 2.0, 10)
     rows = [
-        record("adamw", i, math.exp(2 * x - 1), val_loss=x, role="tuning")
+        record("adamw", i, math.exp(2 * math.log(x) - 1), val_loss=x, role="tuning")
         for i, x in enumerate(losses)
     ]
     inside = [(1.2, shift), (1.5, shift), (1.8, shift), (5.0, 0.0)]
     for i, (x, off) in enumerate(inside):
-        rows.append(record("dopr-adamw", i, math.exp(2 * x - 1 + off), val_loss=x))
+        rows.append(record("dopr-adamw", i, math.exp(2 * math.log(x) - 1 + off), val_loss=x))
     return rows
 
 
@@ -95,7 +96,15 @@ def test_a_gain_that_the_loss_explains_is_no_residual():
     matched = matched_validation(on_a_line(0.0))["dopr-adamw"]
     assert matched.residual.mean == pytest.approx(0.0, abs=1e-9)
     x, y = fit_curve(on_a_line(0.0))
-    assert np.log(y) == pytest.approx(2 * x - 1)
+    assert np.log(y) == pytest.approx(2 * np.log(x) - 1)
+
+
+def test_instances_of_other_entropy_are_compared_by_their_oracle_kl():
+    row = record("adamw", 0, 1.0, val_loss=3.0)
+    row["grade"]["metrics"]["val_kl"] = {"mean": 0.25}
+    assert teacher_forced(row) == 0.25
+    assert teacher_forced(record("adamw", 0, 1.0, val_loss=3.0)) == 3.0
+    assert math.isnan(teacher_forced(record("adamw", 0, None)))
 
 
 def test_too_few_base_runs_make_no_fit():

@@ -1,0 +1,161 @@
+"""What a report shows below the leaderboard: other metrics, samples, and what to repeat it with."""
+
+import hashlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from eval.analysis import Record, is_reported, matched_validation, primary, val_loss
+from eval.intervals import Estimate, over_seeds
+from eval.sections import Section, estimate, finished_runs, knobs_of
+from eval.typeset import NONE, Cell, decimals, metric_label, number, pair, signed
+
+QUARTERS = (0, 0.25, 0.5, 0.75, 1)  # of the horizon: where episodes are counted
+LARGEST = 50.0  # of a logarithm that is turned into percent
+N_SAMPLES = 2  # of each optimizer
+
+
+@dataclass(frozen=True)
+class Table:
+    """A line of cells for each name."""
+
+    columns: list[str]
+    rows: list[tuple[str, list[Cell]]]
+
+
+def metrics_table(section: Section) -> Table:
+    """All metrics of all variants that finished, in the order of the leaderboard."""
+    runs = finished_runs(section)
+    grades = [record["grade"]["metrics"] for own in runs.values() for record in own]
+    names = list(dict.fromkeys(name for metrics in grades for name in metrics))
+    rows = [(variant, [_cell(own, name) for name in names]) for variant, own in runs.items()]
+    return Table([metric_label(name) for name in names], rows)
+
+
+def _cell(runs: list[Record], name: str) -> Cell:
+    """Over seeds, or a single run's own interval; says so if some runs have no such number."""
+    values = [estimate(r["grade"]["metrics"][name]) for r in runs if name in r["grade"]["metrics"]]
+    known = [each for each in values if math.isfinite(each.mean)]
+    if not known:
+        return NONE, ""
+    mean, half = pair(known[0] if len(runs) == 1 else over_seeds([each.mean for each in known]))
+    return mean, half if len(known) == len(runs) else f"{half} ({len(known)} of {len(runs)} runs)"
+
+
+def matched_table(section: Section) -> Table | None:
+    """Rollout error at equal validation loss, in percent of what the fit over bases expects."""
+    found = matched_validation(section.records)
+    rows = []
+    for variant, own in finished_runs(section).items():
+        matched = found.get(variant)
+        cell = _percent(matched.residual) if matched else (NONE, "")
+        inside = f"{matched.n_inside if matched else 0} of {len(own)}"
+        rows.append((variant, [cell, (inside, "")]))
+    return Table(["rollout error beyond the fit", "runs inside the fit"], rows) if found else None
+
+
+def _percent(residual: Estimate) -> Cell:
+    """Of a difference of logarithms, with its interval."""
+    ends = (residual.lo, residual.mean, residual.hi)
+    lo, mean, hi = (100 * math.expm1(min(x, LARGEST)) for x in ends)
+    digits = decimals((hi - lo) / 2)
+    interval = "" if digits is None else f"[{signed(lo, digits)}, {signed(hi, digits)}]"
+    return f"{signed(mean, digits)} %", interval
+
+
+def episodes_left(section: Section) -> Table | None:
+    """Mean number of episodes under way at some steps; None if none ever ends."""
+    runs = finished_runs(section)
+    counts = {
+        variant: np.mean([r["grade"]["n_t"]["own"] for r in own], axis=0)  # (H,)
+        for variant, own in runs.items()
+        if all(r["grade"]["n_t"].get("own") for r in own)
+    }
+    if all(np.ptp(each) == 0 for each in counts.values()):
+        return None
+    horizon = max(map(len, counts.values()))
+    at = sorted({round(part * (horizon - 1)) for part in QUARTERS})
+    rows = [(v, [(number(n[t], 0), "") for t in at]) for v, n in counts.items()]
+    return Table([f"step {t + 1}" for t in at], rows)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The first episodes of one run."""
+
+    variant: str
+    seed: int
+    texts: list[dict[str, str]]  # "data" and "own", perhaps "prompt"
+
+
+def samples(section: Section) -> list[Sampled]:
+    """Of the best variant, the best other one of its base, and the last; the first seed of each."""
+    runs = finished_runs(section)
+    board = [entry for entry in section.entries if entry.variant in runs]
+    family = [entry for entry in board if entry.base == board[0].base]
+    names = dict.fromkeys(entry.variant for entry in [*board[:1], *family[1:2], *board[-1:]])
+    first = [min(runs[name], key=lambda record: record["seed"]) for name in names]
+    found = [Sampled(r["variant"], r["seed"], r["grade"]["samples"][:N_SAMPLES]) for r in first]
+    return [each for each in found if each.texts]
+
+
+def incidents(section: Section, protocols: Iterable[dict[str, Any]]) -> list[str]:
+    """Runs that diverged, and runs that were planned but are not there."""
+    found = [
+        f"{r['variant']}, lr {r['lr']:g}, seed {r['seed']} ({r['role']}): diverged"
+        for r in section.records
+        if not math.isfinite(primary(r))
+    ]
+    present = {(r["variant"], r["seed"]) for r in section.records if is_reported(r)}
+    for protocol in protocols if section.is_study else ():
+        if (knobs_of(protocol["spec"]), protocol["steps"]) == (section.knobs, section.steps):
+            planned = [(v, seed) for v in protocol["variants"] for seed in protocol["fresh_seeds"]]
+            absent = [run for run in planned if run not in present]
+            found += [f"{variant}, seed {seed} (fresh): missing" for variant, seed in absent]
+    return found
+
+
+def fingerprints(section: Section) -> list[tuple[int, str, int]]:
+    """(seed, SHA-256, variants) of the data's own episodes among the samples.
+
+    They do not depend on the model: a seed that has two was not graded on the same episodes.
+    """
+    seen: dict[tuple[int, str], set[str]] = defaultdict(set)
+    for variant, own in finished_runs(section).items():
+        for record in own:
+            if texts := [sample["data"] for sample in record["grade"]["samples"]]:
+                digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+                seen[record["seed"], digest].add(variant)
+    return [(seed, digest, len(variants)) for (seed, digest), variants in sorted(seen.items())]
+
+
+def distinct(values: Iterable[dict[str, Any]]) -> list[tuple[str, int]]:
+    """Each different object as "key value" text, with how often it occurs."""
+    counts: dict[str, int] = defaultdict(int)
+    for value in values:
+        counts[", ".join(f"{key} {each}" for key, each in value.items())] += 1
+    return sorted(counts.items(), key=lambda item: -item[1])
+
+
+def grading(section: Section) -> list[tuple[str, int]]:
+    """Number and seed of the episodes of each run."""
+    keys = {"n": "episodes", "seed": "seed"}
+    each = [r["grading"] for r in section.records if r.get("grading")]
+    return distinct({text: how[key] for key, text in keys.items()} for how in each)
+
+
+def all_runs(records: Sequence[Record]) -> list[list[str]]:
+    """A line for every run, tuning and diverged ones too."""
+    lines = []
+    for r in sorted(
+        records, key=lambda r: (r["base"], r["variant"], r["role"], r["lr"], r["seed"])
+    ):
+        values = number(val_loss(r)), number(primary(r))
+        lines.append([r["variant"], r["role"], f"{r['lr']:g}", str(r["seed"]), *values])
+        lines[-1] += [number(r["seconds"], 1), r["command"]]
+    return lines

@@ -1,0 +1,145 @@
+"""One page about graded models: python -m eval.report out/compare/pdfa out/compare/ctrl out/run
+
+A folder is a study of eval.compare, or a run that eval.ttf graded. Writes report.html, which needs
+nothing but itself, and its figures as PNG files.
+"""
+
+import argparse
+import base64
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from eval import details
+from eval.analysis import AnalysisError, Record, load_records
+from eval.figures import draw
+from eval.looks import looks, save_png, svg
+from eval.sections import BAR, Section, make_sections
+from eval.typeset import metric_label
+
+NEEDED = (  # of a record; the rest is optional
+    *("task", "spec", "primary", "higher_is_better", "variant", "base", "role", "lr", "seed"),
+    *("steps", "val_loss", "grade", "command", "environment", "seconds", "settings"),
+)
+TEMPLATE = "report.html.j2"
+
+
+def read(paths: Sequence[Path]) -> tuple[list[Record], list[dict[str, Any]]]:
+    """Records, and the protocols of the studies; AnalysisError says what is wrong."""
+    records: list[Record] = []
+    protocols = []
+    for path in paths:
+        try:
+            found = load_records([path])
+            if (path / "records.jsonl").exists():
+                protocols.append(json.loads((path / "protocol.json").read_text()))
+        except FileNotFoundError as error:
+            raise AnalysisError(f"{error.filename}: not there; it says what was planned") from None
+        except json.JSONDecodeError as error:
+            raise AnalysisError(f"{path}: not JSON, a record or the protocol ({error})") from None
+        _check(path, found)
+        records += found
+    return records, protocols
+
+
+def _check(path: Path, records: list[Record]) -> None:
+    if not records:
+        raise AnalysisError(f"{path}: records.jsonl has no records; run `python -m eval.compare`")
+    for number, record in enumerate(records, start=1):
+        if lacks := [key for key in NEEDED if key not in record]:
+            raise AnalysisError(f"{path}: record {number} lacks {', '.join(lacks)}; grade it again")
+
+
+def write_report(paths: Sequence[Path], out: Path) -> Path:
+    """Writes the page and its figures to `out`; returns the page's path."""
+    records, protocols = read(paths)
+    out.mkdir(parents=True, exist_ok=True)
+    sections = [_content(section, protocols, out) for section in make_sections(records)]
+    page = out / "report.html"
+    content = render(sections, records, protocols)
+    page.write_text(content, encoding="utf-8", errors="backslashreplace")
+    return page
+
+
+def render(
+    sections: list[dict[str, Any]], records: list[Record], protocols: list[dict[str, Any]]
+) -> str:
+    """The page as HTML; all text from records is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    return environment.get_template(TEMPLATE).render(
+        sections=sections,
+        overview=overview(sections),
+        n_runs=len(records),
+        protocols=[(each["command"], json.dumps(each, indent=1)) for each in protocols],
+        environments=details.distinct(record["environment"] for record in records),
+        BAR=BAR,
+    )
+
+
+def overview(sections: list[dict[str, Any]]) -> dict[str, Any]:
+    """Studies as columns, variants as rows, how each did against its base; only if it says more."""
+    columns = [each for each in sections if each["about"].is_study]
+    boards = [{entry.variant: entry.versus for entry in each["about"].entries} for each in columns]
+    names = dict.fromkeys(name for board in boards for name, versus in board.items() if versus)
+    rows = [(name, [board.get(name) for board in boards]) for name in sorted(names)]
+    return {"columns": columns if len(columns) > 1 else [], "rows": rows}
+
+
+def _content(section: Section, protocols: list[dict[str, Any]], out: Path) -> dict[str, Any]:
+    """What the template shows of a section; its figures are written on the way."""
+    return {
+        "about": section,
+        "metric": metric_label(section.metric),
+        "seeds": sorted({r["seed"] for r in section.records if r["role"] != "tuning"}),
+        "colours": {look.base: look.colour for look in looks(section.records).values()},
+        "figures": _figures(section, out),
+        "matched": details.matched_table(section),
+        "metrics": details.metrics_table(section),
+        "episodes_left": details.episodes_left(section),
+        "samples": details.samples(section),
+        "incidents": details.incidents(section, protocols),
+        "fingerprints": details.fingerprints(section),
+        "grading": details.grading(section),
+        "runs": details.all_runs(section.records),
+    }
+
+
+def _figures(section: Section, out: Path) -> dict[str, str]:
+    """Data URIs by name, of SVG images; the same as PNG files in `out`."""
+    found = {}
+    for name, figure in draw(section.records).items():
+        save_png(figure, out / f"{section.anchor}-{name}.png")
+        content = base64.b64encode(svg(figure).encode()).decode()
+        found[name] = f"data:image/svg+xml;base64,{content}"
+    return found
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folders", type=Path, nargs="+", help="studies or graded runs")
+    parser.add_argument("--out", type=Path, default=Path("out/report"), help="a folder")
+    arguments = parser.parse_args(argv)
+    try:
+        print(write_report(arguments.folders, arguments.out))
+    except (AnalysisError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,183 @@
+"""What a report says of one task and training length: plain values, ready for the template.
+
+A section holds either fresh and tuning runs of studies or single runs; they are never mixed, since
+the first have intervals over seeds and the second over the episodes of one run.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from eval.analysis import Record, Row, groups, is_reported, leaderboard, primary
+from eval.intervals import Estimate
+from eval.typeset import NONE, Cell, p_value, pair, verdict
+
+BAR = 100  # the width of an interval's drawing; the middle is no difference
+CLIP = 4  # times the median extent: what a drawing can show
+
+
+@dataclass(frozen=True)
+class Versus:
+    """A variant against its base."""
+
+    primary: Cell
+    val_loss: Cell
+    wins: str  # "4/5"
+    p: str
+    verdict: str  # better | worse | unclear | one seed
+    bar: tuple[float, float, float] | None  # interval and mean, 0 to BAR
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the leaderboard."""
+
+    variant: str
+    base: str
+    lr: str
+    val_loss: Cell
+    primary: Cell
+    versus: Versus | None
+    diverged: int
+    is_best: bool  # told apart from every other variant, seed by seed
+
+
+@dataclass(frozen=True)
+class Section:
+    """The records of one task, training length and kind, and what is shown of them."""
+
+    task: str
+    steps: int
+    knobs: str  # the task's specification without its instance
+    is_study: bool
+    records: list[Record]
+    metric: str
+    higher_is_better: bool
+    entries: list[Entry]
+
+    @property
+    def anchor(self) -> str:
+        kind = "study" if self.is_study else "runs"
+        digest = hashlib.sha256(self.knobs.encode()).hexdigest()[:6]
+        return f"{self.task}-{self.steps}-{kind}-{digest}"
+
+
+def make_sections(records: Sequence[Record]) -> list[Section]:
+    """Studies first; tasks with other knobs are other tasks."""
+    found = []
+    for is_study in (True, False):
+        kind = [record for record in records if (record["role"] != "single") == is_study]
+        for (task, steps), group in groups(kind).items():
+            for knobs in sorted({knobs_of(record["spec"]) for record in group}):
+                own = [record for record in group if knobs_of(record["spec"]) == knobs]
+                own = own if is_study else name_apart(own)
+                metric, higher = own[0]["primary"], own[0]["higher_is_better"]
+                board = entries(own, is_study=is_study)
+                found.append(Section(task, steps, knobs, is_study, own, metric, higher, board))
+    return found
+
+
+def knobs_of(spec: str) -> str:
+    """The specification of a task without the instance, which a seed draws."""
+    return re.sub(r"\binstance=\d+,?", "", spec).rstrip(",")
+
+
+def name_apart(records: Sequence[Record]) -> list[Record]:
+    """Single runs; those of one variant are told apart by their folders."""
+    names = [record["variant"] for record in records]
+    return [
+        record | {"variant": f"{name} ({record['settings']['out_dir']})"}
+        if names.count(name) > 1
+        else record
+        for name, record in zip(names, records, strict=True)
+    ]
+
+
+def entries(records: list[Record], *, is_study: bool) -> list[Entry]:
+    """The leaderboard, best first; last, what never finished."""
+    reported = [record for record in records if is_reported(record)]
+    finished = {r["variant"] for r in reported if math.isfinite(primary(r))}
+    rows = leaderboard([r for r in reported if r["variant"] in finished])
+    best = clear_best(reported, rows)
+    higher, scale = bool(records and records[0]["higher_is_better"]), _scale(rows)
+    found = [_entry(row, higher, scale, row.variant == best) for row in rows]
+    if not is_study:
+        found = [_over_episodes(entry, reported) for entry in found]
+    lost = sorted({r["variant"] for r in reported} - finished)
+    return found + [_lost(name, [r for r in reported if r["variant"] == name]) for name in lost]
+
+
+def clear_best(records: list[Record], rows: list[Row]) -> str | None:
+    """The first variant, if its paired interval against each other one excludes zero."""
+    if len(rows) < 2 or rows[0].n_diverged:
+        return None
+    names = {row.variant for row in rows}
+    against = [r | {"base": rows[0].variant} for r in records if r["variant"] in names]
+    others = [row.versus_base for row in leaderboard(against) if row.variant != rows[0].variant]
+    higher = records[0]["higher_is_better"]
+    worse = [each and verdict(each, higher_is_better=higher) == "worse" for each in others]
+    return rows[0].variant if all(worse) else None
+
+
+def _entry(row: Row, higher: bool, scale: float, is_best: bool) -> Entry:
+    versus, val = row.versus_base, row.val_versus_base
+    shown = versus and Versus(
+        primary=pair(versus.difference, sign=True),
+        val_loss=pair(val.difference, sign=True) if val else (NONE, ""),
+        wins=f"{versus.wins}/{versus.difference.n}",
+        p=p_value(versus.p) if versus.difference.n > 1 else NONE,
+        verdict=verdict(versus, higher_is_better=higher),
+        bar=_bar(versus.difference, scale),
+    )
+    values = pair(row.val_loss), pair(row.primary)
+    lr = f"{row.lr:g}"
+    return Entry(row.variant, row.base, lr, *values, shown, row.n_diverged, is_best)
+
+
+def _over_episodes(entry: Entry, records: list[Record]) -> Entry:
+    """A single run's interval is the one of its grade."""
+    record = next(r for r in records if r["variant"] == entry.variant)
+    graded = estimate(record["grade"]["metrics"][record["primary"]])
+    return replace(entry, primary=pair(graded))
+
+
+def _lost(variant: str, runs: list[Record]) -> Entry:
+    first, none = runs[0], (NONE, "")
+    return Entry(variant, first["base"], f"{first['lr']:g}", none, none, None, len(runs), False)
+
+
+def _scale(rows: Sequence[Row]) -> float:
+    """The difference at the edge of the drawings: the largest, but not the outliers'."""
+    found = [r.versus_base.difference for r in rows if r.versus_base]
+    extents = [max(abs(d.lo), abs(d.hi)) for d in found if math.isfinite(d.lo)]
+    if not extents or max(extents) == 0:
+        return math.nan
+    return 1.05 * min(max(extents), CLIP * float(np.median(extents)) or math.inf)
+
+
+def _bar(difference: Estimate, scale: float) -> tuple[float, float, float] | None:
+    if not (math.isfinite(scale) and math.isfinite(difference.lo)):
+        return None
+    ends = (difference.lo, difference.mean, difference.hi)
+    lo, mean, hi = (BAR / 2 * (1 + min(1.0, max(-1.0, x / scale))) for x in ends)
+    return lo, mean, hi
+
+
+def estimate(value: dict[str, Any]) -> Estimate:
+    """A metric of a grade; null is NaN."""
+    mean, lo, hi = (math.nan if value[key] is None else value[key] for key in ("mean", "lo", "hi"))
+    return Estimate(mean, lo, hi, value["n"])
+
+
+def finished_runs(section: Section) -> dict[str, list[Record]]:
+    """Reported runs that did not diverge, by variant, in the order of the leaderboard."""
+    found: dict[str, list[Record]] = {entry.variant: [] for entry in section.entries}
+    for record in section.records:
+        if is_reported(record) and math.isfinite(primary(record)):
+            found[record["variant"]].append(record)
+    return {variant: own for variant, own in found.items() if own}

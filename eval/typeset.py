@@ -1,0 +1,89 @@
+"""Names and numbers as a page shows them."""
+
+import math
+
+from eval.intervals import Estimate, Paired
+
+Cell = tuple[str, str]  # a number, and "± 0.12" or empty
+MINUS = "\u2212"
+NONE = "\u2013"  # where there is no number
+UNITS = {
+    "val_ce": "nats",
+    "val_kl": "nats",
+    "accumulated_kl": "nats",
+    "gap": "nats per step",
+    "excess_percent": "%",
+    "entropy_drift": "nats",
+    "abs_entropy_drift": "nats",
+}
+WORDS = {"kl": "KL", "ce": "CE", "val": "validation", "percent": "", "abs": "absolute"}
+MODES = {"": "base", "dopr-": "DoPr", "fast-dopr-": "fast DoPr"}  # prefixes, eval/variants.py
+
+
+def mode_of(variant: str, base: str) -> str:
+    """What was done to the base: "base", "DoPr", "fast DoPr, gamma=0.01"."""
+    prefix, _, changes = variant.partition(base)
+    return MODES.get(prefix, prefix) + changes.replace("+", ", ")
+
+
+def metric_label(name: str) -> str:
+    """The metric in words, with its unit where it has one."""
+    words = " ".join(WORDS.get(word, word) for word in name.split("_")).strip()
+    return f"{words} ({UNITS[name]})" if name in UNITS else words
+
+
+def number(value: float, digits: int | None = None) -> str:
+    """With `digits` decimals, or four significant digits; a true minus sign."""
+    if not math.isfinite(value):
+        return NONE
+    if digits is not None:
+        return f"{value:,.{digits}f}".replace("-", MINUS)
+    if power := exponent(value):
+        return f"{number(value / 10**power, 3)}{power_of_ten(power)}"
+    return number(value, 3 - math.floor(math.log10(abs(value)))) if value else "0"
+
+
+def exponent(size: float) -> int:
+    """The power of ten to take out of a number of this size; 0 for sizes that read well without."""
+    power = math.floor(math.log10(abs(size))) if size and math.isfinite(size) else 0
+    return power if power < -3 or power > 5 else 0
+
+
+def power_of_ten(power: int) -> str:
+    return f"e{power}".replace("-", MINUS) if power else ""
+
+
+def decimals(half: float) -> int | None:
+    """That show two significant digits of an interval's half; None if it has no width."""
+    if not (math.isfinite(half) and half > 0):
+        return None
+    return min(6, max(0, 1 - math.floor(math.log10(half))))
+
+
+def signed(value: float, digits: int | None = None) -> str:
+    return ("+" if value > 0 else "") + number(value, digits)
+
+
+def pair(estimate: Estimate, *, sign: bool = False) -> Cell:
+    """The mean, and the half of its interval ("± 0.12", empty without one), to fitting digits."""
+    half, write = (estimate.hi - estimate.lo) / 2, signed if sign else number
+    if decimals(half) is None:
+        return write(estimate.mean), ""
+    power = exponent(max(abs(estimate.mean), half))  # of both
+    mean, half, unit = estimate.mean / 10**power, half / 10**power, power_of_ten(power)
+    digits = decimals(half)
+    return write(mean, digits) + unit, f"± {number(half, digits)}{unit}"
+
+
+def p_value(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def verdict(versus: Paired, *, higher_is_better: bool) -> str:
+    """better | worse, where the interval excludes zero; unclear; or one seed."""
+    difference = versus.difference
+    if difference.n < 2:
+        return "one seed"
+    if not (difference.lo > 0 or difference.hi < 0):
+        return "unclear"
+    return "better" if (difference.mean > 0) == higher_is_better else "worse"

@@ -1,0 +1,249 @@
+"""The page says what the records say, all of it, and needs nothing but itself."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from eval.report import main
+from tests.eval.studies import SEEDS, fresh, graded, study, write_run, write_study
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, the rows of all tables as text, and the text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data):
+        self.text += data
+        if self.rows and self.rows[-1]:
+            self.rows[-1][-1] += data
+
+    def row(self, name: str) -> list[str]:
+        """The first row that starts with this name: the leaderboard's, in a page of one study."""
+        found = (row for row in self.rows if row[0].removesuffix(" (best)") == name)
+        return next(found)
+
+
+def read(folder) -> Page:
+    page = Page((folder / "report.html").read_text(encoding="utf-8"))
+    page.rows = [[cell.strip() for cell in row] for row in page.rows]
+    return page
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """The folder of a whole report."""
+    folder = tmp_path_factory.mktemp("report")
+    main([str(write_study(folder / "study", study())), "--out", str(folder / "out")])
+    return folder / "out"
+
+
+@pytest.fixture
+def page(drawn):
+    return read(drawn)
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch):
+    """A report of these folders without figures, which take most of its time."""
+    monkeypatch.setattr("eval.report.draw", lambda records: {})
+
+    def make(*folders) -> Page:
+        assert main([*map(str, folders), "--out", str(tmp_path / "out")]) == 0
+        return read(tmp_path / "out")
+
+    return make
+
+
+def test_the_leaderboard_holds_every_variant_with_the_numbers_of_the_records(page):
+    for variant in {record["variant"] for record in study()}:
+        assert page.row(variant)
+    # Values 3, 4.1, 5 against 5, 6, 7: t(0.975, 2) = 4.303 times sd / √3 of each.
+    _, primary, difference, _, wins, p, verdict, loss, _, lr = page.row("dopr-adamw")
+    assert (primary, difference) == ("4.0 ± 2.5", "−1.97 ± 0.14")
+    assert (wins, p, verdict, loss, lr) == ("3/3", "< 0.001", "better", "0.40 ± 0.25", "0.01")
+    assert "lower is better" in page.text
+
+
+def test_what_is_not_told_apart_is_called_so_and_nothing_is_marked_as_best(page):
+    assert page.row("dopr-muon")[6] == "no difference shown"
+    assert "No optimizer is marked as best" in page.text
+    assert "(best)" not in page.text
+
+
+def test_the_best_is_marked_where_every_paired_interval_excludes_zero(tmp_path, report):
+    rows = [*fresh("adamw", [5.0, 6.0, 7.0]), *fresh("dopr-adamw", [3.0, 4.1, 5.0])]
+    page = report(write_study(tmp_path / "study", rows))
+    assert [row[0] for row in page.rows if "(best)" in row[0]] == ["dopr-adamw (best)"]
+
+
+def test_where_higher_is_better_the_same_numbers_are_worse(tmp_path, report):
+    rows = [record | {"higher_is_better": True} for record in study()]
+    page = report(write_study(tmp_path / "study", rows))
+    assert page.row("dopr-adamw")[6] == "worse"
+
+
+def test_diverged_and_missing_runs_are_listed(tmp_path, report):
+    absent = [record for record in study() if record["variant"] != "muon" or record["seed"] != 102]
+    page = report(write_study(tmp_path / "study", absent))
+    assert "3 runs diverged or missing" in page.text
+    assert "fast-dopr-adamw, lr 0.01, seed 101 (fresh): diverged" in page.text
+    assert "dopr-adamw, lr 0.02, seed 0 (tuning): diverged" in page.text
+    assert "muon, seed 102 (fresh): missing" in page.text
+    assert "1 diverged" in page.row("fast-dopr-adamw")[6]
+
+
+def test_a_variant_of_which_nothing_finished_is_shown(tmp_path, report):
+    rows = [*fresh("adamw", [5.0, 6.0, 7.0]), *fresh("dopr-adamw", [None, None, None])]
+    page = report(write_study(tmp_path / "study", rows))
+    assert (page.row("dopr-adamw")[1], page.row("dopr-adamw")[6]) == ("–", "3 diverged")
+
+
+def test_a_study_of_which_nothing_finished_makes_a_page(tmp_path, report):
+    page = report(write_study(tmp_path / "study", fresh("adamw", [None, None, None])))
+    assert "3 runs diverged or missing" in page.text
+
+
+def test_a_metric_that_some_runs_lack_says_so(tmp_path, report):
+    rows = study()
+    rows[0]["grade"]["metrics"]["val_kl"]["mean"] = None
+    page = report(write_study(tmp_path / "study", rows))
+    assert any(row[0] == "adamw" and "(2 of 3 runs)" in " ".join(row) for row in page.rows)
+
+
+def test_text_of_samples_is_escaped(tmp_path, report):
+    evil = "</pre><script>alert(1)</script><img src=http://x.y/z> {{ 7 * 7 }}"
+    rows = study()
+    for record in rows[3:6]:
+        record["grade"]["samples"] = [{"data": "0 1", "own": evil, "prompt": evil}]
+    page = report(write_study(tmp_path / "study", rows))
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert page.text.count(evil) == 2  # read back as it was
+
+
+def test_the_page_needs_nothing_but_itself(page):
+    assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
+    links = [attributes.get("href") or "#" for _, attributes in page.tags]
+    assert all(link.startswith("#") for link in links)
+    assert "url(" not in page.text  # of the style sheet
+    assert "@import" not in page.text
+    images = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
+    assert len(images) == 3
+    for image in images:
+        kind, content = image.split(",")
+        drawing = base64.b64decode(content).decode()
+        assert kind == "data:image/svg+xml;base64"
+        assert set(re.findall(r'href="(.)', drawing)) == {"#"}
+
+
+def test_the_figures_lie_beside_the_page_and_the_same_records_make_the_same_page(
+    drawn, tmp_path, capsys
+):
+    assert main([str(write_study(tmp_path / "study", study())), "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
+    names = {path.name.split("-")[-1] for path in drawn.glob("*.png")}
+    assert names == {"curves.png", "sweeps.png", "validation.png"}
+    for path in drawn.iterdir():
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+
+
+def test_it_says_how_to_do_it_again(page):
+    for text in ("python -m eval.compare --task pdfa", "torch 2.13.0, git abc1234 (21 runs)"):
+        assert text in page.text
+    assert "episodes 8, seed 0" in page.text
+    commands = [row[-1] for row in page.rows if row[-1].startswith("python train.py")]
+    assert len(commands) == len(study())
+
+
+def test_episodes_that_differ_between_optimizers_are_noticed(tmp_path, report):
+    rows = study()
+    page = report(write_study(tmp_path / "same", rows))
+    assert "the same for all its optimizers" in page.text
+    rows[0]["grade"]["samples"] = [{"data": "1 1", "own": "0 2"}]
+    page = report(write_study(tmp_path / "other", rows))
+    assert "some seeds were graded on different episodes" in page.text
+
+
+def test_episodes_still_under_way_are_counted(page):
+    assert [row[1:] for row in page.rows if row[0] == "muon" and "8" in row] == [list("8864")]
+
+
+def test_single_runs_are_compared_without_claims_about_seeds(tmp_path, report):
+    runs = [graded("muon", 7, 4.0), graded("dopr-muon", 7, 3.0)]
+    folders = [write_run(tmp_path / run["variant"], run) for run in runs]
+    page = report(*folders)
+    assert "One run each, one seed" in page.text
+    # The interval is that of the episodes, 0 to 9; the difference has none.
+    assert page.row("dopr-muon")[1:4] == ["3.0 ± 4.5", "−1.000", "one seed"]
+    assert "seeds won" not in page.text
+
+
+def test_single_runs_of_one_variant_are_told_apart(tmp_path, report):
+    runs = [graded("muon", 7, 4.0, settings={"out_dir": name}) for name in ("a", "b")]
+    folders = [write_run(tmp_path / run["settings"]["out_dir"], run) for run in runs]
+    page = report(*folders)
+    assert page.row("muon (a)")
+    assert page.row("muon (b)")
+
+
+def test_studies_single_runs_and_other_knobs_have_leaderboards_of_their_own(tmp_path, report):
+    other = fresh("adamw", [1.0, 2.0, 3.0], spec="task:pdfa,instance=4,states=32")
+    folders = [write_study(tmp_path / "one", study()), write_study(tmp_path / "two", other)]
+    page = report(*folders, write_run(tmp_path / "run", graded("adamw", 7, 9.0)))
+    assert [cell for row in page.rows for cell in row].count("against base") == 3
+    assert "Against its own base optimizer" in page.text
+
+
+def broken(tmp_path, fault):
+    folder = write_study(tmp_path / "study", study())
+    records, protocol = folder / "records.jsonl", folder / "protocol.json"
+    if fault == "no protocol":
+        protocol.unlink()
+    elif fault == "lacks a key":
+        records.write_text(json.dumps({"task": "pdfa"}))
+    else:
+        records.write_text({"empty": "", "not JSON": "{"}[fault])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("empty", "has no records; run `python -m eval.compare`"),
+        ("not JSON", "not JSON"),
+        ("lacks a key", "record 1 lacks spec, primary"),
+        ("no protocol", "protocol.json: not there"),
+    ],
+)
+def test_a_study_that_cannot_be_read_is_an_error_before_any_work(tmp_path, capsys, fault, message):
+    folder = broken(tmp_path, fault)
+    assert main([str(folder), "--out", str(tmp_path / "out")]) == 2
+    assert re.match(f"error: {folder}.*{re.escape(message)}", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path, capsys):
+    assert main([str(tmp_path / "nothing"), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'nothing'}: neither")
+
+
+def test_one_fresh_seed_claims_nothing(tmp_path, report):
+    rows = [record for record in study() if record["seed"] in (0, SEEDS[0])]
+    folder = write_study(tmp_path / "study", rows, fresh_seeds=[SEEDS[0]])
+    page = report(folder)
+    assert page.row("dopr-adamw")[5:7] == ["–", "one seed"]

@@ -1,0 +1,49 @@
+"""Names and numbers on the page."""
+
+import math
+
+import pytest
+
+from eval.intervals import Estimate, paired
+from eval.typeset import metric_label, mode_of, number, p_value, pair, verdict
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "shown"),
+    [
+        (1.23456, 0.0321, ("1.235", "± 0.032")),
+        (-0.5, 0.25, ("−0.50", "± 0.25")),
+        (12345.6, 210.0, ("12,346", "± 210")),
+        (3.14159, math.nan, ("3.142", "")),  # a single seed
+        (0.0, 0.0, ("0", "")),  # exact
+        (2.5e8, math.nan, ("2.500e8", "")),
+        (2.05e-5, 3.2e-6, ("2.05e−5", "± 0.32e−5")),
+        (math.nan, math.nan, ("–", "")),
+    ],
+)
+def test_a_number_has_the_digits_that_its_interval_leaves(mean, half, shown):
+    assert pair(Estimate(mean, mean - half, mean + half, 3)) == shown
+
+
+def test_a_difference_has_a_sign():
+    assert pair(Estimate(0.5, 0.4, 0.6, 3), sign=True)[0] == "+0.50"
+    assert number(-2.0, 1) == "−2.0"
+
+
+def test_small_p_values_are_not_zero():
+    assert [p_value(p) for p in (1e-9, 0.0123, 0.5)] == ["< 0.001", "0.012", "0.50"]
+
+
+def test_a_verdict_needs_an_interval_that_excludes_zero():
+    clear, unclear = ([3.0, 3.1, 3.2], [5.0, 5.2, 5.1]), ([3.0, 6.0, 4.0], [5.0, 4.0, 4.5])
+    assert verdict(paired(*clear), higher_is_better=False) == "better"
+    assert verdict(paired(*clear), higher_is_better=True) == "worse"
+    assert verdict(paired(*unclear), higher_is_better=False) == "unclear"
+    assert verdict(paired([1.0], [2.0]), higher_is_better=False) == "one seed"
+
+
+def test_names_are_words():
+    assert mode_of("fast-dopr-adamw+gamma=0.01", "adamw") == "fast DoPr, gamma=0.01"
+    assert mode_of("muon", "muon") == "base"
+    assert metric_label("accumulated_kl") == "accumulated KL (nats)"
+    assert metric_label("success") == "success"
