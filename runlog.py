@@ -86,7 +86,7 @@ class RunLog:
             self.say(f"warning: wandb is off ({type(error).__name__}: {error})")
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """One row of metrics.jsonl; train and val rows also go to wandb."""
+        """One row of metrics.jsonl; all but run rows also go to wandb."""
         values = {key: _finite(value) for key, value in values.items()}
         row = {"kind": kind, "step": step, **values}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")

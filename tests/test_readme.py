@@ -12,6 +12,7 @@ import torch
 
 import train
 from configurator import load_config
+from eval.compare import parse, study_of
 from tests.tiny import argv
 
 ROOT = Path(__file__).parent.parent
@@ -64,23 +65,39 @@ def test_every_data_command_exists():
         assert "usage: python -m" in run(["python", "-m", module, "--help"]).stdout
 
 
+TASK = "task:pdfa,states=4,alphabet=4,horizon=16,n_documents=64"
+
+
 @pytest.fixture(scope="module")
-def trained(dataset, tmp_path_factory):
-    out = tmp_path_factory.mktemp("readme") / "run"
-    assert train.main(argv(dataset, out)) == 0
-    return out
+def places(dataset, tmp_path_factory):
+    """What the README's commands name, in small: runs on text and on a task, prompts."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name, data in (("text", dataset), ("ctrl", TASK)):
+        assert train.main(argv(data, folder / name)) == 0
+    (folder / "prompts.txt").write_text("alpha\nbeta\n")
+    names = {"out/demo/text": "text", "out/ctrl": "ctrl", "out/compare/ctrl-500": "ctrl"}
+    names |= {name: name for name in ("prompts.txt", "samples.jsonl", "hf_model")}
+    return {word: folder / name for word, name in names.items()}
 
 
-def test_every_evaluation_command_runs_on_a_trained_model(trained, tmp_path):
-    (tmp_path / "prompts.txt").write_text("alpha\nbeta\n")
+def test_every_evaluation_command_runs_on_a_trained_model(places):
     found = commands("python -m eval.")
-    assert len(found) >= 3
+    elsewhere = {"eval.compare", "eval.lm_eval"}  # takes long; is an extra
+    assert elsewhere | {"eval.ttf", "eval.report", "eval.sample"} <= {each[2] for each in found}
     for command in found:
-        places = {"out/demo": trained, "out/demo_base": trained, "hf_model": tmp_path / "hf_model"}
-        places |= {name: tmp_path / name for name in ("prompts.txt", "samples.jsonl")}
-        run([str(places.get(word, word)) for word in command])
-    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 2
-    assert (tmp_path / "hf_model" / "config.json").exists()
+        if command[2] not in elsewhere:
+            more = ["--out", str(places["hf_model"])] if command[2] == "eval.report" else []
+            run([*(str(places.get(word, word)) for word in command), *more])
+    assert len(places["samples.jsonl"].read_text().splitlines()) == 2
+    assert (places["hf_model"] / "config.json").exists()
+    assert (places["hf_model"] / "report.html").exists()
+
+
+def test_every_comparison_is_accepted():
+    found = [command for command in commands("python -m eval.") if command[2] == "eval.compare"]
+    assert found
+    for command in found:
+        assert study_of(parse(command[3:])[1]).variants
 
 
 def test_the_snippet_turns_a_strangers_adamw_into_dopr():
