@@ -127,11 +127,17 @@ for function in (_linear_forward, _conv1d_forward, _conv2d_forward, _embedding_f
 
 def _captured_linear(capture: Capture, z: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     """F.linear with capture. Under autocast z is cast here, so that backward sees the cast z."""
-    if torch.is_autocast_enabled(z.device.type):
-        z = z.to(torch.get_autocast_dtype(z.device.type))
-    elif z.dtype != W.dtype:
+    dtype = _autocast_dtype(z)
+    if dtype != _autocast_dtype(W):
         return F.linear(z, W, b)  # torch's own error
-    return _CapturedLinear.apply(z, W, b, capture)
+    return _CapturedLinear.apply(z.to(dtype), W, b, capture)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which F.linear takes x: autocast leaves float64 and what is not real alone."""
+    is_cast = torch.is_autocast_enabled(x.device.type) and x.is_floating_point()
+    is_cast = is_cast and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if is_cast else x.dtype
 
 
 class _CapturedLinear(torch.autograd.Function):
