@@ -114,5 +114,5 @@ def _restore_preconditioner(own: ActivationPreconditioner, checkpoint: Checkpoin
         )
     try:
         own.load_state_dict(saved)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         raise CheckpointError(f"checkpoint {checkpoint.path}: {error}") from error

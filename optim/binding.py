@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+
+STEP = Optimizer.profile_hook_step(lambda: None).__code__  # what torch puts around every `step`
 
 
 def parameters(optimizer: Optimizer) -> set[Tensor]:
@@ -20,8 +23,9 @@ def parameters(optimizer: Optimizer) -> set[Tensor]:
 def check_optimizers(optimizers: Sequence[Optimizer], weights: dict[str, Tensor]) -> None:
     """Raise unless every weight, by the name of its layer, is in exactly one of the optimizers.
 
-    TypeError for what is no optimizer, ValueError for the weights, all listed, RuntimeError where
-    several processes train together.
+    TypeError for what is no optimizer or has no hooks, ValueError for the weights, all listed, and
+    for a wrapper of the optimizer that steps them, RuntimeError where several processes train
+    together.
     """
     is_parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
     if is_parallel and torch.distributed.get_world_size() > 1:
@@ -29,6 +33,7 @@ def check_optimizers(optimizers: Sequence[Optimizer], weights: dict[str, Tensor]
     for optimizer in optimizers:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer")
+        _check_steps_itself(optimizer, set(weights.values()))
     owners = Counter(param for each in optimizers for param in parameters(each))
     wrong = [
         f"{name}.weight is in {owners[weight]}"
@@ -43,25 +48,75 @@ def check_optimizers(optimizers: Sequence[Optimizer], weights: dict[str, Tensor]
         )
 
 
+def _check_steps_itself(optimizer: Optimizer, weights: set[Tensor]) -> None:
+    """Raise for a wrapper (SAM, Lookahead), whose own `step` need not be called, or have hooks."""
+    kind = type(optimizer)
+    for key, inner in vars(optimizer).items():
+        if isinstance(inner, Optimizer) and weights & parameters(inner):
+            raise ValueError(f"{kind.__name__} steps its {key}; attach that one")
+    is_hooked = getattr(kind.step, "hooked", False)
+    if not is_hooked or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise TypeError(
+            f"{kind.__name__} has no step hooks: it does not call Optimizer.__init__. If it wraps "
+            "another optimizer, attach that one"
+        )
+
+
+def is_nested(optimizer: Optimizer) -> bool:
+    """Whether the step that begins was called by another step of the same optimizer.
+
+    The stack tells. A mark that a post hook takes away would outlive a step that raises.
+    """
+    n_steps, frame = 0, sys._getframe()
+    while frame := frame.f_back:
+        n_steps += frame.f_code is STEP and frame.f_locals["args"][0] is optimizer
+    return n_steps > 1
+
+
 def call_before_step(
     optimizer: Optimizer, function: Callable[[Optimizer], None]
 ) -> RemovableHandle:
     """From now on `function(optimizer)` runs before every step, when the gradients are there.
 
-    With a closure, that is after the closure, which may then be called once a step.
+    With a closure, that is after the closure, which may then be called once a step. A `step` that
+    calls its parent's, which has hooks, too, is one step.
     """
+    has_run = False  # in the step that is under way
+
+    def once(optimizer: Optimizer) -> None:
+        nonlocal has_run
+        if not has_run:
+            function(optimizer)
+            has_run = True
 
     def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal has_run
+        has_run = has_run and is_nested(optimizer)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
-            function(optimizer)
+            once(optimizer)
             return None
-        wrapped = _followed_by(function, closure, optimizer)
+        wrapped = _followed_by(once, closure, optimizer)
         if len(args) > 1:
             return (args[0], wrapped, *args[2:]), kwargs
         return args, kwargs | {"closure": wrapped}
 
     return optimizer.register_step_pre_hook(hook)
+
+
+def call_before_steps(
+    optimizers: Sequence[Optimizer], function: Callable[[Optimizer], None]
+) -> list[RemovableHandle]:
+    """The same for several optimizers: for all of them, or after an error for none."""
+    hooks = []
+    try:
+        for optimizer in optimizers:
+            hooks.append(call_before_step(optimizer, function))
+    except Exception:
+        for hook in hooks:
+            hook.remove()
+        raise
+    return hooks
 
 
 def _followed_by(

@@ -53,9 +53,12 @@ def find_layers(
             matches but cannot be covered is left alone.
         exclude: module names to leave alone, likewise.
     Raises:
+        TypeError: the model is not an nn.Module.
         ValueError: a pattern matches nothing, `include` gives the exact name of a layer that cannot
             be covered, a parameter is not initialised yet, or nothing is left to cover.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model is {type(model).__name__}: must be a torch.nn.Module")
     weights = _weights(model)
     _check_patterns([name for name, *_ in weights], include=include, exclude=exclude)
     obstacles = _obstacles(model, weights, embeddings)
@@ -166,6 +169,8 @@ def _check_patterns(names: list[str], **pattern_lists: Sequence[str] | None) -> 
     for key, patterns in pattern_lists.items():
         if isinstance(patterns, str):
             raise ValueError(f"{key}={patterns!r}: must be a list of names; write [{patterns!r}]")
+        if not all(isinstance(pattern, str) for pattern in patterns or ()):
+            raise ValueError(f"{key}={patterns!r}: must be a list of names, each of them a str")
         for pattern in patterns or ():
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(

@@ -52,8 +52,21 @@ def preconditioners(
     made = []
     for chunk in _chunks(layers):
         sigma = torch.stack([sigma_of(layer) for layer in chunk])  # (N, blocks, b, b) or (N, d)
-        made += zip(chunk, _invert(sigma, settings), strict=True)
+        try:
+            made += zip(chunk, _invert(sigma, settings), strict=True)
+        except FloatingPointError:
+            _name_culprit(chunk, sigma, settings)
+            raise
     return made
+
+
+def _name_culprit(layers: list[Layer], sigma: Tensor, settings: Settings) -> None:
+    """Invert one by one what failed as a batch, to raise with the name of the layer."""
+    for layer, one in zip(layers, sigma, strict=True):
+        try:
+            _invert(one[None], settings)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{layer.label}: {error}") from error
 
 
 def _chunks(layers: list[Layer]) -> Iterator[list[Layer]]:
@@ -73,14 +86,17 @@ def _invert(sigma: Tensor, settings: Settings) -> list[Preconditioner]:
     means = torch.stack([mean_eigenvalue(each) for each in sigma])  # (N,)
     blocks = 1 if sigma.dim() == 2 else sigma.shape[1]
     damping = (settings.gamma * means)[:, None].expand(-1, blocks)  # (N, blocks)
+    wanted = damping
     if sigma.dim() == 2:
         P, n_failed = diagonal_inverse_root(sigma, damping, p), [0] * len(sigma)
     else:
         P, damping, failures = damped_inverse_root(sigma, damping, p, inverse=settings.inverse)
         n_failed = failures.sum(1).tolist()
+    more = (damping > wanted).any(1).tolist() if any(n_failed) else [False] * len(sigma)
     scales = means ** (1 / p) if settings.trace_normalized else torch.ones_like(means)
     return [
-        Preconditioner(P[i] * scales[i], damping[i].clone(), n_failed[i]) for i in range(len(sigma))
+        Preconditioner(P[i] * scales[i], damping[i].clone(), n_failed[i], more[i])
+        for i in range(len(sigma))
     ]
 
 
@@ -106,15 +122,16 @@ def _with_statistics(layers: list[Layer]) -> list[Layer]:
 
 def _refuse_unseen(layers: list[Layer]) -> None:
     """Layers without tokens were not used in this step, or something is wrong with the capture."""
-    missed = [layer.name for layer in _with_gradient(layers)]
+    held = _with_gradient(layers)
+    missed = [layer.name for layer in held]
     if missed:
         others = f" (nor those of {len(missed) - 1} more layers)" if missed[1:] else ""
         raise RuntimeError(
-            f"{missed[0]} has a gradient but its input activations were not seen{others}. Likely "
-            "causes: its forward is bypassed (F.linear on its weight, a fused or functional call), "
-            "or was traced, exported or replaced; every backward ran inside paused(), or before "
-            "the preconditioner was made or discard() was called; the gradient was set by hand. "
-            f"A layer that is never seen is left out by exclude={missed}"
+            f"{held[0].label} has a gradient but its input activations were not seen{others}. "
+            "Likely causes: its forward is bypassed (F.linear on its weight, a fused or functional "
+            "call), or was traced, exported or replaced; every backward ran inside paused(), or "
+            "before the preconditioner was made or discard() was called; the gradient was set by "
+            f"hand. A layer that is never seen is left out by exclude={missed}"
         )
 
 
@@ -122,7 +139,7 @@ def _drop_broken(layers: list[Layer]) -> None:
     """Sums that are not finite go; the last P is kept, where there is one."""
     for layer in layers:
         layer.capture.clear()
-    first = [layer.name for layer in layers if layer.n_refreshes == 0]
+    first = [layer.label for layer in layers if layer.n_refreshes == 0]
     if first:
         raise FloatingPointError(f"the first activations seen by {', '.join(first)} are not finite")
     for layer in layers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -42,6 +42,8 @@ class Settings:
         problems = settings_problems(vars(self))
         if problems:
             raise ValueError("\n".join(problems))
+        for key, value in vars(self).items():
+            object.__setattr__(self, key, _plain(value))
 
     @property
     def of_P(self) -> dict[str, Any]:
@@ -70,7 +72,14 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy, say, as Python's own, which every checkpoint can hold."""
+    if not _is_number(value):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _shown(value: Any) -> str:
@@ -108,6 +117,7 @@ class Preconditioner(NamedTuple):
     P: Tensor  # (blocks, b, b), or (d,) for a diagonal
     damping: Tensor  # (blocks,) γ̄, which differs where a block had to be damped more
     n_failed: int  # inverses that failed on the way
+    is_damped_more: bool  # whether more than γ asks for
 
 
 class Layer:
@@ -119,6 +129,7 @@ class Layer:
     def __init__(self, covered: Covered, settings: Settings, is_paused: Tensor) -> None:
         self.covered = covered
         self.name = covered.name
+        self.label = covered.name or type(covered.module).__name__  # of a model that is one layer
         self.settings = settings
         d = covered.d_in
         blocks = 1 if covered.is_diagonal else _n_blocks(d, settings.block_diagonal)
@@ -160,13 +171,16 @@ class Layer:
         self.P, self.damping = new.P, new.damping
         self.made_with = self.settings.of_P
         if new.n_failed:
-            damping = new.damping.max()
-            self.mended(f"{new.n_failed} inverses failed; damping is now {damping:.1e}")
+            is_iterative = self.settings.inverse == "newton_schulz"
+            what = "Newton-Schulz failed, redone by Cholesky" if is_iterative else "Cholesky failed"
+            more = f"; damping is now {new.damping.max():.1e}" if new.is_damped_more else ""
+            self.mended(what + more)
 
     def mended(self, what: str) -> None:
-        """Something went wrong and was mended: counted and logged, never silent."""
+        """Something went wrong and was mended: counted, and logged the 1st, 2nd, 4th, 8th time."""
         self.n_mended += 1
-        log.warning("%s: %s", self.name, what)
+        if self.n_mended.bit_count() == 1:
+            log.warning("%s: %s (mended so far: %d)", self.label, what, self.n_mended)
 
     def check_place(self) -> None:
         """Raise ValueError if the weight was moved or cast since these statistics were made."""
@@ -174,39 +188,30 @@ class Layer:
         wanted = torch.promote_types(weight.dtype, torch.float32)
         if (sigma.device, sigma.dtype) != (weight.device, wanted):
             raise ValueError(
-                f"{self.name}.weight is {weight.dtype} on {weight.device}, its statistics are "
+                f"{self.label}.weight is {weight.dtype} on {weight.device}, its statistics are "
                 f"{sigma.dtype} on {sigma.device}: construct the preconditioner after the model is "
                 "on its device and in its dtype"
             )
 
-    def _all_tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         own = {key: getattr(self, key) for key in self.TENSORS}
         return own | {"gram": self.capture.gram, "count": self.capture.count}
 
     def state_dict(self) -> dict[str, Any]:
         numbers = {key: getattr(self, key) for key in (*self.NUMBERS, "made_with")}
-        return self._all_tensors() | numbers
-
-    def state_problems(self, state: dict[str, Any]) -> list[str]:
-        """Why `load_state_dict` cannot take this state; empty if it can."""
-        missing = self.state_dict().keys() - state.keys()
-        if missing:
-            return [f"{self.name} has no {', '.join(sorted(missing))}"]
-        shapes = {key: getattr(state[key], "shape", None) for key in self._all_tensors()}
-        problems = [
-            f"{self.name}: {key} is {got and tuple(got)}, wanted {tuple(own.shape)}"
-            for key, own in self._all_tensors().items()
-            if (got := shapes[key]) != own.shape
-        ]
-        numbers = [key for key in self.NUMBERS if not isinstance(state[key], int)]
-        return problems + [f"{self.name}: {key} is {state[key]!r}" for key in numbers]
+        running = {"gram": self.capture.gram.clone(), "count": self.capture.count.clone()}
+        return self.tensors() | running | numbers
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for key, own in self._all_tensors().items():
-            own.copy_(state[key])
+        """Take a state without `optim.resume.state_problems`; earlier states are left alone."""
+        for key in self.TENSORS:
+            setattr(self, key, state[key].to(getattr(self, key), copy=True))
+        self.capture.gram.copy_(state["gram"])  # in place: compiled graphs hold these two
+        self.capture.count.copy_(state["count"])
         for key in (*self.NUMBERS, "made_with"):
             setattr(self, key, state[key])
-        self.next_refresh = min(self.next_refresh, self.following_refresh)  # if it is rarer there
+        every = self.settings.refresh_every
+        self.next_refresh = min(self.next_refresh, -(-self.step // every) * every)  # if rarer there
         self.schedule_next()
 
     @property

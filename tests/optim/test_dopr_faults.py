@@ -105,8 +105,16 @@ def test_the_scale_of_activations_does_not_matter(scale):
     torch.testing.assert_close(*Ms, rtol=1e-4, atol=1e-5)  # squares of 1e-17 lose some bits
 
 
-@pytest.mark.parametrize("inverse", ["cholesky", "newton_schulz"])
-def test_a_sigma_that_is_not_positive_definite_is_damped_more_counted_and_logged(inverse, caplog):
+@pytest.mark.parametrize(
+    ("inverse", "what"),
+    [
+        ("cholesky", "Cholesky failed"),
+        ("newton_schulz", "Newton-Schulz failed, redone by Cholesky"),
+    ],
+)
+def test_a_sigma_that_is_not_positive_definite_is_damped_more_counted_and_logged(
+    inverse, what, caplog
+):
     layer = nn.Linear(6, 2)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
     preconditioner = ActivationPreconditioner(layer, gamma=1e-3, inverse=inverse).attach(optimizer)
@@ -116,7 +124,8 @@ def test_a_sigma_that_is_not_positive_definite_is_damped_more_counted_and_logged
     (row,) = preconditioner.report()
     (layer_state,) = preconditioner.layers
     assert row["mended"] == 1
-    assert "inverses failed; damping is now" in caplog.text
+    assert what in caplog.text
+    assert "; damping is now" in caplog.text
     factor = layer_state.damping / (1e-3 * layer_state.sigma[0].trace() / 6)
     assert factor.log10() >= 1
     torch.testing.assert_close(factor.log10(), factor.log10().round())
@@ -131,7 +140,7 @@ def test_a_covariance_that_has_no_inverse_at_all_is_an_error_and_changes_nothing
     train(twin, range(2))
     backward(parts[0], 2)
     monkeypatch.setattr(cholesky, "PROBE_TOLERANCE", -1.0)
-    with pytest.raises(FloatingPointError, match="no inverse after"):
+    with pytest.raises(FloatingPointError, match=r"^0: .*no inverse after"):
         parts[1].step()
     monkeypatch.undo()
     parts[2].discard()
@@ -149,3 +158,34 @@ def test_dead_features_at_gamma_zero_give_finite_weights():
     optimizer.step()
     assert all(p.isfinite().all() for p in model.parameters())
     assert preconditioner.report()[0]["mended"] == 1
+
+
+# -- what is logged
+
+
+def test_a_newton_schulz_that_cholesky_mends_says_so_and_no_damping(monkeypatch, caplog):
+    _, _, preconditioner = parts = made(inverse="newton_schulz")
+    monkeypatch.setattr(cholesky, "_newton_schulz", lambda A, *_: A * torch.nan)
+    with caplog.at_level(logging.WARNING, logger="dopr"):
+        train(parts, range(1))
+    assert "0: Newton-Schulz failed, redone by Cholesky" in caplog.text
+    assert "damping" not in caplog.text
+    assert [row["mended"] for row in preconditioner.report()] == [1, 1]
+
+
+def test_what_happens_every_step_is_logged_at_powers_of_two(caplog):
+    layer = made()[2].layers[0]
+    with caplog.at_level(logging.WARNING, logger="dopr"):
+        for _ in range(9):
+            layer.mended("again")
+    assert [record.args[-1] for record in caplog.records] == [1, 2, 4, 8]
+    assert layer.n_mended == 9
+
+
+def test_a_model_that_is_one_layer_is_called_by_its_type():
+    layer = nn.Linear(6, 2)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    ActivationPreconditioner(layer, gamma=0.1).attach(optimizer)
+    layer(torch.full((3, 6), torch.nan)).sum().backward()
+    with pytest.raises(FloatingPointError, match="seen by Linear are not finite"):
+        optimizer.step()

@@ -1,7 +1,10 @@
 """Every number of the preconditioner that cannot be used is named, with what it should be."""
 
+import copy
 import math
+import pickle
 
+import numpy as np
 import pytest
 
 from optim import ActivationPreconditioner
@@ -69,3 +72,33 @@ def test_collecting_out_of_step_with_refreshes_is_refused():
 def test_embeddings_need_damping():
     with pytest.raises(ValueError, match="gamma=0 with embeddings"):
         ActivationPreconditioner(mlp(), **GOOD | {"gamma": 0.0, "embeddings": True})
+
+
+def test_numbers_of_numpy_are_settings_and_stored_as_plain_ones():
+    numbers = {"gamma": np.float32(0.5), "refresh_every": np.int64(4), "exponent": np.int32(2)}
+    preconditioner = ActivationPreconditioner(mlp(), **GOOD | numbers)
+    settings = preconditioner.settings
+    stored = (settings.gamma, settings.refresh_every, settings.exponent)
+    assert stored == (0.5, 4, 2)
+    assert [type(value) for value in stored] == [float, int, int]
+    made_with = preconditioner.state_dict()["0"]["made_with"]
+    assert {type(value) for value in made_with.values()} <= {float, int, bool}
+
+
+@pytest.mark.parametrize("model", [None, mlp, mlp().state_dict()])
+def test_what_is_no_model_is_named(model):
+    with pytest.raises(TypeError, match=f"the model is {type(model).__name__}: must be a torch"):
+        ActivationPreconditioner(model, gamma=0.1)
+
+
+@pytest.mark.parametrize("key", ["include", "exclude"])
+def test_patterns_are_names(key):
+    with pytest.raises(ValueError, match=rf"{key}=\[0\]: must be a list of names"):
+        ActivationPreconditioner(mlp(), gamma=0.1, **{key: [0]})
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, pickle.dumps])
+def test_a_preconditioner_is_not_copied(copied):
+    preconditioner = ActivationPreconditioner(mlp(), gamma=0.1)
+    with pytest.raises(TypeError, match="belongs to its model and cannot be copied or pickled"):
+        copied(preconditioner)

@@ -1,0 +1,55 @@
+"""Whether a saved state fits: everything that is wrong with it, before any of it is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from optim.statistics import Layer
+
+FINITE = ("sigma", "P", "damping")  # a running sum may be spoilt: it is dropped at the refresh
+
+
+def state_problems(state: Any, layers: Sequence[Layer]) -> list[str]:
+    """Why the layers cannot take this state, {layer: {key: value}}; empty if they can."""
+    if not isinstance(state, dict):
+        return [f"it is {type(state).__name__}, wanted a dict with an entry for every layer"]
+    names = {layer.name for layer in layers}
+    problems = [f"missing {name}" for name in sorted(names - state.keys())]
+    problems += [f"unexpected {name}" for name in sorted(state.keys() - names, key=str)]
+    for layer in layers:
+        problems += layer_problems(state[layer.name], layer) if layer.name in state else []
+    return problems
+
+
+def layer_problems(state: Any, layer: Layer) -> list[str]:
+    """Why one layer cannot take this state."""
+    name = layer.label
+    if not isinstance(state, dict):
+        return [f"{name} is {type(state).__name__}, wanted a dict"]
+    missing = {*layer.tensors(), *layer.NUMBERS, "made_with"} - state.keys()
+    if missing:
+        return [f"{name} has no {', '.join(sorted(missing))}"]
+    wrong = [
+        f"{name}: {_tensor_problem(key, state[key], own)}"
+        for key, own in layer.tensors().items()
+        if _tensor_problem(key, state[key], own)
+    ]
+    wrong += [
+        f"{name}: {key} is {state[key]!r}, wanted a whole number, at least 0"
+        for key in layer.NUMBERS
+        if not isinstance(state[key], int) or state[key] < 0
+    ]
+    if not isinstance(state["made_with"], dict):
+        wrong.append(f"{name}: made_with is {state['made_with']!r}, wanted a dict")
+    return wrong
+
+
+def _tensor_problem(key: str, value: Any, own: Tensor) -> str:
+    """What is wrong with one tensor of a state; empty if nothing is."""
+    shape = tuple(value.shape) if isinstance(value, Tensor) else None
+    if shape != tuple(own.shape):
+        return f"{key} is {shape}, wanted {tuple(own.shape)}"
+    return f"{key} is not finite" if key in FINITE and not value.isfinite().all() else ""
