@@ -63,7 +63,7 @@ def variants() -> Iterator[Variant]:
         pointers = {"G_ptr": "*fp32:16", "P_ptr": "*fp32:16", "M_ptr": "*fp32:16"}
         types = pointers | _sizes("m b G_stride G_row_stride")
         constants = {"G_column_stride": 1, "PRECISION": precision}
-        yield _variant("apply", precision, _triton_apply._apply_kernel, types, constants, config)
+        yield _variant("apply", precision, _triton_apply.apply_kernel, types, constants, config)
 
 
 def _gram_variants() -> Iterator[Variant]:
@@ -74,18 +74,18 @@ def _gram_variants() -> Iterator[Variant]:
         types = {"z_ptr": f"*{name}:16", "partial_ptr": "*fp32:16", "offset_ptr": "*i64:16"}
         types |= _sizes("n:1 T:1 per_sequence:1 stride:1 chunk row_stride b")
         yield _variant(
-            *("gram", name, kernels._partial_kernel, types, {"PRECISION": precision}, config)
+            *("gram", name, kernels.partial_kernel, types, {"PRECISION": precision}, config)
         )
     for config in kernels.CONFIGS.values():
         pointers = ("S_ptr", "partial_ptr", "beta_ptr", "alpha_ptr")
         types = dict.fromkeys(pointers, "*fp32:16") | _sizes("splits:1 b block_stride row_stride")
         constants = {"column_stride": 1, "TILE": config.tile, "ROWS": kernels.REDUCE_ROWS}
         name = f"gram_reduce {config.tile}"
-        yield Variant(name, kernels._reduce_kernel, types, constants, 4, 3)
+        yield Variant(name, kernels.reduce_kernel, types, constants, 4, 3)
 
 
 def _symmetric_variants() -> Iterator[Variant]:
-    kernel = _triton_symmetric._symmetric_kernel
+    kernel = _triton_symmetric.symmetric_kernel
     for (dtype, precision), config in _triton_symmetric.CONFIGS.items():
         matrices = dict.fromkeys(("A_ptr", "B_ptr", "O_ptr"), f"*{TYPES[dtype]}:16")
         scalars = dict.fromkeys(("alpha_ptr", "beta_ptr", "gamma_ptr"), "*fp32:16")

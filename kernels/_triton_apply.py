@@ -39,7 +39,7 @@ def apply(
     M = G.new_empty((N, m, d))
     tiles = triton.cdiv(m, config.tile) * triton.cdiv(b, config.tile)
     with torch.cuda.device_of(G):
-        _apply_kernel[(tiles, blocks, N)](
+        apply_kernel[(tiles, blocks, N)](
             *(G, P, M, m, b, *G.stride()),
             **{"TILE": config.tile, "DEPTH": config.depth, "PRECISION": precision},
             **{"num_warps": config.num_warps, "num_stages": config.num_stages},
@@ -48,7 +48,7 @@ def apply(
 
 
 @triton.jit
-def _apply_kernel(
+def apply_kernel(
     G_ptr,  # (N, m, blocks·b)
     P_ptr,  # (N, blocks, b, b)
     M_ptr,  # (N, m, blocks·b)

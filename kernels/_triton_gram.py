@@ -91,7 +91,7 @@ def _partials(
     chunk = split_rows(sampling[0], tiles * blocks, depth)
     splits = triton.cdiv(sampling[0], chunk)
     partial = rows.new_empty((splits, blocks, tiles, tile, tile), dtype=torch.float32)
-    _partial_kernel[(tiles, blocks, splits)](
+    partial_kernel[(tiles, blocks, splits)](
         *(rows, partial, offset, *sampling, chunk, rows.stride(0), b),
         **{"TILE": tile, "DEPTH": depth, "PRECISION": precision},
         **{"num_warps": num_warps, "num_stages": num_stages},
@@ -102,14 +102,14 @@ def _partials(
 def _reduce(S: Tensor, partial: Tensor, beta: Tensor, alpha: Tensor, config: Config) -> None:
     splits, blocks, tiles, tile, _ = partial.shape
     rows = min(REDUCE_ROWS, tile)
-    _reduce_kernel[(tiles, blocks, tile // rows)](
+    reduce_kernel[(tiles, blocks, tile // rows)](
         *(S, partial, beta, alpha, splits, S.shape[1], *S.stride()),
         **{"TILE": tile, "ROWS": rows, "num_warps": 4},
     )
 
 
 @triton.jit
-def _partial_kernel(
+def partial_kernel(
     z_ptr,  # (B T, blocks·b), rows row_stride apart
     partial_ptr,  # (splits, blocks, tiles, TILE, TILE)
     offset_ptr,  # () int64
@@ -152,7 +152,7 @@ def _partial_kernel(
 
 
 @triton.jit
-def _reduce_kernel(
+def reduce_kernel(
     S_ptr,  # (blocks, b, b)
     partial_ptr,  # (splits, blocks, tiles, TILE, TILE)
     beta_ptr,  # (1,)

@@ -13,10 +13,10 @@ from kernels._triton_symmetric import symmetric_product
 from kernels._triton_tiles import Precision, scalars
 from kernels.newton_schulz import (
     Coefficients,
-    _check_orthogonalize,
-    _normalized,
-    _scaled_step,
-    _steps,
+    check_orthogonalize,
+    normalized,
+    polynomials,
+    scaled_step,
     upper_bound,
 )
 
@@ -34,14 +34,14 @@ def orthogonalize(
 
     Raises ValueError for bad arguments, and for a `dtype` other than bf16 and fp32.
     """
-    _check_orthogonalize(G, steps, coefficients)
+    check_orthogonalize(G, steps, coefficients)
     if dtype not in ITERATION_PRECISION:
         raise ValueError(f"orthogonalize: dtype={dtype}; the Triton kernel wants bf16 or fp32")
     precision = ITERATION_PRECISION[dtype]
     is_tall = G.shape[-2] > G.shape[-1]
-    X = _normalized(G.mT if is_tall else G, coefficients).to(dtype)
+    X = normalized(G.mT if is_tall else G, coefficients).to(dtype)
     batch = X.reshape(-1, *X.shape[-2:])  # (N, m, n), m <= n
-    for a, b, c in _steps(coefficients, steps):
+    for a, b, c in polynomials(coefficients, steps):
         A = symmetric_product(batch, batch, precision=precision)  # (N, m, m)
         B = symmetric_product(A, A, alpha=c, beta=b, C=A, precision=precision)
         batch = torch.baddbmm(batch, B, batch, beta=a)
@@ -74,7 +74,7 @@ def inverse_root(
     X = torch.diag_embed((upper ** (-1 / p))[:, None].expand(-1, A.shape[-1]))
     M = flat / upper[:, None, None]
     for _ in range(iterations):
-        a, c, low = _scaled_step(low, p)
+        a, c, low = scaled_step(low, p)
         X = symmetric_product(X, M, alpha=-a * c, beta=a, C=X, precision=precision)
         M = _times_power(M, a, c, p, precision)
     X = X * (((1 + low) / 2) ** (-1 / p))[:, None, None]

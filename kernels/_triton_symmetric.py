@@ -58,7 +58,7 @@ def symmetric_product(
     out = A.new_empty((N, d, d))
     with torch.cuda.device_of(A):
         coefficients = (scalars(each, N, A) for each in (alpha, beta, gamma))
-        _symmetric_kernel[(n_lower_tiles(d, config.tile), N)](
+        symmetric_kernel[(n_lower_tiles(d, config.tile), N)](
             *(A, B, C, out, *coefficients, d, k),
             **{"TILE": config.tile, "DEPTH": config.depth, "PRECISION": precision},
             **{"num_warps": config.num_warps, "num_stages": config.num_stages},
@@ -67,7 +67,7 @@ def symmetric_product(
 
 
 @triton.jit
-def _symmetric_kernel(
+def symmetric_kernel(
     A_ptr,  # (N, d, k)
     B_ptr,  # (N, d, k)
     C_ptr,  # (N, d, d) or None

@@ -18,10 +18,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from kernels.choice import Kernel, check_kernel
 from kernels.cholesky import Inverse
+from optim.apply import preconditioned
 from optim.binding import call_before_step, check_optimizers, parameters
 from optim.capture import install, remove
-from optim.covariance import norm_ratio, precondition
+from optim.covariance import norm_ratio
 from optim.coverage import find_layers
 from optim.refresh import preconditioners, refresh
 from optim.statistics import Layer, Preconditioner, Settings, log
@@ -34,8 +36,8 @@ class ActivationPreconditioner:
         preconditioner.attach(optimizer)
 
     Construct it after the model is on its device and before `torch.compile`. The order of a step is
-    backward, clip (the raw gradient), then `optimizer.step()`, which preconditions first. A
-    backward whose weight gradient is not wanted belongs inside `paused()`.
+    backward, clip (the raw gradient), then `optimizer.step()`, which preconditions first. Inside
+    `paused()` belongs a backward whose weight gradient is not wanted.
 
     The defaults are the paper's exact mode, up to the scale tr(Σ)/d_in of P (`trace_normalized`):
     the batch covariance of every step, over all tokens. Averaging (`sigma_beta`), sampling
@@ -57,9 +59,10 @@ class ActivationPreconditioner:
             False is the paper's P.
         block_diagonal: widest block of Σ; wider inputs are cut into equal blocks. None: no blocks.
         embeddings: also divide the rows of embeddings by (token frequency + γ̄).
+        kernel: auto, torch or triton, for Σ, Newton-Schulz and G P; see kernels/choice.py.
         include, exclude: names of modules, with `*` and `?`, to cover or to leave alone.
     Raises:
-        ValueError: a setting outside its range (all such problems at once), or nothing to cover.
+        ValueError: settings outside their range (all at once), nothing to cover, no such kernel.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class ActivationPreconditioner:
         trace_normalized: bool = True,
         block_diagonal: int | None = None,
         embeddings: bool = False,
+        kernel: Kernel = "auto",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
     ) -> None:
@@ -90,10 +94,12 @@ class ActivationPreconditioner:
             trace_normalized=trace_normalized,
             block_diagonal=block_diagonal,
             embeddings=embeddings,
+            kernel=kernel,
         )
         covered, self._not_covered = find_layers(
             model, include=include, exclude=exclude, embeddings=embeddings
         )
+        check_kernel(kernel, [each.weight for each in covered])
         self._shapes = {
             name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)
         }
@@ -223,15 +229,12 @@ class ActivationPreconditioner:
             if layer.covered.weight in owned and not self._is_done(layer)
         ]
         refreshed = refresh([layer for layer in layers if layer.is_due], self.settings)
+        for layer, grad, G, M in preconditioned(layers, self.settings.kernel):
+            if layer in refreshed:
+                layer.norm_ratio = norm_ratio(M, G)
+            layer.covered.write(M, grad)
+            self._written[grad] = grad._version
         for layer in layers:
-            grad = layer.covered.weight.grad
-            if grad is not None and layer.n_refreshes:
-                G = layer.covered.as_matrix(grad)  # (d_out, d_in)
-                M = precondition(G, layer.P)
-                if layer in refreshed:
-                    layer.norm_ratio = norm_ratio(M, G)
-                layer.covered.write(M, grad)
-                self._written[grad] = grad._version
             layer.step += 1
             layer.schedule_next()
 
