@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.timing import compared, facts, milliseconds, write_rows
+from kernels.choice import KERNELS
 from model import GPT, GPTConfig
 from optim import ActivationPreconditioner
-from optim.build import build_optimizers
+from optim.build import OPTIMIZERS, build_optimizers
+from optim.statistics import INVERSES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -45,12 +47,13 @@ PRESETS = {
 }
 
 
-def modes(preset: Preset, width: int) -> dict[str, dict[str, Any] | None]:
+def modes(preset: Preset, width: int, inverse: str) -> dict[str, dict[str, Any] | None]:
     """The settings of DoPr in each mode; None: no DoPr."""
     every = preset.refresh_every
+    exact = {"gamma": 0.1, "inverse": inverse}
     lazy = {"sigma_beta": 0.95, "refresh_every": every, "collect_every": every}
     sampled = {"token_stride": preset.token_stride, "block_diagonal": width}
-    return {"base": None, "exact": {}, "fast": lazy | sampled}
+    return {"base": None, "exact": exact, "fast": exact | lazy | sampled}
 
 
 class Variant:
@@ -68,7 +71,7 @@ class Variant:
         numbers |= {"optimizer": optimizer, "kernel": kernel}
         self.optimizers = build_optimizers(self.model, lr=1e-3, **numbers)
         if dopr is not None:
-            preconditioner = ActivationPreconditioner(self.model, gamma=0.1, kernel=kernel, **dopr)
+            preconditioner = ActivationPreconditioner(self.model, kernel=kernel, **dopr)
             preconditioner.attach(*self.optimizers)
         self.forward = torch.compile(self.model) if preset.compile_in_bf16 else self.model
         self.autocast = torch.autocast(DEVICE.type, torch.bfloat16, preset.compile_in_bf16)
@@ -103,8 +106,14 @@ def allocated() -> int:
     return torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
 
 
-def measure(variants: dict[str, Variant], rounds: int) -> dict[str, Any]:
-    """Step times of every mode, and their memory in MiB."""
+def measure(
+    preset: Preset, width: int, optimizer: str, *, inverse: str, kernel: str, rounds: int
+) -> dict[str, Any]:
+    """One row of the result: step times of every mode, and their memory in MiB."""
+    variants = {
+        mode: Variant(preset, width, optimizer, dopr, kernel)
+        for mode, dopr in modes(preset, width, inverse).items()
+    }
     times: dict[str, list[float]] = {mode: [] for mode in variants}
     most = dict.fromkeys(variants, 0)
     for _ in range(rounds):
@@ -113,8 +122,12 @@ def measure(variants: dict[str, Variant], rounds: int) -> dict[str, Any]:
             times[mode].append(ms)
             most[mode] = max(most[mode], held)
     result = compared(times)
-    row = {"step_ms": result["ms"], "ratio": result["ratio"], "rounds": result["rounds"]}
-    return row | {"MiB": {mode: held / 2**20 for mode, held in most.items()}}
+    return {
+        **{"width": width, "optimizer": optimizer, "inverse": inverse, "kernel": kernel},
+        **{"tokens": variants["base"].x.numel(), "rounds": rounds},
+        **{"step_ms": result["ms"], "ratio": result["ratio"]},
+        "MiB": {mode: held / 2**20 for mode, held in most.items()},
+    }
 
 
 def main() -> None:
@@ -123,9 +136,9 @@ def main() -> None:
     )
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--widths", type=int, nargs="+", help="instead of the preset's")
-    parser.add_argument("--optimizers", nargs="+", default=["adamw", "muon"])
-    parser.add_argument("--inverse", default="cholesky", help="or newton_schulz")
-    parser.add_argument("--kernel", default="auto", help="or torch, triton")
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=["adamw", "muon"])
+    parser.add_argument("--inverse", choices=INVERSES, default="cholesky")
+    parser.add_argument("--kernel", choices=KERNELS, default="auto")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--out", type=Path, help="write the result as JSON here")
     arguments = parser.parse_args()
@@ -135,15 +148,8 @@ def main() -> None:
     environment, rows = facts(DEVICE), []
     for width in arguments.widths or preset.widths:
         for optimizer in arguments.optimizers:
-            variants = {}
-            for mode, dopr in modes(preset, width).items():
-                if dopr is not None:
-                    dopr["inverse"] = arguments.inverse
-                variants[mode] = Variant(preset, width, optimizer, dopr, arguments.kernel)
-            rows.append({"width": width, "optimizer": optimizer})
-            rows[-1] |= {"inverse": arguments.inverse, "kernel": arguments.kernel}
-            rows[-1] |= {"tokens": variants["base"].x.numel()}
-            rows[-1] |= measure(variants, arguments.rounds)
+            choices = {"inverse": arguments.inverse, "kernel": arguments.kernel}
+            rows.append(measure(preset, width, optimizer, rounds=arguments.rounds, **choices))
             figures = zip(rows[-1]["step_ms"].items(), rows[-1]["ratio"].values(), strict=True)
             texts = (f"{mode} {ms:.1f} ms ({ratio:.3f})" for (mode, ms), ratio in figures)
             print(f"width {width} {optimizer}", *texts, sep="  ", flush=True)

@@ -82,9 +82,7 @@ def describe_kernel(kernel: Kernel, device: torch.device) -> str:
     reason = _on_gpu_obstacle(device)
     if reason:
         return f"kernels: torch (auto: {reason})"
-    return (
-        "kernels: triton (auto: torch for float64, and for rows that are no multiple of 16 bytes)"
-    )
+    return f"kernels: triton (auto; torch for rows that are not multiples of {COPY_BYTES} bytes)"
 
 
 def _auto_obstacle(tensors: tuple[Tensor, ...], row_bytes: Iterable[int]) -> str:

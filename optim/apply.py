@@ -18,8 +18,8 @@ def preconditioned(
 ) -> Iterator[tuple[Layer, Tensor, Tensor, Tensor]]:
     """Each layer that has a gradient and a P, its gradient, and G and M = G P, (d_out, d_in).
 
-    At most `optim.refresh.CHUNK_BYTES` of M, or one M, are made at a time: write each into its
-    gradient before asking for the next. Nothing is changed here.
+    At most `optim.refresh.CHUNK_BYTES` of M, or one M, are made at a time (by Triton, with copies
+    of their G and P): write each into its gradient before asking for the next.
     """
     grads: dict[Layer, Tensor] = {}
     for layer in layers:

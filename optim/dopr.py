@@ -36,8 +36,8 @@ class ActivationPreconditioner:
         preconditioner.attach(optimizer)
 
     Construct it after the model is on its device and before `torch.compile`. The order of a step is
-    backward, clip (the raw gradient), then `optimizer.step()`, which preconditions first. Inside
-    `paused()` belongs a backward whose weight gradient is not wanted.
+    backward, clip (the raw gradient), then `optimizer.step()`, which preconditions first. A
+    backward whose weight gradient is not wanted belongs inside `paused()`.
 
     The defaults are the paper's exact mode, up to the scale tr(Σ)/d_in of P (`trace_normalized`):
     the batch covariance of every step, over all tokens. Averaging (`sigma_beta`), sampling
@@ -223,11 +223,7 @@ class ActivationPreconditioner:
     def _precondition(self, optimizer: Optimizer) -> None:
         """Replace G by M in every covered weight that this optimizer holds."""
         owned = parameters(optimizer)
-        layers = [
-            layer
-            for layer in self.layers
-            if layer.covered.weight in owned and not self._is_done(layer)
-        ]
+        layers = [x for x in self.layers if x.covered.weight in owned and not self._is_done(x)]
         refreshed = refresh([layer for layer in layers if layer.is_due], self.settings)
         for layer, grad, G, M in preconditioned(layers, self.settings.kernel):
             if layer in refreshed:

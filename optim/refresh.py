@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from kernels.cholesky import damped_inverse_root
-from optim.covariance import diagonal_inverse_root, mean_eigenvalue
+from optim.covariance import condition_bound, diagonal_inverse_root, mean_eigenvalue
 from optim.statistics import Layer, Preconditioner, Settings
 
-CHUNK_BYTES = (
-    256 * 2**20
-)  # of Σ inverted together (about 5 times as much is needed for it), or of G
+# Of Σ inverted together, for which about 5 times as much is needed, or of gradients in one launch.
+CHUNK_BYTES = 256 * 2**20
 
 
 def refresh(layers: list[Layer], settings: Settings) -> list[Layer]:
@@ -64,9 +63,8 @@ def chunks(
     """Layers whose tensors are alike, `CHUNK_BYTES` of the first or a single layer at a time."""
     alike: dict[Any, list[Layer]] = defaultdict(list)
     for layer in layers:
-        alike[tuple((each.shape, each.dtype, each.device) for each in tensors_of(layer))].append(
-            layer
-        )
+        kind = tuple((each.shape, each.dtype, each.device) for each in tensors_of(layer))
+        alike[kind].append(layer)
     for group in alike.values():
         size = max(1, CHUNK_BYTES // tensors_of(group[0])[0].nbytes)
         for first in range(0, len(group), size):
@@ -88,18 +86,13 @@ def _invert(sigma: Tensor, settings: Settings) -> list[Preconditioner]:
             p,
             inverse=settings.inverse,
             kernel=settings.kernel,
-            condition=_condition_bound(blocks * sigma.shape[-1], gamma),
+            condition=condition_bound(blocks * sigma.shape[-1], gamma),
         )
         n_failed = failures.sum(1).tolist()
     scales = means ** (1 / p) if settings.trace_normalized else torch.ones_like(means)
     return [
         Preconditioner(P[i] * scales[i], damping[i].clone(), n_failed[i]) for i in range(len(sigma))
     ]
-
-
-def _condition_bound(d: int, gamma: float) -> float:
-    """d (1 + 1/γ), of each block of Σ + γ̄ I: no eigenvalue of Σ is above tr(Σ) = γ̄ d / γ."""
-    return d * (1 + 1 / gamma) if gamma else math.inf
 
 
 def _with_statistics(layers: list[Layer]) -> list[Layer]:

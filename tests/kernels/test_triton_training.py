@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import kernels.cholesky
 from kernels.cholesky import damped_inverse_root
 from optim import ActivationPreconditioner
 from optim.adamuon import AdaMuon
@@ -68,9 +69,10 @@ def sgd(params):
 
 @pytest.mark.parametrize(
     ("settings", "inverses", "tolerance"),
-    [  # sums of tf32x3 products; what kernels/cholesky.py allows Newton-Schulz
-        ({}, 0, 1e-5),
-        (FAST | BLOCKS, 0, 1e-5),
+    [  # 2^-21 in a tf32x3 product times the condition number, at most 12 (1 + 1/γ) = 132; 1e-3 is
+        # what kernels/cholesky.py allows Newton-Schulz
+        ({}, 0, 1e-4),
+        (FAST | BLOCKS, 0, 1e-4),
         (NEWTON_SCHULZ | BLOCKS, 3, 1e-3),
         (NEWTON_SCHULZ | FAST, 2, 1e-3),
     ],
@@ -84,7 +86,7 @@ def test_dopr_takes_the_same_steps(settings, inverses, tolerance, calls):
     assert calls.get("inverse_root", 0) == 2 * inverses
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.1)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.1)])
 @pytest.mark.parametrize("kind", [Muon, AdaMuon])
 def test_muon_takes_the_same_steps(kind, dtype, tolerance, calls):
     def optimizer(kernel):
@@ -108,7 +110,8 @@ def test_layers_of_equal_shape_are_preconditioned_in_one_launch(calls):
 
 @pytest.mark.parametrize("gamma", [0.1, 1e-4])  # bf16x3, and ieee where it would not do
 @pytest.mark.parametrize("p", [1, 2])
-def test_the_error_of_an_inverse_stays_as_wanted_by_the_bound_alone(p, gamma, calls):
+def test_the_bound_alone_makes_an_inverse_as_good_as_wanted(p, gamma, calls, monkeypatch):
+    monkeypatch.setattr(kernels.cholesky, "_measured_condition", None)  # which reads the device
     A, _ = spd(16, 1e6, top=0.5)
     sigma = A[None].to(DEVICE)
     mean = sigma[0].trace() / 16
