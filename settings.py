@@ -21,6 +21,7 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the forward pass; weights are fp32
     compile: bool = False  # torch.compile the model
     deterministic: bool = False  # deterministic algorithms only (slower on a GPU)
+    kernel: Literal["auto", "torch", "triton"] = "auto"  # DoPr, muon; auto: triton on a GPU
     # -- data
     dataset: str = "pystdlib"  # a name under data/, task:NAME,knob=value,... or a folder
     loader_workers: int = 0  # processes that read ahead

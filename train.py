@@ -36,9 +36,10 @@ from eval.hf import load_hf
 from eval.loss import evaluate
 from eval.tasks import open_data, task_of
 from eval.ttf import grade_model
+from kernels.choice import describe_kernel, triton_problem
 from model import GPT, GPTConfig
 from optim import ActivationPreconditioner
-from optim.build import build_optimizers, describe_groups
+from optim.build import MATRIX_OPTIMIZERS, build_optimizers, describe_groups
 from optim.schedule import lr_scale
 from optim.statistics import settings_problems
 from runlog import RunLog, environment, mfu
@@ -79,6 +80,8 @@ def train(config: Config, stop: StopRequest) -> int:
     # -- optimizers, and DoPr in front of them
     optimizers = build_optimizers(model, **optimizer_settings(config))
     print(describe_groups(optimizers))
+    if config.dopr or config.optimizer in MATRIX_OPTIMIZERS:
+        print(describe_kernel(config.kernel, device))
     preconditioner = None
     if config.dopr:
         preconditioner = build_preconditioner(config, model).attach(*optimizers)
@@ -207,8 +210,13 @@ def pick_device(config: Config) -> torch.device:
     torch.use_deterministic_algorithms(config.deterministic)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-    if config.device != "auto":
-        return torch.device(config.device)
+    return device_of(config.device)
+
+
+def device_of(setting: str) -> torch.device:
+    """The device that the setting `device` means here."""
+    if setting != "auto":
+        return torch.device(setting)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -229,7 +237,7 @@ def build_model(config: Config, dataset: Dataset, *, is_new: bool) -> GPT:
 def build_preconditioner(config: Config, model: GPT) -> ActivationPreconditioner:
     """DoPr as the settings describe it; an untied output head is left out unless they say more."""
     keys = ("gamma", "sigma_beta", "refresh_every", "collect_every", "token_stride", "exponent")
-    keys += ("inverse", "trace_normalized", "block_diagonal", "embeddings")
+    keys += ("inverse", "trace_normalized", "block_diagonal", "embeddings", "kernel")
     numbers = {key: getattr(config, key) for key in keys}
     head = None if config.tie_weights else ["lm_head"]
     include = config.include.split(",") if config.include else None
@@ -249,7 +257,7 @@ def fingerprint(dataset: Dataset) -> str:
 
 def optimizer_settings(config: Config) -> dict[str, Any]:
     keys = ("optimizer", "lr", "aux_lr", "weight_decay", "beta1", "beta2", "eps", "momentum")
-    keys += ("nesterov", "muon_scale", "coefficients", "ns_steps", "ns_dtype")
+    keys += ("nesterov", "muon_scale", "coefficients", "ns_steps", "ns_dtype", "kernel")
     return {key: getattr(config, key) for key in keys}
 
 
@@ -336,6 +344,8 @@ def machine_problems(settings: dict[str, Any]) -> list[str]:
     problems = settings_problems(settings) if settings["dopr"] else []
     if settings["device"] == "cuda" and not torch.cuda.is_available():
         problems.append("device=cuda: torch finds no CUDA device here; use device=cpu or auto")
+    if settings["kernel"] == "triton":
+        problems += filter(None, [triton_problem(device_of(settings["device"]))])
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         problems.append("WORLD_SIZE > 1: this version trains in one process; start it with python")
     return problems

@@ -1,94 +1,159 @@
-"""What does DoPr add to a step? Step time of an optimizer and its DoPr versions, run alternately.
+"""What does DoPr add to a step? Time and memory of an optimizer and its DoPr versions, in turns.
 
-    python -m bench.step_overhead [--widths 128 256 512] [--rounds 12] [--out FILE]
+    python -m bench.step_overhead [--preset cpu] [--widths 128 256 512] [--rounds 12] [--out FILE]
+    python -m bench.step_overhead --preset gpt2 --rounds 3    # GPT-2 124M, 0.5M tokens a step: GPU
 
-One process, one GPT per variant with the same weights and the same batch; in every round each
-variant takes `refresh_every` steps, so that a round of the fast mode holds exactly one refresh.
-Reported: median over rounds of the mean step time, and its ratio to the base's.
+One process, one GPT per variant with the same weights and the same batch. Variants take turns of as
+many steps as lie between two refreshes of the fast mode, so that its turn holds exactly one.
+Reported: median over rounds of the mean step time, and its ratio to the base's; on a GPU the most
+memory that a variant holds during a round, its weights and optimizer state included.
 """
 
 import argparse
-import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from bench.timing import compared, facts, milliseconds, write_rows
+from kernels.choice import KERNELS
 from model import GPT, GPTConfig
 from optim import ActivationPreconditioner
-from optim.build import build_optimizers
+from optim.build import OPTIMIZERS, build_optimizers
+from optim.statistics import INVERSES
 
-REFRESH_EVERY = 10
-N_LAYER, BLOCK_SIZE, BATCH_SIZE, VOCAB_SIZE = 4, 128, 32, 2048  # 4,096 tokens, as in the demo
-MODES: dict[str, dict[str, Any] | None] = {
-    "base": None,
-    "exact": {"gamma": 0.1},
-    "fast": {
-        **{"gamma": 0.1, "sigma_beta": 0.95, "refresh_every": REFRESH_EVERY},
-        **{"collect_every": REFRESH_EVERY, "token_stride": 4},
-    },
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Preset(NamedTuple):
+    """The model, its batch, and how the fast mode samples tokens."""
+
+    widths: tuple[int, ...]
+    n_layer: int
+    head_width: int
+    block_size: int
+    vocab_size: int
+    micro_batch_size: int
+    accumulation: int  # micro-batches of a step
+    token_stride: int
+    refresh_every: int = 10
+    compile_in_bf16: bool = False
+
+
+PRESETS = {
+    "cpu": Preset((128, 256, 512), 4, 32, 128, 2048, 32, 1, 4),  # 4,096 tokens, as in the demo
+    "gpt2": Preset((768,), 12, 64, 1024, 50304, 32, 16, 8, compile_in_bf16=True),  # 524,288 tokens
+    "tiny": Preset((16,), 1, 8, 8, 32, 2, 2, 2, refresh_every=2),
 }
 
 
-def make_step(width: int, optimizer: str, mode: str) -> Callable[[], None]:
-    """A training step of a fresh GPT."""
-    torch.manual_seed(0)
-    shape = {"n_layer": N_LAYER, "n_head": width // 32, "n_embd": width, "block_size": BLOCK_SIZE}
-    model = GPT(GPTConfig(vocab_size=VOCAB_SIZE, bias=False, **shape))
-    numbers = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "momentum": 0.95}
-    optimizers = build_optimizers(model, optimizer=optimizer, lr=1e-3, **numbers)
-    settings = MODES[mode]
-    if settings is not None:
-        blocks = {"block_diagonal": width} if mode == "fast" else {}
-        ActivationPreconditioner(model, **settings, **blocks).attach(*optimizers)
-    tokens = torch.randint(VOCAB_SIZE, (BATCH_SIZE, BLOCK_SIZE + 1))
-    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-    def step() -> None:
-        _, loss = model(x, y)
-        loss.backward()
-        for each in optimizers:
-            each.step()
-        model.zero_grad()
-
-    return step
+def modes(preset: Preset, width: int, inverse: str) -> dict[str, dict[str, Any] | None]:
+    """The settings of DoPr in each mode; None: no DoPr."""
+    every = preset.refresh_every
+    exact = {"gamma": 0.1, "inverse": inverse}
+    lazy = {"sigma_beta": 0.95, "refresh_every": every, "collect_every": every}
+    sampled = {"token_stride": preset.token_stride, "block_diagonal": width}
+    return {"base": None, "exact": exact, "fast": exact | lazy | sampled}
 
 
-def measure(width: int, optimizer: str, rounds: int) -> dict[str, float]:
-    """Median milliseconds per step of every mode."""
-    steps = {mode: make_step(width, optimizer, mode) for mode in MODES}
-    times: dict[str, list[float]] = {mode: [] for mode in MODES}
-    for round_number in range(rounds + 1):
-        for mode, step in steps.items():
-            started = time.perf_counter()
-            for _ in range(REFRESH_EVERY):
-                step()
-            if round_number:  # the first round warms up
-                times[mode].append(1e3 * (time.perf_counter() - started) / REFRESH_EVERY)
-    return {mode: statistics.median(values) for mode, values in times.items()}
+class Variant:
+    """Training of a fresh GPT, step by step."""
+
+    def __init__(
+        self, preset: Preset, width: int, optimizer: str, dopr: dict[str, Any] | None, kernel: str
+    ) -> None:
+        torch.manual_seed(0)
+        self.refresh_every, before = preset.refresh_every, allocated()
+        shape = {"n_layer": preset.n_layer, "block_size": preset.block_size, "n_embd": width}
+        shape |= {"n_head": width // preset.head_width, "vocab_size": preset.vocab_size}
+        self.model = GPT(GPTConfig(bias=False, **shape)).to(DEVICE)
+        numbers = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "momentum": 0.95}
+        numbers |= {"optimizer": optimizer, "kernel": kernel}
+        self.optimizers = build_optimizers(self.model, lr=1e-3, **numbers)
+        if dopr is not None:
+            preconditioner = ActivationPreconditioner(self.model, kernel=kernel, **dopr)
+            preconditioner.attach(*self.optimizers)
+        self.forward = torch.compile(self.model) if preset.compile_in_bf16 else self.model
+        self.autocast = torch.autocast(DEVICE.type, torch.bfloat16, preset.compile_in_bf16)
+        rows = preset.accumulation, preset.micro_batch_size
+        tokens = torch.randint(preset.vocab_size, (*rows, preset.block_size + 1), device=DEVICE)
+        self.x, self.y = tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous()
+        self.round()  # compiles, and makes the optimizers' state
+        self.held = allocated() - before  # bytes between two steps
+
+    def round(self) -> None:
+        """The steps from one refresh of the fast mode to the next."""
+        for _ in range(self.refresh_every):
+            for x, y in zip(self.x, self.y, strict=True):
+                with self.autocast:
+                    _, loss = self.forward(x, y)
+                (loss / len(self.x)).backward()
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self.model.zero_grad()
+
+    def measured_round(self) -> tuple[float, int]:
+        """Milliseconds of a step, and the most bytes that this variant held; 0 on a CPU."""
+        others = allocated() - self.held
+        if DEVICE.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        ms = milliseconds(self.round, DEVICE) / self.refresh_every
+        most = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0
+        return ms, max(0, most - others)
+
+
+def allocated() -> int:
+    return torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
+
+
+def measure(
+    preset: Preset, width: int, optimizer: str, *, inverse: str, kernel: str, rounds: int
+) -> dict[str, Any]:
+    """One row of the result: step times of every mode, and their memory in MiB."""
+    variants = {
+        mode: Variant(preset, width, optimizer, dopr, kernel)
+        for mode, dopr in modes(preset, width, inverse).items()
+    }
+    times: dict[str, list[float]] = {mode: [] for mode in variants}
+    most = dict.fromkeys(variants, 0)
+    for _ in range(rounds):
+        for mode, variant in variants.items():
+            ms, held = variant.measured_round()
+            times[mode].append(ms)
+            most[mode] = max(most[mode], held)
+    result = compared(times)
+    return {
+        **{"width": width, "optimizer": optimizer, "inverse": inverse, "kernel": kernel},
+        **{"tokens": variants["base"].x.numel(), "rounds": rounds},
+        **{"step_ms": result["ms"], "ratio": result["ratio"]},
+        "MiB": {mode: held / 2**20 for mode, held in most.items()},
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--widths", type=int, nargs="+", help="instead of the preset's")
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=["adamw", "muon"])
+    parser.add_argument("--inverse", choices=INVERSES, default="cholesky")
+    parser.add_argument("--kernel", choices=KERNELS, default="auto")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--out", type=Path, help="write the result as JSON here")
     arguments = parser.parse_args()
-    rows = []
-    for width in arguments.widths:
-        for optimizer in ("adamw", "muon"):
-            ms = measure(width, optimizer, arguments.rounds)
-            ratios = {mode: round(ms[mode] / ms["base"], 4) for mode in ("exact", "fast")}
-            rows.append({"width": width, "optimizer": optimizer, "step_ms": ms, "ratio": ratios})
-            print(f"width {width:4} {optimizer:6} base {ms['base']:7.1f} ms ", ratios, flush=True)
-    result = {"machine": platform.machine(), "threads": torch.get_num_threads()}
-    result |= {"torch": torch.__version__, "tokens": BATCH_SIZE * BLOCK_SIZE, "rows": rows}
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    preset = PRESETS[arguments.preset]
+    if preset.compile_in_bf16 and DEVICE.type != "cuda":
+        parser.error(f"--preset {arguments.preset} needs a CUDA GPU; use cpu")
+    environment, rows = facts(DEVICE), []
+    for width in arguments.widths or preset.widths:
+        for optimizer in arguments.optimizers:
+            choices = {"inverse": arguments.inverse, "kernel": arguments.kernel}
+            rows.append(measure(preset, width, optimizer, rounds=arguments.rounds, **choices))
+            figures = zip(rows[-1]["step_ms"].items(), rows[-1]["ratio"].values(), strict=True)
+            texts = (f"{mode} {ms:.1f} ms ({ratio:.3f})" for (mode, ms), ratio in figures)
+            print(f"width {width} {optimizer}", *texts, sep="  ", flush=True)
+            write_rows(arguments.out, environment, rows)
 
 
 if __name__ == "__main__":

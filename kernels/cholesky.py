@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.choice import Kernel, choose
 from kernels.gram import mirror_
 from kernels.newton_schulz import inverse_root, newton_iterations, probe_residual, upper_bound
 
@@ -18,6 +19,8 @@ Inverse = Literal["cholesky", "newton_schulz"]
 PROBE_TOLERANCE = 0.1  # a good fp32 inverse stays below up to condition numbers of 1e4 and more
 DAMPING_FACTOR = 10.0
 MAX_ATTEMPTS = 10
+WANTED_ERROR = 1e-3  # of Newton-Schulz on a GPU; the sampling noise of Σ moves M by 1e-2 and more
+BF16X3_FLOOR = 1e-7  # times the condition number: the error that bf16x3 products leave
 
 
 class DampedInverse(NamedTuple):
@@ -49,6 +52,8 @@ def damped_inverse_root(
     p: int,
     *,
     inverse: Inverse = "cholesky",
+    kernel: Kernel = "auto",
+    condition: float | None = None,
 ) -> DampedInverse:
     """(Σ + damping I)^(-1/p) for every matrix, or an error: never a NaN, never a silent identity.
 
@@ -56,6 +61,10 @@ def damped_inverse_root(
     above `PROBE_TOLERANCE`. A failed Newton-Schulz is redone by Cholesky; a failed Cholesky is
     redone with ten times the damping (at least one rounding error of the mean eigenvalue).
     Waits for the device once, and once more an attempt.
+
+    `kernel` (kernels/choice.py) says who runs Newton-Schulz. `condition` is at least the condition
+    number of every Σ + damping I, from what the caller knows; Triton's iterations and precision
+    follow from it, torch's from the matrices. None: it is read from the device.
 
     Raises FloatingPointError if Σ is not finite or if `MAX_ATTEMPTS` fail, naming the matrix;
     ValueError for bad arguments.
@@ -66,7 +75,10 @@ def damped_inverse_root(
     damping = damping.to(sigma.dtype).expand(batch).reshape(-1).clone()  # (N,)
     least = torch.finfo(sigma.dtype).eps * flat.diagonal(dim1=-2, dim2=-1).mean(-1)  # (N,)
     failures = torch.zeros_like(damping, dtype=torch.int64)
-    X, good = _attempt(flat, damping, p, inverse)
+    if inverse == "cholesky":
+        X, good = _by_cholesky(flat, damping, p)
+    else:
+        X, good = _by_newton_schulz(flat, damping, p, kernel, condition)
     attempts = 1
     while len(todo := (~good).nonzero()[:, 0]):  # waits for the device
         if attempts == MAX_ATTEMPTS:
@@ -79,20 +91,34 @@ def damped_inverse_root(
         if inverse == "cholesky":
             damping[todo] = torch.maximum(DAMPING_FACTOR * damping[todo], least[todo])
         inverse = "cholesky"
-        X[todo], good[todo] = _attempt(flat[todo], damping[todo], p, inverse)
+        X[todo], good[todo] = _by_cholesky(flat[todo], damping[todo], p)
         attempts += 1
     return DampedInverse(X.view_as(sigma), damping.view(batch), failures.view(batch))
 
 
-def _attempt(sigma: Tensor, damping: Tensor, p: int, inverse: Inverse) -> tuple[Tensor, Tensor]:
+def _by_cholesky(sigma: Tensor, damping: Tensor, p: int) -> tuple[Tensor, Tensor]:
     """One inverse of each Σ + damping I, (n, d, d), and whether it is one, (n,)."""
-    if inverse == "cholesky":  # the sum is not rounded to fp32: at small damping that would show
-        X, _ = _symmetric(*_root(_damped(sigma, damping, torch.float64), p), sigma.dtype)
-        A = _damped(sigma, damping, sigma.dtype)
+    # the sum is not rounded to fp32: at small damping that would show
+    X, _ = _symmetric(*_root(_damped(sigma, damping, torch.float64), p), sigma.dtype)
+    return X, _is_good(_damped(sigma, damping, sigma.dtype), X, p)
+
+
+def _by_newton_schulz(
+    sigma: Tensor, damping: Tensor, p: int, kernel: Kernel, condition: float | None
+) -> tuple[Tensor, Tensor]:
+    """As `_by_cholesky`, by Newton-Schulz."""
+    A = _damped(sigma, damping, sigma.dtype)
+    row_bytes = A.shape[-1] * A.element_size()
+    if choose(kernel, "inverse root", A, row_bytes=[row_bytes]) == "torch":
+        iterations = newton_iterations(_measured_condition(A, damping), p)
+        X = inverse_root(A, p, lower_bound=damping, iterations=iterations)
     else:
-        A = _damped(sigma, damping, sigma.dtype)
-        X = _newton_schulz(A, damping, p)
-    return X, probe_residual(A, X, p) <= PROBE_TOLERANCE  # false where X is NaN
+        X = _triton_inverse_root(A, damping, p, condition)
+    return X, _is_good(A, X, p)
+
+
+def _is_good(A: Tensor, X: Tensor, p: int) -> Tensor:
+    return probe_residual(A, X, p) <= PROBE_TOLERANCE  # false where X is NaN
 
 
 def _damped(sigma: Tensor, damping: Tensor, dtype: torch.dtype) -> Tensor:
@@ -102,12 +128,27 @@ def _damped(sigma: Tensor, damping: Tensor, dtype: torch.dtype) -> Tensor:
     return A
 
 
-def _newton_schulz(A: Tensor, damping: Tensor, p: int) -> Tensor:
-    """A^(-1/p) in the iterations that the worst matrix needs; past 1/eps none would suffice."""
+def _measured_condition(A: Tensor, damping: Tensor) -> float:
+    """A bound for the worst matrix of A; past 1/eps no number of iterations would suffice."""
     limit = 1 / torch.finfo(A.dtype).eps
-    condition = (upper_bound(A) / damping).nan_to_num(nan=limit).clamp(1, limit).amax().item()
-    iterations = newton_iterations(condition, p)
-    return inverse_root(A, p, lower_bound=damping, iterations=iterations)
+    ratio = (upper_bound(A) / damping).nan_to_num(nan=limit).clamp(1, limit)
+    return ratio.amax().item()  # waits for the device
+
+
+def _triton_inverse_root(A: Tensor, damping: Tensor, p: int, condition: float | None) -> Tensor:
+    """A^(-1/p) by as many iterations as `condition` asks for, in bf16x3 if that is exact enough."""
+    from kernels._triton_newton_schulz import inverse_root as triton_inverse_root
+
+    if condition is None:
+        condition = _measured_condition(A, damping)
+    condition = min(condition, 1 / torch.finfo(A.dtype).eps)
+    return triton_inverse_root(
+        A,
+        p,
+        lower_bound=damping,
+        iterations=newton_iterations(condition, p),
+        precision="bf16x3" if condition * BF16X3_FLOOR <= WANTED_ERROR else "ieee",
+    )
 
 
 def _root(A: Tensor, p: int) -> tuple[Tensor, Tensor]:  # X (..., d, d), is_positive (...)

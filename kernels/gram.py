@@ -1,12 +1,17 @@
 """Second-moment sums of a layer's inputs, S = Σ z zᵀ: block-diagonal, over a sample of the tokens.
 
-This is the torch reference, and the specification of any faster implementation.
+`gram_` is the torch reference, and the specification of the Triton kernel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from kernels.choice import choose
 
 
 def gram_(
@@ -47,6 +52,7 @@ def accumulate_gram(
     offset: Tensor,  # () int64, updated in place
     is_paused: Tensor,  # () bool, on the CPU, where reading it waits for nothing
     stride: int,
+    choice: str = "auto",  # a `Kernel`; inductor has an argument of its own of the name `kernel`
 ) -> None:
     """S += Σ z zᵀ, count += n, offset += sequences; nothing while `is_paused`. See `gram_`.
 
@@ -55,13 +61,32 @@ def accumulate_gram(
     """
     if is_paused:
         return
-    count += gram_(S, z, beta=1.0, alpha=1.0, stride=stride, offset=offset)
+    count += _gram_of(choice, S, z)(S, z, beta=1.0, alpha=1.0, stride=stride, offset=offset)
     offset += z.shape[:-2].numel()
 
 
 @accumulate_gram.register_fake
-def _(S: Tensor, count: Tensor, z: Tensor, offset: Tensor, is_paused: Tensor, stride: int) -> None:
+def _(
+    S: Tensor,
+    count: Tensor,
+    z: Tensor,
+    offset: Tensor,
+    is_paused: Tensor,
+    stride: int,
+    choice: str = "auto",
+) -> None:
     return None
+
+
+def _gram_of(kernel: Any, S: Tensor, z: Tensor) -> Callable[..., int]:
+    """The `gram_` that `kernel` means for these tensors."""
+    row = z.stride(-2) if z.stride(-1) == 1 else z.shape[-1]
+    row_bytes = [n * z.element_size() for n in (row, S.shape[-1])]  # of z, and of a slice of it
+    if choose(kernel, "gram", z, S, row_bytes=row_bytes) == "torch":
+        return gram_
+    from kernels._triton_gram import gram_ as triton_gram_
+
+    return triton_gram_
 
 
 def mirror_(Y: Tensor) -> Tensor:  # (..., d, d), updated in place

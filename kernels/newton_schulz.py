@@ -1,6 +1,6 @@
 """Matrix functions by Newton-Schulz iteration: polar factors of gradients, inverse roots of Σ.
 
-This is the torch reference, and the specification of any faster implementation.
+This is the torch reference, and the specification of the Triton kernels.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ def orthogonalize(
     Raises ValueError for bad arguments. Sources: "quintic" is Jordan et al., Muon (2024);
     "polar_express" is Amsel et al., arXiv 2505.16932, Algorithm 1.
     """
-    _check_orthogonalize(G, steps, coefficients)
+    check_orthogonalize(G, steps, coefficients)
     is_tall = G.shape[-2] > G.shape[-1]
-    X = _normalized(G.mT if is_tall else G, coefficients).to(dtype)
+    X = normalized(G.mT if is_tall else G, coefficients).to(dtype)
     batch = X.reshape(-1, *X.shape[-2:])  # (B, m, n), m <= n
-    for a, b, c in _steps(coefficients, steps):
+    for a, b, c in polynomials(coefficients, steps):
         A = batch @ batch.mT  # (B, m, m)
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
         batch = torch.baddbmm(batch, B, batch, beta=a)
@@ -67,7 +67,7 @@ def orthogonalize(
     return X.mT if is_tall else X
 
 
-def _check_orthogonalize(G: Tensor, steps: int, coefficients: str) -> None:
+def check_orthogonalize(G: Tensor, steps: int, coefficients: str) -> None:
     if G.ndim < 2 or not G.is_floating_point():
         raise ValueError(
             f"orthogonalize: G is {tuple(G.shape)} {G.dtype}; wants a floating (..., m, n)"
@@ -80,7 +80,7 @@ def _check_orthogonalize(G: Tensor, steps: int, coefficients: str) -> None:
         )
 
 
-def _normalized(G: Tensor, coefficients: Coefficients) -> Tensor:
+def normalized(G: Tensor, coefficients: Coefficients) -> Tensor:
     """G / ‖G‖_F in fp32 or better, for any scale of G: the largest entry is divided out first."""
     G = G.to(torch.promote_types(G.dtype, torch.float32))
     largest = G.abs().amax(dim=(-2, -1), keepdim=True)
@@ -90,7 +90,7 @@ def _normalized(G: Tensor, coefficients: Coefficients) -> Tensor:
     return G / torch.where(norm > 0, norm * margin, 1)
 
 
-def _steps(coefficients: Coefficients, steps: int) -> Iterator[tuple[float, float, float]]:
+def polynomials(coefficients: Coefficients, steps: int) -> Iterator[tuple[float, float, float]]:
     rows = COEFFICIENTS[coefficients]
     return islice(chain(rows, repeat(rows[-1])), steps)
 
@@ -122,7 +122,7 @@ def inverse_root(
     M, X, low = A / upper, eye * upper ** (-1 / p), lower / upper
     with full_precision(A.device.type):
         for _ in range(iterations):
-            a, c, low = _scaled_step(low, p)
+            a, c, low = scaled_step(low, p)
             T = a * (eye - c * M)
             X = mirror_(X @ T)
             M = mirror_(_times_power(M, T, p))
@@ -139,7 +139,7 @@ def newton_iterations(condition: float, p: int, *, tolerance: float = 1e-4) -> i
         raise ValueError(f"newton_iterations: condition={condition}; wants a finite number >= 1")
     low, steps = 1 / condition, 0
     while (1 - low) / (2 * p) > tolerance:
-        low, steps = _scaled_step(low, p)[2], steps + 1
+        low, steps = scaled_step(low, p)[2], steps + 1
     return steps
 
 
@@ -188,7 +188,7 @@ def _check_inverse_root(A: Tensor, p: int, iterations: int) -> None:
         raise ValueError(f"inverse_root: iterations={iterations}; wants 0 or more")
 
 
-def _scaled_step(low, p: int):
+def scaled_step(low, p: int):
     """(a, c) of T = a (I - c M) for a spectrum of M in [low, 1], and the next low.
 
     f(x) = x (1 - c x)ᵖ peaks at x = 1 / (c (p + 1)); c makes f(low) = f(1), a makes the peak 1.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from kernels.choice import Kernel
 from kernels.newton_schulz import Coefficients
 from optim.muon import IterationDtype, MatrixOptimizer, momentum_direction, orthogonalize_all
 
@@ -25,6 +26,7 @@ def adamuon_update(
     ns_steps: int,
     coefficients: Coefficients,
     ns_dtype: IterationDtype,
+    kernel: Kernel = "auto",
 ) -> list[Tensor]:  # like grads; each block has RMS 0.2
     """AdaMuon's update of many matrices; both lists of buffers are advanced.
 
@@ -43,7 +45,12 @@ def adamuon_update(
         for grad, buffer in zip(grads, momentum_buffers, strict=True)
     ]
     updates = orthogonalize_all(
-        signs, blocks=blocks, steps=ns_steps, coefficients=coefficients, ns_dtype=ns_dtype
+        signs,
+        blocks=blocks,
+        steps=ns_steps,
+        coefficients=coefficients,
+        ns_dtype=ns_dtype,
+        kernel=kernel,
     )
     for update, second_moment in zip(updates, second_moments, strict=True):
         second_moment.lerp_(update.square(), 1 - momentum)
@@ -68,6 +75,7 @@ class AdaMuon(MatrixOptimizer):
         eps: added to the square root of the second moment, positive.
         ns_steps, coefficients, ns_dtype: of `kernels.newton_schulz.orthogonalize`. The paper's
             iteration is "quintic" in bfloat16.
+        kernel: auto, torch or triton, for the orthogonalisation; see `kernels.choice.choose`.
     Raises:
         ValueError: as `optim.muon.Muon`.
     """
@@ -86,12 +94,12 @@ class AdaMuon(MatrixOptimizer):
         ns_steps: int = 5,
         coefficients: Coefficients = "polar_express",
         ns_dtype: IterationDtype = "bfloat16",
+        kernel: Kernel = "auto",
     ) -> None:
         settings = {"momentum": momentum, "nesterov": nesterov, "eps": eps, "blocks": 1}
         newton_schulz = {"ns_steps": ns_steps, "coefficients": coefficients, "ns_dtype": ns_dtype}
-        super().__init__(
-            params, {"lr": lr, "weight_decay": weight_decay, **settings, **newton_schulz}
-        )
+        defaults = {"lr": lr, "weight_decay": weight_decay, **settings, **newton_schulz}
+        super().__init__(params, defaults, kernel)
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
@@ -110,4 +118,5 @@ class AdaMuon(MatrixOptimizer):
             ns_steps=group["ns_steps"],
             coefficients=group["coefficients"],
             ns_dtype=group["ns_dtype"],
+            kernel=self.kernel,
         )

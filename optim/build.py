@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels.choice import Kernel
 from kernels.newton_schulz import Coefficients
 from optim.adamuon import AdaMuon
 from optim.groups import Role, Row, assign_roles, check_complete
@@ -38,6 +39,7 @@ def build_optimizers(
     coefficients: Coefficients = "polar_express",
     ns_steps: int = 5,
     ns_dtype: IterationDtype = "bfloat16",
+    kernel: Kernel = "auto",
 ) -> list[torch.optim.Optimizer]:
     """The optimizers that together hold every trainable parameter of `model` exactly once.
 
@@ -58,15 +60,16 @@ def build_optimizers(
         eps: of AdamW and adamuon.
         momentum: of sgd, signum, muon, adamuon.
         nesterov: of muon and adamuon.
-        muon_scale: of muon; `coefficients`, `ns_steps`, `ns_dtype` of muon and adamuon; see there.
+        muon_scale: of muon.
+        coefficients, ns_steps, ns_dtype, kernel: of muon and adamuon; see there.
     Raises:
         ValueError: an unknown name, a number outside its range, an `aux_lr` that nothing would use,
-            a parameter without a role.
+            a parameter without a role, a kernel that cannot run.
     """
     _check_name(optimizer, aux_lr)
     adam: dict[str, Any] = {"betas": (beta1, beta2), "eps": eps, "fused": True}
     matrix: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
-    matrix |= {"coefficients": coefficients, "ns_dtype": ns_dtype}
+    matrix |= {"coefficients": coefficients, "ns_dtype": ns_dtype, "kernel": kernel}
     make: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
         "adamw": lambda groups: torch.optim.AdamW(groups, **adam),
         "sgd": lambda groups: torch.optim.SGD(groups, momentum=momentum, fused=True),

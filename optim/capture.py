@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from kernels.choice import Kernel
 from kernels.gram import accumulate_gram
 
 
@@ -30,10 +31,16 @@ class Capture:
             of token ids, every one is.
         is_paused: () bool on the CPU, shared by all captures of a preconditioner. A tensor, which
             the backward reads when it runs; `is_collecting` is fixed when a forward is compiled.
+        kernel: who adds up, see kernels/choice.py; token ids are always counted by torch.
     """
 
     def __init__(
-        self, shape: tuple[int, ...], weight: Tensor, stride: int, is_paused: Tensor
+        self,
+        shape: tuple[int, ...],
+        weight: Tensor,
+        stride: int,
+        is_paused: Tensor,
+        kernel: Kernel,
     ) -> None:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.gram = torch.zeros(shape, dtype=dtype, device=weight.device)  # Σ z zᵀ
@@ -41,6 +48,7 @@ class Capture:
         self.offset = torch.zeros((), dtype=torch.int64, device=weight.device)
         self.stride = stride
         self.is_paused = is_paused
+        self.kernel = kernel
         self.is_collecting = True  # whether this step is one of those that add to Σ
 
     def clear(self) -> None:
@@ -197,7 +205,7 @@ def _accumulate(capture: Capture, z: Tensor) -> None:
         accumulate_frequencies(S, count, z, is_paused)
         return
     z = z if z.dim() > 1 else z[None]
-    accumulate_gram(S, count, z, capture.offset, is_paused, capture.stride)
+    accumulate_gram(S, count, z, capture.offset, is_paused, capture.stride, capture.kernel)
 
 
 @torch.library.custom_op("dopr::accumulate_frequencies", mutates_args=("S", "count"))

@@ -6,6 +6,8 @@ the covariance of one-hot inputs is a diagonal (d_in,).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,14 @@ def mean_eigenvalue(sigma: Tensor) -> Tensor:  # (..., blocks, b, b) -> (...); (
     if sigma.dim() == 1:
         return sigma.mean()
     return sigma.diagonal(dim1=-2, dim2=-1).mean(dim=(-2, -1))
+
+
+def condition_bound(d: int, gamma: float) -> float:
+    """d (1 + 1/γ), at least ‖A‖_F / γ̄ and so the condition number of every block A of Σ + γ̄ I.
+
+    For ‖A‖_F <= tr(A), and over all blocks, of d features together, tr(Σ) = d γ̄/γ.
+    """
+    return d * (1 + 1 / gamma) if gamma else math.inf
 
 
 def diagonal_inverse_root(sigma: Tensor, damping: Tensor, p: int) -> Tensor:

@@ -17,10 +17,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from kernels.choice import Kernel, check_kernel
 from kernels.cholesky import Inverse
+from optim.apply import preconditioned
 from optim.binding import call_before_steps, check_optimizers, parameters
 from optim.capture import install, remove
-from optim.covariance import norm_ratio, precondition
+from optim.covariance import norm_ratio
 from optim.coverage import find_layers
 from optim.refresh import preconditioners, refresh
 from optim.report import rows_of_the_rest, summary
@@ -61,11 +63,12 @@ class ActivationPreconditioner:
         block_diagonal: widest block of Σ; wider inputs are cut into equal blocks. None: no blocks.
         embeddings: also divide the rows of embeddings by (token frequency + γ̄). A table that is
             used functionally, too (F.linear(h, wte.weight)), is not detected: exclude it.
+        kernel: auto, torch or triton, for Σ, Newton-Schulz and G P; see kernels/choice.py.
         include, exclude: names of modules, with `*` and `?`, to cover or to leave alone. A weight
             that is frozen now is never covered: make a new preconditioner when it is to train.
     Raises:
         TypeError: the model is not an nn.Module.
-        ValueError: a setting outside its range (all such problems at once), or nothing to cover.
+        ValueError: settings outside their range (all at once), nothing to cover, no such kernel.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class ActivationPreconditioner:
         trace_normalized: bool = True,
         block_diagonal: int | None = None,
         embeddings: bool = False,
+        kernel: Kernel = "auto",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
     ) -> None:
@@ -96,10 +100,12 @@ class ActivationPreconditioner:
             trace_normalized=trace_normalized,
             block_diagonal=block_diagonal,
             embeddings=embeddings,
+            kernel=kernel,
         )
         covered, self._not_covered = find_layers(
             model, include=include, exclude=exclude, embeddings=embeddings
         )
+        check_kernel(kernel, [each.weight for each in covered])
         self._shapes = {
             name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)
         }
@@ -230,15 +236,12 @@ class ActivationPreconditioner:
         ]
         refreshed = refresh([layer for layer in layers if layer.is_due], self.settings)
         written = []
+        for layer, grad, G, M in preconditioned(layers, self.settings.kernel):
+            if layer in refreshed:
+                layer.norm_ratio = norm_ratio(M, G)
+            layer.covered.write(M, grad)
+            written.append((grad, layer.capture.count))
         for layer in layers:
-            grad = layer.covered.weight.grad
-            if grad is not None and layer.n_refreshes:
-                G = layer.covered.as_matrix(grad)  # (d_out, d_in)
-                M = precondition(G, layer.P)
-                if layer in refreshed:
-                    layer.norm_ratio = norm_ratio(M, G)
-                layer.covered.write(M, grad)
-                written.append((grad, layer.capture.count))
             layer.step += 1
             layer.schedule_next()
         self._written.add(written)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from kernels.choice import Kernel, check_kernel, choose
 from kernels.newton_schulz import Coefficients, orthogonalize
 from optim.base import DecoupledOptimizer, named_params
 
@@ -36,6 +37,7 @@ def muon_update(
     ns_steps: int,
     coefficients: Coefficients,
     ns_dtype: IterationDtype,
+    kernel: Kernel = "auto",
 ) -> list[Tensor]:  # like grads
     """scale(d_out/blocks, d_in) · orthogonalised momentum, for many matrices; buffers are advanced.
 
@@ -46,7 +48,12 @@ def muon_update(
         for grad, buffer in zip(grads, momentum_buffers, strict=True)
     ]
     matrices = orthogonalize_all(
-        directions, blocks=blocks, steps=ns_steps, coefficients=coefficients, ns_dtype=ns_dtype
+        directions,
+        blocks=blocks,
+        steps=ns_steps,
+        coefficients=coefficients,
+        ns_dtype=ns_dtype,
+        kernel=kernel,
     )
     return [M.mul_(SCALES[scale](M.shape[0] // blocks, M.shape[1])) for M in matrices]
 
@@ -70,6 +77,7 @@ def orthogonalize_all(
     steps: int,
     coefficients: Coefficients,
     ns_dtype: IterationDtype,
+    kernel: Kernel = "auto",
 ) -> list[Tensor]:  # new tensors, like matrices
     """Each of the `blocks` equal row blocks of each matrix, orthogonalised on its own.
 
@@ -82,22 +90,42 @@ def orthogonalize_all(
     for (shape, _, _), indices in alike.items():
         d_out, d_in = shape
         batch = torch.stack([matrices[i] for i in indices])  # (n, d_out, d_in)
-        batch = orthogonalize(
-            batch.view(-1, d_out // blocks, d_in),  # (n·blocks, d_out/blocks, d_in)
-            steps=steps,
-            coefficients=coefficients,
-            dtype=ITERATION_DTYPES[ns_dtype],
-        )
+        batch = batch.view(-1, d_out // blocks, d_in)  # (n·blocks, d_out/blocks, d_in)
+        dtype = ITERATION_DTYPES[ns_dtype]
+        implementation = _orthogonalize_of(kernel, batch, dtype)
+        batch = implementation(batch, steps=steps, coefficients=coefficients, dtype=dtype)
         for i, matrix in zip(indices, batch.reshape(-1, d_out, d_in), strict=True):
             result[i] = matrix
     return result
 
 
+def _orthogonalize_of(kernel: Kernel, G: Tensor, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The implementation of `orthogonalize` that `kernel` means for G (..., m, n)."""
+    row_bytes = [size * dtype.itemsize for size in G.shape[-2:]]  # of X, and of X Xᵀ
+    if choose(kernel, "orthogonalize", G, row_bytes=row_bytes) == "torch":
+        return orthogonalize
+    from kernels._triton_newton_schulz import orthogonalize as triton_orthogonalize
+
+    return triton_orthogonalize
+
+
 class MatrixOptimizer(DecoupledOptimizer):
-    """A DecoupledOptimizer for matrices, with the settings of the orthogonalisation."""
+    """A DecoupledOptimizer for matrices, with the settings of the orthogonalisation.
+
+    `kernel` says who orthogonalises here (kernels/choice.py). It is of the machine, not of the
+    training: no param group and no `state_dict` holds it.
+    """
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], kernel: Kernel) -> None:
+        self.kernel: Kernel = kernel  # `check_group` needs it
+        super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"kernel": self.kernel}
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
+        check_kernel(self.kernel, group["params"])
         kind, blocks = type(self).__name__, group["blocks"]
         for key in ("blocks", "ns_steps"):
             if not (isinstance(group[key], int) and group[key] >= 1):
@@ -135,9 +163,10 @@ class Muon(MatrixOptimizer):
             "spectral" √(d_out/d_in), for an lr that does not depend on width;
             "original" √max(1, d_out/d_in).
         ns_steps, coefficients, ns_dtype: of `kernels.newton_schulz.orthogonalize`.
+        kernel: auto, torch or triton, for the orthogonalisation; see `kernels.choice.choose`.
     Raises:
         ValueError: a number or name outside its range, a parameter that is not 2-D or not divisible
-            into its blocks, a complex parameter, a sparse gradient.
+            into its blocks, a complex parameter, a sparse gradient, a kernel that cannot run.
 
     With scale="original" and coefficients="quintic" this is torch.optim.Muon, up to rounding.
     """
@@ -156,12 +185,12 @@ class Muon(MatrixOptimizer):
         ns_steps: int = 5,
         coefficients: Coefficients = "polar_express",
         ns_dtype: IterationDtype = "bfloat16",
+        kernel: Kernel = "auto",
     ) -> None:
         settings = {"momentum": momentum, "nesterov": nesterov, "scale": scale, "blocks": 1}
         newton_schulz = {"ns_steps": ns_steps, "coefficients": coefficients, "ns_dtype": ns_dtype}
-        super().__init__(
-            params, {"lr": lr, "weight_decay": weight_decay, **settings, **newton_schulz}
-        )
+        defaults = {"lr": lr, "weight_decay": weight_decay, **settings, **newton_schulz}
+        super().__init__(params, defaults, kernel)
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
@@ -178,4 +207,5 @@ class Muon(MatrixOptimizer):
             ns_steps=group["ns_steps"],
             coefficients=group["coefficients"],
             ns_dtype=group["ns_dtype"],
+            kernel=self.kernel,
         )

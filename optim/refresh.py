@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from kernels.cholesky import damped_inverse_root
-from optim.covariance import diagonal_inverse_root, mean_eigenvalue
+from optim.covariance import condition_bound, diagonal_inverse_root, mean_eigenvalue
 from optim.statistics import Layer, Preconditioner, Settings
 
-CHUNK_BYTES = 256 * 2**20  # of Σ inverted together; an inverse takes about 5 times as much for it
+# Of Σ inverted together, for which about 5 times as much is needed, or of gradients in one launch.
+CHUNK_BYTES = 256 * 2**20
 
 
 def refresh(layers: list[Layer], settings: Settings) -> list[Layer]:
@@ -50,7 +51,7 @@ def preconditioners(
     Raises FloatingPointError if a Σ is not finite or has no inverse at any damping.
     """
     made = []
-    for chunk in _chunks(layers):
+    for chunk in chunks(layers, lambda layer: (layer.sigma,)):
         sigma = torch.stack([sigma_of(layer) for layer in chunk])  # (N, blocks, b, b) or (N, d)
         try:
             made += zip(chunk, _invert(sigma, settings), strict=True)
@@ -69,28 +70,37 @@ def _name_culprit(layers: list[Layer], sigma: Tensor, settings: Settings) -> Non
             raise FloatingPointError(f"{layer.label}: {error}") from error
 
 
-def _chunks(layers: list[Layer]) -> Iterator[list[Layer]]:
-    """Layers whose Σ are alike, `CHUNK_BYTES` of them or a single one at a time."""
+def chunks(
+    layers: list[Layer], tensors_of: Callable[[Layer], tuple[Tensor, ...]]
+) -> Iterator[list[Layer]]:
+    """Layers whose tensors are alike, `CHUNK_BYTES` of the first or a single layer at a time."""
     alike: dict[Any, list[Layer]] = defaultdict(list)
     for layer in layers:
-        alike[layer.sigma.shape, layer.sigma.dtype, layer.sigma.device].append(layer)
+        kind = tuple((each.shape, each.dtype, each.device) for each in tensors_of(layer))
+        alike[kind].append(layer)
     for group in alike.values():
-        size = max(1, CHUNK_BYTES // group[0].sigma.nbytes)
+        size = max(1, CHUNK_BYTES // tensors_of(group[0])[0].nbytes)
         for first in range(0, len(group), size):
             yield group[first : first + size]
 
 
 def _invert(sigma: Tensor, settings: Settings) -> list[Preconditioner]:
     """P of each of N covariances, (N, blocks, b, b) or (N, d), as one batch."""
-    p = settings.exponent
+    p, gamma = settings.exponent, settings.gamma
     means = torch.stack([mean_eigenvalue(each) for each in sigma])  # (N,)
     blocks = 1 if sigma.dim() == 2 else sigma.shape[1]
-    damping = (settings.gamma * means)[:, None].expand(-1, blocks)  # (N, blocks)
-    wanted = damping
+    damping = wanted = (gamma * means)[:, None].expand(-1, blocks)  # (N, blocks)
     if sigma.dim() == 2:
         P, n_failed = diagonal_inverse_root(sigma, damping, p), [0] * len(sigma)
     else:
-        P, damping, failures = damped_inverse_root(sigma, damping, p, inverse=settings.inverse)
+        P, damping, failures = damped_inverse_root(
+            sigma,
+            damping,
+            p,
+            inverse=settings.inverse,
+            kernel=settings.kernel,
+            condition=condition_bound(blocks * sigma.shape[-1], gamma),
+        )
         n_failed = failures.sum(1).tolist()
     more = (damping > wanted).any(1).tolist() if any(n_failed) else [False] * len(sigma)
     scales = means ** (1 / p) if settings.trace_normalized else torch.ones_like(means)

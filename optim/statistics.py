@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from kernels.choice import KERNELS, Kernel
 from kernels.cholesky import Inverse
 from optim.capture import Capture
 from optim.covariance import condition_number, ema_update
@@ -37,6 +38,7 @@ class Settings:
     trace_normalized: bool
     block_diagonal: int | None
     embeddings: bool
+    kernel: Kernel
 
     def __post_init__(self) -> None:
         problems = settings_problems(vars(self))
@@ -108,6 +110,7 @@ _WANTED = {  # key: what makes a good value, in code and in words
         ("trace_normalized", "embeddings"),
         (lambda value: isinstance(value, bool), "True or False"),
     ),
+    "kernel": (lambda value: value in KERNELS, f"one of {', '.join(KERNELS)}"),
 }
 
 
@@ -134,7 +137,9 @@ class Layer:
         d = covered.d_in
         blocks = 1 if covered.is_diagonal else _n_blocks(d, settings.block_diagonal)
         shape = (d,) if covered.is_diagonal else (blocks, d // blocks, d // blocks)
-        self.capture = Capture(shape, covered.weight, settings.token_stride, is_paused)
+        self.capture = Capture(
+            shape, covered.weight, settings.token_stride, is_paused, settings.kernel
+        )
         self.sigma = torch.zeros_like(self.capture.gram)  # Σ
         self.P = torch.zeros_like(self.capture.gram)  # (Σ + γ̄ I)^(-1/p), trace-normalised
         self.damping = self.sigma.new_zeros(blocks)  # γ̄ of each block

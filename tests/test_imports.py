@@ -20,8 +20,8 @@ LOWER = {  # part of the house -> the parts that it may import
     "checkpoint": set(),
     "state": {"checkpoint", "optim"},
     "eval": {"model", "data", "checkpoint", "optim", "runlog"},
-    "train": {"settings", "configurator", "stopping", "runlog", "model", "optim", "data"}
-    | {"checkpoint", "state", "eval"},
+    "train": {"settings", "configurator", "stopping", "runlog", "kernels", "model", "optim"}
+    | {"data", "checkpoint", "state", "eval"},
 }
 
 

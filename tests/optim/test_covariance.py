@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.newton_schulz import upper_bound
 from optim.covariance import (
+    condition_bound,
     condition_number,
     diagonal_inverse_root,
     ema_update,
@@ -104,3 +106,22 @@ def test_the_norm_ratio_of_a_zero_gradient_is_zero():
     assert norm_ratio(torch.zeros(2, 2), torch.zeros(2, 2)) == 0
     ratio = norm_ratio(torch.full((2, 2), 3.0), torch.ones(2, 2, dtype=torch.bfloat16))
     assert ratio == pytest.approx(3)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.1, 1e-3])
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("n", [1, 4, 50])
+def test_no_covariance_exceeds_the_bound_on_its_condition(n, blocks, gamma):
+    z = randn(blocks, n, 6, seed=n, dtype=torch.float64)
+    z[1:] *= 1e-2  # all in one block, where the bound is tightest
+    sigma = z.mT @ z / n
+    damping = gamma * mean_eigenvalue(sigma)
+    ratio = upper_bound(sigma + damping * torch.eye(6)) / damping
+    bound = condition_bound(6 * blocks, gamma)
+    assert condition_number(sigma, damping) <= ratio.max() * (1 + 1e-9) <= bound * (1 + 1e-9)
+    if n == 1:  # one direction holds the trace
+        assert ratio.max() > 0.9 * bound - 6 * blocks
+
+
+def test_without_damping_there_is_no_bound_on_the_condition():
+    assert condition_bound(6, 0.0) == float("inf")

@@ -22,6 +22,7 @@ GOOD = {
     "trace_normalized": True,
     "block_diagonal": None,
     "embeddings": False,
+    "kernel": "torch",
 }
 BAD = {
     "gamma": [-0.1, math.inf, math.nan, "0.1", None, [0.1]],
@@ -34,6 +35,7 @@ BAD = {
     "block_diagonal": [0, 2.5, "4"],
     "trace_normalized": ["false", 1],
     "embeddings": ["no", None],
+    "kernel": ["cuda", "", None],
 }
 
 

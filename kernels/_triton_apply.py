@@ -1,0 +1,100 @@
+"""M = G P on the GPU: gradients times their preconditioners, for layers of equal shape at once.
+
+P amplifies rounding by up to its condition number, so G is never rounded to bf16. Semantics:
+`optim.covariance.precondition`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels._triton_tiles import Config, Precision, check_runs, multiply_add
+
+CONFIGS: dict[Precision, Config] = {
+    "bf16x3": Config(tile=128, depth=32, num_warps=8, num_stages=3),
+    "tf32x3": Config(tile=64, depth=32, num_warps=4, num_stages=3),
+    "ieee": Config(tile=64, depth=16, num_warps=4, num_stages=3),
+}
+
+
+def apply(
+    G: Tensor,  # (N, m, blocks·b) fp32, in any strides
+    P: Tensor,  # (N, blocks, b, b) fp32
+    *,
+    precision: Precision = "tf32x3",
+    config: Config | None = None,
+) -> Tensor:  # (N, m, blocks·b) fp32
+    """M = G P, P block-diagonal, with fp32 sums; precisions as in `multiply_add`.
+
+    Raises ValueError for another dtype or precision, shapes that do not fit, or no GPU.
+    """
+    _check(G, P, precision)
+    check_runs("apply", G)
+    config = config or CONFIGS[precision]
+    (N, m, d), (_, blocks, b, _) = G.shape, P.shape
+    P = P.contiguous()
+    M = G.new_empty((N, m, d))
+    tiles = triton.cdiv(m, config.tile) * triton.cdiv(b, config.tile)
+    with torch.cuda.device_of(G):
+        apply_kernel[(tiles, blocks, N)](
+            *(G, P, M, m, b, *G.stride()),
+            **{"TILE": config.tile, "DEPTH": config.depth, "PRECISION": precision},
+            **{"num_warps": config.num_warps, "num_stages": config.num_stages},
+        )
+    return M
+
+
+@triton.jit
+def apply_kernel(
+    G_ptr,  # (N, m, blocks·b)
+    P_ptr,  # (N, blocks, b, b)
+    M_ptr,  # (N, m, blocks·b)
+    m,
+    b,
+    G_stride,
+    G_row_stride,
+    G_column_stride,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of M; neighbouring programs share the rows of G."""
+    tile, block, n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    blocks = tl.num_programs(1)
+    across = tl.cdiv(b, TILE)
+    row = tile // across * TILE + tl.arange(0, TILE)
+    column = tile % across * TILE + tl.arange(0, TILE)
+    n, block = n.to(tl.int64), block.to(tl.int64)
+    G_ptr += n * G_stride + block * b * G_column_stride
+    rows = G_ptr + row[:, None] * G_row_stride  # (TILE, 1)
+    columns = P_ptr + (n * blocks + block) * b * b + column[None, :]  # (1, TILE)
+    is_row, is_column = (row < m)[:, None], (column < b)[None, :]
+    acc = tl.zeros((TILE, TILE), tl.float32)
+    for start in range(0, b, DEPTH):
+        k = start + tl.arange(0, DEPTH)
+        is_term = k < b
+        terms = rows + k[None, :] * G_column_stride
+        g = tl.load(terms, mask=is_row & is_term[None, :], other=0.0)
+        p = tl.load(columns + k[:, None] * b, mask=is_term[:, None] & is_column, other=0.0)
+        acc = multiply_add(g, p, acc, PRECISION)
+    target = M_ptr + n * m * (blocks * b) + block * b + row[:, None] * (blocks * b)
+    tl.store(target + column[None, :], acc, mask=is_row & is_column)
+
+
+def _check(G: Tensor, P: Tensor, precision: str) -> None:
+    if precision not in CONFIGS:
+        raise ValueError(f"apply: precision={precision!r}; use {', '.join(CONFIGS)}")
+    fits = G.ndim == 3 and P.ndim == 4 and len(P) == len(G) and P.shape[2] == P.shape[3]
+    if not fits or P.shape[1] * P.shape[2] != G.shape[2]:
+        raise ValueError(
+            f"apply: G is {tuple(G.shape)} and P is {tuple(P.shape)}; "
+            "wants G (N, m, d) and P (N, blocks, d/blocks, d/blocks)"
+        )
+    if G.dtype != torch.float32 or P.dtype != torch.float32 or P.device != G.device:
+        raise ValueError(
+            f"apply: G is {G.dtype} on {G.device} and P {P.dtype} on {P.device}; "
+            "wants fp32 on one device"
+        )

@@ -1,0 +1,83 @@
+"""What `make bench-gpu` runs, in small, without a GPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu
+from bench.gpu import STAGES, Stage
+from bench.timing import compared, interleaved
+
+pytest.importorskip("triton", reason="triton is not installed: it is for Linux only")
+
+# Relative to float64, of fp32 inputs; interpreted, bf16 is truncated: orthogonalize multiplies it
+TOLERANCE = {"gram": 1e-5, "inverse": 2e-3, "apply": 1e-4, "orthogonalize": 0.1}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """The result of every stage that has one, tiny."""
+    out = tmp_path_factory.mktemp("results")
+    command = [sys.executable, "-m", "bench.gpu", "--tiny", f"--out={out}"]
+    done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    names = [name for name, stage in STAGES.items() if stage.has_result]
+    return {name: json.loads((out / f"gpu_{name}.json").read_text()) for name in names}
+
+
+def test_a_result_says_where_it_is_from(results):
+    for result in results.values():
+        assert {"device", "torch", "triton", "git"} <= result["environment"].keys()
+        assert result["rows"]
+
+
+def test_all_contenders_do_the_same_work(results):
+    rows = results["kernels"]["rows"]
+    assert len(rows) == 7
+    for row in rows:
+        tolerance = TOLERANCE[row["case"].split()[0]]
+        assert any(name.startswith("triton") for name in row["error"])
+        assert all(error < tolerance for error in row["error"].values()), row
+        assert row["error"].keys() == row["ms"].keys() == row["ratio"].keys()
+
+
+def test_steps_are_timed_in_every_mode(results):
+    rows = [row for name, result in results.items() if "step" in name for row in result["rows"]]
+    settings = [tuple(row[key] for key in ("optimizer", "kernel", "inverse")) for row in rows]
+    assert settings == [
+        ("adamw", "auto", "newton_schulz"),
+        ("muon", "auto", "newton_schulz"),
+        ("muon", "torch", "cholesky"),
+    ]
+    assert all(list(row["step_ms"]) == ["base", "exact", "fast"] for row in rows)
+    assert all(row["ratio"]["base"] == 1 for row in rows)
+
+
+def test_a_stage_that_fails_is_said_to(monkeypatch, capfd):
+    stages = {
+        "good": Stage("this", [], [], has_result=False),
+        "bad": Stage("no_such_module", [], [], has_result=False),
+    }
+    monkeypatch.setattr(gpu, "STAGES", stages)
+    assert gpu.run("good", Path(), tiny=False)
+    assert not gpu.run("bad", Path(), tiny=False)
+    assert "== bad: FAILED with exit code 1" in capfd.readouterr().out
+
+
+def test_contenders_take_turns():
+    calls = []
+    work = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = interleaved(work, torch.device("cpu"), rounds=3, seconds=60)
+    assert calls == list("ababab")
+    assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
+
+
+def test_ratios_are_within_a_round():
+    result = compared({"a": [1.0, 2.0, 4.0], "b": [3.0, 2.0, 2.0]})
+    assert result["ms"] == {"a": 2.0, "b": 2.0}
+    assert result["ratio"] == {"a": 1.0, "b": 1.0}
+    assert result["rounds"] == 3

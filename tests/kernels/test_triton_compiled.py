@@ -1,0 +1,51 @@
+"""The Triton kernels as the compiler makes them, for GPUs that need not be here."""
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton is not installed: it is for Linux only")
+if triton.knobs.runtime.interpret:
+    pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
+
+from bench.kernel_report import SHARED_LIMIT, SHARED_RESERVED, usage, variants  # noqa: E402
+
+VARIANTS = {variant.name: variant for variant in variants()}
+TENSOR_CORES = [name for name in VARIANTS if "ieee" not in name and "reduce" not in name]
+SOME = ["gram bf16", "gram_reduce 128", "symmetric bf16x3 + C", "apply tf32x3"]
+
+
+def check(use, arch):
+    assert use.spilled == 0
+    assert use.registers <= 255
+    assert use.shared + SHARED_RESERVED[arch] <= SHARED_LIMIT[arch]
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_shipped_configuration_fits_and_does_not_spill(name, arch):
+    use = usage(VARIANTS[name], arch)
+    check(use, arch)
+    if name in TENSOR_CORES:
+        assert use.hgmma if arch == 90 else use.hmma
+    if "reduce" not in name:
+        assert use.ldgsts  # loads are pipelined
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_sizes_that_are_multiples_of_nothing_compile_without_spills(name):
+    variant = VARIANTS[name]
+    types = {k: t.split(":")[0] if t.startswith("i") else t for k, t in variant.types.items()}
+    check(usage(variant._replace(types=types), 90), 90)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_sizes_of_one_which_are_constants_compile(name):
+    variant = VARIANTS[name]
+    ones = dict.fromkeys((k for k, t in variant.types.items() if t.startswith("i")), 1)
+    types = {k: t for k, t in variant.types.items() if k not in ones}
+    check(usage(variant._replace(types=types, constants=variant.constants | ones), 90), 90)
+
+
+def test_a_configuration_that_spills_is_seen():
+    deep = VARIANTS["symmetric bf16x3 + C"]
+    deep = deep._replace(constants=deep.constants | {"DEPTH": 64})
+    assert usage(deep, 80).spilled > 0

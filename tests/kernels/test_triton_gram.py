@@ -1,0 +1,129 @@
+"""kernels/_triton_gram.py against kernels/gram.py, on a GPU or in Triton's interpreter."""
+
+import pytest
+import torch
+
+from kernels import gram
+from tests.kernels.memory import guarded, is_intact
+from tests.kernels.triton_device import DEVICE, SMALL, randn, triton_gram
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def both(z, blocks=1, *, config=SMALL, **arguments):
+    """S and the count of the Triton kernel and of the reference, from the same random S."""
+    b = z.shape[-1] // blocks
+    S = gram.mirror_(randn(blocks, b, b, seed=1))
+    wanted = S.clone()
+    S += torch.full_like(S, torch.nan).triu(1)  # the upper triangle is not read
+    got_n = triton_gram.gram_(S, z, config=config, **arguments)
+    wanted_n = gram.gram_(wanted, z, **arguments)
+    return S, wanted, got_n, wanted_n
+
+
+@pytest.mark.parametrize("config", [SMALL, None])
+@pytest.mark.parametrize(
+    ("B", "T", "b", "blocks", "stride", "offset", "dtype"),
+    [
+        (1, 7, 5, 1, 1, 0, torch.float32),
+        (3, 13, 40, 2, 4, 5, torch.bfloat16),
+        (2, 33, 17, 3, 2, 1000003, torch.float16),
+        (4, 9, 33, 1, 11, -3, torch.bfloat16),
+        (5, 1, 1, 4, 1, 2, torch.float32),
+        (2, 16, 64, 1, 4, 0, torch.bfloat16),
+        (1, 50, 80, 1, 3, 7, torch.float32),
+    ],
+)
+def test_it_equals_the_reference_on_ragged_shapes(B, T, b, blocks, stride, offset, dtype, config):
+    z = randn(B, T, b * blocks, dtype=dtype)
+    sampling = {"stride": stride, "offset": offset}
+    S, wanted, got_n, wanted_n = both(z, blocks, config=config, beta=0.9, alpha=0.1, **sampling)
+    assert got_n == wanted_n
+    torch.testing.assert_close(S, wanted, atol=2e-6, rtol=1e-5)  # sums of at most 66 terms
+    assert torch.equal(S, S.mT)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 6, 12, 10**12 + 5, -4])
+def test_the_sampled_positions_are_those_of_the_reference(offset):
+    z = torch.eye(4 * 13, device=DEVICE).reshape(4, 13, 52)  # its gram is a histogram
+    S, wanted, _, _ = both(z, stride=4, offset=torch.tensor(offset, device=DEVICE), beta=0.0)
+    assert torch.equal(S, wanted)
+
+
+def test_it_is_beta_s_plus_alpha_times_the_sum_with_coefficients_on_the_device():
+    z, numbers = randn(30, 24), {"beta": 0.75, "alpha": 0.5}
+    tensors = {name: torch.tensor(value, device=DEVICE) for name, value in numbers.items()}
+    S, wanted, _, _ = both(z, 2, **tensors)
+    torch.testing.assert_close(S, wanted, atol=2e-6, rtol=1e-5)
+    assert torch.equal(S, both(z, 2, **numbers)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_many_splits_give_the_same_sum_and_the_same_bits_every_time(dtype, monkeypatch):
+    monkeypatch.setattr(triton_gram, "SPLIT_ROWS", 16)
+    z = randn(3, 37, 40, dtype=dtype)
+    assert triton_gram.split_rows(111, 6, 16) == 32
+    S, wanted, _, _ = both(z, 2)
+    torch.testing.assert_close(S, wanted, atol=1e-5, rtol=1e-5)
+    assert torch.equal(S, S.mT)
+    assert torch.equal(S, both(z, 2)[0])
+
+
+def test_integer_valued_inputs_give_the_exact_sum():
+    z = (8 * randn(2, 50, 36)).round().clamp(-8, 8).bfloat16()
+    S, wanted, _, _ = both(z, 3, beta=0.0)
+    assert torch.equal(S, wanted)
+
+
+def test_nothing_outside_s_and_z_is_read_or_written():
+    z, _ = guarded(randn(2, 11, 23))
+    S, buffer = guarded(torch.zeros(1, 23, 23, device=DEVICE), guard=7.0)
+    triton_gram.gram_(S, z, beta=0.5, stride=2, config=SMALL)
+    assert S.isfinite().all()
+    assert is_intact(buffer, guard=7.0)  # NaN would not show a row that is read and written back
+
+
+def test_rows_and_columns_may_lie_apart():
+    wide = torch.full((2, 9, 60), torch.nan, device=DEVICE)
+    wide[..., 8:40] = randn(2, 9, 32)
+    padded, transposed = wide[..., 8:40], wide[..., 8:40].mT.contiguous().mT
+    S, wanted, _, _ = both(padded, 2, stride=2)
+    torch.testing.assert_close(S, wanted, atol=2e-6, rtol=1e-5)
+    assert torch.equal(both(transposed, 2, stride=2)[0], S)
+
+
+def test_s_may_be_a_slice_of_a_larger_tensor():
+    large = torch.zeros(4, 20, 50, device=DEVICE)
+    S = large[::2, :, 10:50:2]
+    z = randn(15, 40)
+    triton_gram.gram_(S, z, config=SMALL)
+    wanted = torch.zeros(2, 20, 20, device=DEVICE)
+    gram.gram_(wanted, z)
+    torch.testing.assert_close(S, wanted, atol=2e-6, rtol=1e-5)
+    S.zero_()
+    assert not large.any()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy, in the interpreter
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_input_that_is_not_finite_shows(value):
+    z = randn(20, 18)
+    z[7, 3] = value
+    S = both(z)[0]
+    assert not S[0, 3].isfinite().any()
+    assert not S[0, :, 3].isfinite().any()
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (lambda S, z: (S, z.double()), "float64"),
+        (lambda S, z: (S.double(), z), "float64"),
+        (lambda S, z: (S, z[:, :7]), r"\(8, 7\)"),
+        (lambda S, z: (S, z[0]), r"\(8,\)"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(bad, message):
+    S, z = bad(torch.zeros(1, 8, 8, device=DEVICE), randn(8, 8))
+    with pytest.raises(ValueError, match=message):
+        triton_gram.gram_(S, z)

@@ -1,0 +1,30 @@
+"""The tests of the Triton kernels without a GPU: in Triton's interpreter, one process a file."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed: it is for Linux only")
+
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parent.parent
+
+
+FILES = sorted(
+    path
+    for path in FOLDER.glob("test_*.py")
+    if "\nfrom tests.kernels.triton_device " in path.read_text()
+)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+def test_a_kernel_is_right_in_the_interpreter(file):
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTEST_ADDOPTS", None)  # those of the outer run, which may ask for workers
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", file]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
