@@ -35,7 +35,7 @@ from data.loader import Batch, train_batches, val_batches
 from eval.hf import load_hf
 from eval.loss import evaluate
 from eval.tasks import open_data, task_of
-from eval.ttf import grade_model
+from eval.ttf import check_fits, grade_model
 from kernels.choice import describe_kernel, triton_problem
 from model import GPT, GPTConfig
 from optim import ActivationPreconditioner
@@ -62,6 +62,8 @@ def train(config: Config, stop: StopRequest) -> int:
     dataset = open_data(config.dataset)
     tokenizer_json = (dataset.dir / "tokenizer.json").read_bytes()
     task = task_of(config.dataset) if config.ttf_every else None
+    if task:
+        check_fits(task, config.block_size)
     validation = val_batches(
         dataset,
         batch_size=config.micro_batch_size,

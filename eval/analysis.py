@@ -1,4 +1,4 @@
-"""What a set of graded models says: leaderboard, curves over seeds, sweeps, matched validation.
+"""What a set of graded models says: leaderboard, curves over seeds, sweeps.
 
 A record is one graded model (see eval/record.py). Only fresh records, on seeds that nothing was
 tuned on, enter the leaderboard; records of single runs stand for themselves.
@@ -8,7 +8,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,6 @@ import numpy as np
 from eval.intervals import Estimate, Paired, over_seeds, paired
 
 Record = dict[str, Any]
-FIT_DEGREE = 2  # of log rollout error in log teacher-forced error
-FIT_POINTS = 50  # of the fitted curve
 
 
 class AnalysisError(ValueError):
@@ -37,15 +35,6 @@ class Row:
     versus_base: Paired | None  # primary, paired over seeds; None for a base
     val_versus_base: Paired | None
     n_diverged: int
-
-
-@dataclass(frozen=True)
-class Matched:
-    """Log rollout error beyond what teacher-forced error predicts; negative: better rollouts."""
-
-    residual: Estimate  # mean over fresh seeds inside the range of the fit
-    n_inside: int
-    n: int
 
 
 def load_records(paths: Iterable[Path]) -> list[Record]:
@@ -101,7 +90,7 @@ def is_reported(record: Record) -> bool:
 
 def leaderboard(records: list[Record]) -> list[Row]:
     """One row a variant, best first. A variant with a diverged run is last, whatever the others."""
-    runs = _by_variant(filter(is_reported, records))
+    runs = by_variant(filter(is_reported, records))
     rows = [_row(own, runs.get(own[0]["base"], [])) for own in runs.values()]
     sign = -1 if records and records[0]["higher_is_better"] else 1
     return sorted(rows, key=lambda row: (row.n_diverged, sign * row.primary.mean))
@@ -117,8 +106,8 @@ def _row(own: list[Record], base: list[Record]) -> Row:
         lr=first["lr"],
         val_loss=over_seeds([val_loss(record) for record in finished]),
         primary=over_seeds([primary(record) for record in finished]),
-        versus_base=None if is_base else _versus(finished, base, primary),
-        val_versus_base=None if is_base else _versus(finished, base, val_loss),
+        versus_base=None if is_base else _versus(own, base, primary),
+        val_versus_base=None if is_base else _versus(own, base, val_loss),
         n_diverged=len(own) - len(finished),
     )
 
@@ -126,13 +115,23 @@ def _row(own: list[Record], base: list[Record]) -> Row:
 def _versus(
     own: list[Record], base: list[Record], value: Callable[[Record], float]
 ) -> Paired | None:
-    """Paired over the seeds that both have; None if there are none."""
-    theirs = {record["seed"]: value(record) for record in base if math.isfinite(value(record))}
-    pairs = [(value(record), theirs[record["seed"]]) for record in own if record["seed"] in theirs]
+    """Paired over the seeds that both have; None if there are none.
+
+    A diverged run loses its pair. The difference and its interval are over finished pairs alone.
+    """
+    higher = value is primary and own[0]["higher_is_better"]
+    worst = -math.inf if higher else math.inf
+    ours, theirs = (
+        {r["seed"]: value(r) if math.isfinite(value(r)) else worst for r in records}
+        for records in (own, base)
+    )
+    pairs = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
     if not pairs:
         return None
-    higher = value is primary and own[0]["higher_is_better"]
-    return paired(*zip(*pairs, strict=True), higher_is_better=higher)
+    finished = [pair for pair in pairs if all(map(math.isfinite, pair))]
+    a, b = zip(*finished, strict=True) if finished else ((), ())
+    wins = sum(x > y if higher else x < y for x, y in pairs)
+    return replace(paired(a, b, higher_is_better=higher), wins=wins, n_pairs=len(pairs))
 
 
 def seed_curves(
@@ -144,7 +143,7 @@ def seed_curves(
     """
     return {
         variant: _band([record["grade"]["curves"][name] for record in own])
-        for variant, own in _by_variant(filter(is_reported, records)).items()
+        for variant, own in by_variant(filter(is_reported, records)).items()
         if all(record["grade"] and name in record["grade"]["curves"] for record in own)
     }
 
@@ -162,7 +161,7 @@ def _band(curves: list[dict[str, list[float]]]) -> tuple[np.ndarray, np.ndarray,
 def sweeps(records: list[Record]) -> dict[str, list[tuple[float, float, float]]]:
     """(lr, val_loss, primary) of every variant's tuning runs, averaged over seeds, by lr."""
     found: dict[str, list[tuple[float, float, float]]] = {}
-    for variant, own in _by_variant(r for r in records if r["role"] == "tuning").items():
+    for variant, own in by_variant(r for r in records if r["role"] == "tuning").items():
         rates = sorted({record["lr"] for record in own})
         at = {lr: [record for record in own if record["lr"] == lr] for lr in rates}
         found[variant] = [(lr, _mean(val_loss, at[lr]), _mean(primary, at[lr])) for lr in rates]
@@ -173,62 +172,7 @@ def _mean(value: Callable[[Record], float], records: list[Record]) -> float:
     return float(np.mean([*map(value, records)]))
 
 
-def matched_validation(records: list[Record]) -> dict[str, Matched]:
-    """Is an optimizer better at *equal* validation? Residuals from a fit over base runs.
-
-    Log rollout error (of a task where lower is better; log(1 - value) where higher is) is fitted
-    by a quadratic in log teacher-forced error over all runs of base optimizers, tuning runs
-    included. The fit is not extrapolated: a run outside the bases' range does not count.
-    """
-    fit = _fit(records)
-    if fit is None:
-        return {}
-    coefficients, low, high = fit
-    found = {}
-    for variant, own in _by_variant(filter(is_reported, records)).items():
-        points = [point for record in own if (point := _point(record))]
-        inside = [(x, y) for x, y in points if low <= x <= high]
-        residuals = [y - float(np.polyval(coefficients, x)) for x, y in inside]
-        if residuals:
-            found[variant] = Matched(over_seeds(residuals), len(inside), len(own))
-    return found
-
-
-def fit_curve(records: list[Record]) -> tuple[np.ndarray, np.ndarray]:
-    """Teacher-forced error (K,), and the rollout error that base runs lead one to expect at it."""
-    fit = _fit(records)
-    if fit is None:
-        return np.empty(0), np.empty(0)
-    coefficients, low, high = fit
-    x = np.linspace(low, high, FIT_POINTS)
-    return np.exp(x), np.exp(np.polyval(coefficients, x))
-
-
-def _fit(records: list[Record]) -> tuple[np.ndarray, float, float] | None:
-    """Coefficients and range of the fit; None with too few base runs for it to mean anything."""
-    bases = [record for record in records if record["variant"] == record["base"]]
-    points = np.array([point for record in bases if (point := _point(record))])  # (n, 2)
-    if len(points) < 3 * (FIT_DEGREE + 1) or len(np.unique(points[:, 0])) <= FIT_DEGREE:
-        return None
-    x, y = points.T
-    return np.polyfit(x, y, FIT_DEGREE), float(x.min()), float(x.max())
-
-
-def _point(record: Record) -> tuple[float, float] | None:
-    """Logarithms of teacher-forced and of rollout error; None where there are none.
-
-    A metric whose name begins with log10_ is a logarithm already.
-    """
-    error = 1 - primary(record) if record["higher_is_better"] else primary(record)
-    if record["primary"].startswith("log10_"):
-        error = 10**error
-    before = teacher_forced(record)
-    if not (0 < error < math.inf and 0 < before < math.inf):
-        return None
-    return math.log(before), math.log(error)
-
-
-def _by_variant(records: Iterable[Record]) -> dict[str, list[Record]]:
+def by_variant(records: Iterable[Record]) -> dict[str, list[Record]]:
     found: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         found[record["variant"]].append(record)

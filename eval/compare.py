@@ -9,18 +9,20 @@ and more optimizers or seeds are added to it. The last line says where the recor
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 from data.shards import DataError
-from eval.analysis import Record, leaderboard, matched_validation
-from eval.lds import Lds
+from eval.analysis import Record, leaderboard
+from eval.lds import Lds, parse_lds_variant
+from eval.matched import matched_validation
 from eval.points import PointError
 from eval.study import Study, compare
 from eval.tables import leaderboard_table, matched_table
 from eval.tasks import TASKS, Task, parse_task
-from eval.variants import parse_variant
+from eval.variants import OF_THE_STUDY, Variant, check_names, parse_variant
 
 
 def summary(records: list[Record]) -> str:
@@ -42,7 +44,7 @@ def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]
     add("--task", required=True, help=f"{', '.join([*TASKS, Lds.name])}; NAME,knob=value,...")
     add("--optimizers", required=True, help="comma-separated; see eval/variants.py")
     add("--seeds", type=int, default=5, help="fresh seeds, the ones reported")
-    add("--tuning_seeds", type=int, default=1, help="seeds of a learning-rate sweep")
+    add("--tuning_seeds", type=int, default=2, help="seeds of a learning-rate sweep")
     add("--steps", type=int, default=500, help="optimizer steps of a run")
     add("--tokens_per_step", type=int, default=1024, help="rounded to whole documents")
     add("--episodes", type=int, default=512, help="graded rollouts a run")
@@ -57,21 +59,39 @@ def study_of(arguments: argparse.Namespace) -> Study:
     for key in ("seeds", "tuning_seeds", "steps", "tokens_per_step", "episodes", "workers"):
         if getattr(arguments, key) < 1:
             raise ValueError(f"--{key}={getattr(arguments, key)}: must be at least 1")
-    if wrong := [pair for pair in arguments.set if "=" not in pair]:
-        raise ValueError(f"--set {wrong[0]}: wants KEY=VALUE")
     task = parse_task(arguments.task, TASKS | {Lds.name: Lds})
     settings = training(task, arguments.steps, arguments.tokens_per_step)
     name = task.spec if "," in arguments.task else task.name
-    return Study(
+    study = Study(
         out=arguments.out or Path("out/compare", f"{name}-{arguments.steps}"),
         task=task,
-        variants=tuple(map(parse_variant, arguments.optimizers.split(","))),
+        variants=variants_of(task, arguments.optimizers.split(",")),
         steps=arguments.steps,
         tuning_seeds=arguments.tuning_seeds,
         fresh_seeds=arguments.seeds,
         n=arguments.episodes,
-        settings=settings | dict(pair.split("=", 1) for pair in arguments.set),
+        settings=settings | changes_of(task, arguments.set),
     )
+    study.check()
+    return study
+
+
+def variants_of(task: Task | Lds, names: list[str]) -> tuple[Variant, ...]:
+    """The variants of these names. ValueError if one is none, or is there twice."""
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ValueError(f"--optimizers: {', '.join(twice)} is there more than once")
+    return tuple(map(parse_lds_variant if isinstance(task, Lds) else parse_variant, names))
+
+
+def changes_of(task: Task | Lds, pairs: list[str]) -> dict[str, str]:
+    """The settings of --set. ValueError if one is unknown, or fixed by the study."""
+    if wrong := [pair for pair in pairs if "=" not in pair]:
+        raise ValueError(f"--set {wrong[0]}: wants KEY=VALUE")
+    if pairs and isinstance(task, Lds):
+        raise ValueError("--set: task lds has no such settings; see `optimizer+gamma=0.1`")
+    changes = dict(pair.split("=", 1) for pair in pairs)
+    check_names(changes, OF_THE_STUDY, "--set")
+    return changes
 
 
 def training(task: Task | Lds, steps: int, tokens_per_step: int) -> dict[str, Any]:
@@ -88,10 +108,12 @@ def main(argv: list[str]) -> None:
     parser, arguments = parse(argv)
     try:
         study = study_of(arguments)
-        study.begin("python -m eval.compare " + " ".join(argv))
+        study.begin(shlex.join(["python", "-m", "eval.compare", *argv]))
         records = compare(study, arguments.workers)
     except (DataError, PointError, ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"stopped; what is finished is in {study.out}, the same command goes on\n")
     print(summary(records))
     print(f"{len(records)} runs in {study.out}; a page: python -m eval.report {study.out}")
 

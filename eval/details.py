@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from eval.analysis import Record, is_reported, matched_validation, primary, val_loss
+from eval.analysis import Record, is_reported, primary, val_loss
 from eval.intervals import Estimate, over_seeds
+from eval.matched import matched_validation
 from eval.sections import Section, estimate, finished_runs, knobs_of
-from eval.typeset import NONE, Cell, decimals, metric_label, number, pair, signed
+from eval.typeset import NONE, Cell, error_unit, factor, metric_label, number, pair
 
 QUARTERS = (0, 0.25, 0.5, 0.75, 1)  # of the horizon: where episodes are counted
-LARGEST = 50.0  # of a logarithm that is turned into percent
 N_SAMPLES = 2  # of each optimizer
 
 
@@ -34,7 +34,7 @@ def metrics_table(section: Section) -> Table:
     grades = [record["grade"]["metrics"] for own in runs.values() for record in own]
     names = list(dict.fromkeys(name for metrics in grades for name in metrics))
     rows = [(variant, [_cell(own, name) for name in names]) for variant, own in runs.items()]
-    return Table([metric_label(name) for name in names], rows)
+    return Table([metric_label(name, error_unit(names)) for name in names], rows)
 
 
 def _cell(runs: list[Record], name: str) -> Cell:
@@ -48,24 +48,22 @@ def _cell(runs: list[Record], name: str) -> Cell:
 
 
 def matched_table(section: Section) -> Table | None:
-    """Rollout error at equal validation loss, in percent of what the fit over bases expects."""
+    """Rollout error at equal error on the data, as a factor of the base's, and the seeds in it."""
     found = matched_validation(section.records)
     rows = []
     for variant, own in finished_runs(section).items():
-        matched = found.get(variant)
-        cell = _percent(matched.residual) if matched else (NONE, "")
-        inside = f"{matched.n_inside if matched else 0} of {len(own)}"
-        rows.append((variant, [cell, (inside, "")]))
-    return Table(["rollout error beyond the fit", "runs inside the fit"], rows) if found else None
+        if variant in found:
+            residual = found[variant].residual
+            rows.append((variant, [_times(residual), (f"{residual.n} of {len(own)}", "")]))
+    return Table(["rollout error, times the base’s", "seeds compared"], rows) if rows else None
 
 
-def _percent(residual: Estimate) -> Cell:
-    """Of a difference of logarithms, with its interval."""
-    ends = (residual.lo, residual.mean, residual.hi)
-    lo, mean, hi = (100 * math.expm1(min(x, LARGEST)) for x in ends)
-    digits = decimals((hi - lo) / 2)
-    interval = "" if digits is None else f"[{signed(lo, digits)}, {signed(hi, digits)}]"
-    return f"{signed(mean, digits)} %", interval
+def _times(log: Estimate) -> Cell:
+    """The factor, with its interval, of a difference of logarithms."""
+    lo, mean, hi = factor(log.lo), factor(log.mean), factor(log.hi)
+    if mean == NONE:
+        return NONE, ""
+    return f"× {mean}", "" if NONE in (lo, hi) else f"[{lo}, {hi}]"
 
 
 def episodes_left(section: Section) -> Table | None:
@@ -105,11 +103,11 @@ def samples(section: Section) -> list[Sampled]:
 
 
 def incidents(section: Section, protocols: Iterable[dict[str, Any]]) -> list[str]:
-    """Runs that diverged, and runs that were planned but are not there."""
+    """Reported runs that diverged, and those that were planned but are not there."""
     found = [
         f"{r['variant']}, lr {r['lr']:g}, seed {r['seed']} ({r['role']}): diverged"
         for r in section.records
-        if not math.isfinite(primary(r))
+        if is_reported(r) and not math.isfinite(primary(r))
     ]
     present = {(r["variant"], r["seed"]) for r in section.records if is_reported(r)}
     for protocol in protocols if section.is_study else ():
@@ -118,6 +116,15 @@ def incidents(section: Section, protocols: Iterable[dict[str, Any]]) -> list[str
             absent = [run for run in planned if run not in present]
             found += [f"{variant}, seed {seed} (fresh): missing" for variant, seed in absent]
     return found
+
+
+def lost_rates(section: Section) -> list[str]:
+    """Learning rates at which tuning runs diverged, "sgd 0.1, 0.2", a line a variant."""
+    rates: dict[str, set[float]] = defaultdict(set)
+    for record in section.records:
+        if record["role"] == "tuning" and not math.isfinite(primary(record)):
+            rates[record["variant"]].add(record["lr"])
+    return [f"{v} {', '.join(f'{lr:g}' for lr in sorted(own))}" for v, own in rates.items()]
 
 
 def fingerprints(section: Section) -> list[tuple[int, str, int]]:

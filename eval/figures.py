@@ -11,7 +11,6 @@ from matplotlib.lines import Line2D
 
 from eval.analysis import (
     Record,
-    fit_curve,
     is_reported,
     primary,
     seed_curves,
@@ -32,16 +31,19 @@ from eval.looks import (
     mode_keys,
     panels,
 )
-from eval.typeset import metric_label
+from eval.matched import fit_curve
+from eval.typeset import error_unit, metric_label
 
 CURVES = {  # what is drawn where a task has it, with its axis
-    "B": "B(l), accumulated error{nats}",
-    "G": "G(l), feedback gap{per_step}",
+    "B": "B(l), accumulated error\n({error})",
+    "G": "G(l), feedback gap\n({error} per step)",
+    "C": "C(l), accumulated\nKL(model ‖ oracle) ({error})",
     "survival": "S(l), share that still parses",
 }
-UNITLESS = {"nats": "", "per_step": " per step"}
 ON_DATA = {"B": "A", "survival": "data_survival"}  # the same on the data's contexts
 MIN_POINTS = 3  # of a scatter plot
+DECADES = 100  # the ratio of last values from which logarithms are averaged over seeds
+FLOOR = 1e-3  # times the smallest last value: where a logarithmic axis of curves begins, at most
 
 
 def draw(records: list[Record]) -> dict[str, Figure]:
@@ -64,7 +66,9 @@ def validation(records: list[Record]) -> Figure | None:
         _dots(ax, [r for r in own if not is_reported(r)], look, mfc="none", alpha=0.6)
         _dots(ax, [r for r in own if is_reported(r)], look, mec="white", mew=0.6)
     x, y = fit_curve(records)
-    if len(x):
+    if len(x):  # straight in logarithms, bent on other axes
+        x, ends = np.geomspace(x[0], x[-1]), x
+        y = np.exp(np.interp(np.log(x), np.log(ends), np.log(y)))
         ax.plot(x, _as_metric(y, records[0]), color=INK, lw=1.1, label="fit")
     log_if_wide(ax, "x", map(teacher_forced, runs))
     log_if_wide(ax, "y", map(primary, runs))
@@ -100,23 +104,27 @@ def _kinds(shown: dict[str, Look], runs: list[Record], *, fit: bool) -> list[Lin
 
 
 def curves(records: list[Record]) -> Figure | None:
-    """B(l), G(l) or survival, a column a base, with bands; on data's contexts as a thin line."""
+    """A row of CURVES each, a column a base, with bands; on data's contexts as a thin line."""
     finished = [record for record in records if math.isfinite(primary(record))]
-    found = {name: seed_curves(finished, name) for name in CURVES}
+    found = {name: _over_seeds(finished, name) for name in CURVES}
     names = [name for name in CURVES if found[name]]
     if not names:
         return None
     shown = {name: look for name, look in looks(finished).items() if name in found[names[0]]}
     figure, axes = panels(names, shown.values())
     for name in names:
-        thin = seed_curves(finished, ON_DATA[name]) if name in ON_DATA else {}
+        thin = _over_seeds(finished, ON_DATA[name], like=name) if name in ON_DATA else {}
         for variant, look in shown.items():
             if variant in found[name]:
                 _band(axes[name, look.base], *found[name][variant], look=look)
             if variant in thin:
                 _line(axes[name, look.base], thin[variant][0], look, lw=0.7)
         last = [float(mean[-1]) for mean, _, _ in found[name].values()]
-        log_if_wide(axes[name, look.base], "y", last)
+        ax = axes[name, next(iter(shown.values())).base]  # all columns share its scale
+        log_if_wide(ax, "y", last)
+        if ax.get_yscale() == "log":
+            drawn = np.concatenate([mean for mean, _, _ in found[name].values()])
+            ax.set_ylim(bottom=max(FLOOR * min(last), 0.5 * drawn[drawn > 0].min()))
     label(axes, "rollout step l", _units(names, finished[0]))
     thin_key = Line2D([], [], color=INK, lw=0.7, label="thin: on the data's contexts")
     more = [thin_key] if {*names} & ON_DATA.keys() else []
@@ -125,10 +133,32 @@ def curves(records: list[Record]) -> Figure | None:
 
 
 def _units(names: list[str], record: Record) -> dict[str, str]:
-    """Errors are in nats where the metrics have an oracle KL."""
-    in_nats = "val_kl" in record["grade"]["metrics"]
-    units = {"nats": " (nats)", "per_step": " (nats per step)"} if in_nats else UNITLESS
-    return {name: CURVES[name].format(**units) for name in names}
+    unit = error_unit(record["grade"]["metrics"])
+    return {name: CURVES[name].format(error=unit) for name in names}
+
+
+def _over_seeds(records: list[Record], name: str, like: str | None = None) -> dict:
+    """`seed_curves`, of logarithms where the curves (of `like`) end more than DECADES apart.
+
+    An optimizer of which a run ends below zero keeps its mean, but has no interval there.
+    """
+    found = seed_curves(records, name)
+    ends = {mean[-1] for mean, _, _ in seed_curves(records, like or name).values()}
+    if not ends or min(ends) <= 0 or max(ends) < DECADES * min(ends):
+        return found
+    logs = seed_curves([_logarithm(record, name) for record in records], name)
+    bands = {variant: tuple(10**each for each in band) for variant, band in logs.items()}
+    empty = {v: (mean, mean * math.nan, mean * math.nan) for v, (mean, _, _) in found.items()}
+    return {v: band if band[0][-1] > 0 else empty[v] for v, band in bands.items()}
+
+
+def _logarithm(record: Record, name: str) -> Record:
+    """The same with log10 of one curve; NaN where it is not positive."""
+    if name not in record["grade"]["curves"]:
+        return record
+    curve = {end: np.array(each, float) for end, each in record["grade"]["curves"][name].items()}
+    logs = {end: np.log10(np.where(each > 0, each, np.nan)) for end, each in curve.items()}
+    return record | {"grade": {"curves": {name: logs}}}
 
 
 def _line(ax: Axes, values: np.ndarray, look: Look, lw: float) -> None:

@@ -5,6 +5,11 @@
     G(l) = (B(l) - A(l)) / l      the test-time feedback gap
     %ExAccErr(l) = 100 (B(l) - A(l)) / A(l)      (Arora et al. 2022); never rank by it: what
                                   divides is the teacher-forced loss, which optimizers change
+    C(l) = Σ_{t<=l} E r_t   on the model's own rollouts, r_t = KL(model ‖ oracle)
+
+By the chain rule A(l) is KL(source ‖ model) and C(l) is KL(model ‖ source) between the laws of
+whole sequences of l decisions: what the model leaves out, and what it makes up. B mixes both sides
+and rewards diffuse models. E is over all episodes: one that has ended adds nothing.
 
 Every number comes with a 95 % bootstrap interval over episodes, both rollouts resampled together.
 """
@@ -48,38 +53,48 @@ class Grade:
 def oracle_grade(data: Rollout, own: Rollout, n_samples: int = 4) -> Grade:
     """Compare episodes that the oracle decided with episodes that the model decided."""
     weights = bootstrap_weights(len(own.tokens))  # (R, B)
-    on_data, on_own = _step_means(weights, data.error), _step_means(weights, own.error)  # (R, H)
-    A, B = on_data.cumsum(1), on_own.cumsum(1)
-    steps = np.arange(1, A.shape[1] + 1)  # l
-    gap = (B - A) / steps
+    on_data, on_own = _per_episode(weights, data.error), _per_episode(weights, own.error)  # (R, H)
+    curves = {"A": on_data.cumsum(1), "B": on_own.cumsum(1)}
+    curves["G"] = (curves["B"] - curves["A"]) / np.arange(1, on_own.shape[1] + 1)
+    if not own.reverse.isinf().any():  # the oracle gives mass to all that the model does
+        curves["C"] = _per_episode(weights, own.reverse).cumsum(1)
+    A, B = curves["A"][:, -1], curves["B"][:, -1]
     with np.errstate(divide="ignore", invalid="ignore"):  # a model without error on the data
-        excess = 100 * (B - A)[:, -1] / A[:, -1]
+        excess = 100 * (B - A) / A
     values = {
         "val_ce": _mean(weights, data.nll),
         "val_kl": _mean(weights, data.error),
-        "accumulated_kl": B[:, -1],
-        "gap": gap[:, -1],
+        "accumulated_kl": B,
+        **({"sequence_kl": curves["C"][:, -1]} if "C" in curves else {}),
+        "gap": curves["G"][:, -1],
         "excess_percent": excess,
-        "entropy_drift": entropy_drift(weights, data.nll, own.entropy),
+        **_drift(weights, data, own),
         **{name: _mean(weights, each[:, None]) for name, each in own.outcomes.items()},
         **{f"data_{name}": _mean(weights, each[:, None]) for name, each in data.outcomes.items()},
     }
     rows = zip(data.tokens[:n_samples].tolist(), own.tokens[:n_samples].tolist(), strict=True)
     return Grade(
         metrics={name: estimate(each, len(own.tokens)) for name, each in values.items()},
-        curves={name: curve(each) for name, each in {"A": A, "B": B, "G": gap}.items()},
+        curves={name: curve(each) for name, each in curves.items()},
         n_t={"data": _alive(data.error), "own": _alive(own.error)},
         samples=[{"data": reference, "own": ids} for reference, ids in rows],
     )
 
 
+def _drift(weights: np.ndarray, data: Rollout, own: Rollout) -> dict[str, np.ndarray]:
+    """Nothing where episodes end: late steps would be those of the stragglers."""
+    if data.nll.isnan().any() or own.entropy.isnan().any():
+        return {}
+    return {"entropy_drift": entropy_drift(weights, data.nll, own.entropy)}
+
+
 def entropy_drift(weights: np.ndarray, nll: Tensor, own_entropy: Tensor) -> np.ndarray:  # (R,)
-    """Mean entropy (nats) in the last half of the own rollouts minus cross-entropy on the data.
+    """Mean entropy of own rollouts minus cross-entropy on the data, nats, both in the last half.
 
     Zero for a calibrated model that does not drift (Braverman et al. 2020, entropy-rate drift).
     """
-    late = own_entropy[:, own_entropy.shape[1] // 2 :]
-    return _mean(weights, late) - _mean(weights, nll)
+    late = slice(own_entropy.shape[1] // 2, None)
+    return _mean(weights, own_entropy[:, late]) - _mean(weights, nll[:, late])
 
 
 def estimate(values: np.ndarray, n: int) -> Estimate:
@@ -100,10 +115,10 @@ def _sums(weights: np.ndarray, values: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return weights @ np.where(counted, array, 0.0), weights @ counted
 
 
-def _step_means(weights: np.ndarray, values: Tensor) -> np.ndarray:  # (R, H)
-    """Mean over the episodes that are under way at each step; 0 where none is."""
-    total, count = _sums(weights, values)
-    return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
+def _per_episode(weights: np.ndarray, values: Tensor) -> np.ndarray:  # (R, H)
+    """Mean over all episodes at each step; those that have ended count as 0."""
+    total, _ = _sums(weights, values)
+    return total / weights.sum(1, keepdims=True)
 
 
 def _mean(weights: np.ndarray, values: Tensor) -> np.ndarray:  # (R,)

@@ -28,6 +28,7 @@ class Paired:
     difference: Estimate
     p: float  # 1 for a single pair or equal differences
     wins: int  # pairs in which a is better
+    n_pairs: int
 
 
 def bootstrap_weights(n: int, seed: int = 0) -> np.ndarray:  # (1 + RESAMPLES, n)
@@ -65,7 +66,7 @@ def paired(a: Sequence[float], b: Sequence[float], *, higher_is_better: bool = F
         raise ValueError(f"paired: {len(a)} values against {len(b)}; wants one pair a seed")
     difference = np.subtract(a, b)
     better = difference > 0 if higher_is_better else difference < 0
-    return Paired(over_seeds(difference.tolist()), _p_value(difference), int(better.sum()))
+    return Paired(over_seeds(difference.tolist()), _p_value(difference), int(better.sum()), len(a))
 
 
 def _p_value(difference: np.ndarray) -> float:

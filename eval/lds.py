@@ -2,8 +2,16 @@
 
 The policy K = F G has two linear layers without bias or anything in between; 64 fresh
 demonstrations a step, cosine schedule. No transformer, no sampling: grades are exact.
+
+    python -m eval.lds --optimizer dopr-adamw --lr 0.01 --seed 100
+
+makes one run of a comparison again: a line with its metrics, at full precision.
 """
 
+import argparse
+import math
+import shlex
+import sys
 from typing import Any
 
 import numpy as np
@@ -13,15 +21,18 @@ from torch import Tensor, nn
 from eval.grade import Curve, Grade
 from eval.intervals import Estimate
 from eval.lds_plant import Array, Lds
+from eval.tasks import TaskError, parse_task
+from eval.variants import Variant, parse_variant
 from optim.build import build_optimizers
 from optim.dopr import ActivationPreconditioner
 from optim.schedule import lr_scale
 
-__all__ = ["Lds", "grade_policy", "train_policy"]
+__all__ = ["Lds", "grade_policy", "parse_lds_variant", "train_policy"]
 
 BATCH_SIZE = 64
 ACTION_NOISE = 0.03  # standard deviation of what demonstrations add to each action
 GAMMA = 1e-3  # of DoPr, where nothing else is said
+DOPR_NUMBERS = {"gamma", "sigma_beta", "refresh_every", "collect_every", "exponent"}
 NUMBERS: dict[str, Any] = {
     "beta1": 0.9,
     "beta2": 0.95,
@@ -29,6 +40,34 @@ NUMBERS: dict[str, Any] = {
     "momentum": 0.95,
     "weight_decay": 0.0,
 }
+
+
+def parse_lds_variant(name: str) -> Variant:
+    """The variant of that name, gamma = GAMMA unless it says more.
+
+    Raises ValueError if it changes something that this task has not: only DoPr has numbers here.
+    """
+    variant = parse_variant(name, {"gamma": GAMMA})
+    settings = dict(variant.settings)
+    known = DOPR_NUMBERS if settings["dopr"] else set()
+    if unknown := sorted(settings.keys() - known - {"optimizer", "dopr"}):
+        raise ValueError(
+            f"optimizer {name!r}: task lds has no {', '.join(unknown)} there; "
+            f"only DoPr's {', '.join(sorted(DOPR_NUMBERS))} can be changed"
+        )
+    return variant
+
+
+def train_variant(lds: Lds, settings: dict[str, Any], lr: float, seed: int, steps: int) -> Array:
+    """`train_policy` with the settings of a variant."""
+    dopr = {key: value for key, value in settings.items() if key in DOPR_NUMBERS}
+    return train_policy(lds, settings["optimizer"], lr, seed, steps, **dopr)
+
+
+def command_of(lds: Lds, variant: str, lr: float, seed: int, steps: int) -> str:
+    """What makes a run again."""
+    words = ["--task", lds.spec, "--optimizer", variant, "--lr", lr, "--seed", seed]
+    return shlex.join(["python", "-m", "eval.lds", *map(str, words), "--steps", str(steps)])
 
 
 def train_policy(
@@ -103,9 +142,46 @@ def _policy(lds: Lds, seed: int) -> nn.Sequential:
 
 def _demonstrations(lds: Lds, seed: int, steps: int) -> list[tuple[Tensor, Tensor]]:
     """Batches of states (64, n) from the expert's stationary law, and its noisy actions (64, m)."""
-    random = np.random.default_rng([lds.instance, seed])
+    random = np.random.default_rng([lds.instance, 3, seed])  # 0, 1, 2: the plant's
     states = random.standard_normal((steps, BATCH_SIZE, lds.states))
     states = states @ np.linalg.cholesky(lds.sigma).T
     noise = ACTION_NOISE * random.standard_normal((steps, BATCH_SIZE, lds.actions))
     actions = states @ lds.expert.T + noise
     return list(zip(torch.from_numpy(states), torch.from_numpy(actions), strict=True))
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.lds",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--task", default="lds", help="lds,knob=value,...; without an instance: that of the seed")
+    add("--optimizer", required=True, help="see eval/variants.py")
+    add("--lr", type=float, required=True)
+    add("--seed", type=int, default=0, help="of the weights and the demonstrations")
+    add("--steps", type=int, default=200)
+    arguments = parser.parse_args(argv)
+    try:
+        print(_repeat(arguments))
+    except (TaskError, ValueError) as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+def _repeat(arguments: argparse.Namespace) -> str:
+    """One line: the metrics of the run that the command line describes."""
+    lr, seed, steps = arguments.lr, arguments.seed, arguments.steps
+    if not 0 < lr < math.inf or seed < 0 or steps < 1:
+        raise ValueError("--lr must be positive and finite, --seed at least 0, --steps at least 1")
+    has_instance = "instance=" in arguments.task
+    spec = arguments.task if has_instance else f"{arguments.task},instance={seed}"
+    lds = parse_task(spec, {Lds.name: Lds})
+    settings = dict(parse_lds_variant(arguments.optimizer).settings)
+    means = grade_policy(lds, train_variant(lds, settings, lr, seed, steps)).means()
+    numbers = "  ".join(f"{name} {value!r}" for name, value in means.items())
+    return f"{arguments.optimizer}  lr {lr:g}  seed {seed}  {numbers}"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

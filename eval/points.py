@@ -6,29 +6,35 @@ wait three for that. What runs there is `train.py`, as `python train.py ...` wou
 
 import contextlib
 import json
+import os
 import runpy
+import signal
 import sys
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from eval.lds import BATCH_SIZE, Lds, grade_policy, train_policy
-from eval.record import make_record, write_record
+from configurator import load_config
+from eval.lds import BATCH_SIZE, Lds, command_of, grade_policy, train_variant
+from eval.record import make_record, train_command, write_record
 from eval.run import ENVIRONMENT
 from eval.tasks import Task
-from eval.ttf import grade_checkpoint
+from eval.ttf import grade_checkpoint, grading_code
+from optim.statistics import settings_problems
 from runlog import environment
+from settings import RUN_ONLY
 
 ROOT = Path(__file__).parents[1]
 DIVERGED = "steps in a row were not finite"  # what train.py says of a run that it gave up
-DOPR_NUMBERS = {"gamma", "sigma_beta", "refresh_every", "collect_every", "exponent"}
 
 
 class PointError(RuntimeError):
-    """A run that failed for another reason than divergence."""
+    """A run that failed for another reason than divergence, or is not the one asked for."""
 
 
 @dataclass(frozen=True)
@@ -48,23 +54,55 @@ class Point:
 
     @property
     def command(self) -> list[str]:
-        changes = {**self.settings, "lr": f"{self.lr:g}", "seed": self.seed}
+        changes = {**self.settings, "lr": self.lr, "seed": self.seed}
         changes |= {"dataset": self.task.spec, "out_dir": self.folder}
         return ["train.py", "config/ttf.py", *(f"--{k}={v}" for k, v in changes.items())]
 
+    def asked(self) -> dict[str, Any]:
+        """Every number that makes the record what it is. ConfigError if train.py would refuse."""
+        if isinstance(self.task, Lds):
+            load_config([*self.command[1:], "--warmup_steps=0"], _dopr_problems)  # it has none
+            return {**self.settings, "lr": self.lr, "seed": self.seed, "spec": self.task.spec}
+        config, _ = load_config(self.command[1:], _dopr_problems)
+        settings = {key: value for key, value in asdict(config).items() if key not in RUN_ONLY}
+        grading = {"n": self.n, "seed": self.grading_seed, "code": grading_code(self.task)}
+        return settings | {f"grading {key}": value for key, value in grading.items()}
+
+
+def _dopr_problems(settings: dict[str, Any]) -> list[str]:
+    return settings_problems(settings) if settings["dopr"] else []
+
 
 def run_point(point: Point) -> dict[str, Any]:
-    """The record of a point; from disk if it was finished before. PointError says why it failed."""
-    path = point.folder / "record.json"
+    """The record of a point; from disk if it was finished before.
+
+    Raises PointError: why it failed, or how what is on disk differs from what is asked.
+    """
+    path, asked = point.folder / "record.json", json.loads(json.dumps(point.asked()))
     if path.exists():
-        return json.loads(path.read_text())
+        record = read_record(point)
+        _check_same(point.folder, record.get("asked", {}), asked)
+        return record
     started = time.perf_counter()
     task = point.task
     record = _imitate(point, task) if isinstance(task, Lds) else _train_and_grade(point, task)
-    record |= {"variant": point.variant, "base": point.base, "role": point.role}
+    record |= {"variant": point.variant, "base": point.base, "role": point.role, "asked": asked}
     record["seconds"] = time.perf_counter() - started
     write_record(path, record)
-    return json.loads(path.read_text())
+    return read_record(point)
+
+
+def read_record(point: Point) -> dict[str, Any]:
+    """What a finished point left."""
+    return json.loads((point.folder / "record.json").read_text())
+
+
+def _check_same(folder: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
+    """PointError if the run in a folder was made with other settings than these."""
+    other = {key for key in found.keys() | asked.keys() if found.get(key) != asked.get(key)}
+    if other:
+        was = "; ".join(f"{k} was {found.get(k)}, is {asked.get(k)}" for k in sorted(other))
+        raise PointError(f"{folder} holds another run: {was}; delete it or choose another --out")
 
 
 def _train_and_grade(point: Point, task: Task) -> dict[str, Any]:
@@ -90,23 +128,16 @@ def _diverged(point: Point, task: Task) -> dict[str, Any]:
         steps=settings["max_steps"],
         val_loss=None,
         grade=None,
-        command=" ".join(["python", *point.command]),
+        command=train_command(settings, started["threads"]),
         environment={key: started[key] for key in ENVIRONMENT},
     )
 
 
 def _imitate(point: Point, lds: Lds) -> dict[str, Any]:
     """A linear policy trained and graded in closed form, without train.py."""
-    settings = point.settings
-    given = {key: settings[key] for key in DOPR_NUMBERS & settings.keys()}
-    dopr = given if settings["dopr"] else {}
-    unknown = settings.keys() - DOPR_NUMBERS - {"optimizer", "dopr", "max_steps"}
-    if unknown:
-        raise PointError(f"{point.variant}: task lds has no setting {', '.join(sorted(unknown))}")
-    steps = settings["max_steps"]
-    K = train_policy(lds, settings["optimizer"], point.lr, point.seed, steps, **dopr)
-    grade = grade_policy(lds, K)
-    settings = settings | {"lr": point.lr, "seed": point.seed}
+    steps = point.settings["max_steps"]
+    grade = grade_policy(lds, train_variant(lds, point.settings, point.lr, point.seed, steps))
+    settings = point.settings | {"lr": point.lr, "seed": point.seed}
     settings |= {"batch_size": BATCH_SIZE, "block_size": 1}
     return make_record(
         lds,
@@ -114,7 +145,7 @@ def _imitate(point: Point, lds: Lds) -> dict[str, Any]:
         steps=steps,
         val_loss=grade.metrics["val_loss"].mean,
         grade=grade.to_json(),
-        command=f"python -m eval.compare --task lds --steps {steps} --optimizers {point.variant}",
+        command=command_of(lds, point.variant, point.lr, point.seed, steps),
         environment=environment(torch.device("cpu")),
     )
 
@@ -131,6 +162,17 @@ def _run_script(command: list[str]) -> int:
     return 0
 
 
-def one_thread() -> None:
-    """For a worker: points run side by side, a thread each."""
+def start_worker(parent: Connection) -> None:
+    """For a worker: one thread for a point; it ends when the other end of `parent` is closed.
+
+    That happens at the latest when the parent is killed. Ctrl-C is for the parent to answer.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with, args=[parent], daemon=True).start()
+
+
+def _end_with(parent: Connection) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        parent.recv()
+    os._exit(1)

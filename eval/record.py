@@ -10,6 +10,7 @@ command, environment, seconds, settings  how to make it again, and where it was 
 
 import json
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from checkpoint import write_atomic
 from eval.grade import Grade
 from eval.lds import Lds
 from eval.tasks import Task
+from settings import FIELDS, RUN_ONLY
 
 
 def make_record(
@@ -41,6 +43,17 @@ def make_record(
         "settings": settings,
         **more,
     }
+
+
+def train_command(config: dict[str, Any], threads: int) -> str:
+    """What makes the run again, in the folder NEW: all settings that are not at their defaults."""
+    changed = {
+        key: value
+        for key, value in config.items()
+        if key not in RUN_ONLY and (key not in FIELDS or value != FIELDS[key].default)
+    }
+    flags = [f"--{key}={value}" for key, value in (changed | {"out_dir": "NEW"}).items()]
+    return f"OMP_NUM_THREADS={threads} " + shlex.join(["python", "train.py", *flags])
 
 
 def readable(grade: Grade, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:

@@ -89,8 +89,8 @@ def render(
 def overview(sections: list[dict[str, Any]]) -> dict[str, Any]:
     """Studies as columns, variants as rows, how each did against its base; only if it says more."""
     columns = [each for each in sections if each["about"].is_study]
-    boards = [{entry.variant: entry.versus for entry in each["about"].entries} for each in columns]
-    names = dict.fromkeys(name for board in boards for name, versus in board.items() if versus)
+    boards = [{entry.variant: entry for entry in each["about"].entries} for each in columns]
+    names = {e.variant for board in boards for e in board.values() if e.variant != e.base}
     rows = [(name, [board.get(name) for board in boards]) for name in sorted(names)]
     return {"columns": columns if len(columns) > 1 else [], "rows": rows}
 
@@ -108,6 +108,7 @@ def _content(section: Section, protocols: list[dict[str, Any]], out: Path) -> di
         "episodes_left": details.episodes_left(section),
         "samples": details.samples(section),
         "incidents": details.incidents(section, protocols),
+        "lost_rates": details.lost_rates(section),
         "fingerprints": details.fingerprints(section),
         "grading": details.grading(section),
         "runs": details.all_runs(section.records),

@@ -18,6 +18,7 @@ from eval.intervals import Estimate
 from eval.typeset import NONE, Cell, p_value, pair, verdict
 
 BAR = 100  # the width of an interval's drawing; the middle is no difference
+FAMILY = 0.05  # chance of any false claim in a section, at most
 CLIP = 4  # times the median extent: what a drawing can show
 
 
@@ -29,6 +30,7 @@ class Versus:
     val_loss: Cell
     wins: str  # "4/5"
     p: str
+    is_strict: bool  # p is below FAMILY / number of comparisons (Bonferroni)
     verdict: str  # better | worse | unclear | one seed
     bar: tuple[float, float, float] | None  # interval and mean, 0 to BAR
 
@@ -44,6 +46,7 @@ class Entry:
     primary: Cell
     versus: Versus | None
     diverged: int
+    n_runs: int
     is_best: bool  # told apart from every other variant, seed by seed
 
 
@@ -59,6 +62,17 @@ class Section:
     metric: str
     higher_is_better: bool
     entries: list[Entry]
+
+    @property
+    def n_comparisons(self) -> int:
+        return sum(entry.variant != entry.base for entry in self.entries)
+
+    @property
+    def before(self) -> str:
+        """The error on the data's contexts, as rollouts are compared with it."""
+        graded = [record["grade"]["metrics"] for record in self.records if record["grade"]]
+        has_oracle = any("val_kl" in metrics for metrics in graded)
+        return "oracle KL on the data’s contexts" if has_oracle else "validation loss"
 
     @property
     def anchor(self) -> str:
@@ -105,7 +119,8 @@ def entries(records: list[Record], *, is_study: bool) -> list[Entry]:
     rows = leaderboard([r for r in reported if r["variant"] in finished])
     best = clear_best(reported, rows)
     higher, scale = bool(records and records[0]["higher_is_better"]), _scale(rows)
-    found = [_entry(row, higher, scale, row.variant == best) for row in rows]
+    threshold = FAMILY / max(1, len({r["variant"] for r in reported if r["variant"] != r["base"]}))
+    found = [_entry(row, higher, scale, threshold, row.variant == best) for row in rows]
     if not is_study:
         found = [_over_episodes(entry, reported) for entry in found]
     lost = sorted({r["variant"] for r in reported} - finished)
@@ -124,19 +139,21 @@ def clear_best(records: list[Record], rows: list[Row]) -> str | None:
     return rows[0].variant if all(worse) else None
 
 
-def _entry(row: Row, higher: bool, scale: float, is_best: bool) -> Entry:
+def _entry(row: Row, higher: bool, scale: float, threshold: float, is_best: bool) -> Entry:
     versus, val = row.versus_base, row.val_versus_base
     shown = versus and Versus(
         primary=pair(versus.difference, sign=True),
         val_loss=pair(val.difference, sign=True) if val else (NONE, ""),
-        wins=f"{versus.wins}/{versus.difference.n}",
+        wins=f"{versus.wins}/{versus.n_pairs}",
         p=p_value(versus.p) if versus.difference.n > 1 else NONE,
+        is_strict=versus.p < threshold,
         verdict=verdict(versus, higher_is_better=higher),
         bar=_bar(versus.difference, scale),
     )
     values = pair(row.val_loss), pair(row.primary)
     lr = f"{row.lr:g}"
-    return Entry(row.variant, row.base, lr, *values, shown, row.n_diverged, is_best)
+    n_runs = row.primary.n + row.n_diverged
+    return Entry(row.variant, row.base, lr, *values, shown, row.n_diverged, n_runs, is_best)
 
 
 def _over_episodes(entry: Entry, records: list[Record]) -> Entry:
@@ -147,8 +164,8 @@ def _over_episodes(entry: Entry, records: list[Record]) -> Entry:
 
 
 def _lost(variant: str, runs: list[Record]) -> Entry:
-    first, none = runs[0], (NONE, "")
-    return Entry(variant, first["base"], f"{first['lr']:g}", none, none, None, len(runs), False)
+    first, none, n = runs[0], (NONE, ""), len(runs)
+    return Entry(variant, first["base"], f"{first['lr']:g}", none, none, None, n, n, False)
 
 
 def _scale(rows: Sequence[Row]) -> float:

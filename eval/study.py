@@ -9,9 +9,10 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from tqdm import tqdm
 from checkpoint import write_atomic
 from eval.analysis import Record, primary, val_loss
 from eval.lds import Lds
-from eval.points import Point, PointError, one_thread, run_point
+from eval.points import Point, PointError, read_record, run_point, start_worker
 from eval.tasks import Task
 from eval.variants import Variant
 
-FRESH = 100  # the first fresh seed; tuning seeds are 0, 1, ...
+FRESH = 200  # the first fresh seed; tuning seeds are 0, 1, ...
 GRIDS = {  # the first learning rates
     "adamw": (2e-3, 4e-3, 8e-3),
     "sgd": (0.1, 0.2, 0.4),
@@ -73,52 +74,83 @@ class Study:
         return {"task": self.task.name, "spec": self.task.spec} | numbers
 
     def begin(self, command: str) -> None:
-        """Write protocol.json. ValueError if the folder holds a study with other fixed settings."""
+        """Write protocol.json, united with the one that is there.
+
+        ValueError if that has other fixed settings, or another variant of the same name.
+        """
         path = self.out / "protocol.json"
         fixed = json.loads(json.dumps(self.fixed()))
+        variants = {variant.name: dict(variant.settings) for variant in self.variants}
+        found = {**fixed, "variants": {}, "fresh_seeds": [], "command": ""}
         if path.exists():
             found = json.loads(path.read_text())
-            changed = [key for key in fixed if found.get(key) != fixed[key]]
-            if changed:
-                raise ValueError(
-                    f"--out={self.out} holds a study with another {', '.join(changed)}; use another"
-                )
-        self.out.mkdir(parents=True, exist_ok=True)
+        there = found["variants"]
+        changed = [key for key in fixed if found.get(key) != fixed[key]]
+        changed += [name for name in variants if there.get(name, variants[name]) != variants[name]]
+        if changed:
+            raise ValueError(
+                f"--out={self.out} holds a study with another {', '.join(changed)}; use another"
+            )
+        seeds = {*found["fresh_seeds"], *range(FRESH, FRESH + self.fresh_seeds)}
         protocol = fixed | {
-            "variants": {variant.name: dict(variant.settings) for variant in self.variants},
-            "fresh_seeds": list(range(FRESH, FRESH + self.fresh_seeds)),
+            "variants": there | variants,
+            "fresh_seeds": sorted(seeds),
             "select": "val_loss",
-            "command": command,
+            "command": "\n".join(dict.fromkeys([*found["command"].splitlines(), command])),
         }
+        self.out.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(protocol, indent=1) + "\n")
+
+    def check(self) -> None:
+        """ValueError for a variant that cannot be trained on these settings."""
+        for variant in self.variants:
+            try:
+                self.point(variant, "tuning", GRIDS[variant.optimizer][0], 0).asked()
+            except ValueError as error:
+                raise ValueError(f"{variant.name}: {error}") from error
 
 
 class Runner:
-    """Runs points side by side; keeps their records as they come."""
+    """Runs points side by side; keeps their records as they come.
+
+    An exception inside the `with` block ends the workers at once; `run` then raises in all threads.
+    """
 
     def __init__(self, name: str, workers: int) -> None:
         self.records: dict[Path, Record] = {}
-        self._pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=one_thread)
+        context = get_context("spawn")
+        ours, self._alive = context.Pipe(duplex=False)
+        self._pool = ProcessPoolExecutor(workers, context, start_worker, (ours,))
         self._bar = tqdm(desc=name, unit="run", disable=not sys.stderr.isatty())
+
+    def __enter__(self) -> "Runner":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown(wait=kind is None, cancel_futures=True)
+        self._alive.close()  # workers end, whatever they are at
+        self._pool.shutdown()
+        self._bar.close()
 
     def run(self, points: Sequence[Point]) -> list[Record]:
         """The records of these points, in order; those of points that ran before are read."""
-        futures = [self._pool.submit(run_point, point) for point in points]
-        return [
-            self._keep(point, future.result())
-            for point, future in zip(points, futures, strict=True)
-        ]
+        futures = [self._pool.submit(_run, point) for point in points]
+        for point, future in zip(points, futures, strict=True):
+            future.add_done_callback(partial(self._keep, point))
+        for future in futures:
+            future.result()
+        return [read_record(point) for point in points]
 
-    def _keep(self, point: Point, record: Record) -> Record:
-        if point.folder not in self.records:
+    def _keep(self, point: Point, future: Future[None]) -> None:
+        if not future.cancelled() and not future.exception():
+            self.records[point.folder] = read_record(point)
             self._bar.update()
-            tqdm.write(_line(record), file=sys.stdout)
-        self.records[point.folder] = record
-        return record
+            tqdm.write(_line(self.records[point.folder]), file=sys.stdout)
 
-    def close(self) -> None:
-        self._bar.close()
-        self._pool.shutdown(cancel_futures=True)
+
+def _run(point: Point) -> None:
+    """In a worker. The record stays on disk: a worker may end at any time, but not mid-message."""
+    run_point(point)
 
 
 def _line(record: Record) -> str:
@@ -132,7 +164,8 @@ def _line(record: Record) -> str:
 def sweep(study: Study, variant: Variant, run: Callable[[list[Point]], list[Record]]) -> float:
     """The rate of the lowest validation loss on the tuning seeds, with higher and lower ones tried.
 
-    Raises PointError if the loss still falls at the edge of MAX_RATES rates.
+    Where all runs diverge, lower rates are tried. Raises PointError if the loss still falls at the
+    edge of MAX_RATES rates.
     """
     losses: dict[float, float] = {}
     rates = list(GRIDS[variant.optimizer])
@@ -143,14 +176,18 @@ def sweep(study: Study, variant: Variant, run: Callable[[list[Point]], list[Reco
             mean = statistics.mean(map(val_loss, records))  # NaN if one of them diverged
             losses[lr] = math.inf if math.isnan(mean) else mean
         best, low, high = min(losses, key=losses.__getitem__), min(losses), max(losses)
-        if low < best < high:
+        diverges = math.isinf(losses[best])  # everywhere
+        if low < best < high and not diverges:
             return best
-        rates = [low / 2] if best == low else [high * 2]
+        rates = [low / 2] if best == low or diverges else [high * 2]
     raise PointError(f"{variant.name}: no best learning rate inside {sorted(losses)}")
 
 
 def compare(study: Study, workers: int) -> list[Record]:
-    """Every record of the study, also written to records.jsonl in its folder."""
+    """Every record of the study's folder, also written to records.jsonl there.
+
+    The first exception ends it all; what was finished until then is written all the same.
+    """
     runner = Runner(str(study.out), workers)
 
     def one(variant: Variant) -> None:
@@ -159,13 +196,21 @@ def compare(study: Study, workers: int) -> list[Record]:
         runner.run([study.point(variant, "fresh", lr, seed) for seed in seeds])
 
     try:
-        with ThreadPoolExecutor(len(study.variants)) as threads:
-            list(threads.map(one, study.variants))
+        with ThreadPoolExecutor(len(study.variants)) as threads, runner:
+            for finished in as_completed([threads.submit(one, each) for each in study.variants]):
+                finished.result()
     finally:
-        runner.close()
-    records = [_lean(runner.records[folder]) for folder in sorted(runner.records)]
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    write_atomic(study.out / "records.jsonl", text)
+        records = _unite(study.out / "records.jsonl", runner.records.values())
+    return records
+
+
+def _unite(path: Path, records: Iterable[Record]) -> list[Record]:
+    """Add records to a file, in the place of those of the same runs; returns all that it holds."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [*map(json.loads, lines), *map(_lean, records)]
+    united = {(row["variant"], row["lr"], row["seed"]): row for row in rows}
+    records = [united[key] for key in sorted(united)]
+    write_atomic(path, "".join(json.dumps(record) + "\n" for record in records))
     return records
 
 

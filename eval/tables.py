@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 
-from eval.analysis import Matched, Row
+from eval.analysis import Row
 from eval.intervals import Estimate, Paired
+from eval.matched import Matched
 
 
 def aligned(rows: Iterable[Sequence[str]]) -> str:
@@ -27,8 +28,8 @@ def leaderboard_table(rows: Sequence[Row], metric: str, *, higher_is_better: boo
 
 
 def matched_table(matched: dict[str, Matched]) -> str:
-    """Rollout error at equal validation: the mean residual of its logarithm."""
-    cells = [("optimizer", "log rollout error beyond the bases' fit", "seeds inside the fit")]
+    """The logarithm of rollout error against the base's, at equal validation."""
+    cells = [("optimizer", "log rollout error minus base's at equal validation", "seeds compared")]
     for variant, each in matched.items():
         cells.append((variant, number(each.residual), f"{each.n_inside}/{each.n}"))
     return aligned(cells)
@@ -40,5 +41,5 @@ def number(value: Estimate) -> str:
 
 
 def _compared(versus: Paired) -> tuple[str, str, str]:
-    wins = f"{versus.wins}/{versus.difference.n}"
+    wins = f"{versus.wins}/{versus.n_pairs}"
     return number(versus.difference), wins, f"{versus.p:.2g}"

@@ -8,6 +8,8 @@ text. A grade is written to out/run/ttf/step-N.json and not computed again. One 
 """
 
 import argparse
+import hashlib
+import inspect
 import json
 import sys
 import time
@@ -18,23 +20,31 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import CheckpointError, candidates
+from data.files import sha256_of
 from data.shards import DataError
 from eval.grade import Grade
 from eval.predictor import GPTPredictor
-from eval.record import make_record, readable, write_record
+from eval.record import make_record, readable, train_command, write_record
 from eval.run import Run, load_run
 from eval.sample import pick_device
 from eval.tasks import Task, TaskError, task_of
 from model import GPT, eval_mode
 
+GRADING = ("grade", "intervals", "predictor", "repetition", "viability", "world")  # eval/*.py
+
+
+def check_fits(task: Task, block_size: int) -> None:
+    """TaskError if a context of `block_size` tokens cannot hold an episode."""
+    if block_size < task.context_tokens:
+        raise TaskError(
+            f"{task.spec}: an episode needs {task.context_tokens} tokens of context, but the model "
+            f"has block_size={block_size}; use a shorter horizon"
+        )
+
 
 def grade_model(task: Task, model: GPT, *, n: int, seed: int, batch_size: int = 512) -> Grade:
     """n episodes of the task. Raises TaskError if the model's context cannot hold one."""
-    if model.config.block_size < task.context_tokens:
-        raise TaskError(
-            f"{task.spec}: an episode needs {task.context_tokens} tokens of context, but the model "
-            f"has block_size={model.config.block_size}; use a shorter horizon"
-        )
+    check_fits(task, model.config.block_size)
     with eval_mode(model):
         return task.grade(GPTPredictor(model, batch_size), n=n, seed=seed)
 
@@ -47,11 +57,13 @@ def grade_checkpoint(
     out_dir = run.path.parent.parent
     target = out_dir / "ttf" / f"step-{run.step:08d}.json"
     task = task_of(run.config["dataset"])
-    grading = {"n": n, "seed": seed, "git": run.environment["git"], "spec": task.spec}
+    manifest = json.loads((run.path / "manifest.json").read_text())
+    grading = {"n": n, "seed": seed, "spec": task.spec, "device": str(device)}
+    grading |= {"checkpoint": manifest["sha256"], "code": grading_code(task)}
     if target.exists() and (record := json.loads(target.read_text()))["grading"] == grading:
         return record
     _check_tokenizer(task, run)
-    started = time.perf_counter()
+    started, threads = time.perf_counter(), run.environment["threads"]
     grade = grade_model(task, run.model, n=n, seed=seed, batch_size=batch_size)
     record = make_record(
         task,
@@ -60,12 +72,21 @@ def grade_checkpoint(
         val_loss=_val_loss(out_dir, run.step),
         grade=readable(grade, run.tokenizer.decode),
         grading=grading,
-        command=_command(run.config),
+        command=f"{train_command(run.config, threads)} && OMP_NUM_THREADS={threads} "
+        f"python -m eval.ttf NEW --episodes {n} --seed {seed} --device {device}",
         environment=run.environment,
         seconds=time.perf_counter() - started,
     )
     write_record(target, record)
     return record
+
+
+def grading_code(task: Task) -> str:
+    """A hash that changes with the code that grades this task."""
+    own = [each for each in type(task).__mro__ if each.__module__.startswith("eval.")]
+    sources = [Path(__file__).with_name(f"{name}.py") for name in GRADING]
+    sources += [Path(inspect.getfile(each)) for each in own]
+    return hashlib.sha256(" ".join(map(sha256_of, sources)).encode()).hexdigest()[:12]
 
 
 def _check_tokenizer(task: Task, run: Run) -> None:
@@ -81,8 +102,16 @@ def _val_loss(out_dir: Path, step: int) -> float | None:
     return losses[-1] if losses else None
 
 
-def _command(config: dict[str, Any]) -> str:
-    return "python train.py " + " ".join(f"--{key}={value}" for key, value in config.items())
+def checkpoints(run: Path, *, every: bool) -> list[Path]:
+    """What to load: the run itself, for its newest, or every checkpoint, the oldest first.
+
+    Raises CheckpointError if all are wanted and there are none.
+    """
+    if not every:
+        return [run]
+    if not (found := candidates(run / "checkpoints")):
+        raise CheckpointError(f"no checkpoint at {run}: --all wants a run's out_dir")
+    return found[::-1]
 
 
 def line(record: dict[str, Any]) -> str:
@@ -119,11 +148,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.exit(2, "error: --episodes and --batch_size must be at least 1, --seed at least 0\n")
     try:
         device = pick_device(arguments.device)
-        paths = [
-            path
-            for run in arguments.runs
-            for path in (candidates(run / "checkpoints")[::-1] if arguments.all else [run])
-        ]
+        paths = [p for run in arguments.runs for p in checkpoints(run, every=arguments.all)]
         how = {"n": arguments.episodes, "seed": arguments.seed, "device": device}
         for path in tqdm(paths, unit="checkpoint", disable=not sys.stderr.isatty()):
             record = grade_checkpoint(path, batch_size=arguments.batch_size, **how)

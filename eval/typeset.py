@@ -1,16 +1,19 @@
 """Names and numbers as a page shows them."""
 
 import math
+from collections.abc import Container
 
 from eval.intervals import Estimate, Paired
 
 Cell = tuple[str, str]  # a number, and "± 0.12" or empty
 MINUS = "\u2212"
+LARGEST = 700.0  # of a logarithm whose exponential is shown
 NONE = "\u2013"  # where there is no number
 UNITS = {
     "val_ce": "nats",
     "val_kl": "nats",
     "accumulated_kl": "nats",
+    "sequence_kl": "nats",
     "gap": "nats per step",
     "excess_percent": "%",
     "entropy_drift": "nats",
@@ -26,10 +29,15 @@ def mode_of(variant: str, base: str) -> str:
     return MODES.get(prefix, prefix) + changes.replace("+", ", ")
 
 
-def metric_label(name: str) -> str:
-    """The metric in words, with its unit where it has one."""
+def metric_label(name: str, error: str = "nats") -> str:
+    """The metric in words, with its unit where it has one; `error` is what a task counts in."""
     words = " ".join(WORDS.get(word, word) for word in name.split("_")).strip()
-    return f"{words} ({UNITS[name]})" if name in UNITS else words
+    return f"{words} ({UNITS[name].replace('nats', error)})" if name in UNITS else words
+
+
+def error_unit(metrics: Container[str]) -> str:
+    """What rollout errors are in: nats where there is an oracle KL."""
+    return "nats" if "val_kl" in metrics else "squared action error"
 
 
 def number(value: float, digits: int | None = None) -> str:
@@ -51,6 +59,18 @@ def exponent(size: float) -> int:
 
 def power_of_ten(power: int) -> str:
     return f"e{power}".replace("-", MINUS) if power else ""
+
+
+def factor(log: float) -> str:
+    """e^log to three significant digits, far from one to two: 0.832, 144, 2.1e−7."""
+    if math.isnan(log):
+        return NONE
+    value = math.exp(min(log, LARGEST))
+    size = int(f"{value:.2e}".split("e")[1])
+    if -4 < size < 4:
+        return number(value, max(0, 2 - size))
+    mantissa, power = f"{value:.1e}".split("e")
+    return mantissa + power_of_ten(int(power))
 
 
 def decimals(half: float) -> int | None:

@@ -6,16 +6,26 @@ fast-dopr-NAME      the same in fast mode
 ...+key=value       with any other setting of train.py changed
 """
 
-import contextlib
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from configurator import coerce
 from optim.build import OPTIMIZERS
+from settings import FIELDS
 
 PLAIN = {"dopr": False}
 EXACT = {"dopr": True, "refresh_every": 1}
 FAST = {"dopr": True, "refresh_every": 10, "sigma_beta": 0.95}
 MODES = {"fast-dopr-": FAST, "dopr-": EXACT, "": PLAIN}
+OF_THE_STUDY = {  # what a comparison sets itself
+    *("optimizer", "dopr", "lr", "seed", "max_steps", "batch_size", "micro_batch_size"),
+    *("dataset", "out_dir", "resume", "device"),
+}
+OF_THE_MODEL = {
+    *("n_layer", "n_head", "n_embd", "block_size", "dropout", "bias", "tie_weights", "init_from"),
+}
 
 
 @dataclass(frozen=True)
@@ -32,8 +42,12 @@ class Variant:
         return self.optimizer
 
 
-def parse_variant(name: str) -> Variant:
-    """The variant of that name. ValueError: the name of no optimizer, or a change without `=`."""
+def parse_variant(name: str, defaults: Mapping[str, Any] | None = None) -> Variant:
+    """The variant of that name.
+
+    defaults: settings of DoPr that the task changes; the name's own changes go before them.
+    Raises ValueError: the name of no optimizer, or a change that is none of an optimizer's.
+    """
     kind, *changes = name.split("+")
     prefix = next(prefix for prefix in MODES if kind.startswith(prefix))
     optimizer = kind.removeprefix(prefix)
@@ -45,14 +59,20 @@ def parse_variant(name: str) -> Variant:
     wrong = [change for change in changes if "=" not in change]
     if wrong:
         raise ValueError(f"optimizer {name!r}: {wrong[0]!r} is not of the form key=value")
-    pairs = (change.split("=", 1) for change in changes)
-    changed = {key: _number_or_text(value) for key, value in pairs}
-    settings = {"optimizer": optimizer} | MODES[prefix] | changed
+    texts = dict(change.split("=", 1) for change in changes)
+    check_names(texts, OF_THE_STUDY | OF_THE_MODEL, f"optimizer {name!r}")
+    changed = {key: coerce(key, text) for key, text in texts.items()}
+    mode = MODES[prefix] | dict(defaults or {}) if prefix else PLAIN
+    settings = {"optimizer": optimizer} | mode | changed
     return Variant(name, optimizer, tuple(settings.items()))
 
 
-def _number_or_text(text: str) -> Any:
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text
+def check_names(keys: Iterable[str], refused: set[str], where: str) -> None:
+    """ValueError if a key is no setting of train.py, or one of `refused`."""
+    for key in keys:
+        if key in refused:
+            raise ValueError(f"{where}: {key} is fixed here, it is the same for all optimizers")
+        if key not in FIELDS:
+            close = difflib.get_close_matches(key, FIELDS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "python train.py --help lists all"
+            raise ValueError(f"{where}: unknown setting {key!r}; {hint}")

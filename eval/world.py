@@ -15,6 +15,7 @@ from torch import Tensor
 from eval.predictor import Predictor
 
 Actor = Literal["oracle", "model"]
+ROWS = 8  # of probabilities that `decide` works on at once: they stay in the processor's cache
 
 
 class World(ABC):
@@ -45,6 +46,7 @@ class Rollout:
 
     tokens: Tensor  # (B, H) int64, the decisions
     error: Tensor  # (B, H) q = KL(oracle ‖ model) before each decision, nats
+    reverse: Tensor  # (B, H) KL(model ‖ oracle), nats; inf where the oracle rules a token out
     nll: Tensor  # (B, H) -log p_model(decision), nats
     entropy: Tensor  # (B, H) of the model's distribution, nats
     outcomes: dict[str, Tensor]  # (B,) each
@@ -58,19 +60,38 @@ def rollout(world: World, predictor: Predictor, uniforms: Tensor, actor: Actor) 
     """
     columns: list[tuple[Tensor, ...]] = []
     answer = world.prompts
-    log_p = predictor.start(answer)
+    log_p = predictor.start(answer).cpu()
     for t, u in enumerate(uniforms.unbind(1)):
         if t > 0:
-            log_p = predictor.read(answer)  # (B, V)
+            log_p = predictor.read(answer).cpu()  # (B, V)
         q, p = world.oracle(), log_p.exp()
         token = draw(q if actor == "oracle" else p, u)  # (B,)
         nll = -log_p.gather(1, token[:, None])[:, 0]
-        graded = torch.stack([kl(q, log_p), nll, torch.special.entr(p).sum(-1)])  # (3, B)
+        entropy = torch.special.entr(p).sum(-1)
+        graded = torch.stack([kl(q, log_p), kl(p, q.log()), nll, entropy])  # (4, B)
         columns.append((token, graded.masked_fill(world.has_ended(), torch.nan)))
         answer = torch.cat([token[:, None], world.step(token)], dim=1)
     tokens = torch.stack([token for token, _ in columns], dim=1)
-    error, nll, entropy = torch.stack([graded for _, graded in columns], dim=2)
-    return Rollout(tokens, error, nll, entropy, world.outcomes())
+    error, reverse, nll, entropy = torch.stack([graded for _, graded in columns], dim=2)
+    return Rollout(tokens, error, reverse, nll, entropy, world.outcomes())
+
+
+def decide(log_p: Tensor, choice: Tensor) -> tuple[Tensor, ...]:
+    """Token, its -log p, and the entropy in nats, (B,) each, on the CPU.
+
+    log_p (B, V), on any device, where all work is done. choice (B,): the tokens (int64), or the
+    uniform numbers that draw them (float64).
+    """
+    parts = zip(log_p.split(ROWS), choice.to(log_p.device).split(ROWS), strict=True)
+    columns = zip(*(_decide(*part) for part in parts), strict=True)
+    return tuple(torch.cat(column).cpu() for column in columns)
+
+
+def _decide(log_p: Tensor, choice: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    p = log_p.exp()  # (b, V)
+    token = draw(p, choice) if choice.is_floating_point() else choice
+    nll = -log_p.gather(1, token[:, None])[:, 0]
+    return token, nll, -torch.where(p > 0, p * log_p, 0.0).sum(-1)
 
 
 def draw(p: Tensor, uniforms: Tensor) -> Tensor:  # (B, V), (B,) -> (B,)

@@ -19,7 +19,7 @@ LOWER = {  # part of the house -> the parts that it may import
     "data": set(),
     "checkpoint": set(),
     "state": {"checkpoint", "optim"},
-    "eval": {"model", "data", "checkpoint", "optim", "runlog"},
+    "eval": {"model", "data", "checkpoint", "optim", "runlog", "settings", "configurator"},
     "train": {"settings", "configurator", "stopping", "runlog", "kernels", "model", "optim"}
     | {"data", "checkpoint", "state", "eval"},
 }

@@ -2,7 +2,8 @@
 
 A document is the goal, the start, the further nodes of a uniformly random shortest path (the last
 is the goal), end-of-text, padding. A node has one token, as goal and as place. Many answers are
-right, and every wrong node has a way on. Held-out (start, goal) pairs never occur in "train".
+right, and every wrong node has a way on. Held-out (start, goal) pairs never begin a document of
+"train"; about half of them occur there in the middle of a path, as a node and its goal.
 """
 
 from dataclasses import dataclass

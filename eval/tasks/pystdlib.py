@@ -21,7 +21,7 @@ from eval.predictor import Predictor
 from eval.repetition import distinct, ends_in_loop, seq_rep, zipf
 from eval.tasks.task import Task, TaskError
 from eval.viability import hazard, survivors
-from eval.world import draw
+from eval.world import decide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ def grade_text(
 ) -> Grade:
     """Grade the model's continuations beside the documents' own.
 
-    batch_size: rows that are read at once; memory is a few (batch_size, V) float64 arrays.
+    batch_size: rows that are read at once; memory is one (batch_size, V) float64 array.
     Rollouts of one document are not independent, so the bootstrap resamples documents: their
     number is the n of every metric. n_t counts rollouts.
     """
@@ -152,23 +152,19 @@ def _continue(
     return Continuation(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-@torch.no_grad()
 def _continue_batch(
     predictor: Predictor, prompts: Tensor, choices: Tensor, end: int
 ) -> tuple[Tensor, ...]:  # tokens, nll, entropy: (B, H) each
     columns: list[tuple[Tensor, ...]] = []
-    ended = torch.zeros(len(prompts), dtype=torch.bool)
-    log_p, token = predictor.start(prompts), prompts[:, -1]
-    for t, choice in enumerate(choices.unbind(1)):
-        if t > 0:
-            log_p = predictor.read(token[:, None])  # (B, V)
-        p = log_p.exp()
-        token = draw(p, choice) if choice.is_floating_point() else choice  # (B,)
-        nll = -log_p.gather(1, token[:, None])[:, 0]
-        graded = torch.stack([nll, torch.special.entr(p).sum(-1)])  # (2, B)
-        columns.append((token.masked_fill(ended, -1), *graded.masked_fill(ended, torch.nan)))
-        ended = ended | (token == end)
-    return tuple(torch.stack(column, dim=1) for column in zip(*columns, strict=True))
+    log_p = predictor.start(prompts, prompts.shape[1] + choices.shape[1] - 1)
+    for choice in choices.unbind(1):
+        if columns:
+            log_p = predictor.read(columns[-1][0][:, None])  # (B, V)
+        columns.append(decide(log_p, choice))  # (B,) each
+    tokens, *graded = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
+    is_end = tokens == end
+    ended = is_end.cumsum(1) > is_end  # before the token
+    return tokens.masked_fill(ended, -1), *(each.masked_fill(ended, torch.nan) for each in graded)
 
 
 def _metrics(

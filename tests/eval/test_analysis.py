@@ -9,11 +9,9 @@ from scipy import stats
 
 from eval.analysis import (
     AnalysisError,
-    fit_curve,
     groups,
     leaderboard,
     load_records,
-    matched_validation,
     seed_curves,
     sweeps,
     teacher_forced,
@@ -51,11 +49,27 @@ def test_tuning_runs_do_not_enter_the_leaderboard():
     assert leaderboard(rows)[0].primary.mean == pytest.approx(np.mean(DOPR))
 
 
-def test_a_diverged_run_puts_its_optimizer_last_and_is_counted():
+def test_a_diverged_run_loses_its_pair_and_puts_its_optimizer_last():
     rows = [*study(), record("dopr-adamw", 3, None), record("adamw", 3, 9.0)]
     last = leaderboard(rows)[-1]
     assert (last.variant, last.n_diverged) == ("dopr-adamw", 1)
-    assert last.versus_base.difference.n == 3  # only seeds that both finished
+    assert (last.versus_base.wins, last.versus_base.n_pairs) == (3, 4)
+    assert last.versus_base.difference.n == 3  # its interval knows finished pairs only
+
+
+def test_a_diverged_base_loses_its_pair_too_and_two_diverged_runs_decide_nothing():
+    rows = [*study(), record("dopr-adamw", 3, 1.0), record("adamw", 3, None)]
+    rows += [record("dopr-adamw", 4, None), record("adamw", 4, None)]
+    board = {row.variant: row for row in leaderboard(rows)}
+    assert (board["dopr-adamw"].versus_base.wins, board["dopr-adamw"].versus_base.n_pairs) == (4, 5)
+
+
+def test_an_optimizer_that_always_diverged_has_no_numbers():
+    rows = [*study(), *(record("fast-dopr-adamw", seed, None) for seed in range(3))]
+    last = leaderboard(rows)[-1]
+    assert (last.variant, last.versus_base.wins) == ("fast-dopr-adamw", 0)
+    assert math.isnan(last.primary.mean)
+    assert last.versus_base.difference.n == 0
 
 
 def test_curves_have_a_band_over_seeds_and_a_single_run_its_own():
@@ -73,43 +87,12 @@ def test_a_sweep_is_sorted_by_rate_and_averages_tuning_seeds():
     assert sweeps(rows) == {"adamw": [(0.1, 1.0, 1.0), (0.2, 3.0, 2.0)]}
 
 
-def on_a_line(shift: float):
-    """Base runs with log error = 2 log val - 1, DoPr runs `shift` off it, and one out of range."""
-    losses = np.linspace(1.0, 2.0, 10)
-    rows = [
-        record("adamw", i, math.exp(2 * math.log(x) - 1), val_loss=x, role="tuning")
-        for i, x in enumerate(losses)
-    ]
-    inside = [(1.2, shift), (1.5, shift), (1.8, shift), (5.0, 0.0)]
-    for i, (x, off) in enumerate(inside):
-        rows.append(record("dopr-adamw", i, math.exp(2 * math.log(x) - 1 + off), val_loss=x))
-    return rows
-
-
-def test_matched_validation_finds_what_the_loss_does_not_explain():
-    matched = matched_validation(on_a_line(-0.3))["dopr-adamw"]
-    assert matched.residual.mean == pytest.approx(-0.3, abs=1e-9)
-    assert (matched.n_inside, matched.n) == (3, 4)  # the fit is not extrapolated
-
-
-def test_a_gain_that_the_loss_explains_is_no_residual():
-    matched = matched_validation(on_a_line(0.0))["dopr-adamw"]
-    assert matched.residual.mean == pytest.approx(0.0, abs=1e-9)
-    x, y = fit_curve(on_a_line(0.0))
-    assert np.log(y) == pytest.approx(2 * np.log(x) - 1)
-
-
 def test_instances_of_other_entropy_are_compared_by_their_oracle_kl():
     row = record("adamw", 0, 1.0, val_loss=3.0)
     row["grade"]["metrics"]["val_kl"] = {"mean": 0.25}
     assert teacher_forced(row) == 0.25
     assert teacher_forced(record("adamw", 0, 1.0, val_loss=3.0)) == 3.0
     assert math.isnan(teacher_forced(record("adamw", 0, None)))
-
-
-def test_too_few_base_runs_make_no_fit():
-    assert matched_validation(study()) == {}
-    assert len(fit_curve(study())[0]) == 0
 
 
 def test_records_are_grouped_by_task_and_length():

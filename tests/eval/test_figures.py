@@ -47,7 +47,8 @@ def test_the_fit_runs_through_the_base_runs(name, higher):
     rows = []
     for i, x in enumerate(losses.tolist()):
         value = float(metric(x**2 / 20))  # log error is linear in the log loss: an exact fit
-        run = graded("muon", i, value, val_loss=x, primary=name, higher_is_better=higher)
+        base, how = ("muon", "adamw")[i % 2], {"primary": name, "higher_is_better": higher}
+        run = graded(base, i // 2, value, val_loss=x, **how)
         run["grade"]["metrics"][name] = run["grade"]["metrics"]["accumulated_kl"]
         rows.append(run)
     (ax,) = draw(rows)["validation"].axes
@@ -68,6 +69,18 @@ def test_a_curve_is_the_mean_over_the_runs_that_finished():
     ax = draw(study())["curves"].axes[0]
     ends = {line.get_label(): line.get_ydata()[-1] for line in ax.lines if line.get_linewidth() > 1}
     assert ends == pytest.approx({"base": 6.0, "DoPr": 12.1 / 3, "fast DoPr": 5.75})
+
+
+def test_curves_that_end_decades_apart_are_averaged_by_their_logarithms():
+    rows = [*fresh("muon", [1e-4, 1e-2, 1.0]), *fresh("dopr-muon", [1e-6, 1e-5, 1e-4])]
+    rows[0]["grade"]["curves"]["G"]["mean"] = (1e-19, 1e-5, 1e-5, 1e-5)
+    b, g = draw(rows)["curves"].axes
+    ends = {line.get_label(): line.get_ydata()[-1] for line in b.lines if line.get_linewidth() > 1}
+    assert ends == pytest.approx({"base": 1e-2, "DoPr": 1e-5})  # geometric means
+    lowest = [band.get_paths()[0].vertices[:, 1].min() for band in b.collections]
+    assert min(lowest) > 0
+    assert g.get_yscale() == "log"
+    assert 1e-10 < g.get_ylim()[0] < 1e-6  # not where common random numbers begin
 
 
 def test_a_sweep_rings_the_chosen_rate_and_crosses_the_diverged_one():

@@ -26,7 +26,8 @@ def episodes(error, nll=None, entropy=None, **outcomes) -> Rollout:
     given = (error, nll or error, entropy or error)
     tables = [torch.tensor(rows, dtype=torch.float64) for rows in given]
     scores = {name: torch.tensor(each).double() for name, each in outcomes.items()}
-    return Rollout(torch.zeros(tables[0].shape, dtype=torch.int64), *tables, scores)
+    tokens = torch.zeros(tables[0].shape, dtype=torch.int64)
+    return Rollout(tokens, tables[0], 2 * tables[0], *tables[1:], scores)
 
 
 @pytest.fixture
@@ -36,10 +37,10 @@ def by_hand():
     return oracle_grade(data, own)
 
 
-def test_steps_average_the_episodes_under_way(by_hand):
-    assert by_hand.curves["A"].mean == [2, 2 + 3, 2 + 3 + 6]
-    assert by_hand.curves["B"].mean == [3, 3 + 6, 3 + 6 + 1]
-    assert by_hand.curves["G"].mean == [1 / 1, 4 / 2, -1 / 3]
+def test_curves_are_sums_over_all_episodes_and_ended_ones_add_nothing(by_hand):
+    assert by_hand.curves["A"].mean == [2, 2 + 3, 2 + 3 + 6 / 2]
+    assert by_hand.curves["B"].mean == [3, 3 + 6 / 2, 3 + 6 / 2 + 1 / 2]
+    assert by_hand.curves["G"].mean == pytest.approx([1 / 1, 1 / 2, -1.5 / 3], rel=EXACT)
     assert by_hand.n_t == {"data": [2, 2, 1], "own": [2, 1, 1]}
 
 
@@ -47,23 +48,27 @@ def test_metrics_by_hand(by_hand):
     wanted = {
         "val_kl": (1 + 2 + 3 + 4 + 6) / 5,  # over decisions, not over episodes
         "val_ce": (2 + 2 + 3 + 1 + 7) / 5,
-        "accumulated_kl": 10,
-        "gap": -1 / 3,
-        "excess_percent": 100 * (10 - 11) / 11,
-        "entropy_drift": (4 + 7) / 2 - 3,  # the first of three steps is no late one
+        "accumulated_kl": 6.5,
+        "sequence_kl": 13.0,  # the reverse is twice the error
+        "gap": -0.5,
+        "excess_percent": 100 * (6.5 - 8) / 8,
         "reached": 0.5,
         "data_reached": 1,
-    }
+    }  # and no drift, as episodes ended
     assert by_hand.means() == pytest.approx(wanted, rel=EXACT)
     assert all(each.n == 2 for each in by_hand.metrics.values())
 
 
-def test_steps_that_nobody_reached_add_nothing_and_have_no_drift():
-    over = episodes([[1, 2, X, X], [3, 4, X, X]])
-    grade = oracle_grade(over, over)
-    assert grade.curves["A"].mean == [2, 5, 5, 5]
-    drift = grade.metrics["entropy_drift"]
-    assert np.isnan([drift.mean, drift.lo, drift.hi]).all()
+def test_drift_compares_the_same_half_of_both():
+    data = episodes([[1, 1, 1, 1]], nll=[[9, 9, 2, 4]])
+    own = episodes([[1, 1, 1, 1]], entropy=[[7, 7, 5, 5]])
+    assert oracle_grade(data, own).metrics["entropy_drift"].mean == 5 - 3
+
+
+def test_without_the_oracles_support_there_is_no_sequence_kl():
+    own = episodes([[1.0, 2.0]])
+    own.reverse[0, 1] = math.inf
+    assert "sequence_kl" not in oracle_grade(own, own).metrics
 
 
 def test_both_rollouts_are_resampled_together():

@@ -1,12 +1,21 @@
 """Closed forms against sampling and against brute force; policies that learn, and that diverge."""
 
 import math
+import shlex
 
 import numpy as np
 import pytest
 import torch
 
-from eval.lds import Lds, grade_policy, train_policy
+from eval.lds import (
+    Lds,
+    _demonstrations,
+    command_of,
+    grade_policy,
+    main,
+    parse_lds_variant,
+    train_policy,
+)
 from optim.build import OPTIMIZERS
 
 EXACT = 1e-9  # float64, relative, through up to 100 products of well-scaled matrices
@@ -130,7 +139,7 @@ def test_huge_damping_is_the_base_optimizer_at_another_rate(lds):
     gamma = 1e9
     base = train_policy(lds, "sgd", 0.003, 0, steps=20)
     dopr = train_policy(lds, "sgd", 0.003 * gamma, 0, steps=20, gamma=gamma)
-    assert dopr == pytest.approx(base, rel=1e-6)  # Σ is 1e-8 of the damping
+    assert dopr == pytest.approx(base, abs=1e-6 * abs(base).max())  # Σ is 1e-8 of the damping
 
 
 def test_training_is_a_function_of_the_seed_and_touches_no_global_randomness(lds):
@@ -161,3 +170,41 @@ def test_a_finite_policy_can_leave_the_range_of_float64():
 def test_impossible_sizes_are_one_error():
     with pytest.raises(ValueError, match=r"horizon=0: .* 1; states=4: .* 5; .*actions=5: .* 6"):
         Lds(horizon=0, states=4, actions=5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_demonstrations_share_no_random_number_with_the_plant(seed):
+    lds = Lds()
+    states, _ = _demonstrations(lds, seed, 1)[0]
+    drawn = np.linalg.solve(np.linalg.cholesky(lds.sigma), states.numpy().T).T.ravel()[:16]
+    for stream in range(3):  # modes, B, distractor
+        plants = np.random.default_rng([lds.instance, stream]).standard_normal(400)
+        assert abs(drawn[:, None] - plants).min(1).max() > 1e-6  # not a part of it
+
+
+def test_gamma_is_part_of_what_a_variant_says():
+    assert dict(parse_lds_variant("dopr-adamw").settings)["gamma"] == 1e-3
+    assert dict(parse_lds_variant("dopr-adamw+gamma=0.1").settings)["gamma"] == 0.1
+    assert "gamma" not in dict(parse_lds_variant("adamw").settings)
+
+
+@pytest.mark.parametrize("name", ["adamw+gamma=0.1", "dopr-sgd+momentum=0", "adamw+beta1=0.8"])
+def test_only_the_numbers_of_dopr_can_be_changed(name):
+    with pytest.raises(ValueError, match="task lds has no"):
+        parse_lds_variant(name)
+
+
+def test_the_command_makes_the_run_again(capsys):
+    lds = Lds(instance=7, horizon=12)
+    K = train_policy(lds, "adamw", 0.1 / 512, 3, steps=5, gamma=0.1)
+    command = command_of(lds, "dopr-adamw+gamma=0.1", 0.1 / 512, 3, 5)
+    main(shlex.split(command)[3:])
+    assert f"val_loss {grade_policy(lds, K).means()['val_loss']!r} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [["--lr", "0"], ["--optimizer", "adam"], ["--task", "lds,x=1"]])
+def test_a_wrong_command_is_one_message(wrong, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--optimizer", "adamw", "--lr", "0.01", *wrong])
+    assert exit.value.code == 2
+    assert "error: " in capsys.readouterr().err

@@ -2,8 +2,12 @@
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,9 @@ from eval.study import FRESH, sweep
 from eval.variants import parse_variant
 
 ROOT = Path(__file__).parents[2]
+
+
+TINY = "pdfa,states=4,alphabet=4,horizon=8,n_documents=64"
 
 
 def study(tmp_path, *more, task="lds"):
@@ -39,12 +46,23 @@ def test_a_sweep_ends_with_the_best_rate_inside_the_grid(tmp_path, best):
     found = sweep(study(tmp_path), parse_variant("adamw"), run)
     assert abs(math.log2(found / best)) <= 0.5
     assert min(asked) < found < max(asked)
-    assert len(asked) == len(set(asked))
+    assert all(asked.count(lr) == 2 for lr in asked)  # tuning seeds
 
 
 def test_a_rate_at_which_training_diverges_is_never_the_best(tmp_path):
     run, _ = loss_of(lambda lr: None if lr > 3e-3 else 1 - lr)
     assert sweep(study(tmp_path), parse_variant("adamw"), run) == 2e-3
+
+
+def test_where_the_whole_grid_diverges_lower_rates_are_tried(tmp_path):
+    run, _ = loss_of(lambda lr: None if lr > 3e-4 else abs(math.log2(lr / 1e-4)))
+    assert sweep(study(tmp_path), parse_variant("adamw"), run) == 2e-3 / 16
+
+
+def test_training_that_always_diverges_is_no_sweep(tmp_path):
+    run, _ = loss_of(lambda lr: None)
+    with pytest.raises(PointError, match="no best learning rate inside"):
+        sweep(study(tmp_path), parse_variant("adamw"), run)
 
 
 def test_a_loss_that_only_falls_is_no_sweep(tmp_path):
@@ -83,10 +101,9 @@ def test_another_study_is_not_mixed_into_a_folder(tmp_path):
 
 
 def test_a_run_in_a_worker_is_the_run_of_the_command(tmp_path):
-    tiny = "pdfa,states=4,alphabet=4,horizon=8,n_documents=64"
     changes = ["n_embd=16", "n_head=1", "eval_batches=1"]
     settings = study(tmp_path, "--steps", "3", "--tokens_per_step", "32", "--episodes", "4",
-                     "--set", *changes, task=tiny)  # fmt: skip
+                     "--set", *changes, task=TINY)  # fmt: skip
     point = settings.point(parse_variant("dopr-adamw"), "tuning", 1e-3, 0)
     record = run_point(point)
     by_hand = [each for each in point.command if not each.startswith("--out_dir")]
@@ -99,12 +116,12 @@ def test_a_run_in_a_worker_is_the_run_of_the_command(tmp_path):
 
 
 def test_settings_that_a_run_refuses_end_the_comparison_with_its_message(tmp_path):
-    point = study(tmp_path, "--set", "n_head=3", task="pdfa").point(
+    point = study(tmp_path, "--set", "init_from=nowhere", task=TINY).point(
         parse_variant("adamw"), "tuning", 1e-3, 0
     )
     with pytest.raises(PointError, match="ended with exit code 1; see"):
         run_point(point)
-    assert "divisible by n_head=3" in (point.folder / "train.log").read_text()
+    assert "init_from=nowhere" in (point.folder / "train.log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -114,11 +131,107 @@ def test_settings_that_a_run_refuses_end_the_comparison_with_its_message(tmp_pat
         (["--task", "pdfa,state=3", "--optimizers", "adamw"], "did you mean 'states'"),
         (["--task", "lds", "--optimizers", "adam"], "NAME one of"),
         (["--task", "lds", "--optimizers", "adamw", "--seeds", "0"], "--seeds=0"),
-        (["--task", "lds", "--optimizers", "adamw", "--set", "x"], "wants KEY=VALUE"),
+        (["--task", "pdfa", "--optimizers", "adamw", "--set", "x"], "wants KEY=VALUE"),
+        (["--task", "pdfa", "--optimizers", "adamw", "--set", "n_hed=2"], "did you mean 'n_head'"),
+        (["--task", "pdfa", "--optimizers", "adamw", "--set", "lr=2"], "lr is fixed here"),
+        (["--task", "pdfa", "--optimizers", "adamw", "--set", "n_head=3"], "divisible by n_head=3"),
+        (["--task", "pdfa", "--optimizers", "dopr-sgd+gamma=-1"], "gamma=-1"),
+        (["--task", "pdfa", "--optimizers", "adamw,sgd,adamw"], "adamw is there more than once"),
+        (["--task", "lds", "--optimizers", "adamw", "--set", "gamma=1"], "optimizer+gamma"),
+        (["--task", "lds", "--optimizers", "dopr-adamw+exponent=3"], "exponent=3"),
+        (["--task", "lds", "--optimizers", "adamw+gamma=1"], "task lds has no gamma"),
     ],
 )
-def test_a_wrong_command_is_one_message(arguments, message, capsys):
+def test_a_wrong_command_is_one_message_before_any_work(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
-        main(arguments)
+        main([*arguments, "--out", str(tmp_path / "study")])
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
+
+
+def read(folder):
+    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+
+
+def test_other_optimizers_and_seeds_are_added_to_those_in_the_folder(tmp_path):
+    command = ["--task", "lds", "--steps", "60", "--tuning_seeds", "1", "--out", str(tmp_path)]
+    main([*command, "--optimizers", "dopr-adamw", "--seeds", "2"])
+    main([*command, "--optimizers", "adamw", "--seeds", "1"])
+    fresh = [(row["variant"], row["seed"]) for row in read(tmp_path) if row["role"] == "fresh"]
+    assert fresh == [("adamw", 100), ("dopr-adamw", 100), ("dopr-adamw", 101)]
+    protocol = json.loads((tmp_path / "protocol.json").read_text())
+    assert protocol["variants"]["dopr-adamw"]["gamma"] == 1e-3
+    assert set(protocol["variants"]) == {"adamw", "dopr-adamw"}
+    assert protocol["fresh_seeds"] == [100, 101]
+    assert len(protocol["command"].splitlines()) == 2
+
+
+def test_a_variant_with_another_meaning_is_refused(tmp_path):
+    first = study(tmp_path)
+    first.begin("first")
+    (variant,) = first.variants
+    other = replace(variant, settings=(*variant.settings, ("eps", 1.0)))
+    with pytest.raises(ValueError, match="holds a study with another adamw"):
+        replace(first, variants=(other,)).begin("second")
+
+
+def test_a_record_of_another_run_is_refused_by_name(tmp_path):
+    point = study(tmp_path, "--steps", "5").point(parse_variant("adamw"), "tuning", 1e-3, 0)
+    assert run_point(point) == run_point(point)
+    other = replace(point, settings=point.settings | {"max_steps": 6})
+    with pytest.raises(PointError, match="max_steps was 5, is 6; delete it or choose another"):
+        run_point(other)
+
+
+def plant(folder, name):
+    """A finished run that nobody asked for."""
+    (folder / "runs" / name).mkdir(parents=True)
+    (folder / "runs" / name / "record.json").write_text('{"asked": {}}')
+
+
+def test_what_is_finished_is_written_when_a_run_fails(tmp_path):
+    plant(tmp_path, "muon-lr0.016-seed1")
+    with pytest.raises(SystemExit) as exit:
+        main(["--task", "lds", "--steps", "9", "--optimizers", "muon", "--out", str(tmp_path)])
+    assert exit.value.code == 2
+    runs = [(row["lr"], row["seed"]) for row in read(tmp_path)]
+    assert runs[:2] == [(0.008, 0), (0.008, 1)]
+
+
+def test_a_failed_run_ends_those_of_the_other_optimizers(tmp_path):
+    plant(tmp_path, "muon-lr0.008-seed0")
+    command = ["--task", "lds", "--steps", "20000", "--tuning_seeds", "1", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        main([*command, "--optimizers", "muon,adamw"])  # a run of adamw takes many seconds
+    assert not [*tmp_path.glob("runs/adamw*/record.json")]
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_stopped_study_leaves_no_process(tmp_path, signum, code):
+    command = ["--task", TINY, "--steps", "1000000", "--optimizers", "adamw,sgd"]
+    started = subprocess.Popen(
+        [sys.executable, "-m", "eval.compare", *command, "--out", tmp_path],
+        cwd=ROOT,
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_until(lambda: len([*tmp_path.glob("runs/*/metrics.jsonl")]) == 2)
+    started.send_signal(signum)  # to the parent alone
+    assert started.wait(timeout=60) == code
+    wait_until(lambda: not alive(started.pid))
+
+
+def wait_until(holds):
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def alive(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

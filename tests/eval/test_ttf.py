@@ -1,12 +1,19 @@
 """Grading checkpoints by command, and while training."""
 
 import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 import train
 from eval import ttf
 from eval.record import write_record
+from eval.tasks import TaskError, task_of
 from tests.tiny import argv, metrics
 
 PDFA = "task:pdfa,states=4,alphabet=4,horizon=8,n_documents=64"
@@ -29,7 +36,7 @@ def grade(capsys, *arguments):
 def test_training_records_what_rollouts_cost(graded):
     rows = metrics(graded, "ttf")
     assert [row["step"] for row in rows] == [0, 2, 4]
-    assert all(row["accumulated_kl"] > 0 for row in rows)
+    assert all(row["sequence_kl"] > 0 for row in rows)
 
 
 def test_grading_while_training_changes_no_weight(graded, tmp_path):
@@ -42,15 +49,60 @@ def test_a_record_says_everything_and_is_not_computed_twice(graded, capsys):
     line = grade(capsys, graded)
     (path,) = (graded / "ttf").glob("step-00000004.json")
     record = json.loads(path.read_text())
-    mean = record["grade"]["metrics"]["accumulated_kl"]["mean"]
-    assert f"accumulated_kl {mean:.4f}" in line
+    mean = record["grade"]["metrics"]["sequence_kl"]["mean"]
+    assert f"sequence_kl {mean:.4f}" in line
     assert record["val_loss"] == metrics(graded, "val")[-1]["loss"]
     assert (record["task"], record["variant"], record["steps"]) == ("pdfa", "adamw", 4)
-    record["grade"]["metrics"]["accumulated_kl"]["mean"] = -1.0
+    record["grade"]["metrics"]["sequence_kl"]["mean"] = -1.0
     write_record(path, record)
-    assert "accumulated_kl -1.0000" in grade(capsys, graded)  # read, not computed
+    assert "sequence_kl -1.0000" in grade(capsys, graded)  # read, not computed
     ttf.main([str(graded), "--episodes", "8"])  # another grading is another number
     assert "-1.0000" not in capsys.readouterr().out
+
+
+def test_a_replaced_checkpoint_is_graded_again(graded, tmp_path, capsys):
+    run = shutil.copytree(graded, tmp_path / "run")
+    grade(capsys, run)
+    path = run / "ttf/step-00000004.json"
+    before = json.loads(path.read_text())
+    other = tmp_path / "other"
+    assert train.main(argv(PDFA, other, **SIZES, seed=1)) == 0
+    shutil.rmtree(run / "checkpoints")
+    shutil.copytree(other / "checkpoints", run / "checkpoints")
+    grade(capsys, run)
+    after = json.loads(path.read_text())
+    assert after["seed"] == 1
+    assert after["grade"]["metrics"] != before["grade"]["metrics"]
+
+
+def test_changed_grading_code_grades_again(graded, tmp_path, capsys, monkeypatch):
+    run = shutil.copytree(graded, tmp_path / "run")
+    grade(capsys, run)
+    path = run / "ttf/step-00000004.json"
+    write_record(path, json.loads(path.read_text()) | {"val_loss": -1.0})
+    assert "val loss -1.0000" in grade(capsys, run)
+    monkeypatch.setattr(ttf, "sha256_of", lambda path: f"changed {path}")
+    assert "val loss -1.0000" not in grade(capsys, run)
+
+
+def test_the_recorded_command_makes_the_run_again(graded, tmp_path, capsys):
+    grade(capsys, graded)
+    record = json.loads((graded / "ttf/step-00000004.json").read_text())
+    assert "--tie_weights" not in record["command"]  # a default
+    first, second = (shlex.split(each) for each in record["command"].split(" && "))
+    wanted = "python -m eval.ttf NEW --episodes 16 --seed 0 --device "
+    assert shlex.join(second[1:]).startswith(wanted)
+    threads = first[0].removeprefix("OMP_NUM_THREADS=")
+    root = Path(__file__).parents[2]
+    words = [f"--out_dir={tmp_path}" if word == "--out_dir=NEW" else word for word in first[3:]]
+    subprocess.run(
+        [sys.executable, root / "train.py", *words],
+        env=os.environ | {"OMP_NUM_THREADS": threads},
+        check=True,
+        capture_output=True,
+    )
+    name = "checkpoints/step-00000004/model.safetensors"
+    assert (graded / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 def test_every_checkpoint_that_was_kept_can_be_graded(graded, capsys):
@@ -59,14 +111,22 @@ def test_every_checkpoint_that_was_kept_can_be_graded(graded, capsys):
     assert "step 4 " in lines[1]
 
 
+def test_a_context_holds_an_episode_or_is_refused():
+    task = task_of(PDFA)
+    ttf.check_fits(task, 8)
+    with pytest.raises(TaskError, match="has block_size=7; use a shorter horizon"):
+        ttf.check_fits(task, 7)
+
+
 def test_a_context_too_short_for_an_episode_is_refused_before_training(dataset, tmp_path, capsys):
     assert train.main(argv(dataset, tmp_path / "run", ttf_every=2)) == 1
     assert "has block_size=16; use a shorter horizon" in capsys.readouterr().err
     assert not metrics(tmp_path / "run", "train")
 
 
-def test_a_folder_without_checkpoints_is_one_message(tmp_path, capsys):
+@pytest.mark.parametrize("more", [[], ["--all"]])
+def test_a_folder_without_checkpoints_is_one_message(tmp_path, capsys, more):
     with pytest.raises(SystemExit) as exit:
-        ttf.main([str(tmp_path)])
+        ttf.main([str(tmp_path), *more])
     assert exit.value.code == 2
     assert "error: no checkpoint at" in capsys.readouterr().err

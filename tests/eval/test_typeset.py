@@ -5,7 +5,7 @@ import math
 import pytest
 
 from eval.intervals import Estimate, paired
-from eval.typeset import metric_label, mode_of, number, p_value, pair, verdict
+from eval.typeset import factor, metric_label, mode_of, number, p_value, pair, verdict
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,13 @@ def test_a_difference_has_a_sign():
     assert number(-2.0, 1) == "−2.0"
 
 
+def test_a_factor_has_its_digits_however_far_from_one():
+    values = (0.8321, 144.0, 2.06e-7, 9.964, 3e12, 1.0)
+    shown = ["0.832", "144", "2.1e−7", "9.96", "3.0e12", "1.00"]
+    assert [factor(math.log(value)) for value in values] == shown
+    assert (factor(math.nan), factor(-2000.0)) == ("–", "0.00")
+
+
 def test_small_p_values_are_not_zero():
     assert [p_value(p) for p in (1e-9, 0.0123, 0.5)] == ["< 0.001", "0.012", "0.50"]
 
@@ -46,4 +53,5 @@ def test_names_are_words():
     assert mode_of("fast-dopr-adamw+gamma=0.01", "adamw") == "fast DoPr, gamma=0.01"
     assert mode_of("muon", "muon") == "base"
     assert metric_label("accumulated_kl") == "accumulated KL (nats)"
+    assert metric_label("gap", "squared action error") == "gap (squared action error per step)"
     assert metric_label("success") == "success"

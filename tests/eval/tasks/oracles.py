@@ -21,7 +21,7 @@ class OraclePredictor(Predictor):
     def __init__(self, world: World) -> None:
         self.world = world
 
-    def start(self, prompts: Tensor) -> Tensor:
+    def start(self, prompts: Tensor, length: int | None = None) -> Tensor:
         self.twin = deepcopy(self.world)
         assert prompts.equal(self.twin.prompts)
         return self.twin.oracle().log()
@@ -38,7 +38,7 @@ class Bent(Predictor):
         self.predictor = predictor
         self.bend = bend
 
-    def start(self, prompts: Tensor) -> Tensor:
+    def start(self, prompts: Tensor, length: int | None = None) -> Tensor:
         return self.bend(self.predictor.start(prompts).exp()).log()
 
     def read(self, tokens: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class Product(Predictor):
     def _join(self, first: Tensor, second: Tensor) -> Tensor:
         return (first + self.power * second).log_softmax(-1)
 
-    def start(self, prompts: Tensor) -> Tensor:
+    def start(self, prompts: Tensor, length: int | None = None) -> Tensor:
         first, second = (part.start(prompts) for part in self.parts)
         return self._join(first, second)
 

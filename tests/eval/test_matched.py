@@ -1,0 +1,62 @@
+"""Equal validation: pairs whose answer is known."""
+
+import math
+
+import numpy as np
+import pytest
+
+from eval.matched import fit_curve, matched_validation
+from tests.eval.records import record
+
+SLOPE, HARDER = 2.0, (0.0, 0.7, 1.1)  # of log error in log loss; what an instance adds to both
+
+
+def on_a_line(shift: float):
+    """Bases on a line within each seed, instances apart; DoPr `shift` off its seed's line."""
+    rows = []
+    for seed, harder in enumerate(HARDER):
+        for variant, x, off in (
+            ("adamw", 0.8, 0.0),
+            ("muon", 0.1, 0.0),
+            ("dopr-adamw", 0.4, shift),
+        ):
+            error = math.exp(SLOPE * x + 3 * harder + off)
+            rows.append(record(variant, seed, error, val_loss=math.exp(x + harder)))
+    return rows
+
+
+@pytest.mark.parametrize("shift", [-0.3, 0.0, 0.2])
+def test_matched_validation_finds_what_the_loss_does_not_explain(shift):
+    matched = matched_validation(on_a_line(shift))
+    assert matched.keys() == {"dopr-adamw"}  # a base is what others are compared with
+    residual = matched["dopr-adamw"].residual
+    assert (residual.mean, residual.lo, residual.hi) == pytest.approx((shift,) * 3, abs=1e-9)
+
+
+def test_a_run_outside_the_range_of_the_bases_is_not_compared():
+    rows = on_a_line(0.0)
+    better = [r | {"val_loss": 0.1} if r["variant"] == "dopr-adamw" else r for r in rows]
+    matched = matched_validation(better)["dopr-adamw"]
+    assert (matched.n_inside, matched.n) == (0, 3)
+    assert math.isnan(matched.residual.mean)
+
+
+def test_the_line_has_the_slope_within_seeds():
+    x, y = fit_curve(on_a_line(0.0))
+    assert np.diff(np.log(y)) / np.diff(np.log(x)) == pytest.approx(SLOPE)
+
+
+def test_no_failure_in_n_episodes_counts_as_half_of_one():
+    rows = on_a_line(0.0)
+    zero = [
+        record("dopr-adamw", 0, 0.0, val_loss=1.5),
+        *(r for r in rows if r["base"] == r["variant"]),
+    ]
+    assert matched_validation(zero)["dopr-adamw"].n_inside == 1
+
+
+def test_one_base_run_a_seed_gives_no_slope():
+    rows = [record("adamw", seed, 4.0 + seed) for seed in range(3)]
+    rows += [record("dopr-adamw", seed, 3.0 + seed) for seed in range(3)]
+    assert matched_validation(rows) == {}
+    assert len(fit_curve(rows)[0]) == 0

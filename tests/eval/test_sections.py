@@ -1,0 +1,43 @@
+"""What a page says of one task: how many comparisons there are, and which ones stand."""
+
+import pytest
+
+from eval.report import overview
+from eval.sections import make_sections
+from tests.eval.studies import fresh, study
+
+CLEAR = [*fresh("adamw", [5.0, 6.0, 7.0]), *fresh("dopr-adamw", [4.0, 4.5, 6.2])]  # p = 0.034
+
+
+def entry(rows, name):
+    (section,) = make_sections(rows)
+    return next(each for each in section.entries if each.variant == name)
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_p_must_be_below_the_threshold_of_all_comparisons(others):
+    rows = [*CLEAR, *fresh("fast-dopr-adamw", [None] * 3)[: 3 * others]]
+    (section,) = make_sections(rows)
+    versus = entry(rows, "dopr-adamw").versus
+    assert versus is not None
+    assert (versus.p, versus.verdict) == ("0.034", "better")
+    assert section.n_comparisons == 1 + others  # one whose runs diverged was a comparison too
+    assert versus.is_strict == (others == 0)
+
+
+def test_the_overview_has_an_entry_wherever_a_variant_was_run():
+    lost = [*fresh("adamw", [5.0, 6.0, 7.0]), *fresh("dopr-adamw", [None, None, None])]
+    rows = [*lost, *(record | {"task": "nav"} for record in study())]
+    found = overview([{"about": section} for section in make_sections(rows)])
+    cells = dict(found["rows"])["dopr-adamw"]
+    assert [(each.diverged, each.n_runs) for each in cells] == [(0, 3), (3, 3)]
+    assert "adamw" not in dict(found["rows"])
+
+
+def test_runs_are_compared_with_the_error_that_the_grade_has():
+    with_oracle, without = study(), study()
+    for record in without:
+        if record["grade"]:
+            del record["grade"]["metrics"]["val_kl"]
+    (section,), (other,) = make_sections(with_oracle), make_sections(without)
+    assert (section.before, other.before) == ("oracle KL on the data’s contexts", "validation loss")
