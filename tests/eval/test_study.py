@@ -159,11 +159,11 @@ def test_other_optimizers_and_seeds_are_added_to_those_in_the_folder(tmp_path):
     main([*command, "--optimizers", "dopr-adamw", "--seeds", "2"])
     main([*command, "--optimizers", "adamw", "--seeds", "1"])
     fresh = [(row["variant"], row["seed"]) for row in read(tmp_path) if row["role"] == "fresh"]
-    assert fresh == [("adamw", 100), ("dopr-adamw", 100), ("dopr-adamw", 101)]
+    assert fresh == [("adamw", FRESH), ("dopr-adamw", FRESH), ("dopr-adamw", FRESH + 1)]
     protocol = json.loads((tmp_path / "protocol.json").read_text())
     assert protocol["variants"]["dopr-adamw"]["gamma"] == 1e-3
     assert set(protocol["variants"]) == {"adamw", "dopr-adamw"}
-    assert protocol["fresh_seeds"] == [100, 101]
+    assert protocol["fresh_seeds"] == [FRESH, FRESH + 1]
     assert len(protocol["command"].splitlines()) == 2
 
 
