@@ -36,8 +36,8 @@ def metric_label(name: str, error: str = "nats") -> str:
 
 
 def error_unit(metrics: Container[str]) -> str:
-    """What rollout errors are in: nats where there is an oracle KL."""
-    return "nats" if "val_kl" in metrics else "squared action error"
+    """What rollout errors are in: nats, but where a policy of real numbers is graded (lds)."""
+    return "squared action error" if "deviation" in metrics else "nats"
 
 
 def number(value: float, digits: int | None = None) -> str:

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from eval.intervals import Estimate, paired
-from eval.typeset import factor, metric_label, mode_of, number, p_value, pair, verdict
+from eval.typeset import error_unit, factor, metric_label, mode_of, number, p_value, pair, verdict
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,9 @@ def test_names_are_words():
     assert metric_label("accumulated_kl") == "accumulated KL (nats)"
     assert metric_label("gap", "squared action error") == "gap (squared action error per step)"
     assert metric_label("success") == "success"
+
+
+def test_errors_are_nats_but_for_policies_of_real_numbers():
+    assert error_unit({"val_ce", "survival"}) == "nats"  # text has no oracle
+    assert error_unit({"val_kl", "gap"}) == "nats"
+    assert error_unit({"val_loss", "deviation", "gap"}) == "squared action error"
