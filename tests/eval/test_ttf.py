@@ -121,7 +121,7 @@ def test_a_context_holds_an_episode_or_is_refused():
 def test_a_context_too_short_for_an_episode_is_refused_before_training(dataset, tmp_path, capsys):
     assert train.main(argv(dataset, tmp_path / "run", ttf_every=2)) == 1
     assert "has block_size=16; use a shorter horizon" in capsys.readouterr().err
-    assert not metrics(tmp_path / "run", "train")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("more", [[], ["--all"]])
