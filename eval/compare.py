@@ -16,6 +16,7 @@ from typing import Any
 
 from data.shards import DataError
 from eval.analysis import Record, leaderboard
+from eval.command import command_parser
 from eval.lds import Lds, parse_lds_variant
 from eval.matched import matched_validation
 from eval.points import PointError
@@ -35,11 +36,7 @@ def summary(records: list[Record]) -> str:
 
 
 def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("compare", __doc__)
     add = parser.add_argument
     add("--task", required=True, help=f"{', '.join([*TASKS, Lds.name])}; NAME,knob=value,...")
     add("--optimizers", required=True, help="comma-separated; see eval/variants.py")

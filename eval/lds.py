@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from eval.command import command_parser
 from eval.grade import Curve, Grade
 from eval.intervals import Estimate
 from eval.lds_plant import Array, Lds
@@ -151,11 +152,7 @@ def _demonstrations(lds: Lds, seed: int, steps: int) -> list[tuple[Tensor, Tenso
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.lds",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("lds", __doc__)
     add = parser.add_argument
     add("--task", default="lds", help="lds,knob=value,...; without an instance: that of the seed")
     add("--optimizer", required=True, help="see eval/variants.py")

@@ -22,6 +22,7 @@ from typing import Any
 
 from checkpoint import CheckpointError
 from data.files import is_reachable, sha256_of, write_atomic
+from eval.command import command_parser
 from eval.run import Run, load_run
 from eval.sample import pick_device
 from eval.scorer import Scorer
@@ -182,11 +183,7 @@ def _metrics(found: dict[str, Any], task: str) -> dict[str, Any]:
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.lm_eval",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("lm_eval", __doc__)
     add = parser.add_argument
     add("run", help="an out_dir, or one checkpoint's folder")
     add("--tasks", default="hellaswag,lambada_openai", help="names, separated by commas")

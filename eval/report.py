@@ -4,7 +4,6 @@ A folder is a study of eval.compare, or a run that eval.ttf graded. Writes repor
 nothing but itself, and its figures as PNG files.
 """
 
-import argparse
 import base64
 import json
 import sys
@@ -16,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from eval import details
 from eval.analysis import AnalysisError, Record, load_records
+from eval.command import command_parser
 from eval.figures import draw
 from eval.looks import looks, save_png, svg
 from eval.sections import BAR, Section, make_sections
@@ -126,11 +126,7 @@ def _figures(section: Section, out: Path) -> dict[str, str]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("report", __doc__)
     parser.add_argument("folders", type=Path, nargs="+", help="studies or graded runs")
     parser.add_argument("--out", type=Path, default=Path("out/report"), help="a folder")
     arguments = parser.parse_args(argv)

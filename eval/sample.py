@@ -18,6 +18,7 @@ import torch
 
 from checkpoint import CheckpointError
 from data.tokenizer import Tokenizer
+from eval.command import command_parser
 from eval.run import load_run
 from model import GPT, Sampling
 
@@ -87,11 +88,7 @@ def _prompt_of(line: str, where: str) -> str:
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.sample",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("sample", __doc__)
     add = parser.add_argument
     add("run", help="an out_dir, or one checkpoint's folder")
     source = parser.add_mutually_exclusive_group()

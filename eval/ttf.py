@@ -16,12 +16,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from checkpoint import CheckpointError, candidates
 from data.files import sha256_of
 from data.shards import DataError
+from eval.command import command_parser
 from eval.grade import Grade
 from eval.predictor import GPTPredictor
 from eval.record import make_record, readable, train_command, write_record
@@ -127,11 +127,7 @@ def line(record: dict[str, Any]) -> str:
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.ttf",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("ttf", __doc__)
     add = parser.add_argument
     add("runs", type=Path, nargs="+", help="out_dirs, or folders of checkpoints")
     add("--all", action="store_true", help="every checkpoint, not only the newest")
@@ -158,5 +154,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     main()
