@@ -50,7 +50,7 @@ LONG  := adamw muon
 comma := ,
 empty :=
 with_dopr = $(subst $(empty) $(empty),$(comma),$(foreach base,$(1),$(base) dopr-$(base) fast-dopr-$(base)))
-COMPARE := $(PY) -m eval.compare --seeds 5
+COMPARE := $(PY) -m eval.compare --seeds 8
 
 study: setup           ## the rollout study of LOG.md; hours of CPU, continues where it was stopped
 	set -e; for task in pdfa ctrl nav; do \
