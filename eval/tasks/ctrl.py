@@ -1,14 +1,17 @@
 """Imitating a controller in closed loop: tokens in, tokens out, a pendulum that answers.
 
-An inverted pendulum with angle θ (rad) and velocity ω (rad/s) is pushed at random; a controller
-that sees both keeps it upright. The model reads the angle in bins and must infer the velocity from
-its history. A document is angle, action, angle, action, ...; the angles are the world's answers.
+An inverted pendulum with angle θ (rad) and velocity ω (rad/s) is pushed at random. Who keeps it
+upright reads the angle in bins and infers the velocity: the expert with a Kalman filter, the model
+from its history. A document is angle, action, angle, action, ...; the angles are the world's
+answers.
 
     ω' = ω + dt (g/l sin θ + u) + push,   θ' = θ + dt ω'        push ~ N(0, noise²)
-    u ~ N(clip(-(g/l + κ²) θ - 2κ ω, ±U), 1), to its nearest bin        the oracle
+    u ~ N(clip(-(g/l + κ²) θ̂ - 2κ ω̂, ±U), 1), to its nearest bin        the oracle
 
-u (rad/s²) is the acceleration that the motor adds; without noise and clipping, both poles are at
--κ. At |θ| > θ_max the pendulum falls: the episode ends, and it lies at ±θ_max from then on.
+u (rad/s²) is the acceleration that the motor adds; (θ̂, ω̂) is the filter's estimate, a function of
+the tokens alone, so a model can be the oracle. Without noise and clipping, and knowing the state,
+both poles are at -κ. At |θ| > θ_max the pendulum falls: the episode ends, and it lies at ±θ_max
+from then on.
 """
 
 from dataclasses import dataclass
@@ -68,7 +71,7 @@ class Plant:
     noise: float  # rad/s
 
     def expert(self, theta: Tensor, omega: Tensor) -> Tensor:  # (B,) each
-        """The mean of the expert's action."""
+        """The mean of the expert's action in a state, or in what it takes for the state."""
         u = -(self.stiffness + KAPPA**2) * theta - 2 * KAPPA * omega
         return u.clamp(-U_MAX, U_MAX)
 
@@ -79,13 +82,26 @@ class Plant:
         omega = omega + DT * (self.stiffness * theta.sin() + u) + push
         return theta + DT * omega, omega
 
+    def gains(self, steps: int, width: float) -> Tensor:  # (steps, 2)
+        """Kalman's gains for readings of θ in bins of `width` rad, one per reading.
+
+        The plant is linearised at the top; a reading's error has the variance of its bin, width²/12
+        (Kalman 1960, as in Anderson and Moore, Optimal Filtering, ch. 3).
+        """
+        A = torch.tensor([[1 + DT**2 * self.stiffness, DT], [DT * self.stiffness, 1]]).double()
+        push = self.noise * torch.tensor([DT, 1.0]).double()
+        P = torch.diag(torch.tensor(START).double() ** 2)  # covariance of (θ, ω)
+        gains = []
+        for _ in range(steps):
+            gains.append(P[:, 0] / (P[0, 0] + width**2 / 12))
+            P = P - torch.outer(gains[-1], P[0])
+            P = A @ P @ A.T + torch.outer(push, push)
+        return torch.stack(gains)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ctrl(OracleTask):
-    """Keeping a pendulum upright from binned angles; the instance draws its length and noise.
-
-    The oracle knows the velocity, so no model reaches a KL of zero, only the oracle itself.
-    """
+    """Keeping a pendulum upright from binned angles; the instance draws its length and noise."""
 
     horizon: int = 32
     obs_bins: int = 33
@@ -133,13 +149,15 @@ class CtrlWorld(World):
         self.theta = theta.clamp(-THETA_MAX, THETA_MAX)
         self.pushes = pushes  # (H, B)
         self.fallen = torch.zeros_like(theta, dtype=torch.bool)
-        self.prompts = angles.index(self.theta)[:, None]
+        self.gains = plant.gains(len(pushes) + 1, 2 * angles.limit / angles.n)
+        self.estimate = torch.zeros(2, len(theta), dtype=torch.float64)  # of θ and ω
         self.steps = 0
+        self.prompts = self._read()
         sums = torch.zeros(4, len(theta), dtype=torch.float64)
         self.decisions, self.illegal, self.action_error, self.cost = sums
 
     def oracle(self) -> Tensor:
-        mean = self.plant.expert(self.theta, self.omega)
+        mean = self.plant.expert(*self.estimate)
         p = self.actions.masses(mean, ACTION_NOISE)  # (B, A)
         return pad(p, (self.angles.n, 1))
 
@@ -155,7 +173,16 @@ class CtrlWorld(World):
         self.theta = self.theta.clamp(-THETA_MAX, THETA_MAX)
         self.omega = omega.masked_fill(self.fallen, 0.0)
         self.steps += 1
-        return self.angles.index(self.theta)[:, None]
+        still = torch.zeros_like(push)
+        self.estimate = torch.stack(self.plant.advance(*self.estimate, u, still))
+        return self._read()
+
+    def _read(self) -> Tensor:  # (B, 1) int64
+        """The token of the angle, after the expert has corrected its estimate by it."""
+        token = self.angles.index(self.theta)
+        surprise = self.angles.centres[token] - self.estimate[0]
+        self.estimate = self.estimate + self.gains[self.steps][:, None] * surprise
+        return token[:, None]
 
     def has_ended(self) -> Tensor:
         return self.fallen
@@ -164,7 +191,7 @@ class CtrlWorld(World):
         """failure: 1 if the pendulum fell. cost: mean over all steps of θ² + 0.1 ω² + 0.001 u²
         (rad, rad/s, rad/s²; as in Gymnasium's Pendulum), θ_max² for those after a fall.
         Over the decisions before a fall: action_error, the mean squared distance (rad²/s⁴) from
-        what the expert would do on average in that state; illegal_share, of tokens that are no
+        what the expert would do on average there; illegal_share, of tokens that are no
         action.
         """
         return {
@@ -180,5 +207,5 @@ class CtrlWorld(World):
         alive = ~self.fallen
         self.decisions += alive
         self.illegal += alive & ~legal
-        self.action_error += alive * (u - self.plant.expert(self.theta, self.omega)) ** 2
+        self.action_error += alive * (u - self.plant.expert(*self.estimate)) ** 2
         self.cost += self.theta**2 + 0.1 * self.omega**2 + 0.001 * u**2
