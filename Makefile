@@ -45,21 +45,8 @@ bench: setup           ## what a step costs, on this machine
 bench-gpu: setup-dev   ## the kernels and GPT-2 124M on a GPU, into bench/results; under an hour
 	$(PY) -m bench.gpu
 
-BASES := sgd adamw signum muon adamuon
-LONG  := adamw muon
-comma := ,
-empty :=
-with_dopr = $(subst $(empty) $(empty),$(comma),$(foreach base,$(1),$(base) dopr-$(base) fast-dopr-$(base)))
-COMPARE := $(PY) -m eval.compare --seeds 8
-
 study: setup           ## the rollout study of LOG.md; hours of CPU, continues where it was stopped
-	set -e; for task in pdfa ctrl nav; do \
-	  $(COMPARE) --task $$task --steps 500 --optimizers $(call with_dopr,$(BASES)); \
-	  $(COMPARE) --task $$task --steps 1500 --optimizers $(call with_dopr,$(LONG)); \
-	done
-	$(COMPARE) --task lds --steps 200 --optimizers $(call with_dopr,$(BASES))
-	$(COMPARE) --task lds --steps 600 --optimizers $(call with_dopr,$(LONG))
-	$(PY) -m eval.report out/compare/*-* --out out/study
+	$(PY) -m bench.rollout_study
 
 clean:
 	rm -rf out data/*/prepared

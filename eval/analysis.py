@@ -32,8 +32,8 @@ class Row:
     lr: float
     val_loss: Estimate  # nats per scored token
     primary: Estimate
-    versus_base: Paired | None  # primary, paired over seeds; None for a base
-    val_versus_base: Paired | None
+    versus_base: Paired | None  # log error, paired over seeds; None for a base
+    val_versus_base: Paired | None  # nats
     n_diverged: int
 
 
@@ -70,6 +70,21 @@ def primary(record: Record) -> float:
     return math.nan if value is None else value
 
 
+def log_error(record: Record) -> float:
+    """Logarithm of the rollout error; differences are logarithms of ratios. NaN if it diverged.
+
+    The error of a success is its complement. A metric whose name begins with log10_ is a logarithm
+    already. No error in n episodes counts as half of one in n + 1.
+    """
+    value = primary(record)
+    if record["primary"].startswith("log10_"):
+        return value * math.log(10)
+    error = 1 - value if record["higher_is_better"] else value
+    if error == 0:
+        error = 0.5 / (record["grade"]["metrics"][record["primary"]]["n"] + 1)
+    return math.log(error) if error > 0 else math.nan
+
+
 def val_loss(record: Record) -> float:
     return math.nan if record["val_loss"] is None else record["val_loss"]
 
@@ -86,6 +101,15 @@ def teacher_forced(record: Record) -> float:
 
 def is_reported(record: Record) -> bool:
     return record["role"] in ("fresh", "single")
+
+
+def references(records: list[Record]) -> dict[str, tuple[Estimate, Estimate]]:
+    """Validation loss and primary metric over seeds of the rows that no optimizer made."""
+    rows = by_variant(record for record in records if record["role"] == "reference")
+    return {
+        name: (over_seeds([*map(val_loss, own)]), over_seeds([*map(primary, own)]))
+        for name, own in rows.items()
+    }
 
 
 def leaderboard(records: list[Record]) -> list[Row]:
@@ -106,7 +130,7 @@ def _row(own: list[Record], base: list[Record]) -> Row:
         lr=first["lr"],
         val_loss=over_seeds([val_loss(record) for record in finished]),
         primary=over_seeds([primary(record) for record in finished]),
-        versus_base=None if is_base else _versus(own, base, primary),
+        versus_base=None if is_base else _versus(own, base, log_error),
         val_versus_base=None if is_base else _versus(own, base, val_loss),
         n_diverged=len(own) - len(finished),
     )
@@ -115,14 +139,12 @@ def _row(own: list[Record], base: list[Record]) -> Row:
 def _versus(
     own: list[Record], base: list[Record], value: Callable[[Record], float]
 ) -> Paired | None:
-    """Paired over the seeds that both have; None if there are none.
+    """Paired over the seeds that both have, lower is better; None if there are none.
 
     A diverged run loses its pair. The difference and its interval are over finished pairs alone.
     """
-    higher = value is primary and own[0]["higher_is_better"]
-    worst = -math.inf if higher else math.inf
     ours, theirs = (
-        {r["seed"]: value(r) if math.isfinite(value(r)) else worst for r in records}
+        {r["seed"]: value(r) if math.isfinite(value(r)) else math.inf for r in records}
         for records in (own, base)
     )
     pairs = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
@@ -130,8 +152,7 @@ def _versus(
         return None
     finished = [pair for pair in pairs if all(map(math.isfinite, pair))]
     a, b = zip(*finished, strict=True) if finished else ((), ())
-    wins = sum(x > y if higher else x < y for x, y in pairs)
-    return replace(paired(a, b, higher_is_better=higher), wins=wins, n_pairs=len(pairs))
+    return replace(paired(a, b), wins=sum(x < y for x, y in pairs), n_pairs=len(pairs))
 
 
 def seed_curves(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.shards import DataError
-from eval.analysis import Record, leaderboard
+from eval.analysis import Record, leaderboard, references
 from eval.command import command_parser
 from eval.lds import Lds, parse_lds_variant
 from eval.matched import matched_validation
@@ -30,7 +30,8 @@ def summary(records: list[Record]) -> str:
     """The leaderboard, and what validation loss does not explain."""
     rows, first = leaderboard(records), records[0]
     higher = first["higher_is_better"]
-    board = leaderboard_table(rows, first["primary"], higher_is_better=higher)
+    extra = references(records)
+    board = leaderboard_table(rows, extra, first["primary"], higher_is_better=higher)
     matched = matched_validation(records)
     return board + ("\n\n" + matched_table(matched) if matched else "")
 

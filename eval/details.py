@@ -10,14 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from eval.analysis import Record, is_reported, primary, val_loss
-from eval.intervals import Estimate, over_seeds
+from eval.analysis import Record, is_reported, primary, references, val_loss
+from eval.intervals import over_seeds
 from eval.matched import matched_validation
 from eval.sections import Section, estimate, finished_runs, knobs_of
-from eval.typeset import NONE, Cell, error_unit, factor, metric_label, number, pair
+from eval.typeset import NONE, Cell, error_unit, metric_label, number, pair, times
 
 QUARTERS = (0, 0.25, 0.5, 0.75, 1)  # of the horizon: where episodes are counted
 N_SAMPLES = 2  # of each optimizer
+MEANING = {  # of references, eval/reference.py
+    "oracle": "the source itself",
+    "uniform": "every token equally likely",
+    "zero": "the policy that never acts",
+}
 
 
 @dataclass(frozen=True)
@@ -54,16 +59,16 @@ def matched_table(section: Section) -> Table | None:
     for variant, own in finished_runs(section).items():
         if variant in found:
             residual = found[variant].residual
-            rows.append((variant, [_times(residual), (f"{residual.n} of {len(own)}", "")]))
+            rows.append((variant, [times(residual), (f"{residual.n} of {len(own)}", "")]))
     return Table(["rollout error, times the base’s", "seeds compared"], rows) if rows else None
 
 
-def _times(log: Estimate) -> Cell:
-    """The factor, with its interval, of a difference of logarithms."""
-    lo, mean, hi = factor(log.lo), factor(log.mean), factor(log.hi)
-    if mean == NONE:
-        return NONE, ""
-    return f"× {mean}", "" if NONE in (lo, hi) else f"[{lo}, {hi}]"
+def reference_rows(section: Section) -> list[tuple[str, Cell, Cell]]:
+    """(name, primary metric, validation loss) of what no optimizer made."""
+    found = references(section.references).items()
+    return [
+        (f"{name}, {MEANING[name]}", pair(metric), pair(loss)) for name, (loss, metric) in found
+    ]
 
 
 def episodes_left(section: Section) -> Table | None:

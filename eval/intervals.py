@@ -27,7 +27,7 @@ class Paired:
 
     difference: Estimate
     p: float  # 1 for a single pair or equal differences
-    wins: int  # pairs in which a is better
+    wins: int  # pairs in which a is lower
     n_pairs: int
 
 
@@ -60,13 +60,15 @@ def over_seeds(values: Sequence[float]) -> Estimate:
     return Estimate(mean, float(mean - half), float(mean + half), n)
 
 
-def paired(a: Sequence[float], b: Sequence[float], *, higher_is_better: bool = False) -> Paired:
-    """Compare two optimizers on the same seeds. ValueError if the numbers of seeds differ."""
+def paired(a: Sequence[float], b: Sequence[float]) -> Paired:
+    """Compare two optimizers on the same seeds, lower is better. ValueError if the numbers of seeds
+    differ.
+    """
     if len(a) != len(b):
         raise ValueError(f"paired: {len(a)} values against {len(b)}; wants one pair a seed")
     difference = np.subtract(a, b)
-    better = difference > 0 if higher_is_better else difference < 0
-    return Paired(over_seeds(difference.tolist()), _p_value(difference), int(better.sum()), len(a))
+    wins = int((difference < 0).sum())
+    return Paired(over_seeds(difference.tolist()), _p_value(difference), wins, len(a))
 
 
 def _p_value(difference: np.ndarray) -> float:

@@ -30,7 +30,6 @@ N_UNSTABLE = 2
 N_DISTRACTING = 2  # modes that the distractor reads
 UNSTABLE, STABILISED = 1.1, 0.5  # eigenvalues of the unstable modes, without and with the expert
 STABLE = (0.0, 0.9)  # eigenvalues of the other modes, evenly spaced, larger where more excited
-NOISE = (1e-4, 1.0)  # variance of w along the modes, evenly spaced in the logarithm
 DISTRACTION = 0.5  # spectral norm of the distractor
 
 
@@ -52,6 +51,7 @@ class Lds:
     states: int = 20  # n
     actions: int = 6  # m
     width: int = 16  # of the policies that imitate the expert
+    excitation: float = 1e-4  # least variance of w along a mode; the largest is 1
 
     name: ClassVar[str] = "lds"
     primary: ClassVar[str] = "log10_deviation"
@@ -66,6 +66,8 @@ class Lds:
             for key, low in least.items()
             if getattr(self, key) < low
         ]
+        if not 0 < self.excitation <= 1:
+            problems.append(f"excitation={self.excitation}: must be in (0, 1]")
         if problems:
             raise ValueError(f"task lds: {'; '.join(problems)}")
 
@@ -92,7 +94,8 @@ class Lds:
 
     @cached_property
     def W(self) -> Array:  # (n, n)
-        return self.modes * np.geomspace(*NOISE, self.states) @ self.modes.T
+        """Variances of the modes are evenly spaced in the logarithm, from `excitation` to 1."""
+        return self.modes * np.geomspace(self.excitation, 1.0, self.states) @ self.modes.T
 
     @cached_property
     def stabiliser(self) -> Array:  # (m, n)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.analysis import Record, by_variant, is_reported, primary, teacher_forced
+from eval.analysis import Record, by_variant, is_reported, log_error, teacher_forced
 from eval.intervals import Estimate, over_seeds
 
 Point = tuple[float, float]  # log teacher-forced error, log rollout error
@@ -83,17 +83,8 @@ def _residual(record: Record, bases: dict[str, Point], slope: float) -> float | 
 
 
 def _point(record: Record) -> Point | None:
-    """Logarithms of teacher-forced and of rollout error; None where there are none.
-
-    A metric whose name begins with log10_ is a logarithm already. No error in n episodes counts as
-    half of one in n + 1.
-    """
-    error = 1 - primary(record) if record["higher_is_better"] else primary(record)
-    if record["primary"].startswith("log10_"):
-        error = 10**error
-    elif error == 0:
-        error = 0.5 / (record["grade"]["metrics"][record["primary"]]["n"] + 1)
-    before = teacher_forced(record)
-    if not (0 < error < math.inf and 0 < before < math.inf):
+    """Logarithms of teacher-forced and of rollout error; None where there are none."""
+    before, error = teacher_forced(record), log_error(record)
+    if not (0 < before < math.inf and math.isfinite(error)):
         return None
-    return math.log(before), math.log(error)
+    return math.log(before), error

@@ -22,8 +22,11 @@ import torch
 from configurator import load_config
 from eval.lds import BATCH_SIZE, Lds, command_of, grade_policy, train_variant
 from eval.record import make_record, train_command, write_record
+from eval.reference import command_of as reference_command
+from eval.reference import grade_reference
 from eval.run import ENVIRONMENT
 from eval.tasks import Task
+from eval.tasks.task import OracleTask
 from eval.ttf import grade_checkpoint, grading_code
 from optim.statistics import settings_problems
 from runlog import environment
@@ -45,8 +48,8 @@ class Point:
     task: Task | Lds
     variant: str
     base: str
-    role: str  # tuning | fresh
-    lr: float
+    role: str  # tuning | fresh | reference
+    lr: float  # 0 for a reference
     seed: int
     settings: dict[str, Any]
     n: int  # episodes
@@ -60,12 +63,15 @@ class Point:
 
     def asked(self) -> dict[str, Any]:
         """Every number that makes the record what it is. ConfigError if train.py would refuse."""
+        grading: dict[str, Any] = {"n": self.n, "seed": self.grading_seed}
+        if self.role == "reference":
+            return {"spec": self.task.spec, **grading}
         if isinstance(self.task, Lds):
             load_config([*self.command[1:], "--warmup_steps=0"], _dopr_problems)  # it has none
             return {**self.settings, "lr": self.lr, "seed": self.seed, "spec": self.task.spec}
         config, _ = load_config(self.command[1:], _dopr_problems)
         settings = {key: value for key, value in asdict(config).items() if key not in RUN_ONLY}
-        grading = {"n": self.n, "seed": self.grading_seed, "code": grading_code(self.task)}
+        grading["code"] = grading_code(self.task)
         return settings | {f"grading {key}": value for key, value in grading.items()}
 
 
@@ -84,12 +90,19 @@ def run_point(point: Point) -> dict[str, Any]:
         _check_same(point.folder, record.get("asked", {}), asked)
         return record
     started = time.perf_counter()
-    task = point.task
-    record = _imitate(point, task) if isinstance(task, Lds) else _train_and_grade(point, task)
+    record = _graded(point)
     record |= {"variant": point.variant, "base": point.base, "role": point.role, "asked": asked}
     record["seconds"] = time.perf_counter() - started
     write_record(path, record)
     return read_record(point)
+
+
+def _graded(point: Point) -> dict[str, Any]:
+    """The record of a model that is trained now, or of one that needs no training."""
+    task = point.task
+    if point.role == "reference" and isinstance(task, OracleTask | Lds):
+        return _refer(point, task)
+    return _imitate(point, task) if isinstance(task, Lds) else _train_and_grade(point, task)
 
 
 def read_record(point: Point) -> dict[str, Any]:
@@ -146,6 +159,22 @@ def _imitate(point: Point, lds: Lds) -> dict[str, Any]:
         val_loss=grade.metrics["val_loss"].mean,
         grade=grade.to_json(),
         command=command_of(lds, point.variant, point.lr, point.seed, steps),
+        environment=environment(torch.device("cpu")),
+    )
+
+
+def _refer(point: Point, task: OracleTask | Lds) -> dict[str, Any]:
+    """A row without an optimizer: what is possible, or what is worth nothing."""
+    grade = grade_reference(task, point.variant, n=point.n, seed=point.grading_seed)
+    sizes = {"batch_size": 0, "block_size": 0}
+    loss = grade.metrics["val_loss" if isinstance(task, Lds) else "val_ce"].mean
+    return make_record(
+        task,
+        {"optimizer": point.base, "dopr": False, "lr": 0.0, "seed": point.seed, **sizes},
+        steps=point.settings["max_steps"],
+        val_loss=loss,
+        grade=grade.to_json() | {"samples": []},
+        command=reference_command(task.spec, n=point.n, seed=point.grading_seed),
         environment=environment(torch.device("cpu")),
     )
 

@@ -103,6 +103,7 @@ def _content(section: Section, protocols: list[dict[str, Any]], out: Path) -> di
         "seeds": sorted({r["seed"] for r in section.records if r["role"] != "tuning"}),
         "colours": {look.base: look.colour for look in looks(section.records).values()},
         "figures": _figures(section, out),
+        "references": details.reference_rows(section),
         "matched": details.matched_table(section),
         "metrics": details.metrics_table(section),
         "episodes_left": details.episodes_left(section),
@@ -111,7 +112,7 @@ def _content(section: Section, protocols: list[dict[str, Any]], out: Path) -> di
         "lost_rates": details.lost_rates(section),
         "fingerprints": details.fingerprints(section),
         "grading": details.grading(section),
-        "runs": details.all_runs(section.records),
+        "runs": details.all_runs([*section.records, *section.references]),
     }
 
 

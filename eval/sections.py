@@ -7,7 +7,7 @@ the first have intervals over seeds and the second over the episodes of one run.
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +15,10 @@ import numpy as np
 
 from eval.analysis import Record, Row, groups, is_reported, leaderboard, primary
 from eval.intervals import Estimate
-from eval.typeset import NONE, Cell, p_value, pair, verdict
+from eval.typeset import NONE, Cell, p_value, pair, times, verdict
 
 BAR = 100  # the width of an interval's drawing; the middle is no difference
-FAMILY = 0.05  # chance of any false claim in a section, at most
+FAMILY = 0.05  # chance of any false star on a page, at most
 CLIP = 4  # times the median extent: what a drawing can show
 
 
@@ -26,11 +26,11 @@ CLIP = 4  # times the median extent: what a drawing can show
 class Versus:
     """A variant against its base."""
 
-    primary: Cell
-    val_loss: Cell
+    error: Cell  # ratio of the rollout errors
+    val_loss: Cell  # difference, nats
     wins: str  # "4/5"
     p: str
-    is_strict: bool  # p is below FAMILY / number of comparisons (Bonferroni)
+    is_strict: bool  # p is below the section's threshold
     verdict: str  # better | worse | unclear | one seed
     bar: tuple[float, float, float] | None  # interval and mean, 0 to BAR
 
@@ -58,10 +58,12 @@ class Section:
     steps: int
     knobs: str  # the task's specification without its instance
     is_study: bool
-    records: list[Record]
+    records: list[Record]  # of optimizers
+    references: list[Record]  # of nobody: the oracle, the uniform model
     metric: str
     higher_is_better: bool
     entries: list[Entry]
+    threshold: float  # of p, for a star
 
     @property
     def n_comparisons(self) -> int:
@@ -82,18 +84,49 @@ class Section:
 
 
 def make_sections(records: Sequence[Record]) -> list[Section]:
-    """Studies first; tasks with other knobs are other tasks."""
-    found = []
-    for is_study in (True, False):
-        kind = [record for record in records if (record["role"] != "single") == is_study]
-        for (task, steps), group in groups(kind).items():
-            for knobs in sorted({knobs_of(record["spec"]) for record in group}):
-                own = [record for record in group if knobs_of(record["spec"]) == knobs]
-                own = own if is_study else name_apart(own)
-                metric, higher = own[0]["primary"], own[0]["higher_is_better"]
-                board = entries(own, is_study=is_study)
-                found.append(Section(task, steps, knobs, is_study, own, metric, higher, board))
-    return found
+    """Studies first; tasks with other knobs are other tasks.
+
+    A star is for p below FAMILY / number of comparisons in all studies (Bonferroni).
+    """
+    found = [
+        (is_study, own)
+        for is_study in (True, False)
+        for own in _alike(r for r in records if (r["role"] != "single") == is_study)
+    ]
+    n_comparisons = sum(_n_comparisons(own) for is_study, own in found if is_study)
+    threshold = FAMILY / max(1, n_comparisons)
+    return [_section(own, is_study=is_study, threshold=threshold) for is_study, own in found]
+
+
+def _alike(records: Iterable[Record]) -> list[list[Record]]:
+    """Records of the same task, training length and knobs."""
+    return [
+        [record for record in group if knobs_of(record["spec"]) == knobs]
+        for group in groups(records).values()
+        for knobs in sorted({knobs_of(record["spec"]) for record in group})
+    ]
+
+
+def _n_comparisons(records: list[Record]) -> int:
+    reported = filter(is_reported, records)
+    return len({r["variant"] for r in reported if r["variant"] != r["base"]})
+
+
+def _section(group: list[Record], *, is_study: bool, threshold: float) -> Section:
+    own = [record for record in group if record["role"] != "reference"]
+    own = own if is_study else name_apart(own)
+    return Section(
+        task=group[0]["task"],
+        steps=group[0]["steps"],
+        knobs=knobs_of(group[0]["spec"]),
+        is_study=is_study,
+        records=own,
+        references=[record for record in group if record["role"] == "reference"],
+        metric=group[0]["primary"],
+        higher_is_better=group[0]["higher_is_better"],
+        entries=entries(own, is_study=is_study, threshold=threshold),
+        threshold=threshold,
+    )
 
 
 def knobs_of(spec: str) -> str:
@@ -112,15 +145,14 @@ def name_apart(records: Sequence[Record]) -> list[Record]:
     ]
 
 
-def entries(records: list[Record], *, is_study: bool) -> list[Entry]:
+def entries(records: list[Record], *, is_study: bool, threshold: float) -> list[Entry]:
     """The leaderboard, best first; last, what never finished."""
     reported = [record for record in records if is_reported(record)]
     finished = {r["variant"] for r in reported if math.isfinite(primary(r))}
     rows = leaderboard([r for r in reported if r["variant"] in finished])
     best = clear_best(reported, rows)
-    higher, scale = bool(records and records[0]["higher_is_better"]), _scale(rows)
-    threshold = FAMILY / max(1, len({r["variant"] for r in reported if r["variant"] != r["base"]}))
-    found = [_entry(row, higher, scale, threshold, row.variant == best) for row in rows]
+    scale = _scale(rows)
+    found = [_entry(row, scale, threshold, row.variant == best) for row in rows]
     if not is_study:
         found = [_over_episodes(entry, reported) for entry in found]
     lost = sorted({r["variant"] for r in reported} - finished)
@@ -134,20 +166,19 @@ def clear_best(records: list[Record], rows: list[Row]) -> str | None:
     names = {row.variant for row in rows}
     against = [r | {"base": rows[0].variant} for r in records if r["variant"] in names]
     others = [row.versus_base for row in leaderboard(against) if row.variant != rows[0].variant]
-    higher = records[0]["higher_is_better"]
-    worse = [each and verdict(each, higher_is_better=higher) == "worse" for each in others]
+    worse = [each and verdict(each) == "worse" for each in others]
     return rows[0].variant if all(worse) else None
 
 
-def _entry(row: Row, higher: bool, scale: float, threshold: float, is_best: bool) -> Entry:
+def _entry(row: Row, scale: float, threshold: float, is_best: bool) -> Entry:
     versus, val = row.versus_base, row.val_versus_base
     shown = versus and Versus(
-        primary=pair(versus.difference, sign=True),
+        error=times(versus.difference),
         val_loss=pair(val.difference, sign=True) if val else (NONE, ""),
         wins=f"{versus.wins}/{versus.n_pairs}",
         p=p_value(versus.p) if versus.difference.n > 1 else NONE,
         is_strict=versus.p < threshold,
-        verdict=verdict(versus, higher_is_better=higher),
+        verdict=verdict(versus),
         bar=_bar(versus.difference, scale),
     )
     values = pair(row.val_loss), pair(row.primary)

@@ -23,6 +23,7 @@ from checkpoint import write_atomic
 from eval.analysis import Record, primary, val_loss
 from eval.lds import Lds
 from eval.points import Point, PointError, read_record, run_point, start_worker
+from eval.reference import references_of
 from eval.tasks import Task
 from eval.variants import Variant
 
@@ -67,6 +68,13 @@ class Study:
             settings={"max_steps": self.steps} | self.settings | aux | dict(variant.settings),
             n=self.n,
         )
+
+    def references(self) -> list[Point]:
+        """What is possible and what is worth nothing, on the instances of the fresh seeds."""
+        seeds = range(FRESH, FRESH + self.fresh_seeds)
+        names = references_of(self.task)
+        rows = [Variant(name, name, ()) for name in names]
+        return [self.point(row, "reference", 0.0, seed) for row in rows for seed in seeds]
 
     def fixed(self) -> dict[str, Any]:
         """What must not change between two commands on the same folder."""
@@ -196,8 +204,10 @@ def compare(study: Study, workers: int) -> list[Record]:
         runner.run([study.point(variant, "fresh", lr, seed) for seed in seeds])
 
     try:
-        with ThreadPoolExecutor(len(study.variants)) as threads, runner:
-            for finished in as_completed([threads.submit(one, each) for each in study.variants]):
+        with ThreadPoolExecutor(len(study.variants) + 1) as threads, runner:
+            references = threads.submit(runner.run, study.references())
+            jobs = [threads.submit(one, each) for each in study.variants]
+            for finished in as_completed([*jobs, references]):
                 finished.result()
     finally:
         records = _unite(study.out / "records.jsonl", runner.records.values())

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from eval.analysis import Row
 from eval.intervals import Estimate, Paired
 from eval.matched import Matched
+from eval.typeset import times
 
 
 def aligned(rows: Iterable[Sequence[str]]) -> str:
@@ -14,24 +15,35 @@ def aligned(rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def leaderboard_table(rows: Sequence[Row], metric: str, *, higher_is_better: bool) -> str:
-    """Best first: mean and 95 % interval over seeds, and the difference to the base optimizer."""
+def leaderboard_table(
+    rows: Sequence[Row],
+    references: dict[str, tuple[Estimate, Estimate]],
+    metric: str,
+    *,
+    higher_is_better: bool,
+) -> str:
+    """Best first: mean ± half of the 95 % interval over seeds, the rollout error over the base's.
+
+    references: validation loss and metric of what no optimizer made; they stand below.
+    """
     direction = "higher" if higher_is_better else "lower"
     header = ["optimizer", "lr", "val loss", f"{metric} ({direction} is better)"]
-    cells = [[*header, "minus base", "wins", "p", "diverged"]]
+    cells = [[*header, "error / base's", "wins", "p", "diverged"]]
     for row in rows:
         values = number(row.val_loss), number(row.primary)
         versus = row.versus_base
         compared = ("", "", "") if versus is None else _compared(versus)
         cells.append([row.variant, f"{row.lr:g}", *values, *compared, str(row.n_diverged or "")])
+    for name, values in references.items():
+        cells.append([name, "", *map(number, values), "", "", "", ""])
     return aligned(cells)
 
 
 def matched_table(matched: dict[str, Matched]) -> str:
-    """The logarithm of rollout error against the base's, at equal validation."""
-    cells = [("optimizer", "log rollout error minus base's at equal validation", "seeds compared")]
+    """The rollout error over the base's, at equal validation."""
+    cells = [("optimizer", "error / base's at equal validation", "seeds compared")]
     for variant, each in matched.items():
-        cells.append((variant, number(each.residual), f"{each.n_inside}/{each.n}"))
+        cells.append((variant, " ".join(times(each.residual)), f"{each.n_inside}/{each.n}"))
     return aligned(cells)
 
 
@@ -42,4 +54,4 @@ def number(value: Estimate) -> str:
 
 def _compared(versus: Paired) -> tuple[str, str, str]:
     wins = f"{versus.wins}/{versus.n_pairs}"
-    return number(versus.difference), wins, f"{versus.p:.2g}"
+    return " ".join(times(versus.difference)), wins, f"{versus.p:.2g}"

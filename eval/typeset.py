@@ -95,15 +95,23 @@ def pair(estimate: Estimate, *, sign: bool = False) -> Cell:
     return write(mean, digits) + unit, f"± {number(half, digits)}{unit}"
 
 
+def times(log: Estimate) -> Cell:
+    """The factor, with its interval, of a difference of logarithms."""
+    lo, mean, hi = factor(log.lo), factor(log.mean), factor(log.hi)
+    if mean == NONE:
+        return NONE, ""
+    return f"× {mean}", "" if NONE in (lo, hi) else f"[{lo}, {hi}]"
+
+
 def p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
-def verdict(versus: Paired, *, higher_is_better: bool) -> str:
-    """better | worse, where the interval excludes zero; unclear; or one seed."""
+def verdict(versus: Paired) -> str:
+    """better | worse, where the interval excludes zero; unclear; or one seed. Lower is better."""
     difference = versus.difference
     if difference.n < 2:
         return "one seed"
     if not (difference.lo > 0 or difference.hi < 0):
         return "unclear"
-    return "better" if (difference.mean > 0) == higher_is_better else "worse"
+    return "better" if difference.mean < 0 else "worse"

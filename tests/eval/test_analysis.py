@@ -12,6 +12,8 @@ from eval.analysis import (
     groups,
     leaderboard,
     load_records,
+    log_error,
+    references,
     seed_curves,
     sweeps,
     teacher_forced,
@@ -29,8 +31,8 @@ def study():
 def test_the_leaderboard_is_sorted_and_compares_with_the_base_on_the_same_seeds():
     best, base = leaderboard(study()[::-1])  # the order of the records does not matter
     assert (best.variant, base.variant) == ("dopr-adamw", "adamw")
-    expected = stats.ttest_rel(DOPR, BASE)
-    assert best.versus_base.difference.mean == pytest.approx(np.mean(DOPR) - np.mean(BASE))
+    expected = stats.ttest_rel(np.log(DOPR), np.log(BASE))  # ratios of errors
+    assert best.versus_base.difference.mean == pytest.approx(np.log(np.divide(DOPR, BASE)).mean())
     assert best.versus_base.p == pytest.approx(expected.pvalue)
     assert best.versus_base.wins == 3
     assert base.versus_base is None
@@ -39,9 +41,34 @@ def test_the_leaderboard_is_sorted_and_compares_with_the_base_on_the_same_seeds(
 
 
 def test_where_higher_is_better_order_and_wins_turn_around():
-    rows = [each | {"higher_is_better": True} for each in study()]
+    rows = [
+        each | {"higher_is_better": True, "grade": {"metrics": {"accumulated_kl": {"mean": value}}}}
+        for each, value in zip(study(), 0.1 * np.array([*BASE, *DOPR]), strict=True)
+    ]
     best, worst = leaderboard(rows)
     assert (best.variant, worst.versus_base.wins) == ("adamw", 0)
+    expected = np.log((1 - 0.1 * np.array(DOPR)) / (1 - 0.1 * np.array(BASE))).mean()
+    assert worst.versus_base.difference.mean == pytest.approx(expected)
+
+
+def test_errors_are_compared_as_logarithms_and_none_counts_as_half_an_episode():
+    assert log_error(record("adamw", 0, 0.25)) == pytest.approx(math.log(0.25))
+    assert log_error(record("adamw", 0, 0.0)) == pytest.approx(math.log(0.5 / 9))  # of 8 episodes
+    assert log_error(record("adamw", 0, 1.0, higher_is_better=True)) == pytest.approx(
+        math.log(0.5 / 9)
+    )
+    deviation = record("adamw", 0, 3.0)
+    deviation["primary"] = "log10_deviation"
+    deviation["grade"]["metrics"]["log10_deviation"] = {"mean": 3.0}
+    assert log_error(deviation) == pytest.approx(math.log(1000))
+    assert math.isnan(log_error(record("adamw", 0, None)))
+
+
+def test_references_are_averaged_over_seeds_and_stay_out_of_the_leaderboard():
+    rows = [record("oracle", seed, 2.0 * seed, role="reference") for seed in (1, 2)]
+    loss, metric = references(rows)["oracle"]
+    assert (loss.mean, metric.mean, metric.n) == (1.0, 3.0, 2)
+    assert [row.variant for row in leaderboard([*study(), *rows])] == ["dopr-adamw", "adamw"]
 
 
 def test_tuning_runs_do_not_enter_the_leaderboard():

@@ -9,11 +9,12 @@ import torch
 
 from eval.grade import oracle_grade
 from eval.predictor import GPTPredictor
+from eval.reference import OraclePredictor
 from eval.tasks.chain import Chain
 from eval.tasks.nav import Nav
 from eval.tasks.pdfa import Pdfa
 from eval.world import Rollout
-from tests.eval.tasks.oracles import Bent, OraclePredictor, both_rollouts, random_gpt
+from tests.eval.tasks.oracles import Bent, both_rollouts, random_gpt
 
 TASKS = [Pdfa(horizon=24), Nav(nodes=24, horizon=16), Chain()]
 EXACT = 1e-12  # float64, sums of at most a few dozen terms

@@ -168,8 +168,18 @@ def test_a_finite_policy_can_leave_the_range_of_float64():
 
 
 def test_impossible_sizes_are_one_error():
-    with pytest.raises(ValueError, match=r"horizon=0: .* 1; states=4: .* 5; .*actions=5: .* 6"):
-        Lds(horizon=0, states=4, actions=5)
+    with pytest.raises(
+        ValueError, match=r"horizon=0: .* 1; states=4: .* 5; .*actions=5: .* 6.*excitation=0:"
+    ):
+        Lds(horizon=0, states=4, actions=5, excitation=0)
+
+
+def test_excitation_is_the_least_variance_of_the_noise_and_the_unstable_modes_have_it():
+    lds = Lds(excitation=0.01)
+    assert np.linalg.eigvalsh(lds.W)[[0, -1]] == pytest.approx([0.01, 1.0])
+    quietest = lds.modes[:, 0]
+    assert quietest @ lds.W @ quietest == pytest.approx(0.01)
+    assert quietest @ lds.A @ quietest == pytest.approx(1.1)
 
 
 @pytest.mark.parametrize("seed", range(3))

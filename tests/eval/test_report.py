@@ -73,10 +73,10 @@ def report(tmp_path, monkeypatch):
 def test_the_leaderboard_holds_every_variant_with_the_numbers_of_the_records(page):
     for variant in {record["variant"] for record in study()}:
         assert page.row(variant)
-    # Values 3, 4.1, 5 against 5, 6, 7: t(0.975, 2) = 4.303 times sd / √3 of each.
-    _, lr, primary, difference, _, wins, p, verdict, loss, _ = page.row("dopr-adamw")
-    assert (primary, difference) == ("4.0 ± 2.5", "−1.97 ± 0.14")
-    assert (wins, p, verdict, loss, lr) == ("3/3", "< 0.001 *", "better", "0.40 ± 0.25", "0.01")
+    # Values 3, 4.1, 5 against 5, 6, 7: t(0.975, 2) = 4.303 times sd / √3, of logarithms of ratios.
+    _, lr, primary, ratio, _, wins, p, verdict, loss, _ = page.row("dopr-adamw")
+    assert (primary, ratio) == ("4.0 ± 2.5", "× 0.664 [0.530, 0.832]")
+    assert (wins, p, verdict, loss, lr) == ("3/3", "0.016 *", "better", "0.40 ± 0.25", "0.01")
     assert "lower is better" in page.text
 
 
@@ -93,9 +93,20 @@ def test_the_best_is_marked_where_every_paired_interval_excludes_zero(tmp_path, 
 
 
 def test_where_higher_is_better_the_same_numbers_are_worse(tmp_path, report):
-    rows = [record | {"higher_is_better": True} for record in study()]
+    values = {"adamw": [0.5, 0.6, 0.7], "dopr-adamw": [0.3, 0.41, 0.5]}
+    rows = [
+        each | {"higher_is_better": True} for name in values for each in fresh(name, values[name])
+    ]
     page = report(write_study(tmp_path / "study", rows))
     assert page.row("dopr-adamw")[7] == "worse"
+
+
+def test_references_stand_below_the_optimizers_and_are_compared_with_nothing(tmp_path, report):
+    rows = [record | {"role": "reference"} for record in fresh("oracle", [0.0, 0.0, 0.0])]
+    page = report(write_study(tmp_path / "study", [*study(), *rows]))
+    oracle = page.row("oracle, the source itself")
+    assert oracle[2:7] == ["0", "", "", "", ""]
+    assert page.rows.index(oracle) > page.rows.index(page.row("fast-dopr-adamw"))
 
 
 def test_diverged_and_missing_runs_are_listed(tmp_path, report):
@@ -189,7 +200,7 @@ def test_single_runs_are_compared_without_claims_about_seeds(tmp_path, report):
     page = report(*folders)
     assert "One run each, one seed" in page.text
     # The interval is that of the episodes, 0 to 9; the difference has none.
-    assert page.row("dopr-muon")[2:5] == ["3.0 ± 4.5", "−1.000", "one seed"]
+    assert page.row("dopr-muon")[2:5] == ["3.0 ± 4.5", "× 0.750", "one seed"]
     assert "seeds won" not in page.text
 
 

@@ -6,7 +6,7 @@ from eval.report import overview
 from eval.sections import make_sections
 from tests.eval.studies import fresh, study
 
-CLEAR = [*fresh("adamw", [5.0, 6.0, 7.0]), *fresh("dopr-adamw", [4.0, 4.5, 6.2])]  # p = 0.034
+CLEAR = [*fresh("adamw", [5.0, 6.0, 7.0]), *fresh("dopr-adamw", [4.0, 4.5, 6.2])]  # p = 0.0489
 
 
 def entry(rows, name):
@@ -20,7 +20,7 @@ def test_a_p_must_be_below_the_threshold_of_all_comparisons(others):
     (section,) = make_sections(rows)
     versus = entry(rows, "dopr-adamw").versus
     assert versus is not None
-    assert (versus.p, versus.verdict) == ("0.034", "better")
+    assert (versus.p, versus.verdict) == ("0.049", "better")
     assert section.n_comparisons == 1 + others  # one whose runs diverged was a comparison too
     assert versus.is_strict == (others == 0)
 

@@ -91,7 +91,7 @@ def test_a_comparison_reports_fresh_seeds_continues_and_can_be_extended(tmp_path
     lines = capsys.readouterr().out
     fresh_lines = [line for line in first.splitlines() if "fresh" in line]
     assert all(line in lines for line in fresh_lines)  # the same numbers and seconds: not run again
-    assert "minus base" in lines
+    assert "error / base's" in lines
 
 
 def test_another_study_is_not_mixed_into_a_folder(tmp_path):

@@ -43,10 +43,10 @@ def test_small_p_values_are_not_zero():
 
 def test_a_verdict_needs_an_interval_that_excludes_zero():
     clear, unclear = ([3.0, 3.1, 3.2], [5.0, 5.2, 5.1]), ([3.0, 6.0, 4.0], [5.0, 4.0, 4.5])
-    assert verdict(paired(*clear), higher_is_better=False) == "better"
-    assert verdict(paired(*clear), higher_is_better=True) == "worse"
-    assert verdict(paired(*unclear), higher_is_better=False) == "unclear"
-    assert verdict(paired([1.0], [2.0]), higher_is_better=False) == "one seed"
+    assert verdict(paired(*clear)) == "better"
+    assert verdict(paired(*clear[::-1])) == "worse"
+    assert verdict(paired(*unclear)) == "unclear"
+    assert verdict(paired([1.0], [2.0])) == "one seed"
 
 
 def test_names_are_words():

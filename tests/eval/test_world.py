@@ -7,11 +7,12 @@ from scipy import stats
 from torch import Tensor
 
 from eval.predictor import GPTPredictor, Predictor
+from eval.reference import OraclePredictor
 from eval.tasks.chain import Chain
 from eval.tasks.nav import Nav
 from eval.tasks.pdfa import Pdfa
 from eval.world import World, draw, kl, rollout
-from tests.eval.tasks.oracles import Bent, OraclePredictor, both_rollouts, random_gpt, smoothed
+from tests.eval.tasks.oracles import Bent, both_rollouts, random_gpt, smoothed
 
 TASKS = [Pdfa(horizon=12), Nav(nodes=24, horizon=16), Chain()]
 EXACT = 1e-12  # float64, a sum over a dozen tokens

@@ -1,34 +1,14 @@
 """Predictors whose every number is known: the oracle itself, and models that are off by a law."""
 
 from collections.abc import Callable
-from copy import deepcopy
 
 import torch
 from torch import Tensor
 
 from eval.predictor import Predictor
 from eval.tasks.task import OracleTask
-from eval.world import Rollout, World, rollout
+from eval.world import Rollout, rollout
 from model import GPT, GPTConfig
-
-
-class OraclePredictor(Predictor):
-    """A model that equals the oracle: it lives through a twin of the world that it is graded in.
-
-    world: at its beginning; it stays there. What is read must be what the twin answers.
-    """
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-
-    def start(self, prompts: Tensor, length: int | None = None) -> Tensor:
-        self.twin = deepcopy(self.world)
-        assert prompts.equal(self.twin.prompts)
-        return self.twin.oracle().log()
-
-    def read(self, tokens: Tensor) -> Tensor:  # (B, 1 + k): a decision and the world's answer
-        assert tokens[:, 1:].equal(self.twin.step(tokens[:, 0]))
-        return self.twin.oracle().log()
 
 
 class Bent(Predictor):

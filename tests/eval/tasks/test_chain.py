@@ -7,15 +7,9 @@ import pytest
 import torch
 
 from eval.predictor import GPTPredictor
+from eval.reference import OraclePredictor
 from eval.tasks.chain import Chain
-from tests.eval.tasks.oracles import (
-    Bent,
-    OraclePredictor,
-    Product,
-    both_rollouts,
-    random_gpt,
-    smoothed,
-)
+from tests.eval.tasks.oracles import Bent, Product, both_rollouts, random_gpt, smoothed
 
 EXACT = 1e-5  # a float32 GPT whose contexts are read in different batches
 

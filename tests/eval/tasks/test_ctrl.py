@@ -1,4 +1,4 @@
-"""Control against scipy's normal law, a textbook filter and simulation, a driver without velocity."""
+"""Control against scipy's normal law, a textbook filter, and who sees no velocity."""
 
 import math
 
@@ -9,10 +9,11 @@ from scipy import stats
 from torch import Tensor
 
 from eval.predictor import Predictor
+from eval.reference import OraclePredictor
 from eval.tasks import ctrl
 from eval.tasks.ctrl import Bins, Ctrl
 from eval.tasks.task import TaskError
-from tests.eval.tasks.oracles import OraclePredictor, both_rollouts
+from tests.eval.tasks.oracles import both_rollouts
 
 EXACT = 1e-12  # float64
 N = 300

@@ -8,8 +8,8 @@ import torch
 from scipy import stats
 from scipy.sparse.csgraph import connected_components
 
+from eval.reference import OraclePredictor
 from eval.tasks.pdfa import LIKELY, Pdfa
-from tests.eval.tasks.oracles import OraclePredictor
 
 EXACT = 1e-12  # float64, products of a few probabilities
 

@@ -1,0 +1,110 @@
+"""The rollout study of LOG.md: hours of CPU, continues where it was stopped.
+
+    python -m bench.rollout_study                 everything, then the pages
+    python -m bench.rollout_study ctrl-500 lds    the stages whose names begin like this
+
+A stage is one command of eval.compare, in a folder of its own under --out. The planned comparisons
+and the ablations get a page each.
+"""
+
+import argparse
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from eval import compare, report
+
+BASES = ("adamw", "muon", "signum", "adamuon", "sgd")
+LONG = ("adamw", "muon")
+CHANGES = (  # of DoPr's exact mode, one at a time
+    *("gamma=0.01", "gamma=1", "sigma_beta=0.95", "refresh_every=10", "exponent=2"),
+    *("include=*.attn.*", "include=*.mlp.*"),
+)
+EPISODES = {"pdfa": 512, "ctrl": 1024, "nav": 1024, "lds": 1}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of eval.compare; its name is that of its folder."""
+
+    name: str
+    task: str
+    steps: int
+    optimizers: tuple[str, ...]
+    seeds: int = 8
+
+    def argv(self, out: Path, workers: int) -> list[str]:
+        words = ["--task", self.task, "--steps", self.steps, "--seeds", self.seeds]
+        words += ["--optimizers", ",".join(self.optimizers), "--workers", workers]
+        words += ["--episodes", EPISODES[self.task.split(",")[0]], "--out", out / self.name]
+        return list(map(str, words))
+
+
+def modes(bases: tuple[str, ...]) -> tuple[str, ...]:
+    """Each base, and both modes of DoPr in front of it."""
+    return tuple(prefix + base for base in bases for prefix in ("", "dopr-", "fast-dopr-"))
+
+
+def ablations(bases: tuple[str, ...]) -> tuple[str, ...]:
+    changed = (f"dopr-{base}+{change}" for base in bases for change in CHANGES)
+    return (*(prefix + base for base in bases for prefix in ("", "dopr-")), *changed)
+
+
+def other_damping(bases: tuple[str, ...]) -> tuple[str, ...]:
+    """`lds` has a gamma of its own; this is everybody else's."""
+    return tuple(f"dopr-{base}+gamma=0.1" for base in bases)
+
+
+STAGES = (
+    *(Stage(f"{task}-500", task, 500, modes(BASES)) for task in ("pdfa", "ctrl", "nav")),
+    Stage("lds-200", "lds", 200, modes(BASES) + other_damping(BASES)),
+    Stage("lds-600", "lds", 600, modes(LONG) + other_damping(LONG)),
+    *(
+        Stage(f"lds-200-excitation-{value}", f"lds,excitation={value}", 200, modes(LONG))
+        for value in ("1e-2", "1")
+    ),
+    *(Stage(f"{task}-1500", task, 1500, modes(LONG)) for task in ("pdfa", "ctrl", "nav")),
+)
+ABLATIONS = tuple(
+    Stage(f"ablations-{task}-500", task, 500, ablations(LONG), seeds=5) for task in ("pdfa", "ctrl")
+)
+
+
+def chosen(stages: tuple[Stage, ...], prefixes: list[str]) -> list[Stage]:
+    """The stages whose names begin with one of these; all if there are none."""
+    return [each for each in stages if each.name.startswith(tuple(prefixes or [""]))]
+
+
+def run(stages: list[Stage], out: Path, workers: int) -> None:
+    for stage in stages:
+        argv = stage.argv(out, workers)
+        print(shlex.join(["python", "-m", "eval.compare", *argv]), flush=True)
+        compare.main(argv)
+
+
+def write_page(stages: tuple[Stage, ...], out: Path, page: str) -> None:
+    """A report of the stages that were run."""
+    folders = [str(out / each.name) for each in stages if (out / each.name).exists()]
+    if folders:
+        report.main([*folders, "--out", str(out / page)])
+
+
+def main(argv: list[str]) -> None:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "bench.rollout_study", None, __doc__, formatter_class=formatter
+    )
+    parser.add_argument("stages", nargs="*", help="; ".join(s.name for s in STAGES + ABLATIONS))
+    parser.add_argument("--out", type=Path, default=Path("out/study"))
+    parser.add_argument("--workers", type=int, default=2, help="runs side by side")
+    arguments = parser.parse_args(argv)
+    if not (stages := chosen(STAGES + ABLATIONS, arguments.stages)):
+        parser.error(f"no stage begins with {', '.join(arguments.stages)}")
+    run(stages, arguments.out, arguments.workers)
+    write_page(STAGES, arguments.out, "page")
+    write_page(ABLATIONS, arguments.out, "page-ablations")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
