@@ -56,6 +56,7 @@ class KVCache:
 
     Row b of `kv` (n_layer, 2, B, H, block_size, D) holds `lengths[b]` tokens. Anything beyond them
     is garbage (zeros, or the padding of a shorter row): masked until a real token overwrites it.
+    While all rows are of one length, which is usual, a slice is written and little is masked.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, length: int, like: Tensor) -> None:
@@ -65,26 +66,35 @@ class KVCache:
         self.rows = torch.arange(batch_size, device=like.device)[:, None]  # (B, 1)
         self.lengths = torch.zeros_like(self.rows[:, 0])  # (B,)
         self.longest = 0  # max(lengths), on the host: slicing by it waits for no device
+        self.is_even = True  # all rows hold `longest` tokens
 
     def begin(self, t: int) -> Tensor:
-        """Positions (B, t) of the next t tokens of each row; sets what they may attend to."""
+        """Positions, (t,) or (B, t), of the next t tokens; sets what they may attend to."""
         room = self.kv.size(4) - self.longest  # the cache's length less what the longest row holds
         _require({f"{t} more tokens were given, but only {room} fit into the cache": t <= room})
         self.width = self.longest + t  # no row has a key at or beyond this column
         columns = torch.arange(self.width, device=self.kv.device)
-        self.positions = self.lengths[:, None] + columns[:t]  # (B, t)
-        self.mask = (columns <= self.positions[..., None])[:, None]  # (B, 1, t, width)
+        if self.is_even:
+            self.positions = columns[self.longest :]  # (t,)
+            self.mask = columns <= self.positions[:, None] if t > 1 else None  # (t, width)
+        else:
+            self.positions = self.lengths[:, None] + columns[:t]  # (B, t)
+            self.mask = (columns <= self.positions[..., None])[:, None]  # (B, 1, t, width)
         return self.positions
 
     def extend(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
         """Writes kv (B, t, 2, H, D) at each row's own positions; returns all keys and values."""
         memory = self.kv[layer]  # (2, B, H, block_size, D)
-        memory[:, self.rows, :, self.positions] = kv.to(memory.dtype)
+        if self.is_even:
+            memory[:, :, :, self.longest : self.width] = kv.permute(2, 0, 3, 1, 4)
+        else:
+            memory[:, self.rows, :, self.positions] = kv.to(memory.dtype)
         keys, values = memory[:, :, :, : self.width]  # (B, H, width, D) each
         return keys, values
 
     def commit(self, t: int, lengths: Tensor | None) -> None:
         """Each row keeps the first `lengths[b]` (none given: all) of the t tokens just written."""
+        self.is_even &= lengths is None
         self.lengths = self.lengths + (t if lengths is None else lengths)
         self.longest = self.longest + t if lengths is None else int(self.lengths.max())
 
@@ -251,7 +261,9 @@ class GPT(nn.Module):
         device = cache.kv.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
         padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
-        hidden = self._read(torch.tensor(padded, device=device), cache, lengths)  # (B, t, C)
+        is_ragged = min(map(len, prompts)) < longest
+        ids = torch.tensor(padded, device=device)  # (B, t)
+        hidden = self._read(ids, cache, lengths if is_ragged else None)  # (B, t, C)
         hidden = hidden[cache.rows[:, 0], lengths - 1]  # (B, C)
         tokens: list[Tensor] = []  # (B,) each
         for u in uniforms.to(device).unbind(1):
