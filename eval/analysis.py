@@ -50,9 +50,15 @@ def load_records(paths: Iterable[Path]) -> list[Record]:
                 f"{path}: neither records.jsonl nor ttf/; grade runs with `python -m eval.ttf`, "
                 "or run `python -m eval.compare`"
             )
-        lines = study.read_text().splitlines() if study.exists() else [graded[-1].read_text()]
+        lines = study.read_text().splitlines() if study.exists() else _last(graded)
         records += map(json.loads, lines)
     return records
+
+
+def _last(graded: list[Path]) -> list[str]:
+    """The records of the last step: of the weights, of their average, or of both."""
+    step = graded[-1].stem.removesuffix("-ema")
+    return [each.read_text() for each in graded if each.stem.removesuffix("-ema") == step]
 
 
 def groups(records: Iterable[Record]) -> dict[tuple[str, int], list[Record]]:

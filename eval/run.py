@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from checkpoint import CheckpointError, load_into, open_checkpoint
+from checkpoint import Checkpoint, CheckpointError, load_into, open_checkpoint
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
@@ -33,7 +33,11 @@ def load_run(path: str | Path, *, device: str | torch.device = "cpu", ema: bool 
     Raises:
         CheckpointError: there is no usable checkpoint, or no averaged weights in it.
     """
-    found = open_checkpoint(Path(path))
+    return run_of(open_checkpoint(Path(path)), device=device, ema=ema)
+
+
+def run_of(found: Checkpoint, *, device: str | torch.device = "cpu", ema: bool = False) -> Run:
+    """The same of a checkpoint that was opened already."""
     weights = found.ema if ema else found.model
     if weights is None:
         raise CheckpointError(f"checkpoint {found.path} holds no averaged weights (ema_decay=0)")

@@ -4,7 +4,8 @@
     python -m eval.ttf out/run --all                     every checkpoint that was kept
 
 The task is the one that the run was trained on: its dataset `task:NAME,...`, pystdlib, or any other
-text. A grade is written to out/run/ttf/step-N.json and not computed again. One line a checkpoint.
+text. A grade is written to out/run/ttf/step-N.json, of averaged weights to step-N-ema.json, and not
+computed again. One line a checkpoint.
 """
 
 import argparse
@@ -18,18 +19,19 @@ from typing import Any
 
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, candidates
+from checkpoint import CheckpointError, candidates, open_checkpoint
 from data.files import sha256_of
 from data.shards import DataError
 from eval.command import command_parser
 from eval.grade import Grade
 from eval.predictor import GPTPredictor
 from eval.record import make_record, readable, train_command, write_record
-from eval.run import Run, load_run
+from eval.run import Run, run_of
 from eval.sample import pick_device
 from eval.tasks import Task, TaskError, task_of
 from model import GPT, eval_mode
 
+AVERAGED = "+ema"  # of the variant of averaged weights
 GRADING = ("grade", "intervals", "predictor", "repetition", "viability", "world")  # eval/*.py
 
 
@@ -50,18 +52,29 @@ def grade_model(task: Task, model: GPT, *, n: int, seed: int, batch_size: int = 
 
 
 def grade_checkpoint(
-    path: Path, *, n: int, seed: int, batch_size: int = 512, device: str = "cpu"
+    path: Path,
+    *,
+    n: int,
+    seed: int,
+    batch_size: int = 512,
+    device: str = "cpu",
+    ema: bool = False,
 ) -> dict[str, Any]:
-    """The record of one checkpoint; from its ttf/ folder if it was graded like this before."""
-    run = load_run(path, device=device)
-    out_dir = run.path.parent.parent
-    target = out_dir / "ttf" / f"step-{run.step:08d}.json"
-    task = task_of(run.config["dataset"])
-    manifest = json.loads((run.path / "manifest.json").read_text())
+    """The record of one checkpoint; from its ttf/ folder if it was graded like this before.
+
+    Its weights, or with `ema` their average, are graded in float32, whatever they were trained in.
+    """
+    found = open_checkpoint(path)
+    out_dir, name = found.path.parent.parent, f"step-{found.step:08d}"
+    target = out_dir / "ttf" / (f"{name}-ema.json" if ema else f"{name}.json")
+    task = task_of(found.manifest["config"]["dataset"])
     grading = {"n": n, "seed": seed, "spec": task.spec, "device": str(device)}
-    grading |= {"checkpoint": manifest["sha256"], "code": grading_code(task)}
+    files = json.dumps(found.manifest["files"], sort_keys=True)  # with their hashes
+    grading |= {"checkpoint": hashlib.sha256(files.encode()).hexdigest(), "ema": ema}
+    grading |= {"code": grading_code(task)}
     if target.exists() and (record := json.loads(target.read_text()))["grading"] == grading:
         return record
+    run = run_of(found, device=device, ema=ema)
     _check_tokenizer(task, run)
     started, threads = time.perf_counter(), run.environment["threads"]
     grade = grade_model(task, run.model, n=n, seed=seed, batch_size=batch_size)
@@ -69,14 +82,16 @@ def grade_checkpoint(
         task,
         run.config,
         steps=run.step,
-        val_loss=_val_loss(out_dir, run.step),
+        val_loss=_val_loss(out_dir, run.step, "ema_loss" if ema else "loss"),
         grade=readable(grade, run.tokenizer.decode),
         grading=grading,
         command=f"{train_command(run.config, threads)} && OMP_NUM_THREADS={threads} "
-        f"python -m eval.ttf NEW --episodes {n} --seed {seed} --device {device}",
+        f"python -m eval.ttf NEW --episodes {n} --seed {seed} --device {device}" + " --ema" * ema,
         environment=run.environment,
         seconds=time.perf_counter() - started,
     )
+    if ema:
+        record["variant"] += AVERAGED
     write_record(target, record)
     return record
 
@@ -95,10 +110,10 @@ def _check_tokenizer(task: Task, run: Run) -> None:
         raise TaskError(f"{run.path}: its tokenizer is not that of {task.spec}")
 
 
-def _val_loss(out_dir: Path, step: int) -> float | None:
+def _val_loss(out_dir: Path, step: int, key: str) -> float | None:
     """Validation loss at `step`, if it was computed there."""
     rows = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
-    losses = [row["loss"] for row in rows if row["kind"] == "val" and row["step"] == step]
+    losses = [row[key] for row in rows if row["kind"] == "val" and row["step"] == step]
     return losses[-1] if losses else None
 
 
@@ -135,6 +150,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     add("--seed", type=int, default=0, help="of the episodes: the same for all that is compared")
     add("--batch_size", type=int, default=512, help="episodes that go through the model at once")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("--ema", action="store_true", help="the averaged weights")
     return parser, parser.parse_args(argv)
 
 
@@ -145,9 +161,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         device = pick_device(arguments.device)
         paths = [p for run in arguments.runs for p in checkpoints(run, every=arguments.all)]
-        how = {"n": arguments.episodes, "seed": arguments.seed, "device": device}
+        how = {key: getattr(arguments, key) for key in ("seed", "batch_size", "ema")}
         for path in tqdm(paths, unit="checkpoint", disable=not sys.stderr.isatty()):
-            record = grade_checkpoint(path, batch_size=arguments.batch_size, **how)
+            record = grade_checkpoint(path, n=arguments.episodes, device=device, **how)
             tqdm.write(line(record), file=sys.stdout)
     except (CheckpointError, DataError, OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")

@@ -12,6 +12,7 @@ import pytest
 
 import train
 from eval import ttf
+from eval.analysis import load_records
 from eval.record import write_record
 from eval.tasks import TaskError, task_of
 from tests.tiny import argv, metrics
@@ -103,6 +104,28 @@ def test_the_recorded_command_makes_the_run_again(graded, tmp_path, capsys):
     )
     name = "checkpoints/step-00000004/model.safetensors"
     assert (graded / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_averaged_weights_are_graded_beside_the_last_ones(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train.main(argv(PDFA, out, **SIZES, ema_decay=0.9)) == 0
+    grade(capsys, out)
+    assert " adamw+ema " in grade(capsys, out, "--ema")
+    last, averaged = load_records([out])[::-1]
+    assert (last["variant"], averaged["variant"], averaged["base"]) == (
+        "adamw",
+        "adamw+ema",
+        "adamw",
+    )
+    assert averaged["val_loss"] == metrics(out, "val")[-1]["ema_loss"]
+    assert averaged["grade"]["metrics"] != last["grade"]["metrics"]
+    assert averaged["command"].endswith(" --ema")
+
+
+def test_a_run_without_averaged_weights_says_so(graded, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        grade(capsys, graded, "--ema")
+    assert "holds no averaged weights" in capsys.readouterr().err
 
 
 def test_every_checkpoint_that_was_kept_can_be_graded(graded, capsys):
