@@ -36,8 +36,8 @@ class Nav(OracleTask):
     """Shortest paths between held-out pairs of nodes, one after another."""
 
     horizon: int = 24
-    nodes: int = 128
-    degree: int = 3  # edges that leave a node
+    nodes: int = 32
+    degree: int = 4  # edges that leave a node
 
     name: ClassVar[str] = "nav"
     primary: ClassVar[str] = "success"
@@ -108,9 +108,8 @@ class NavWorld(World):
         self.first_goal, self.on = N, 2 * N  # ids
         self.prompts = torch.stack([self.place, N + stops[:, 1]], dim=1)
         self.ended = torch.zeros_like(self.place, dtype=torch.bool)
-        self.reached, self.decisions, self.legal, self.closer = torch.zeros(
-            4, len(stops), dtype=torch.int64
-        )
+        counts = torch.zeros(4, len(stops), dtype=torch.int64)
+        self.reached, self.decisions, self.legal, self.closer = counts
         self.steps = 0
 
     @property

@@ -80,7 +80,7 @@ def journeys(task, seed, n):
 
 @pytest.mark.parametrize("instance", range(5))
 def test_the_graph_is_strongly_connected_regular_and_without_loops(instance):
-    task = Nav(instance=instance, degree=3)
+    task = Nav(instance=instance, nodes=128, degree=3)
     matrix = edges(task)
     assert connected_components(matrix, connection="strong")[0] == 1
     assert (matrix.sum(1) == 3).all()
@@ -89,7 +89,7 @@ def test_the_graph_is_strongly_connected_regular_and_without_loops(instance):
 
 @pytest.mark.parametrize("degree", [2, 3, 6])
 def test_distances_are_scipys(degree):
-    task = Nav(degree=degree)
+    task = Nav(nodes=128, degree=degree)
     wanted = shortest_path(edges(task), unweighted=True)
     assert (task.graph.distance.numpy() == wanted).all()
 

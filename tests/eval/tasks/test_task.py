@@ -105,9 +105,9 @@ def test_the_loss_counts_the_decisions_and_neither_prompt_nor_answers(given, pre
     [
         ("pdfa,states=1,alphabet=2,horizon=0", ["states=1", "alphabet=2", "horizon=0"]),
         ("pdfa,states=1024,alphabet=3", ["states=1024", "alphabet=3", "larger alphabet"]),
-        ("nav,nodes=3,n_documents=0", ["nodes=3", "16 to 1024", "degree=3", "n_documents=0"]),
+        ("nav,nodes=3,n_documents=0", ["nodes=3", "16 to 1024", "degree=4", "n_documents=0"]),
         ("nav,nodes=32,degree=32", ["degree=32", "2 to 31"]),
-        ("nav,horizon=7", ["horizon=7", "up to 8 moves", "horizon=8"]),
+        ("nav,horizon=5", ["horizon=5", "up to 6 moves", "use horizon=6"]),
         ("chain,modulus=2,horizon=-1", ["modulus=2", "3 to 4096", "horizon=-1"]),
         ("pdfa,state=3", ["'state'", "did you mean 'states'", "alphabet"]),
         ("nav,nodes=many", ["nodes='many'", "int"]),
