@@ -66,9 +66,7 @@ def validation(records: list[Record]) -> Figure | None:
         _dots(ax, [r for r in own if not is_reported(r)], look, mfc="none", alpha=0.6)
         _dots(ax, [r for r in own if is_reported(r)], look, mec="white", mew=0.6)
     x, y = fit_curve(records)
-    if len(x):  # straight in logarithms, bent on other axes
-        x, ends = np.geomspace(x[0], x[-1]), x
-        y = np.exp(np.interp(np.log(x), np.log(ends), np.log(y)))
+    if len(x):
         ax.plot(x, _as_metric(y, records[0]), color=INK, lw=1.1, label="fit")
     log_if_wide(ax, "x", map(teacher_forced, runs))
     log_if_wide(ax, "y", map(primary, runs))

@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.polynomial import Polynomial
 
 from eval.analysis import Record, by_variant, is_reported, log_error, teacher_forced
 from eval.intervals import Estimate, over_seeds
 
+MAX_DEGREE = 2
 Point = tuple[float, float]  # log teacher-forced error, log rollout error
 
 
@@ -25,33 +27,34 @@ class Matched:
 def matched_validation(records: list[Record]) -> dict[str, Matched]:
     """Is an optimizer better than its base at *equal* validation? Paired over fresh seeds.
 
-        d_s = (y - y_base) - β (x - x_base),   x, y: log teacher-forced and log rollout error
+        d_s = (y - y_base) - (f(x) - f(x_base)),   x, y: log teacher-forced and log rollout error
 
-    β is the slope of y in x over the fresh runs of all base optimizers, within seeds: a seed draws
-    the task's instance, which shifts both. Its own uncertainty is left out. A pair counts if x lies
-    in the range of the base runs of its seed: nothing is extrapolated.
+    f is fitted to the fresh runs of all base optimizers: a parabola (a line where there are only
+    two bases), with an intercept for each seed, since a seed draws the task's instance, which
+    shifts both. Its own uncertainty is left out. A pair counts if x lies in the range of the base
+    runs of its seed: nothing is extrapolated.
     """
     fresh = list(filter(is_reported, records))
     bases = _base_points(fresh)
-    slope = _slope(bases)
-    if slope is None:
+    f = _shape(bases)
+    if f is None:
         return {}
     found = {}
     for variant, own in by_variant(r for r in fresh if r["variant"] != r["base"]).items():
-        residuals = [d for r in own if (d := _residual(r, bases[r["seed"]], slope)) is not None]
+        residuals = [d for r in own if (d := _residual(r, bases[r["seed"]], f)) is not None]
         found[variant] = Matched(over_seeds(residuals), len(residuals), len(own))
     return found
 
 
 def fit_curve(records: list[Record]) -> tuple[np.ndarray, np.ndarray]:
-    """The line of slope β through the middle of the base runs: its ends x and y, (2,) each."""
+    """f through the middle of the base runs, over their range: teacher-forced and rollout error."""
     bases = _base_points(filter(is_reported, records))
-    slope = _slope(bases)
-    if slope is None:
+    f = _shape(bases)
+    if f is None:
         return np.empty(0), np.empty(0)
     x, y = np.array([point for seed in bases.values() for point in seed.values()]).T
-    ends = np.array([x.min(), x.max()])
-    return np.exp(ends), np.exp(y.mean() + slope * (ends - x.mean()))
+    grid = np.linspace(x.min(), x.max())
+    return np.exp(grid), np.exp((y - f(x)).mean() + f(grid))
 
 
 def _base_points(records: Iterable[Record]) -> dict[int, dict[str, Point]]:
@@ -63,15 +66,19 @@ def _base_points(records: Iterable[Record]) -> dict[int, dict[str, Point]]:
     return found
 
 
-def _slope(bases: dict[int, dict[str, Point]]) -> float | None:
-    """Least-squares slope of y in x with an intercept for each seed; None where x does not vary."""
-    seeds = [[*points.values()] for points in bases.values()]
-    centred = [np.subtract(points, np.mean(points, axis=0)) for points in seeds]
-    x, y = np.concatenate(centred).T if centred else np.empty((2, 0))
-    return float(x @ y / (x @ x)) if x @ x > 0 else None
+def _shape(bases: dict[int, dict[str, Point]]) -> Polynomial | None:
+    """f without its constant, by least squares within seeds; None where x does not vary."""
+    degree = min(MAX_DEGREE, len({name for points in bases.values() for name in points}) - 1)
+    seeds = [np.array([*points.values()]) for points in bases.values()]  # (bases, 2) each
+    powers = [points[:, :1] ** np.arange(1, degree + 1) for points in seeds]  # (bases, degree)
+    A = np.concatenate([each - each.mean(0) for each in powers]) if degree > 0 else np.zeros(0)
+    if not A.any():
+        return None
+    y = np.concatenate([points[:, 1] - points[:, 1].mean() for points in seeds])
+    return Polynomial([0, *np.linalg.lstsq(A, y)[0]])
 
 
-def _residual(record: Record, bases: dict[str, Point], slope: float) -> float | None:
+def _residual(record: Record, bases: dict[str, Point], f: Polynomial) -> float | None:
     """d of one run; None without its pair, or outside the range of the base runs."""
     point, base = _point(record), bases.get(record["base"])
     if point is None or base is None:
@@ -79,7 +86,7 @@ def _residual(record: Record, bases: dict[str, Point], slope: float) -> float | 
     xs = [x for x, _ in bases.values()]
     if not min(xs) <= point[0] <= max(xs):
         return None
-    return (point[1] - base[1]) - slope * (point[0] - base[0])
+    return float((point[1] - base[1]) - (f(point[0]) - f(base[0])))
 
 
 def _point(record: Record) -> Point | None:

@@ -46,6 +46,19 @@ def test_the_line_has_the_slope_within_seeds():
     assert np.diff(np.log(y)) / np.diff(np.log(x)) == pytest.approx(SLOPE)
 
 
+def test_three_bases_show_a_bend_and_what_lies_on_it_is_explained():
+    places = {"adamw": 0.8, "muon": 0.1, "sgd": 1.3, "dopr-adamw": 0.3}
+    rows = [
+        record(name, seed, math.exp(2 * x - 0.6 * x**2 + 3 * harder), val_loss=math.exp(x))
+        for seed, harder in enumerate(HARDER)
+        for name, x in places.items()
+    ]
+    residual = matched_validation(rows)["dopr-adamw"].residual
+    assert (residual.mean, residual.hi) == pytest.approx((0.0, 0.0), abs=1e-9)
+    x, y = np.log(fit_curve(rows))
+    assert np.polyfit(x, y, 2)[:2] == pytest.approx([-0.6, 2.0])
+
+
 def test_no_failure_in_n_episodes_counts_as_half_of_one():
     rows = on_a_line(0.0)
     zero = [
