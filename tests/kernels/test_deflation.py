@@ -60,6 +60,19 @@ def test_the_correction_is_exact_for_any_directions(steps, gamma, monkeypatch):
     assert torch.equal(X, X.mT)
 
 
+def test_the_error_of_the_iteration_is_not_amplified_by_poor_directions(monkeypatch):
+    monkeypatch.setattr(deflation, "POWER_STEPS", 0)
+    sigma, G = covariance(0.9, n_top=1, dtype=torch.float64)
+    damping = torch.tensor([0.01], dtype=torch.float64)
+    part = deflate(sigma[None], damping, random_directions(sigma)[None])
+    w, Q = torch.linalg.eigh(part.A)
+    error = 1e-4 * torch.cos(torch.arange(D) ** 2)
+    X = restore(mirror_((Q * ((1 + error) / w)[:, None, :]) @ Q.mT), part)[0]
+    assert (
+        relative_error(G @ X, G @ torch.linalg.inv(damped(sigma, 0.01))) < 1e-3
+    )  # 7e-3 without refinement
+
+
 @pytest.mark.parametrize("steps", [0, 1, 2])
 @pytest.mark.parametrize("rank", [None, 40, 10])
 def test_the_spectrum_to_invert_is_between_the_damping_and_the_bound(steps, rank, monkeypatch):
