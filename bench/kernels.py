@@ -22,6 +22,7 @@ from torch import Tensor
 from bench.timing import compared, facts, interleaved, write_rows
 from kernels import _triton_apply, _triton_gram, _triton_newton_schulz, gram, newton_schulz
 from kernels.cholesky import dense_inverse_root
+from kernels.deflation import N_DIRECTIONS, deflate, deflated_spread, restore
 from kernels.newton_schulz import full_precision, newton_iterations
 from optim.covariance import precondition
 
@@ -99,12 +100,14 @@ def _product64(z: Tensor, beta: float, alpha: float) -> Tensor:
 
 
 def inverse_cases(N: int, d: int) -> Iterator[Case]:
-    """(Σ + γ̄ I)⁻¹ of N covariances; `cholesky` is what ships, in float64."""
+    """(Σ + γ̄ I)⁻¹ of N covariances; `cholesky` and `triton deflated` are what ships."""
     z = activations(N, 4 * d, d)
     sigma = gram.mirror_(z.mT @ z / (4 * d))
     damping = GAMMA * sigma.diagonal(dim1=-2, dim2=-1).mean(-1)  # (N,)
     A = sigma + damping[:, None, None] * torch.eye(d, device=DEVICE)
-    iterations = newton_iterations(d * (1 + 1 / GAMMA), 1)
+    spread, U = d / GAMMA, torch.linalg.qr(randn(N, d, N_DIRECTIONS))[0]
+    iterations = newton_iterations(spread + d**0.5, 1)
+    deflated_iterations = newton_iterations(deflated_spread(spread) + d**0.5, 1)
     numbers = {"lower_bound": damping, "iterations": iterations}
     triton = partial(_triton_newton_schulz.inverse_root, A, 1, **numbers)
     contenders = {
@@ -112,12 +115,20 @@ def inverse_cases(N: int, d: int) -> Iterator[Case]:
         "cholesky fp32": lambda: torch.cholesky_inverse(torch.linalg.cholesky(A)),
         "eigh fp32": partial(_by_eigh, A),
         "newton_schulz": partial(newton_schulz.inverse_root, A, 1, **numbers),
+        "triton deflated": partial(_by_deflation, sigma, damping, U, deflated_iterations),
         "triton bf16x3": partial(triton, precision="bf16x3"),
         "triton tf32": partial(triton, precision="tf32"),
         "triton ieee": partial(triton, precision="ieee"),
     }
-    name = f"inverse N={N} d={d} iterations={iterations}"
+    name = f"inverse N={N} d={d} iterations={iterations} deflated={deflated_iterations}"
     yield Case(name, contenders, lambda: torch.linalg.inv(A.double()))
+
+
+def _by_deflation(sigma: Tensor, damping: Tensor, U: Tensor, iterations: int) -> Tensor:
+    """All of a deflated inverse: U moves on, A' is formed and inverted, A⁻¹ is brought back."""
+    part = deflate(sigma, damping, U)
+    numbers = {"lower_bound": damping, "iterations": iterations}
+    return restore(_triton_newton_schulz.inverse_root(part.A, 1, **numbers), part)
 
 
 def _by_eigh(A: Tensor) -> Tensor:

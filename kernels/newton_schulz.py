@@ -133,7 +133,7 @@ def newton_iterations(condition: float, p: int, *, tolerance: float = 1e-4) -> i
     """Steps after which `inverse_root` is within `tolerance` (relative), in exact arithmetic.
 
     `condition` bounds upper_bound(A) / lower_bound; for A = Σ + γ tr(Σ)/d I it is at most
-    d (1 + 1/γ), which needs no look at the data.
+    d/γ + √d, which needs no look at the data.
     """
     if not 1 <= condition < float("inf"):
         raise ValueError(f"newton_iterations: condition={condition}; wants a finite number >= 1")
@@ -141,6 +141,16 @@ def newton_iterations(condition: float, p: int, *, tolerance: float = 1e-4) -> i
     while (1 - low) / (2 * p) > tolerance:
         low, steps = scaled_step(low, p)[2], steps + 1
     return steps
+
+
+def newton_error(condition: Tensor, p: int, iterations: int) -> Tensor:  # (...) -> (...)
+    """The relative error that `iterations` leave in exact arithmetic; `newton_iterations` has it
+    below its tolerance.
+    """
+    low = 1 / condition
+    for _ in range(iterations):
+        low = scaled_step(low, p)[2]
+    return (1 - low) / (2 * p)
 
 
 def upper_bound(A: Tensor) -> Tensor:  # (..., d, d) -> (...)

@@ -56,7 +56,7 @@ class ActivationPreconditioner:
         token_stride: one token in so many adds to Σ, beginning elsewhere in each sequence and step;
             embeddings count every token, which costs next to nothing.
         exponent: p of (Σ + γ̄ I)^(-1/p): 1 (the paper), 2 or 4.
-        inverse: cholesky (for p > 1 an eigendecomposition) or newton_schulz.
+        inverse: cholesky (for p > 1 an eigendecomposition) or newton_schulz (for p = 1, deflated).
         trace_normalized: multiply P by the p-th root of the mean eigenvalue of Σ, so that M keeps
             the scale of G, and what is tuned to it (eps, clipping, width rules) keeps its meaning.
             False is the paper's P.
@@ -203,7 +203,7 @@ class ActivationPreconditioner:
         if outdated:
             log.info("%d P were made with other settings and are made again", len(outdated))
         return preconditioners(
-            outdated, lambda layer: state[layer.name]["sigma"].to(layer.sigma), self.settings
+            outdated, lambda layer: layer.statistics_in(state[layer.name]), self.settings
         )
 
     def report(self, *, condition: bool = False) -> list[dict[str, Any]]:

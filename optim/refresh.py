@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.cholesky import damped_inverse_root
-from optim.covariance import condition_bound, diagonal_inverse_root, mean_eigenvalue
+from optim.covariance import diagonal_inverse_root, mean_eigenvalue, spread_bound
 from optim.statistics import Layer, Preconditioner, Settings
 
 # Of Σ inverted together, for which about 5 times as much is needed, or of gradients in one launch.
@@ -34,7 +34,8 @@ def refresh(layers: list[Layer], settings: Settings) -> list[Layer]:
     for layer in layers:
         layer.check_place()
     fresh = _with_statistics(layers)
-    for layer, new in preconditioners(fresh, Layer.next_sigma, settings):
+    made = preconditioners(fresh, lambda layer: (layer.next_sigma(), layer.directions), settings)
+    for layer, new in made:
         layer.sigma = layer.next_sigma()  # formed again rather than kept for all layers
         layer.use(new)
         layer.n_refreshes += 1
@@ -44,28 +45,38 @@ def refresh(layers: list[Layer], settings: Settings) -> list[Layer]:
 
 
 def preconditioners(
-    layers: list[Layer], sigma_of: Callable[[Layer], Tensor], settings: Settings
+    layers: list[Layer],
+    statistics_of: Callable[[Layer], tuple[Tensor, Tensor | None]],
+    settings: Settings,
 ) -> list[tuple[Layer, Preconditioner]]:
-    """Every layer with its P from the Σ that `sigma_of` gives; the layers are not changed.
+    """Every layer with its P from the Σ and U that `statistics_of` gives; no layer is changed.
 
     Raises FloatingPointError if a Σ is not finite or has no inverse at any damping.
     """
     made = []
     for chunk in chunks(layers, lambda layer: (layer.sigma,)):
-        sigma = torch.stack([sigma_of(layer) for layer in chunk])  # (N, blocks, b, b) or (N, d)
+        sigma, U = _stacked([statistics_of(layer) for layer in chunk])
         try:
-            made += zip(chunk, _invert(sigma, settings), strict=True)
+            made += zip(chunk, _invert(sigma, U, settings), strict=True)
         except FloatingPointError:
             _name_culprit(chunk, sigma, settings)
             raise
     return made
 
 
+def _stacked(statistics: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """Σ of N layers, (N, blocks, b, b) or (N, d), and U, (N, blocks, b, k) or None."""
+    directions = [U for _, U in statistics if U is not None]
+    return torch.stack([sigma for sigma, _ in statistics]), (
+        torch.stack(directions) if directions else None
+    )
+
+
 def _name_culprit(layers: list[Layer], sigma: Tensor, settings: Settings) -> None:
     """Invert one by one what failed as a batch, to raise with the name of the layer."""
     for layer, one in zip(layers, sigma, strict=True):
         try:
-            _invert(one[None], settings)
+            _invert(one[None], None, settings)
         except FloatingPointError as error:
             raise FloatingPointError(f"{layer.label}: {error}") from error
 
@@ -84,7 +95,7 @@ def chunks(
             yield group[first : first + size]
 
 
-def _invert(sigma: Tensor, settings: Settings) -> list[Preconditioner]:
+def _invert(sigma: Tensor, U: Tensor | None, settings: Settings) -> list[Preconditioner]:
     """P of each of N covariances, (N, blocks, b, b) or (N, d), as one batch."""
     p, gamma = settings.exponent, settings.gamma
     means = torch.stack([mean_eigenvalue(each) for each in sigma])  # (N,)
@@ -99,13 +110,20 @@ def _invert(sigma: Tensor, settings: Settings) -> list[Preconditioner]:
             p,
             inverse=settings.inverse,
             kernel=settings.kernel,
-            condition=condition_bound(blocks * sigma.shape[-1], gamma),
+            spread=spread_bound(blocks * sigma.shape[-1], gamma),
+            directions=U,  # a copy of the layers', updated in place
         )
         n_failed = failures.sum(1).tolist()
     more = (damping > wanted).any(1).tolist() if any(n_failed) else [False] * len(sigma)
     scales = means ** (1 / p) if settings.trace_normalized else torch.ones_like(means)
     return [
-        Preconditioner(P[i] * scales[i], damping[i].clone(), n_failed[i], more[i])
+        Preconditioner(
+            P=P[i] * scales[i],
+            damping=damping[i].clone(),
+            directions=None if U is None else U[i].clone(),
+            n_failed=n_failed[i],
+            is_damped_more=more[i],
+        )
         for i in range(len(sigma))
     ]
 

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from optim.statistics import Layer
 
-FINITE = ("sigma", "P", "damping")  # a running sum may be spoilt: it is dropped at the refresh
+OPTIONAL = {"directions"}  # a state of another `inverse` has none, and they are found again
+# A running sum may be spoilt: it is dropped at the refresh.
+FINITE = ("sigma", "P", "damping", "directions")
 
 
 def state_problems(state: Any, layers: Sequence[Layer]) -> list[str]:
@@ -29,13 +31,13 @@ def layer_problems(state: Any, layer: Layer) -> list[str]:
     name = layer.label
     if not isinstance(state, dict):
         return [f"{name} is {type(state).__name__}, wanted a dict"]
-    missing = {*layer.tensors(), *layer.NUMBERS, "made_with"} - state.keys()
+    missing = {*layer.tensors(), *layer.NUMBERS, "made_with"} - state.keys() - OPTIONAL
     if missing:
         return [f"{name} has no {', '.join(sorted(missing))}"]
     wrong = [
         f"{name}: {_tensor_problem(key, state[key], own)}"
         for key, own in layer.tensors().items()
-        if _tensor_problem(key, state[key], own)
+        if key in state and _tensor_problem(key, state[key], own)
     ]
     wrong += [
         f"{name}: {key} is {state[key]!r}, wanted a whole number, at least 0"
