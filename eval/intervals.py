@@ -40,10 +40,11 @@ def bootstrap_weights(n: int, seed: int = 0) -> np.ndarray:  # (1 + RESAMPLES, n
 def percentiles(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Value, lower and upper end of what was computed with each row of `bootstrap_weights`.
 
-    values: (1 + RESAMPLES, ...). The ends are percentiles of the resamples; NaN if all are NaN.
+    values: (1 + RESAMPLES, ...). The ends are percentiles of the resamples; NaN if all are NaN, or
+    infinite.
     """
     tail = 50 * (1 - LEVEL)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
         warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
         lo, hi = np.nanpercentile(values[1:], [tail, 100 - tail], axis=0)
     return values[0], lo, hi

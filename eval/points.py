@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from checkpoint import candidates
 from configurator import load_config
 from eval.lds import BATCH_SIZE, Lds, command_of, grade_policy, train_variant
 from eval.record import make_record, train_command, write_record
@@ -33,6 +34,7 @@ from runlog import environment
 from settings import RUN_ONLY
 
 ROOT = Path(__file__).parents[1]
+GRADING = "grading "  # how keys of `asked` begin that make the grade, not the model
 DIVERGED = "steps in a row were not finite"  # what train.py says of a run that it gave up
 
 
@@ -63,16 +65,18 @@ class Point:
 
     def asked(self) -> dict[str, Any]:
         """Every number that makes the record what it is. ConfigError if train.py would refuse."""
-        grading: dict[str, Any] = {"n": self.n, "seed": self.grading_seed}
+        grading = {"n": self.n, "seed": self.grading_seed, "code": grading_code(self.task)}
+        return self._trained() | {GRADING + key: value for key, value in grading.items()}
+
+    def _trained(self) -> dict[str, Any]:
+        """What makes the model."""
         if self.role == "reference":
-            return {"spec": self.task.spec, **grading}
+            return {"spec": self.task.spec}
         if isinstance(self.task, Lds):
             load_config([*self.command[1:], "--warmup_steps=0"], _dopr_problems)  # it has none
             return {**self.settings, "lr": self.lr, "seed": self.seed, "spec": self.task.spec}
         config, _ = load_config(self.command[1:], _dopr_problems)
-        settings = {key: value for key, value in asdict(config).items() if key not in RUN_ONLY}
-        grading["code"] = grading_code(self.task)
-        return settings | {f"grading {key}": value for key, value in grading.items()}
+        return {key: value for key, value in asdict(config).items() if key not in RUN_ONLY}
 
 
 def _dopr_problems(settings: dict[str, Any]) -> list[str]:
@@ -82,13 +86,15 @@ def _dopr_problems(settings: dict[str, Any]) -> list[str]:
 def run_point(point: Point) -> dict[str, Any]:
     """The record of a point; from disk if it was finished before.
 
+    A model that was trained before and graded otherwise, or by other code, is only graded again.
     Raises PointError: why it failed, or how what is on disk differs from what is asked.
     """
     path, asked = point.folder / "record.json", json.loads(json.dumps(point.asked()))
     if path.exists():
         record = read_record(point)
-        _check_same(point.folder, record.get("asked", {}), asked)
-        return record
+        if record["asked"] == asked:
+            return record
+        _check_trained_the_same(point.folder, record["asked"], asked)
     started = time.perf_counter()
     record = _graded(point)
     record |= {"variant": point.variant, "base": point.base, "role": point.role, "asked": asked}
@@ -110,9 +116,10 @@ def read_record(point: Point) -> dict[str, Any]:
     return json.loads((point.folder / "record.json").read_text())
 
 
-def _check_same(folder: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
-    """PointError if the run in a folder was made with other settings than these."""
+def _check_trained_the_same(folder: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
+    """PointError if the run in a folder was trained with other settings than these."""
     other = {key for key in found.keys() | asked.keys() if found.get(key) != asked.get(key)}
+    other -= {key for key in other if key.startswith(GRADING)}
     if other:
         was = "; ".join(f"{k} was {found.get(k)}, is {asked.get(k)}" for k in sorted(other))
         raise PointError(f"{folder} holds another run: {was}; delete it or choose another --out")
@@ -122,6 +129,8 @@ def _train_and_grade(point: Point, task: Task) -> dict[str, Any]:
     """A run of train.py, graded on rollouts."""
     point.folder.mkdir(parents=True, exist_ok=True)
     log = point.folder / "train.log"
+    if _is_trained(point):
+        return grade_checkpoint(point.folder, n=point.n, seed=point.grading_seed)
     with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         code = _run_script(point.command)
     if code == 0:
@@ -129,6 +138,12 @@ def _train_and_grade(point: Point, task: Task) -> dict[str, Any]:
     if DIVERGED not in log.read_text():
         raise PointError(f"{' '.join(point.command)}\nended with exit code {code}; see {log}")
     return _diverged(point, task)
+
+
+def _is_trained(point: Point) -> bool:
+    """Whether its model is there, from a time when it was graded otherwise."""
+    finished = (point.folder / "record.json").exists() and read_record(point)["grade"] is not None
+    return finished and bool(candidates(point.folder / "checkpoints"))
 
 
 def _diverged(point: Point, task: Task) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class Study:
         )
 
     def references(self) -> list[Point]:
-        """What is possible and what is worth nothing, on the instances of the fresh seeds."""
+        """The source and two extremes beside it, on the instances of the fresh seeds."""
         seeds = range(FRESH, FRESH + self.fresh_seeds)
         names = references_of(self.task)
         rows = [Variant(name, name, ()) for name in names]

@@ -24,6 +24,7 @@ from data.files import sha256_of
 from data.shards import DataError
 from eval.command import command_parser
 from eval.grade import Grade
+from eval.lds import Lds
 from eval.predictor import GPTPredictor
 from eval.record import make_record, readable, train_command, write_record
 from eval.run import Run, run_of
@@ -32,7 +33,9 @@ from eval.tasks import Task, TaskError, task_of
 from model import GPT, eval_mode
 
 AVERAGED = "+ema"  # of the variant of averaged weights
-GRADING = ("grade", "intervals", "predictor", "repetition", "viability", "world")  # eval/*.py
+GRADING = (  # eval/*.py
+    *("grade", "intervals", "lds", "predictor", "reference", "repetition", "viability", "world"),
+)
 
 
 def check_fits(task: Task, block_size: int) -> None:
@@ -96,7 +99,7 @@ def grade_checkpoint(
     return record
 
 
-def grading_code(task: Task) -> str:
+def grading_code(task: Task | Lds) -> str:
     """A hash that changes with the code that grades this task."""
     own = [each for each in type(task).__mro__ if each.__module__.startswith("eval.")]
     sources = [Path(__file__).with_name(f"{name}.py") for name in GRADING]

@@ -83,7 +83,7 @@ class Nav(OracleTask):
         stops = [(first * self.nodes).long()]
         for u in others:
             stops.append(draw(law[stops[-1]], u))
-        return NavWorld(self.graph, torch.stack(stops, dim=1))
+        return NavWorld(self.graph, self.held_out, torch.stack(stops, dim=1))
 
     @cached_property
     def graph(self) -> Graph:
@@ -102,14 +102,15 @@ class NavWorld(World):
     G must be more than the decisions to come. Who has ended stays where the last edge led.
     """
 
-    def __init__(self, graph: Graph, stops: Tensor) -> None:
-        self.graph, self.stops = graph, stops
+    def __init__(self, graph: Graph, held_out: Tensor, stops: Tensor) -> None:
+        self.graph, self.held_out, self.stops = graph, held_out, stops
         N, self.place = len(graph.successors), stops[:, 0]
         self.first_goal, self.on = N, 2 * N  # ids
         self.prompts = torch.stack([self.place, N + stops[:, 1]], dim=1)
         self.ended = torch.zeros_like(self.place, dtype=torch.bool)
-        counts = torch.zeros(4, len(stops), dtype=torch.int64)
-        self.reached, self.decisions, self.legal, self.closer = counts
+        counts = torch.zeros(6, len(stops), dtype=torch.int64)
+        self.reached, self.decisions, self.legal, self.closer = counts[:4]
+        self.novel, self.novel_closer = counts[4:]
         self.steps = 0
 
     @property
@@ -127,12 +128,16 @@ class NavWorld(World):
 
     def step(self, tokens: Tensor) -> Tensor:
         goal, before = self.goal, self.place
+        is_novel = self.held_out[before, goal] & ~self.ended
         legal = (self.graph.successors[before] == tokens[:, None]).any(1)
         self.decisions += ~self.ended
         self.ended = self.ended | ~legal
         self.place = torch.where(self.ended, before, tokens)
         self.legal += ~self.ended
-        self.closer += self.graph.distance[self.place, goal] < self.graph.distance[before, goal]
+        closer = self.graph.distance[self.place, goal] < self.graph.distance[before, goal]
+        self.closer += closer
+        self.novel += is_novel
+        self.novel_closer += closer & is_novel
         arrived = self.place == goal
         self.reached += arrived
         self.steps += 1
@@ -144,7 +149,9 @@ class NavWorld(World):
     def outcomes(self) -> dict[str, Tensor]:
         """success: goals reached, of those that shortest paths reach in as many decisions.
         Over the decisions up to the first that is no edge: legality, the share that follow an edge;
-        optimality, the share that follow an edge of a shortest path.
+        optimality, the share that follow an edge of a shortest path; novel_optimality and
+        familiar_optimality, the same at held-out pairs of place and goal, where every journey
+        begins, and at pairs that training has.
         """
         moves = self.graph.distance[self.stops[:, :-1], self.stops[:, 1:]].cumsum(1)  # (B, G)
         decisions = self.decisions.double()
@@ -152,6 +159,8 @@ class NavWorld(World):
             "success": self.reached / (moves <= self.steps).sum(1).double(),
             "legality": self.legal / decisions,
             "optimality": self.closer / decisions,
+            "novel_optimality": self.novel_closer / self.novel,
+            "familiar_optimality": (self.closer - self.novel_closer) / (decisions - self.novel),
         }
 
 

@@ -206,7 +206,8 @@ def test_an_answer_is_the_next_goal_where_the_goal_is_reached(episode):
     assert walk(world, path) == [ON] * (len(path) - 1) + [N + goals[1]]
     assert world.place.item() == path[-1] == goals[0]
     assert world.goal.item() == goals[1]
-    assert outcomes(world) == {"success": 1, "legality": 1, "optimality": 1}
+    result = outcomes(world)
+    assert result["success"] == result["legality"] == result["optimality"] == 1
 
 
 def test_a_wrong_edge_costs_time_and_is_made_good(task, successors, episode):
@@ -233,7 +234,26 @@ def test_a_token_that_is_no_edge_ends_the_episode(task, successors, episode, kin
     assert walk(world, [token.get(kind, ON + 1), *path[1:]]) == [ON] * len(path)
     assert world.has_ended().all()
     assert world.place.item() == path[0]
-    assert outcomes(world) == {"success": 0, "legality": 0.5, "optimality": 0.5}
+    result = outcomes(world)
+    assert (result["success"], result["legality"], result["optimality"]) == (0, 0.5, 0.5)
+
+
+def test_decisions_at_held_out_pairs_are_counted_apart(task):
+    world, counts = task.world(200, 3), torch.zeros(2, 2, 200)  # held out or not: closer, all
+    for u in task.uniforms(200, 3).unbind(1):
+        held = task.held_out[world.place, world.goal].long()
+        before, goal, alive = world.place.clone(), world.goal.clone(), ~world.ended
+        world.step(torch.where(u < 0.8, world.oracle().argmax(1), (u * 97 % N).long()))
+        closer = task.graph.distance[world.place, goal] < task.graph.distance[before, goal]
+        rows = torch.arange(200)
+        counts[held, 0, rows] += (closer & alive).float()
+        counts[held, 1, rows] += alive.float()
+    shares = counts[:, 0] / counts[:, 1]  # NaN where there were none
+    found = world.outcomes()
+    assert np.allclose(found["novel_optimality"], shares[1], equal_nan=True)
+    assert np.allclose(found["familiar_optimality"], shares[0], equal_nan=True)
+    assert not shares[1].isnan().any()  # every journey begins at a held-out pair
+    assert 0 < shares[1].mean() < 1
 
 
 def test_what_was_reached_before_the_end_counts(task, episode):
