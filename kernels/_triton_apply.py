@@ -93,6 +93,12 @@ def _check(G: Tensor, P: Tensor, precision: str) -> None:
             f"apply: G is {tuple(G.shape)} and P is {tuple(P.shape)}; "
             "wants G (N, m, d) and P (N, blocks, d/blocks, d/blocks)"
         )
+    (m, d), (row, column) = G.shape[1:], G.stride()[1:]
+    if max(m * d, m * row + d * column) >= 2**31:
+        raise ValueError(
+            f"apply: G is {tuple(G.shape)} in strides {G.stride()}; wants < 2³¹ elements a matrix, "
+            "and from its first to its last"
+        )
     if G.dtype != torch.float32 or P.dtype != torch.float32 or P.device != G.device:
         raise ValueError(
             f"apply: G is {G.dtype} on {G.device} and P {P.dtype} on {P.device}; "
