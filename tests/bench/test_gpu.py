@@ -68,6 +68,13 @@ def test_a_stage_that_fails_is_said_to(monkeypatch, capfd):
     assert "== bad: FAILED with exit code 1" in capfd.readouterr().out
 
 
+def test_a_stage_that_fails_leaves_no_result_of_an_earlier_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "STAGES", {"bad": Stage("no_such_module", [], [])})
+    (tmp_path / "gpu_bad.json").write_text("{}")
+    assert not gpu.run("bad", tmp_path, tiny=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_contenders_take_turns():
     calls = []
     work = {name: lambda name=name: calls.append(name) for name in "ab"}
