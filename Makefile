@@ -4,7 +4,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 export PYTHONUNBUFFERED = 1
 
-.PHONY: setup setup-dev demo test test-full check bench bench-gpu study clean
+.PHONY: setup setup-dev demo test test-full check bench kernel-report bench-gpu study clean
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), f"needs Python >= 3.10, found {sys.version}"'
@@ -41,6 +41,9 @@ test-full: check       ## everything, the slow ones included
 bench: setup           ## what a step costs, on this machine
 	$(PY) -m bench.train_throughput
 	$(PY) -m bench.step_overhead
+
+kernel-report: setup-dev  ## registers, spills, shared memory of the Triton kernels; needs no GPU
+	$(PY) -m bench.kernel_report
 
 bench-gpu: setup-dev   ## the kernels and GPT-2 124M on a GPU, into bench/results; under an hour
 	$(PY) -m bench.gpu

@@ -29,6 +29,7 @@ DAMPING_FACTOR = 10.0
 MAX_ATTEMPTS = 10
 WANTED_ERROR = 1e-3  # of Newton-Schulz on a GPU; the sampling noise of Σ moves M by 1e-2 and more
 BF16X3_FLOOR = 1e-7  # times the condition number: the error that bf16x3 products leave
+PLAIN_BF16X3_FLOOR = 4e-6  # the same of M, for p = 1 without deflation; measured in LOG.md
 
 
 class DampedInverse(NamedTuple):
@@ -129,23 +130,24 @@ def _by_newton_schulz(
     """As `_by_cholesky`, by Newton-Schulz; deflated if there are directions."""
     if directions is None:
         A = _damped(sigma, damping, sigma.dtype)
-        X, has_converged = _iterated(A, damping, p, kernel, spread)
+        floor = PLAIN_BF16X3_FLOOR if p == 1 else BF16X3_FLOOR
+        X, has_converged = _iterated(A, damping, p, kernel, spread, floor)
         return X, has_converged & _is_good(A, X, p)
     deflated = deflate(sigma, damping, directions)
     directions.copy_(deflated.U)
     spread = spread if spread is None else deflated_spread(spread)
-    X, has_converged = _iterated(deflated.A, damping, p, kernel, spread)
+    X, has_converged = _iterated(deflated.A, damping, p, kernel, spread, BF16X3_FLOOR)
     X = restore(X, deflated)
     return X, has_converged & _is_good(_damped(sigma, damping, sigma.dtype), X, p)
 
 
 def _iterated(
-    A: Tensor, damping: Tensor, p: int, kernel: Kernel, spread: float | None
+    A: Tensor, damping: Tensor, p: int, kernel: Kernel, spread: float | None, floor: float
 ) -> tuple[Tensor, Tensor]:
     """A^(-1/p), (n, d, d), by Newton-Schulz, and whether the iterations were enough, (n,)."""
     row_bytes = A.shape[-1] * A.element_size()
     if choose(kernel, "inverse root", A, row_bytes=[row_bytes]) == "triton":
-        return _triton_inverse_root(A, damping, p, spread)
+        return _triton_inverse_root(A, damping, p, spread, floor)
     iterations = newton_iterations(_measured_condition(A, damping), p)
     X = inverse_root(A, p, lower_bound=damping, iterations=iterations)
     return X, torch.ones_like(damping, dtype=torch.bool)
@@ -170,7 +172,7 @@ def _measured_condition(A: Tensor, damping: Tensor) -> float:
 
 
 def _triton_inverse_root(
-    A: Tensor, damping: Tensor, p: int, spread: float | None
+    A: Tensor, damping: Tensor, p: int, spread: float | None, floor: float
 ) -> tuple[Tensor, Tensor]:
     """As `_iterated`, by as many iterations as `spread` asks for, in bf16x3 if that is enough."""
     from kernels._triton_newton_schulz import inverse_root as triton_inverse_root
@@ -180,7 +182,7 @@ def _triton_inverse_root(
     else:  # ‖A‖_F <= tr(Σ) + γ̄ ‖I‖_F
         condition = min(spread + math.sqrt(A.shape[-1]), 1 / torch.finfo(A.dtype).eps)
     iterations = newton_iterations(condition, p)
-    precision = "bf16x3" if condition * BF16X3_FLOOR <= WANTED_ERROR else "ieee"
+    precision = "bf16x3" if condition * floor <= WANTED_ERROR else "ieee"
     X = triton_inverse_root(A, p, lower_bound=damping, iterations=iterations, precision=precision)
     return X, newton_error(upper_bound(A) / damping, p, iterations) <= WANTED_ERROR
 

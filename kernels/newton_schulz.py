@@ -177,14 +177,21 @@ def probe_residual(A: Tensor, X: Tensor, p: int) -> Tensor:  # (..., d, d) twice
 
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
-    """Matrix products in their factors' own precision: no TF32, no autocast, whatever is set."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Matrix products in their factors' own precision: no TF32, no autocast, whatever is set.
+
+    Of torch's two ways to set it, `fp32_precision` is what products look at, and may always be
+    read: `get_float32_matmul_precision` raises where someone has set `fp32_precision`.
+    """
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
     try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def _check_inverse_root(A: Tensor, p: int, iterations: int) -> None:

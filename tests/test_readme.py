@@ -38,7 +38,8 @@ def run(command: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess[str
 def test_every_make_target_exists():
     makefile = (ROOT / "Makefile").read_text()
     targets = {command[1] for command in commands("make")}
-    assert {"demo", "test"} <= targets
+    targets |= set(re.findall(r"`make ([\w-]+)`", README))
+    assert {"demo", "test", "kernel-report", "bench-gpu"} <= targets
     assert all(f"\n{target}:" in makefile for target in targets)
 
 
