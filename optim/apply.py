@@ -26,8 +26,13 @@ def preconditioned(
     grads: dict[Layer, Tensor] = {}
     for layer in layers:
         grad = layer.covered.grad
-        if grad is not None and grad.numel() and layer.n_refreshes:
+        if grad is None or not layer.n_refreshes:
+            continue
+        if grad.numel():
             grads[layer] = grad
+        else:  # no rows are here
+            G = layer.covered.as_matrix(grad)
+            yield layer, grad, G, G
     for chunk in chunks(list(grads), lambda layer: (grads[layer], layer.P)):
         Gs = [layer.covered.as_matrix(grads[layer]) for layer in chunk]
         Ps = [_local_P(layer, G) for layer, G in zip(chunk, Gs, strict=True)]
