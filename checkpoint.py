@@ -28,6 +28,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dist import laid_out
+
 SCHEMA = 1  # of the folder's layout
 FOLDER = re.compile(r"step-\d{8}")
 WRAPPER_PREFIXES = re.compile(r"^(?:(?:_orig_mod|module)\.)+")  # torch.compile, DDP, AveragedModel
@@ -48,13 +50,18 @@ class Checkpoint:
     ema: dict[str, Tensor] | None
     train: dict[str, Any]
 
+    @property
+    def digest(self) -> str:
+        """Of everything that the manifest says, the hashes of all files included."""
+        return _digest(self.manifest)
+
 
 def save_checkpoint(
     root: Path,
     step: int,
     *,
-    model: nn.Module,
-    ema: nn.Module | None,
+    model: Mapping[str, Tensor],
+    ema: Mapping[str, Tensor] | None,
     train: dict[str, Any],
     tokenizer_json: bytes,
     manifest: dict[str, Any],
@@ -63,6 +70,7 @@ def save_checkpoint(
     """Write `root/step-N` so that it exists whole or not at all; keep the newest `keep`.
 
     Args:
+        model, ema: weights on the CPU, see `plain_state`.
         train: nested dicts and lists of tensors and Python scalars only (`weights_only`-safe).
         manifest: JSON-able facts about the run; schema, step and hashes are added here.
     Raises:
@@ -73,9 +81,10 @@ def save_checkpoint(
     try:
         _remove_leftovers(root)
         partial.mkdir(parents=True)
-        save_file(plain_state(model), partial / "model.safetensors")
-        if ema is not None:
-            save_file(plain_state(ema), partial / "ema.safetensors")
+        for name, weights in {"model": model, "ema": ema}.items():
+            if weights is not None:
+                whole = {key: value.contiguous() for key, value in weights.items()}
+                save_file(whole, partial / f"{name}.safetensors")
         torch.save(train, partial / "train.pt")
         (partial / "tokenizer.json").write_bytes(tokenizer_json)
         files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
@@ -172,7 +181,7 @@ def newest_good(root: Path, warn: Callable[[str], None] = print) -> Checkpoint |
 
 
 def load_into(model: nn.Module, state: Mapping[str, Tensor], where: Path) -> None:
-    """Copy `state` into `model`, wrapped or not; all of it or nothing.
+    """Copy `state` into `model`, wrapped, sharded or not; all of it or nothing.
 
     Raises:
         CheckpointError: lists every key that is missing, unexpected or of another shape.
@@ -191,16 +200,16 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], where: Path) -> Non
         )
     with torch.no_grad():
         for key, value in own.items():
-            value.copy_(state[key])
+            value.copy_(laid_out(state[key], value))
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors by name, on the CPU, without the prefixes of wrappers.
+    """The model's tensors by name, as they lie, without the prefixes of wrappers.
 
     `n_averaged` is AveragedModel's own counter and no part of the model.
     """
     return {
-        WRAPPER_PREFIXES.sub("", key): value.detach().cpu().contiguous()
+        WRAPPER_PREFIXES.sub("", key): value.detach()
         for key, value in model.state_dict().items()
         if key != "n_averaged"
     }

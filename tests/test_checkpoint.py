@@ -14,7 +14,7 @@ import checkpoint as ck
 
 def save(root: Path, step: int, model: nn.Module | None = None, **changes) -> Path:
     arguments = {
-        "model": nn.Linear(4, 3) if model is None else model,
+        "model": ck.plain_state(nn.Linear(4, 3) if model is None else model),
         "ema": None,
         "train": {"skipped": 0, "tensor": torch.arange(3)},
         "tokenizer_json": b"{}",
@@ -26,7 +26,7 @@ def save(root: Path, step: int, model: nn.Module | None = None, **changes) -> Pa
 
 def test_a_checkpoint_gives_back_what_was_saved(tmp_path):
     model = nn.Linear(4, 3)
-    path = save(tmp_path, 20, model, ema=AveragedModel(model))
+    path = save(tmp_path, 20, model, ema=ck.plain_state(AveragedModel(model)))
     loaded = ck.load_checkpoint(path)
     assert path.name == "step-00000020"
     assert loaded.step == 20

@@ -17,11 +17,12 @@ LOWER = {  # part of the house -> the parts that it may import
     "model": set(),
     "optim": {"kernels"},
     "data": set(),
-    "checkpoint": set(),
-    "state": {"checkpoint", "optim"},
-    "eval": {"model", "data", "checkpoint", "optim", "runlog", "settings", "configurator"},
+    "dist": set(),
+    "checkpoint": {"dist"},
+    "state": {"checkpoint", "optim", "dist"},
+    "eval": {"dist", "model", "data", "checkpoint", "optim", "runlog", "settings", "configurator"},
     "train": {"settings", "configurator", "stopping", "runlog", "kernels", "model", "optim"}
-    | {"data", "checkpoint", "state", "eval"},
+    | {"dist", "data", "checkpoint", "state", "eval"},
 }
 
 
