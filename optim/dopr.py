@@ -143,6 +143,8 @@ class ActivationPreconditioner:
             layer.covered.check_layout()
         self._collective = Collective(process_group) if process_group else everybody()
         self._collective.check_same(self._description(), self.layers[0].sigma.device)
+        for layer in self.layers:
+            layer.capture.rank, layer.capture.size = self._collective.rank, self._collective.size
         self._hooks = call_before_steps(optimizers, self._precondition)
         return self
 
