@@ -6,6 +6,8 @@
         train.pt            optimizers and counters, safe to load (`weights_only`)
         tokenizer.json      so that a checkpoint can be sampled anywhere
         manifest.json       schema, config, size and sha256 of every file above
+    With checkpoint_format=sharded: shards/ (sharded.py) instead of the tensors in the first three.
+
     out_dir/checkpoints/latest    the name of the newest folder, written last; for people
 
 Protocol: write `step-N.tmp/`, fsync files and folder, rename, update `latest`, prune. A crash at
@@ -18,7 +20,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dist import laid_out
+import sharded
+from dist import World, laid_out
 
 SCHEMA = 1  # of the folder's layout
 FOLDER = re.compile(r"step-\d{8}")
@@ -41,13 +45,13 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One verified checkpoint, on the CPU."""
+    """One verified checkpoint, on the CPU; of a sharded one, each tensor is a `sharded.Stored`."""
 
     path: Path
     step: int
     manifest: dict[str, Any]
-    model: dict[str, Tensor]
-    ema: dict[str, Tensor] | None
+    model: dict[str, Any]
+    ema: dict[str, Any] | None
     train: dict[str, Any]
 
     @property
@@ -76,32 +80,91 @@ def save_checkpoint(
     Raises:
         CheckpointError: it could not be written (disk full, ...); earlier ones are untouched.
     """
-    final = root / f"step-{step:08d}"
-    partial = final.with_suffix(".tmp")
-    try:
-        _remove_leftovers(root)
-        partial.mkdir(parents=True)
+    with _written(root, step) as partial:
         for name, weights in {"model": model, "ema": ema}.items():
             if weights is not None:
                 whole = {key: value.contiguous() for key, value in weights.items()}
                 save_file(whole, partial / f"{name}.safetensors")
-        torch.save(train, partial / "train.pt")
-        (partial / "tokenizer.json").write_bytes(tokenizer_json)
-        files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
-        whole = {"schema": SCHEMA, "step": step, **manifest, "files": files}
-        whole["sha256"] = _digest(whole)
-        (partial / "manifest.json").write_text(json.dumps(whole, indent=2) + "\n")
-        _publish(partial, final)
-        _prune(root, keep)
+        _finish(partial, train, tokenizer_json, {**manifest, "step": step}, keep)
+    return root / partial.stem
+
+
+def save_sharded(
+    root: Path,
+    step: int,
+    world: World,
+    *,
+    model: Mapping[str, Tensor],
+    ema: Mapping[str, Tensor] | None,
+    train: dict[str, Any],
+    tokenizer_json: bytes,
+    manifest: dict[str, Any],
+    keep: int,
+) -> Path:
+    """The same, with every tensor in shards/ (sharded.py). All processes of the world call this.
+
+    Every process writes what it holds of the tensors, so that they need not fit anywhere whole.
+    """
+    partial = root / f"step-{step:08d}.tmp"
+    with _written(root, step, world):
+        whole = {"model": dict(model), "ema": ema and dict(ema), "train": train}
+        marked = sharded.write(partial / sharded.FOLDER, whole, is_alone=world.size == 1)
+        facts = {**manifest, "step": step, "format": "sharded"}
+
+        def finish() -> None:
+            try:
+                _finish(partial, marked, tokenizer_json, facts, keep)
+            except OSError as error:
+                raise RuntimeError(error) from error
+
+        world.together(finish if world.is_main else lambda: None, RuntimeError)
+    return root / partial.stem
+
+
+@contextmanager
+def _written(root: Path, step: int, world: World | None = None) -> Iterator[Path]:
+    """An empty folder to write to; what goes wrong is a CheckpointError, and the folder gone."""
+    partial = root / f"step-{step:08d}.tmp"
+
+    def start() -> None:
+        _remove_leftovers(root)
+        partial.mkdir(parents=True)
+
+    try:
+        if world is None:
+            start()
+        else:
+            world.together(start if world.is_main else lambda: None, OSError)
+        yield partial
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"checkpoint {final} could not be written: {error}") from error
-    return final
+        if world is None or world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        name = partial.with_suffix("")
+        raise CheckpointError(f"checkpoint {name} could not be written: {error}") from error
+
+
+def _finish(
+    partial: Path, train: Any, tokenizer_json: bytes, manifest: dict[str, Any], keep: int
+) -> None:
+    """Write what is left, then the manifest over all files, and make the folder visible."""
+    torch.save(train, partial / "train.pt")
+    (partial / "tokenizer.json").write_bytes(tokenizer_json)
+    names = {str(path.relative_to(partial)): path for path in _files(partial)}
+    files = {name: _fingerprint(path) for name, path in names.items()}
+    whole = {"schema": SCHEMA, **manifest, "files": files}
+    whole["sha256"] = _digest(whole)
+    (partial / "manifest.json").write_text(json.dumps(whole, indent=2) + "\n")
+    _publish(partial, partial.with_suffix(""))
+    _prune(partial.parent, keep)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _publish(partial: Path, final: Path) -> None:
     """Make a completely written folder durable, then visible, then the latest."""
-    for path in [*partial.iterdir(), partial]:
+    for path in [*partial.rglob("*"), partial]:
         _fsync(path)
     for path in candidates(final.parent):
         if path.name >= final.name:  # of an earlier life of this run, which went back before it
@@ -125,11 +188,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
         train = torch.load(path / "train.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a pickle that it will not run
         raise CheckpointError(f"checkpoint {path}: train.pt refused ({error})") from error
+    facts = {"path": path, "step": manifest["step"], "manifest": manifest}
+    if manifest.get("format") == "sharded":
+        try:
+            return Checkpoint(**facts, **sharded.stored(path / sharded.FOLDER, train))
+        except ValueError as error:
+            raise CheckpointError(f"checkpoint {path} refused ({error})") from error
     ema = path / "ema.safetensors"
     return Checkpoint(
-        path=path,
-        step=manifest["step"],
-        manifest=manifest,
+        **facts,
         model=load_file(path / "model.safetensors"),
         ema=load_file(ema) if ema.name in manifest["files"] else None,
         train=train,

@@ -171,6 +171,11 @@ class World:
         elif self.size > 1:
             forward.require_backward_grad_sync = is_last
 
+    def reshard(self, model: Any) -> None:
+        """After a forward without a backward: give up the weights that were gathered for it."""
+        if self._mesh is not None:
+            model.reshard()
+
     def whole(self, model: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
         """A model like `model` with all weights here; `make` is asked for one if it is sharded."""
         if self._mesh is None:
@@ -204,9 +209,9 @@ class World:
         """The n rows that the shares of all processes are the rows of `my_rows` of."""
         if self.size == 1:
             return share
-        rows = share.new_empty(self.size * len(share), *share.shape[1:])
-        distributed.all_gather_into_tensor(rows, share.contiguous())
-        return rows[:n]
+        shares = [torch.empty_like(share) for _ in range(self.size)]
+        distributed.all_gather(shares, share.contiguous())
+        return torch.cat(shares)[:n]
 
     def saved(self, tree: Any) -> Any:
         """Nested dicts and lists with whole tensors on the CPU; without tensors elsewhere than in
@@ -281,8 +286,10 @@ def full(tensor: Any) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def laid_out(whole: Tensor, like: Any) -> Tensor:
-    """The part of `whole`, which every process has, that belongs where `like` lies."""
+def laid_out(whole: Any, like: Any) -> Tensor:
+    """The part that belongs where `like` lies of `whole`, which all processes have, or can read."""
+    if not isinstance(whole, Tensor):
+        return whole.read(like)
     if not hasattr(like, "placements"):
         return whole
     from torch.distributed.tensor import distribute_tensor

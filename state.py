@@ -4,6 +4,7 @@ Randomness and the position in the data are not here: both are functions of (see
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from checkpoint import Checkpoint, CheckpointError, load_into, plain_state, save_checkpoint
+from checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    load_into,
+    plain_state,
+    save_checkpoint,
+    save_sharded,
+)
 from dist import World, laid_out
 from optim import ActivationPreconditioner
+from sharded import read_all
 
 
 @dataclass
@@ -40,7 +49,14 @@ class TrainState:
         self.skipped_in_row = 0 if is_finite else self.skipped_in_row + 1
 
     def save(
-        self, root: Path, world: World, *, manifest: dict[str, Any], tokenizer: bytes, keep: int
+        self,
+        root: Path,
+        world: World,
+        *,
+        manifest: dict[str, Any],
+        tokenizer: bytes,
+        keep: int,
+        is_sharded: bool = False,
     ) -> None:
         """Write a checkpoint under `root`, unless this step already has one. All processes call it.
 
@@ -49,23 +65,16 @@ class TrainState:
         """
         if self.step == self.saved_step:
             return
-        model, train = world.saved(plain_state(self.model)), world.saved(self.to_dict())
-        ema = world.saved(plain_state(self.ema)) if self.ema else None
-
-        def write() -> None:
-            if world.is_main:
-                save_checkpoint(
-                    root,
-                    self.step,
-                    model=model,
-                    ema=ema,
-                    train=train,
-                    tokenizer_json=tokenizer,
-                    manifest={**manifest, "optimizers": self._optimizer_names()},
-                    keep=keep,
-                )
-
-        world.together(write, CheckpointError)
+        manifest = {**manifest, "optimizers": self._optimizer_names()}
+        files = {"tokenizer_json": tokenizer, "manifest": manifest, "keep": keep}
+        tensors = {"model": plain_state(self.model), "train": self.to_dict()}
+        tensors["ema"] = plain_state(self.ema) if self.ema else None
+        if is_sharded:
+            save_sharded(root, self.step, world, **tensors, **files)
+        else:
+            whole = world.saved(tensors)
+            write = partial(save_checkpoint, root, self.step, **whole, **files)
+            world.together(write if world.is_main else lambda: None, CheckpointError)
         self.saved_step = self.step
 
     def _optimizer_names(self) -> list[str]:
@@ -121,7 +130,9 @@ class TrainState:
 def _placed(values: dict[str, Any], param: Tensor) -> dict[str, Any]:
     """An optimizer's state of one parameter; what has its shape lies as it does."""
     return {
-        key: laid_out(value, param) if getattr(value, "shape", None) == param.shape else value
+        key: laid_out(value, param)
+        if getattr(value, "shape", None) == param.shape
+        else read_all(value)
         for key, value in values.items()
     }
 
@@ -133,6 +144,6 @@ def _restore_preconditioner(own: ActivationPreconditioner, checkpoint: Checkpoin
             f"checkpoint {checkpoint.path} was written without DoPr; resume with dopr=false"
         )
     try:
-        own.load_state_dict(saved)
+        own.load_state_dict(read_all(saved))
     except (ValueError, FloatingPointError) as error:
         raise CheckpointError(f"checkpoint {checkpoint.path}: {error}") from error

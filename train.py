@@ -136,6 +136,7 @@ def train(config: Config, world: World, stop: StopRequest) -> int:
                 manifest=manifest,
                 tokenizer=tokenizer_json,
                 keep=config.keep_checkpoints,
+                is_sharded=config.checkpoint_format == "sharded",
             )
         except CheckpointError as error:
             if stop or state.step == config.max_steps:
@@ -370,6 +371,7 @@ def validate(
             should_stop=stop.poll,
             total=world.sum,
         )
+        world.reshard(model)
         if result is None:
             return None
         row |= {prefix + key: value for key, value in asdict(result).items()}

@@ -102,10 +102,10 @@ def _by_copies(
     sizes = [sum(matrices[i].numel() for i in _of(owner, rank)) for rank in range(collective.size)]
     buffer = matrices[0].new_zeros(max(sizes))  # gathering needs equal sizes
     buffer[: sizes[collective.rank]] = _flat(done, buffer)
-    gathered = buffer.new_empty(collective.size * len(buffer))
-    distributed.all_gather_into_tensor(gathered, buffer, group=collective.group)
+    gathered = [torch.empty_like(buffer) for _ in range(collective.size)]
+    distributed.all_gather(gathered, buffer, group=collective.group)
     results = list(matrices)
-    for rank, row in enumerate(gathered.split(len(buffer))):
+    for rank, row in enumerate(gathered):
         theirs = _of(owner, rank)
         pieces = row[: sizes[rank]].split([matrices[i].numel() for i in theirs])
         for i, piece in zip(theirs, pieces, strict=True):

@@ -17,9 +17,13 @@ class Gang:
     """`size` processes in which functions of a module run, as if torchrun had started them."""
 
     def __init__(self, size: int) -> None:
+        self._size = size
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
-        pipes = [context.Pipe() for _ in range(size)]
+        pipes = [context.Pipe() for _ in range(self._size)]
         self._ends = [mine for mine, _ in pipes]
         self._processes = [context.Process(target=_serve, args=(end,)) for _, end in pipes]
         for process in self._processes:
@@ -28,7 +32,7 @@ class Gang:
     def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """What `function(*args)` returns in processes of rank 0 to size - 1.
 
-        The first error of any of them is raised here, and ends them all.
+        The first error of any of them is raised here, and new processes take their places.
         """
         port = _free_port()
         ends = self._ends[:size]
@@ -46,6 +50,7 @@ class Gang:
                     break
             if problem:
                 self.stop()
+                self._start()
                 raise AssertionError(problem)
         return [results[end] for end in ends]
 
@@ -68,6 +73,8 @@ def _serve(end: Connection) -> None:
             end.send((function(*args), None))
         except BaseException:
             end.send((None, traceback.format_exc()))
+        if torch.distributed.is_initialized():  # a case that lost a process leaves it behind
+            torch.distributed.destroy_process_group()
 
 
 def _free_port() -> int:

@@ -18,9 +18,11 @@ LOWER = {  # part of the house -> the parts that it may import
     "optim": {"kernels"},
     "data": set(),
     "dist": set(),
-    "checkpoint": {"dist"},
-    "state": {"checkpoint", "optim", "dist"},
-    "eval": {"dist", "model", "data", "checkpoint", "optim", "runlog", "settings", "configurator"},
+    "sharded": set(),
+    "checkpoint": {"dist", "sharded"},
+    "state": {"checkpoint", "optim", "dist", "sharded"},
+    "eval": {"dist", "sharded", "model", "data", "checkpoint", "optim", "runlog", "settings"}
+    | {"configurator"},
     "train": {"settings", "configurator", "stopping", "runlog", "kernels", "model", "optim"}
     | {"dist", "data", "checkpoint", "state", "eval"},
 }

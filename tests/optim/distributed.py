@@ -90,7 +90,7 @@ def train(base: str, how: str, n_steps: int, settings: dict):
     )
 
 
-COLLECTIVES = ("all_reduce", "broadcast", "all_gather_into_tensor", "all_to_all_single")
+COLLECTIVES = ("all_reduce", "broadcast", "all_gather", "all_to_all_single")
 
 
 def counted(base: str, how: str, n_steps: int, settings: dict) -> list[dict[str, int]]:

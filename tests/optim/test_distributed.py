@@ -50,6 +50,7 @@ def test_ragged_tokens_and_empty_shards_train_as_one_process_with_all_tokens(
 PLANS = {
     ("adamw", "ddp"): ((3, 2, 0, 0), (0, 0, 0, 0)),
     ("adamw", "fsdp"): ((4, 2, 0, 0), (0, 0, 0, 0)),  # ‖M‖ and ‖G‖ of spread rows
+    ("muon", "ddp"): ((3, 2, 1, 0), (0, 0, 1, 0)),
     ("muon", "fsdp"): ((4, 2, 0, 2), (0, 0, 0, 2)),
     ("adamuon", "fsdp"): ((5, 2, 0, 2), (1, 0, 0, 2)),
 }
