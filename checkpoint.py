@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run is, in one folder, written atomically, verified before it is used.
+"""Checkpoints: everything a run is, in one folder, verified before it is used.
 
     out_dir/checkpoints/step-00000020/
         model.safetensors   weights, under names without any wrapper's prefix
@@ -10,29 +10,24 @@
 
     out_dir/checkpoints/latest    the name of the newest folder, written last; for people
 
-Protocol: write `step-N.tmp/`, fsync files and folder, rename, update `latest`, prune. A crash at
-any instant leaves the previous checkpoint intact; the next save removes what it left behind. A run
-that goes back to an earlier step renames the later folders to `abandoned-step-N` when it saves.
+saving.py writes them.
 """
 
 import hashlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import sharded
-from dist import World, laid_out
+from dist import laid_out
 
 SCHEMA = 1  # of the folder's layout
 FOLDER = re.compile(r"step-\d{8}")
@@ -57,122 +52,7 @@ class Checkpoint:
     @property
     def digest(self) -> str:
         """Of everything that the manifest says, the hashes of all files included."""
-        return _digest(self.manifest)
-
-
-def save_checkpoint(
-    root: Path,
-    step: int,
-    *,
-    model: Mapping[str, Tensor],
-    ema: Mapping[str, Tensor] | None,
-    train: dict[str, Any],
-    tokenizer_json: bytes,
-    manifest: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Write `root/step-N` so that it exists whole or not at all; keep the newest `keep`.
-
-    Args:
-        model, ema: weights on the CPU, see `plain_state`.
-        train: nested dicts and lists of tensors and Python scalars only (`weights_only`-safe).
-        manifest: JSON-able facts about the run; schema, step and hashes are added here.
-    Raises:
-        CheckpointError: it could not be written (disk full, ...); earlier ones are untouched.
-    """
-    with _written(root, step) as partial:
-        for name, weights in {"model": model, "ema": ema}.items():
-            if weights is not None:
-                whole = {key: value.contiguous() for key, value in weights.items()}
-                save_file(whole, partial / f"{name}.safetensors")
-        _finish(partial, train, tokenizer_json, {**manifest, "step": step}, keep)
-    return root / partial.stem
-
-
-def save_sharded(
-    root: Path,
-    step: int,
-    world: World,
-    *,
-    model: Mapping[str, Tensor],
-    ema: Mapping[str, Tensor] | None,
-    train: dict[str, Any],
-    tokenizer_json: bytes,
-    manifest: dict[str, Any],
-    keep: int,
-) -> Path:
-    """The same, with every tensor in shards/ (sharded.py). All processes of the world call this.
-
-    Every process writes what it holds of the tensors, so that they need not fit anywhere whole.
-    """
-    partial = root / f"step-{step:08d}.tmp"
-    with _written(root, step, world):
-        whole = {"model": dict(model), "ema": ema and dict(ema), "train": train}
-        marked = sharded.write(partial / sharded.FOLDER, whole, is_alone=world.size == 1)
-        facts = {**manifest, "step": step, "format": "sharded"}
-
-        def finish() -> None:
-            try:
-                _finish(partial, marked, tokenizer_json, facts, keep)
-            except OSError as error:
-                raise RuntimeError(error) from error
-
-        world.together(finish if world.is_main else lambda: None, RuntimeError)
-    return root / partial.stem
-
-
-@contextmanager
-def _written(root: Path, step: int, world: World | None = None) -> Iterator[Path]:
-    """An empty folder to write to; what goes wrong is a CheckpointError, and the folder gone."""
-    partial = root / f"step-{step:08d}.tmp"
-
-    def start() -> None:
-        _remove_leftovers(root)
-        partial.mkdir(parents=True)
-
-    try:
-        if world is None:
-            start()
-        else:
-            world.together(start if world.is_main else lambda: None, OSError)
-        yield partial
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError
-        if world is None or world.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        name = partial.with_suffix("")
-        raise CheckpointError(f"checkpoint {name} could not be written: {error}") from error
-
-
-def _finish(
-    partial: Path, train: Any, tokenizer_json: bytes, manifest: dict[str, Any], keep: int
-) -> None:
-    """Write what is left, then the manifest over all files, and make the folder visible."""
-    torch.save(train, partial / "train.pt")
-    (partial / "tokenizer.json").write_bytes(tokenizer_json)
-    names = {str(path.relative_to(partial)): path for path in _files(partial)}
-    files = {name: _fingerprint(path) for name, path in names.items()}
-    whole = {"schema": SCHEMA, **manifest, "files": files}
-    whole["sha256"] = _digest(whole)
-    (partial / "manifest.json").write_text(json.dumps(whole, indent=2) + "\n")
-    _publish(partial, partial.with_suffix(""))
-    _prune(partial.parent, keep)
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _publish(partial: Path, final: Path) -> None:
-    """Make a completely written folder durable, then visible, then the latest."""
-    for path in [*partial.rglob("*"), partial]:
-        _fsync(path)
-    for path in candidates(final.parent):
-        if path.name >= final.name:  # of an earlier life of this run, which went back before it
-            shutil.rmtree(path.with_name(f"abandoned-{path.name}"), ignore_errors=True)
-            path.rename(path.with_name(f"abandoned-{path.name}"))
-    partial.rename(final)
-    _fsync(final.parent)
-    write_atomic(final.parent / "latest", final.name + "\n")
+        return digest_of(self.manifest)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -286,9 +166,9 @@ def write_atomic(path: Path, text: str) -> None:
     """Replace `path` by a file with `text`, or leave it as it was."""
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(text)
-    _fsync(partial)
+    fsync(partial)
     partial.replace(path)
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -301,7 +181,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"checkpoint {path} has schema {schema}, this version reads schema {SCHEMA}"
         )
-    if digest != _digest(manifest):
+    if digest != digest_of(manifest):
         raise CheckpointError(f"checkpoint {path} is damaged (manifest.json does not match itself)")
     return manifest
 
@@ -316,15 +196,15 @@ def _verify(path: Path, name: str, wanted: dict[str, Any]) -> None:
             f"checkpoint {path} is damaged ({name} has {file.stat().st_size} bytes, "
             f"{wanted['bytes']} were written)"
         )
-    if _fingerprint(file) != wanted:
+    if fingerprint_of(file) != wanted:
         raise CheckpointError(f"checkpoint {path} is damaged ({name} does not match its sha256)")
 
 
-def _digest(manifest: dict[str, Any]) -> str:
+def digest_of(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def fingerprint_of(path: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -332,21 +212,10 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Force a file's content or a folder's entries onto the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _remove_leftovers(root: Path) -> None:
-    for path in root.glob("step-*.tmp"):
-        shutil.rmtree(path)
-
-
-def _prune(root: Path, keep: int) -> None:
-    """Remove all but the newest checkpoints; the one just written is the newest."""
-    for path in candidates(root)[keep:]:
-        shutil.rmtree(path)

@@ -17,11 +17,10 @@ from checkpoint import (
     CheckpointError,
     load_into,
     plain_state,
-    save_checkpoint,
-    save_sharded,
 )
 from dist import World, laid_out
 from optim import ActivationPreconditioner
+from saving import save_checkpoint, save_sharded
 from sharded import read_all
 
 

@@ -6,7 +6,6 @@ Usage:
     torchrun --nproc_per_node=8 train.py config/gpt2_dopr.py
 """
 
-import hashlib
 import os
 import sys
 import time
@@ -23,12 +22,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from checkpoint import (
-    Checkpoint,
     CheckpointError,
     candidates,
     load_into,
-    newest_good,
-    open_checkpoint,
     write_atomic,
 )
 from configurator import describe, describe_changes, load_config, to_json
@@ -45,6 +41,7 @@ from optim import ActivationPreconditioner
 from optim.build import MATRIX_OPTIMIZERS, build_optimizers, describe_groups
 from optim.schedule import lr_scale
 from optim.statistics import settings_problems
+from resuming import find_checkpoint, fingerprint
 from runlog import RunLog, environment, mfu
 from settings import Config, ConfigError
 from state import TrainState
@@ -281,13 +278,6 @@ def build_preconditioner(config: Config, model: GPT) -> ActivationPreconditioner
         raise ConfigError(str(error)) from error
 
 
-def fingerprint(dataset: Dataset) -> str:
-    """The hash of all shards' hashes: the same for the same data, wherever it lies."""
-    splits = dataset.meta["splits"]
-    hashes = [file["sha256"] for name in sorted(splits) for file in splits[name]["files"]]
-    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
-
-
 def optimizer_settings(config: Config) -> dict[str, Any]:
     keys = ("optimizer", "lr", "aux_lr", "weight_decay", "beta1", "beta2", "eps", "momentum")
     keys += ("nesterov", "muon_scale", "coefficients", "ns_steps", "ns_dtype", "kernel")
@@ -297,48 +287,6 @@ def optimizer_settings(config: Config) -> dict[str, Any]:
 def schedule_settings(config: Config) -> dict[str, Any]:
     keys = ("schedule", "warmup_steps", "max_steps", "min_lr_ratio")
     return {key: getattr(config, key) for key in keys}
-
-
-def find_checkpoint(config: Config, dataset: Dataset, world: World) -> Checkpoint | None:
-    """What `resume` asks for; CheckpointError if not all processes see the same."""
-    found = _find_checkpoint(config, dataset)
-    seen = world.gather(found and f"{found.path} ({found.digest[:12]})")
-    if len({*seen}) > 1:
-        raise CheckpointError(
-            f"the processes see different checkpoints, by rank: {', '.join(map(str, seen))}; "
-            "out_dir must be a folder that all of them share"
-        )
-    return found
-
-
-def _find_checkpoint(config: Config, dataset: Dataset) -> Checkpoint | None:
-    """What `resume` asks for. Refuses to train over a run, or on another tokenizer."""
-    root = Path(config.out_dir) / "checkpoints"
-    if config.resume == "never":
-        if candidates(root):
-            raise ConfigError(
-                f"resume=never, but {root} holds a run; choose another out_dir or resume=auto"
-            )
-        return None
-    found = newest_good(root) if config.resume == "auto" else open_checkpoint(Path(config.resume))
-    if found is None:
-        return None
-    if found.path.resolve().parent != root.resolve() and candidates(root):
-        raise ConfigError(
-            f"resume={config.resume}, but {root} holds another run; use a new out_dir"
-        )
-    if found.step > config.max_steps:
-        raise ConfigError(
-            f"max_steps={config.max_steps}, but checkpoint {found.path} is past it; raise max_steps"
-        )
-    if found.manifest["tokenizer_sha256"] != dataset.tokenizer.sha256:
-        raise CheckpointError(
-            f"checkpoint {found.path} was trained with another tokenizer than {dataset.dir} has; "
-            "resume it on the data that it was trained on"
-        )
-    if found.manifest["dataset_sha256"] != fingerprint(dataset):
-        print(f"warning: {dataset.dir} is not the data that {found.path} was trained on")
-    return found
 
 
 def next_step(batches: Iterator[list[Batch]]) -> list[Batch]:

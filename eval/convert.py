@@ -12,18 +12,12 @@ from typing import Any
 
 import torch
 
-from checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    candidates,
-    open_checkpoint,
-    save_checkpoint,
-    save_sharded,
-)
+from checkpoint import Checkpoint, CheckpointError, candidates, open_checkpoint
 from dist import World
 from eval.command import command_parser
 from eval.hf import export_hf
 from eval.run import load_run
+from saving import save_checkpoint, save_sharded
 from sharded import read_all
 
 OF_THE_FILE = ("schema", "step", "files", "format")  # what a manifest says of the checkpoint itself

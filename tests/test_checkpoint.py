@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import checkpoint as ck
+from saving import save_checkpoint
 
 
 def save(root: Path, step: int, model: nn.Module | None = None, **changes) -> Path:
@@ -21,7 +22,7 @@ def save(root: Path, step: int, model: nn.Module | None = None, **changes) -> Pa
         "manifest": {"config": {"seed": 1}},
         "keep": 2,
     }
-    return ck.save_checkpoint(root, step, **arguments | changes)
+    return save_checkpoint(root, step, **arguments | changes)
 
 
 def test_a_checkpoint_gives_back_what_was_saved(tmp_path):

@@ -20,11 +20,13 @@ LOWER = {  # part of the house -> the parts that it may import
     "dist": set(),
     "sharded": set(),
     "checkpoint": {"dist", "sharded"},
-    "state": {"checkpoint", "optim", "dist", "sharded"},
+    "saving": {"checkpoint", "dist", "sharded"},
+    "state": {"checkpoint", "saving", "optim", "dist", "sharded"},
+    "resuming": {"checkpoint", "data", "dist", "settings"},
     "eval": {"dist", "sharded", "model", "data", "checkpoint", "optim", "runlog", "settings"}
-    | {"configurator"},
+    | {"configurator", "saving"},
     "train": {"settings", "configurator", "stopping", "runlog", "kernels", "model", "optim"}
-    | {"dist", "data", "checkpoint", "state", "eval"},
+    | {"dist", "data", "checkpoint", "state", "resuming", "eval"},
 }
 
 

@@ -8,9 +8,11 @@ import torch
 from torch import distributed, nn
 
 import sharded
-from checkpoint import CheckpointError, open_checkpoint, plain_state, save_checkpoint
+from checkpoint import CheckpointError, open_checkpoint, plain_state
 from dist import World
 from eval.convert import main as convert
+from resuming import find_checkpoint
+from saving import save_checkpoint
 from tests.distributed.runs import SETTINGS, distance, run, trained
 from tests.tiny import argv, metrics
 
@@ -140,7 +142,7 @@ def find_in_folders_of_their_own(data, folder):
     config, _ = train.load_config(argv(data, folder / rank, **SETTINGS))
     with World(torch.device("cpu"), timeout_s=60) as world:
         try:
-            train.find_checkpoint(config, train.open_data(str(data)), world)
+            find_checkpoint(config, train.open_data(str(data)), world)
         except CheckpointError as error:
             return str(error)
 

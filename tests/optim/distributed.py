@@ -15,12 +15,13 @@ from tests.optim.models import mlp, regression
 
 WIDTHS = {"d_in": 12, "d": 7, "d_out": 5}  # of 4 processes, the last has no row of the last layer
 BASES = {
-    "adamw": lambda params: torch.optim.AdamW(params, lr=1e-2, eps=1e-4),
-    "sgd": lambda params: torch.optim.SGD(params, lr=1e-1, momentum=0.9, foreach=True),
-    "signum": lambda params: Signum(params, lr=1e-3),
-    "muon": lambda params: Muon(matrices(params), lr=1e-2, ns_dtype="float32"),
-    "adamuon": lambda params: AdaMuon(matrices(params), lr=1e-2, ns_dtype="float32"),
+    "adamw": lambda params, group: torch.optim.AdamW(params, lr=1e-2, eps=1e-4),
+    "sgd": lambda params, group: torch.optim.SGD(params, lr=1e-1, momentum=0.9, foreach=True),
+    "signum": lambda params, group: Signum(params, lr=1e-3),
+    "muon": lambda params, group: Muon(matrices(params), **MATRIX, process_group=group),
+    "adamuon": lambda params, group: AdaMuon(matrices(params), **MATRIX, process_group=group),
 }
+MATRIX = {"lr": 1e-2, "ns_dtype": "float32"}
 N = 60  # tokens a step
 
 
@@ -42,7 +43,8 @@ def parts(base: str, how: str, **settings):
         forward = nn.parallel.DistributedDataParallel(model)
     elif how in ("fsdp", "hsdp"):
         forward = sharded(model, how)
-    optimizer = BASES[base](list(model.parameters()))
+    group = distributed.group.WORLD if how == "ddp" else None
+    optimizer = BASES[base](list(model.parameters()), group)
     preconditioner = ActivationPreconditioner(model, gamma=0.1, **settings).attach(optimizer)
     return model, forward, optimizer, preconditioner
 
