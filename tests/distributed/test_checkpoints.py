@@ -16,6 +16,8 @@ from saving import save_checkpoint
 from tests.distributed.runs import SETTINGS, distance, run, trained
 from tests.tiny import argv, metrics
 
+pytestmark = pytest.mark.xdist_group("gang")  # one gang of processes for all of them
+
 TOLERANCE = 1e-5  # fp32 sums in another order
 MUON = {"optimizer": "muon", "lr": 3e-3, "dopr": "true", "refresh_every": 2, "sigma_beta": 0.9}
 MUON |= {"ema_decay": 0.5, "max_steps": 8, "save_every": 5, "keep_checkpoints": 9}

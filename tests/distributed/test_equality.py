@@ -5,6 +5,8 @@ import pytest
 from tests.distributed.runs import DOPR, OPTIMIZERS, PARALLEL, distance, trained
 from tests.tiny import metrics
 
+pytestmark = pytest.mark.xdist_group("gang")  # one gang of processes for all of them
+
 TOLERANCE = 1e-5  # fp32 sums in another order; the weights are near 0.02, and 5 steps move them
 
 

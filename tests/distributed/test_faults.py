@@ -16,6 +16,8 @@ from checkpoint import candidates, load_checkpoint, open_checkpoint
 from tests.distributed.runs import SETTINGS, main, trained
 from tests.tiny import argv, metrics, weights
 
+pytestmark = pytest.mark.xdist_group("gang")  # one gang of processes for all of them
+
 ROOT = Path(__file__).parents[2]
 RUN = {"lr": 3e-3, "max_steps": 8, "dopr": "true", "eval_every": 3, "save_every": 3}
 PLACES = {  # what is going on when the signal comes, and at which call

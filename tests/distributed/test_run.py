@@ -5,6 +5,8 @@ import pytest
 from tests.distributed.runs import trained
 from tests.tiny import metrics, weights
 
+pytestmark = pytest.mark.xdist_group("gang")  # one gang of processes for all of them
+
 PDFA = "task:pdfa,states=4,alphabet=4,horizon=16,n_documents=64"
 RUN = {"lr": 3e-3, "max_steps": 4, "dopr": "true"}
 

@@ -14,6 +14,8 @@ from optim.reduction import pack, unpack
 from tests.optim import distributed as workers
 from tests.optim.models import backward, mlp, randn
 
+pytestmark = pytest.mark.xdist_group("gang")  # one gang of processes for all of them
+
 TOLERANCE = 1e-5  # fp32 sums in another order, amplified by the condition number of Σ
 LIMIT = timedelta(seconds=60)
 
