@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import sharded
-from dist import laid_out
+from placement import laid_out
 
 SCHEMA = 1  # of the folder's layout
 FOLDER = re.compile(r"step-\d{8}")

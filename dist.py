@@ -18,6 +18,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
+from placement import blocks, full, gathered, make_mesh, shard
+
 Parallel = Literal["ddp", "fsdp", "hsdp"]
 Result = TypeVar("Result")
 GRACE_S = 3.0  # that those wait who lost a process, so that its error is the first to be seen
@@ -96,7 +98,7 @@ class World:
             timeout=self._timeout,
         )
         if self.parallel != "ddp":
-            self._mesh = self._make_mesh()
+            self._mesh = make_mesh(self.device.type, self.size, self.shard_size, self._timeout)
         if not self.is_main:
             nowhere = self._open.enter_context(open(os.devnull, "w"))
             self._open.enter_context(redirect_stdout(nowhere))
@@ -133,24 +135,18 @@ class World:
     def place(self, model: nn.Module) -> None:
         """Move `model` to the device; under fsdp and hsdp, only the rows that this process holds.
 
-        The elements of every nn.ModuleList are gathered one at a time, what is left all together.
+        See `placement.shard`.
         """
         if self._mesh is None:
             model.to(self.device)
-            return
-        from torch.distributed.fsdp import fully_shard
-
-        for stack in [each for each in model.modules() if isinstance(each, nn.ModuleList)]:
-            for block in stack:
-                fully_shard(block, mesh=self._mesh)
-        fully_shard(model, mesh=self._mesh)
+        else:
+            shard(model, self._mesh)
 
     def wrap(self, model: nn.Module, *, is_compiled: bool) -> Any:
         """What is called in training: `model`, with its gradients averaged over the processes."""
         if self._mesh is not None:
-            for stack in [each for each in model.modules() if isinstance(each, nn.ModuleList)]:
-                for block in stack if is_compiled else ():
-                    block.compile()
+            for block in blocks(model) if is_compiled else ():
+                block.compile()
             return model
         forward = torch.compile(model) if is_compiled else model
         if self.size == 1:
@@ -180,10 +176,7 @@ class World:
         """A model like `model` with all weights here; `make` is asked for one if it is sharded."""
         if self._mesh is None:
             return model
-        with torch.device("meta"):
-            copy = make()
-        copy.load_state_dict({k: full(v) for k, v in model.state_dict().items()}, assign=True)
-        return copy
+        return gathered(model, make)
 
     # -- tensors
 
@@ -263,38 +256,6 @@ class World:
         result = function() if is_first else None
         self.agree(0)
         return result if is_first else function()  # pyright: ignore - it is one
-
-    def _make_mesh(self) -> Any:
-        """(size,), or for hsdp (replicas, shard_size), with the timeout of this world."""
-        from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-
-        kind = self.device.type
-        if self.parallel == "fsdp":
-            return init_device_mesh(kind, (self.size,), mesh_dim_names=("shard",))
-        assert self.shard_size is not None, "settings.py sees to it"
-        ranks = torch.arange(self.size).view(-1, self.shard_size)
-        groups: Any = [
-            distributed.new_subgroups_by_enumeration(lists.tolist(), timeout=self._timeout)[0]
-            for lists in (ranks.T, ranks)
-        ]
-        names = ("replicate", "shard")
-        return DeviceMesh.from_group(groups, kind, mesh=ranks, mesh_dim_names=names)
-
-
-def full(tensor: Any) -> Tensor:
-    """All of a tensor, whose rows may be spread over processes (a DTensor): all must call this."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def laid_out(whole: Any, like: Any) -> Tensor:
-    """The part that belongs where `like` lies of `whole`, which all processes have, or can read."""
-    if not isinstance(whole, Tensor):
-        return whole.read(like)
-    if not hasattr(like, "placements"):
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def is_aftermath(error: BaseException) -> bool:

@@ -18,8 +18,9 @@ from checkpoint import (
     load_into,
     plain_state,
 )
-from dist import World, laid_out
+from dist import World
 from optim import ActivationPreconditioner
+from placement import laid_out
 from saving import save_checkpoint, save_sharded
 from sharded import read_all
 

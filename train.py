@@ -30,7 +30,7 @@ from checkpoint import (
 from configurator import describe, describe_changes, load_config, to_json
 from data.dataset import DataError, Dataset
 from data.loader import Batch, ValBatches, train_batches, val_batches
-from dist import ProcessLost, World, full, world_problems
+from dist import ProcessLost, World, world_problems
 from eval.hf import load_hf
 from eval.loss import evaluate
 from eval.tasks import open_data, task_of
@@ -41,6 +41,7 @@ from optim import ActivationPreconditioner
 from optim.build import MATRIX_OPTIMIZERS, build_optimizers, describe_groups
 from optim.schedule import lr_scale
 from optim.statistics import settings_problems
+from placement import full
 from resuming import find_checkpoint, fingerprint
 from runlog import RunLog, environment, mfu
 from settings import Config, ConfigError

@@ -17,16 +17,17 @@ LOWER = {  # part of the house -> the parts that it may import
     "model": set(),
     "optim": {"kernels"},
     "data": set(),
-    "dist": set(),
+    "placement": set(),
+    "dist": {"placement"},
     "sharded": set(),
-    "checkpoint": {"dist", "sharded"},
+    "checkpoint": {"placement", "sharded"},
     "saving": {"checkpoint", "dist", "sharded"},
-    "state": {"checkpoint", "saving", "optim", "dist", "sharded"},
+    "state": {"checkpoint", "saving", "optim", "dist", "placement", "sharded"},
     "resuming": {"checkpoint", "data", "dist", "settings"},
     "eval": {"dist", "sharded", "model", "data", "checkpoint", "optim", "runlog", "settings"}
     | {"configurator", "saving"},
     "train": {"settings", "configurator", "stopping", "runlog", "kernels", "model", "optim"}
-    | {"dist", "data", "checkpoint", "state", "resuming", "eval"},
+    | {"dist", "placement", "data", "checkpoint", "state", "resuming", "eval"},
 }
 
 
