@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 PRELOAD = ["torch.distributed.fsdp", "torch.distributed.checkpoint", "train", "tests.processes"]
-LIMIT_S = 240.0  # of a case; a machine that does other things is slow
+LIMIT_S = 500.0  # of a case; to compile takes minutes on a machine that does other things
 
 
 class Gang:

@@ -56,7 +56,7 @@ def test_one_process_writes_and_says_how_many_there_were(gang, dataset, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_compile_bf16_and_averaged_weights_train(gang, dataset, tmp_path, parallel):
-    settings = RUN | {"compile": "true", "dtype": "bfloat16", "ema_decay": 0.5}
+    settings = RUN | {"compile": "true", "dtype": "bfloat16", "ema_decay": 0.5, "n_layer": 1}
     out = trained(gang, 2, dataset, tmp_path / "run", **settings, parallel=parallel)
     val = metrics(out, "val")
     assert val[-1]["loss"] < val[0]["loss"]
