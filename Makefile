@@ -33,10 +33,10 @@ check: setup-dev       ## lint, format, types
 	$(VENV)/bin/pyright
 
 test: check            ## under 10 minutes on 2 cores
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup -m "not slow"
 
 test-full: check       ## everything, the slow ones included
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
 
 bench: setup           ## what a step costs, on this machine
 	$(PY) -m bench.train_throughput

@@ -66,10 +66,14 @@ def precondition(G: Tensor, P: Tensor) -> Tensor:
         return torch.bmm(stacked, P).transpose(0, 1).reshape(G.shape)
 
 
-def norm_ratio(M: Tensor, G: Tensor) -> Tensor:  # ()
+def norms(M: Tensor, G: Tensor) -> Tensor:  # (2,)
+    """‖M‖ and ‖G‖."""
+    return torch.stack([torch.linalg.vector_norm(M), torch.linalg.vector_norm(G, dtype=M.dtype)])
+
+
+def norm_ratio(norms: Tensor) -> Tensor:  # ()
     """‖M‖ / ‖G‖; 0 where G is zero."""
-    norm = torch.linalg.vector_norm(G, dtype=M.dtype)
-    return torch.linalg.vector_norm(M) / norm.clamp_min(torch.finfo(M.dtype).tiny)
+    return norms[0] / norms[1].clamp_min(torch.finfo(norms.dtype).tiny)
 
 
 def condition_number(sigma: Tensor, damping: Tensor) -> float:

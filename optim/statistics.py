@@ -171,9 +171,9 @@ class Layer:
         self.capture.is_collecting = on_schedule or self.is_due
         self.capture.offset.fill_(self.step // self.settings.collect_every)
 
-    def next_sigma(self) -> Tensor:
-        """Σ with what was captured since the last refresh."""
-        batch = self.capture.gram / self.capture.count
+    def next_sigma(self, gram: Tensor, count: Tensor) -> Tensor:
+        """Σ with what all processes captured since the last refresh."""
+        batch = gram / count
         return ema_update(self.sigma, batch, self.settings.sigma_beta, self.n_refreshes + 1)
 
     def use(self, new: Preconditioner) -> None:
@@ -219,13 +219,18 @@ class Layer:
         running = {"gram": self.capture.gram.clone(), "count": self.capture.count.clone()}
         return self.tensors() | running | numbers
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take a state without `optim.resume.state_problems`; earlier states are left alone."""
+    def load_state_dict(self, state: dict[str, Any], *, with_sums: bool = True) -> None:
+        """Take a state without `optim.resume.state_problems`; earlier states are left alone.
+
+        Of several processes one takes the sums, the others begin new ones.
+        """
         for key in self.TENSORS:
             setattr(self, key, state[key].to(getattr(self, key), copy=True))
         self.directions = self.statistics_in(state)[1]
-        self.capture.gram.copy_(state["gram"])  # in place: compiled graphs hold these two
-        self.capture.count.copy_(state["count"])
+        self.capture.clear()  # in place: compiled graphs hold these two
+        if with_sums:
+            self.capture.gram.copy_(state["gram"])
+            self.capture.count.copy_(state["count"])
         for key in (*self.NUMBERS, "made_with"):
             setattr(self, key, state[key])
         every = self.settings.refresh_every

@@ -77,7 +77,7 @@ def places(dataset, tmp_path_factory):
         assert train.main(argv(data, folder / name)) == 0
     (folder / "prompts.txt").write_text("alpha\nbeta\n")
     names = {"out/demo/text": "text", "out/ctrl": "ctrl", "out/compare/ctrl-500": "ctrl"}
-    names |= {name: name for name in ("prompts.txt", "samples.jsonl", "hf_model")}
+    names |= {name: name for name in ("prompts.txt", "samples.jsonl", "hf_model", "shards")}
     return {word: folder / name for word, name in names.items()}
 
 
