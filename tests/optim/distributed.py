@@ -11,7 +11,7 @@ from optim.adamuon import AdaMuon
 from optim.collective import local
 from optim.muon import Muon
 from optim.signum import Signum
-from tests.optim.models import mlp, regression
+from tests.optim.models import mlp, randn, regression
 
 WIDTHS = {"d_in": 12, "d": 7, "d_out": 5}  # of 4 processes, the last has no row of the last layer
 BASES = {
@@ -128,3 +128,21 @@ def fingerprint(base: str, how: str, n_steps: int, settings: dict) -> tuple[str,
 
 def digest(tensors: list[Tensor]) -> str:
     return hashlib.sha256(b"".join(each.numpy().tobytes() for each in tensors)).hexdigest()
+
+
+def deflated(how: str):
+    """U and P of one layer, wide enough to be deflated, after two steps."""
+    model = nn.Sequential(nn.Linear(128, 4))
+    forward = nn.parallel.DistributedDataParallel(model) if how == "ddp" else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    preconditioner = ActivationPreconditioner(model, gamma=0.1, inverse="newton_schulz")
+    preconditioner.attach(optimizer)
+    size, rank = (distributed.get_world_size(), distributed.get_rank()) if how == "ddp" else (1, 0)
+    for number in range(2):
+        x = randn(N, 128, seed=number) * torch.logspace(0.5, -1, 128)
+        first, last = bounds(rank, size)
+        (forward(x[first:last]).square().sum() * size / N).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    (layer,) = preconditioner.layers
+    return layer.directions.numpy(), layer.P.numpy()

@@ -47,6 +47,16 @@ def test_ragged_tokens_and_empty_shards_train_as_one_process_with_all_tokens(
             assert found[2] == pytest.approx(ratios, rel=1e-4)
 
 
+def test_the_directions_of_a_deflated_inverse_are_the_owners_in_every_process(gang):
+    alone = workers.deflated("alone")
+    here, there = gang.run(2, grouped, workers.deflated, "ddp")
+    for ours, theirs in zip(here, there, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_allclose(here[1], alone[1], atol=TOLERANCE * np.abs(alone[1]).max())
+    overlap = np.linalg.svd(here[0][0].T @ alone[0][0])[1]  # the same space, whatever its basis
+    np.testing.assert_allclose(overlap, 1, atol=1e-3)
+
+
 # A refresh: counts and traces; sums; what went wrong; a message from each of two owners of layers.
 # Muon: the rows to the owners and back; AdaMuon: also the norms of spread rows.
 PLANS = {
