@@ -76,6 +76,11 @@ def primary(record: Record) -> float:
     return math.nan if value is None else value
 
 
+def is_finished(record: Record) -> bool:
+    """Whether the run did not diverge."""
+    return math.isfinite(primary(record))
+
+
 def log_error(record: Record) -> float:
     """Logarithm of the rollout error; differences are logarithms of ratios. NaN if it diverged.
 
@@ -128,7 +133,7 @@ def leaderboard(records: list[Record]) -> list[Row]:
 
 def _row(own: list[Record], base: list[Record]) -> Row:
     first = own[0]
-    finished = [record for record in own if math.isfinite(primary(record))]
+    finished = [record for record in own if is_finished(record)]
     is_base = first["variant"] == first["base"]
     return Row(
         variant=first["variant"],
@@ -169,13 +174,13 @@ def seed_curves(
     A single run has no spread over seeds: it keeps its own interval over episodes.
     """
     return {
-        variant: _band([record["grade"]["curves"][name] for record in own])
+        variant: _over_runs([record["grade"]["curves"][name] for record in own])
         for variant, own in by_variant(filter(is_reported, records)).items()
         if all(record["grade"] and name in record["grade"]["curves"] for record in own)
     }
 
 
-def _band(curves: list[dict[str, list[float]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _over_runs(curves: list[dict[str, list[float]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if len(curves) == 1:
         mean, lo, hi = (np.array(curves[0][key], dtype=float) for key in ("mean", "lo", "hi"))
         return mean, lo, hi

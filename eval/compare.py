@@ -21,7 +21,7 @@ from eval.lds import Lds, parse_lds_variant
 from eval.matched import matched_validation
 from eval.points import PointError
 from eval.study import Study, compare
-from eval.tables import leaderboard_table, matched_table
+from eval.tables import leaderboard_text, matched_text
 from eval.tasks import TASKS, Task, parse_task
 from eval.variants import OF_THE_STUDY, Variant, check_names, parse_variant
 
@@ -31,9 +31,9 @@ def summary(records: list[Record]) -> str:
     rows, first = leaderboard(records), records[0]
     higher = first["higher_is_better"]
     extra = references(records)
-    board = leaderboard_table(rows, extra, first["primary"], higher_is_better=higher)
+    board = leaderboard_text(rows, extra, first["primary"], higher_is_better=higher)
     matched = matched_validation(records)
-    return board + ("\n\n" + matched_table(matched) if matched else "")
+    return board + ("\n\n" + matched_text(matched) if matched else "")
 
 
 def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:

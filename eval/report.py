@@ -15,10 +15,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from eval import details
 from eval.analysis import AnalysisError, Record, load_records
+from eval.board import BAR
 from eval.command import command_parser
 from eval.figures import draw
 from eval.looks import looks, save_png, svg
-from eval.sections import BAR, Section, make_sections
+from eval.sections import Section, make_sections
 from eval.typeset import metric_label
 
 NEEDED = (  # of a record; the rest is optional

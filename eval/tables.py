@@ -15,7 +15,7 @@ def aligned(rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def leaderboard_table(
+def leaderboard_text(
     rows: Sequence[Row],
     references: dict[str, tuple[Estimate, Estimate]],
     metric: str,
@@ -30,16 +30,16 @@ def leaderboard_table(
     header = ["optimizer", "lr", "val loss", f"{metric} ({direction} is better)"]
     cells = [[*header, "error / base's", "wins", "p", "diverged"]]
     for row in rows:
-        values = number(row.val_loss), number(row.primary)
+        values = mean_and_half(row.val_loss), mean_and_half(row.primary)
         versus = row.versus_base
         compared = ("", "", "") if versus is None else _compared(versus)
         cells.append([row.variant, f"{row.lr:g}", *values, *compared, str(row.n_diverged or "")])
     for name, values in references.items():
-        cells.append([name, "", *map(number, values), "", "", "", ""])
+        cells.append([name, "", *map(mean_and_half, values), "", "", "", ""])
     return aligned(cells)
 
 
-def matched_table(matched: dict[str, Matched]) -> str:
+def matched_text(matched: dict[str, Matched]) -> str:
     """The rollout error over the base's, at equal validation."""
     cells = [("optimizer", "error / base's at equal validation", "seeds compared")]
     for variant, each in matched.items():
@@ -47,7 +47,7 @@ def matched_table(matched: dict[str, Matched]) -> str:
     return aligned(cells)
 
 
-def number(value: Estimate) -> str:
+def mean_and_half(value: Estimate) -> str:
     """mean ± half of the interval, to four significant digits."""
     return f"{value.mean:.4g} ± {(value.hi - value.lo) / 2:.2g}"
 

@@ -40,4 +40,5 @@ def test_runs_are_compared_with_the_error_that_the_grade_has():
         if record["grade"]:
             del record["grade"]["metrics"]["val_kl"]
     (section,), (other,) = make_sections(with_oracle), make_sections(without)
-    assert (section.before, other.before) == ("oracle KL on the data’s contexts", "validation loss")
+    names = section.error_on_data, other.error_on_data
+    assert names == ("oracle KL on the data’s contexts", "validation loss")
