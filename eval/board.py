@@ -23,7 +23,7 @@ class Versus:
     val_loss: Cell  # difference, nats
     wins: str  # "4/5"
     p: str
-    is_strict: bool  # p is below the section's threshold
+    is_strict: bool  # p is below the family's threshold
     verdict: str  # better | worse | unclear | one seed
     bar: tuple[float, float, float] | None  # interval and mean, 0 to BAR
 

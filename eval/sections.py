@@ -12,7 +12,27 @@ from dataclasses import dataclass
 from eval.analysis import Record, groups, is_finished, is_reported
 from eval.board import Entry, entries
 
-FAMILY = 0.05  # chance of any false star on a page, at most
+ALPHA = 0.05  # chance of any false star in a family, at most
+
+
+@dataclass(frozen=True)
+class Family:
+    """The comparisons that are judged together; a star is for p below ALPHA / n (Bonferroni)."""
+
+    n: int
+    source: str  # which comparisons these are, in words
+
+    @property
+    def threshold(self) -> float:
+        return ALPHA / self.n
+
+
+def family_of(n_here: int, n_planned: int) -> Family:
+    """The planned comparisons, or those on the page where they are more; `n_planned` 0: unknown."""
+    if n_planned >= max(1, n_here):
+        return Family(n_planned, f"all that were planned, of which {n_here} are on this page")
+    more = f"; only {n_planned} were planned" if n_planned else ""
+    return Family(max(1, n_here), f"those in the studies of this page{more}")
 
 
 @dataclass(frozen=True)
@@ -28,7 +48,7 @@ class Section:
     metric: str
     higher_is_better: bool
     entries: list[Entry]
-    threshold: float  # of p, for a star
+    family: Family
 
     @property
     def n_comparisons(self) -> int:
@@ -48,19 +68,19 @@ class Section:
         return f"{self.task}-{self.steps}-{kind}-{digest}"
 
 
-def make_sections(records: Sequence[Record]) -> list[Section]:
+def make_sections(records: Sequence[Record], n_planned: int = 0) -> list[Section]:
     """Studies first; tasks with other knobs are other tasks.
 
-    A star is for p below FAMILY / number of comparisons in all studies (Bonferroni).
+    n_planned: comparisons of the whole family, also those that are not among the records.
     """
     found = [
         (is_study, own)
         for is_study in (True, False)
         for own in _alike(r for r in records if (r["role"] != "single") == is_study)
     ]
-    n_comparisons = sum(_n_comparisons(own) for is_study, own in found if is_study)
-    threshold = FAMILY / max(1, n_comparisons)
-    return [_section(own, is_study=is_study, threshold=threshold) for is_study, own in found]
+    n_here = sum(_n_comparisons(own) for is_study, own in found if is_study)
+    family = family_of(n_here, n_planned)
+    return [_section(own, is_study=is_study, family=family) for is_study, own in found]
 
 
 def _alike(records: Iterable[Record]) -> list[list[Record]]:
@@ -77,7 +97,7 @@ def _n_comparisons(records: list[Record]) -> int:
     return len({r["variant"] for r in reported if r["variant"] != r["base"]})
 
 
-def _section(group: list[Record], *, is_study: bool, threshold: float) -> Section:
+def _section(group: list[Record], *, is_study: bool, family: Family) -> Section:
     own = [record for record in group if record["role"] != "reference"]
     own = own if is_study else name_apart(own)
     return Section(
@@ -89,8 +109,8 @@ def _section(group: list[Record], *, is_study: bool, threshold: float) -> Sectio
         references=[record for record in group if record["role"] == "reference"],
         metric=group[0]["primary"],
         higher_is_better=group[0]["higher_is_better"],
-        entries=entries(own, is_study=is_study, threshold=threshold),
-        threshold=threshold,
+        entries=entries(own, is_study=is_study, threshold=family.threshold),
+        family=family,
     )
 
 

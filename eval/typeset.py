@@ -104,7 +104,11 @@ def times(log: Estimate) -> Cell:
 
 
 def p_value(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+    """Two significant digits, however small: 0.53, 0.049, 0.00068, 6.8e−5."""
+    if p >= 1e-4 or p == 0:
+        return f"{p:.2f}" if p >= 0.1 else number(p, decimals(p))
+    mantissa, power = f"{p:.1e}".split("e")
+    return mantissa + power_of_ten(int(power))
 
 
 def verdict(versus: Paired) -> str:

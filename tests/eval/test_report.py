@@ -80,6 +80,16 @@ def test_the_leaderboard_holds_every_variant_with_the_numbers_of_the_records(pag
     assert "lower is better" in page.text
 
 
+def test_stars_are_those_of_the_planned_comparisons_and_the_page_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.report.draw", lambda records: {})
+    folder, out = write_study(tmp_path / "study", study()), tmp_path / "out"
+    assert main([str(folder), "--out", str(out), "--comparisons", "71"]) == 0
+    page = read(out)
+    assert page.row("dopr-adamw")[6] == "0.016"  # no star: above 0.05 / 71
+    assert "below 0.000704, which is 0.05 divided by the number of comparisons, 71" in page.text
+    assert "all that were planned, of which 3 are on this page" in page.text
+
+
 def test_what_is_not_told_apart_is_called_so_and_nothing_is_marked_as_best(page):
     assert page.row("dopr-muon")[7] == "unclear"
     assert "No optimizer is marked as best" in page.text

@@ -25,6 +25,15 @@ def test_a_p_must_be_below_the_threshold_of_all_comparisons(others):
     assert versus.is_strict == (others == 0)
 
 
+@pytest.mark.parametrize(("planned", "n"), [(0, 1), (1, 1), (71, 71)])
+def test_the_threshold_is_that_of_all_planned_comparisons_but_never_of_fewer_than_shown(planned, n):
+    (section,) = make_sections(CLEAR, planned)
+    assert section.family.n == n
+    assert section.family.threshold == 0.05 / n
+    (wide,) = make_sections([*CLEAR, *fresh("fast-dopr-adamw", [4.0, 5.0, 6.0])], planned)
+    assert wide.family.n == max(n, 2)
+
+
 def test_the_overview_has_an_entry_wherever_a_variant_was_run():
     lost = [*fresh("adamw", [5.0, 6.0, 7.0]), *fresh("dopr-adamw", [None, None, None])]
     rows = [*lost, *(record | {"task": "nav"} for record in study())]

@@ -38,7 +38,9 @@ def test_a_factor_has_its_digits_however_far_from_one():
 
 
 def test_small_p_values_are_not_zero():
-    assert [p_value(p) for p in (1e-9, 0.0123, 0.5)] == ["< 0.001", "0.012", "0.50"]
+    values = (1.23e-9, 6.8e-4, 7.4e-4, 0.0123, 0.5, 1.0)
+    shown = ["1.2e−9", "0.00068", "0.00074", "0.012", "0.50", "1.00"]
+    assert [p_value(p) for p in values] == shown
 
 
 def test_a_verdict_needs_an_interval_that_excludes_zero():
