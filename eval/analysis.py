@@ -24,6 +24,17 @@ class AnalysisError(ValueError):
 
 
 @dataclass(frozen=True)
+class Compared(Paired):
+    """A variant against its base over the seeds of both; a diverged run loses its pair.
+
+    The difference, its interval and p are over the pairs of which both runs finished.
+    """
+
+    n_lost: int  # pairs in which the variant diverged
+    n_base_lost: int  # in which its base did
+
+
+@dataclass(frozen=True)
 class Row:
     """One optimizer on a leaderboard."""
 
@@ -32,8 +43,8 @@ class Row:
     lr: float
     val_loss: Estimate  # nats per scored token
     primary: Estimate
-    versus_base: Paired | None  # log error, paired over seeds; None for a base
-    val_versus_base: Paired | None  # nats
+    versus_base: Compared | None  # log error, paired over seeds; None for a base
+    val_versus_base: Compared | None  # nats
     n_diverged: int
 
 
@@ -149,11 +160,8 @@ def _row(own: list[Record], base: list[Record]) -> Row:
 
 def _versus(
     own: list[Record], base: list[Record], value: Callable[[Record], float]
-) -> Paired | None:
-    """Paired over the seeds that both have, lower is better; None if there are none.
-
-    A diverged run loses its pair. The difference and its interval are over finished pairs alone.
-    """
+) -> Compared | None:
+    """Paired over the seeds that both have, lower is better; None if there are none."""
     ours, theirs = (
         {r["seed"]: value(r) if math.isfinite(value(r)) else math.inf for r in records}
         for records in (own, base)
@@ -163,7 +171,9 @@ def _versus(
         return None
     finished = [pair for pair in pairs if all(map(math.isfinite, pair))]
     a, b = zip(*finished, strict=True) if finished else ((), ())
-    return replace(paired(a, b), wins=sum(x < y for x, y in pairs), n_pairs=len(pairs))
+    lost, base_lost = (sum(map(math.isinf, runs)) for runs in zip(*pairs, strict=True))
+    found = replace(paired(a, b), wins=sum(x < y for x, y in pairs), n_pairs=len(pairs))
+    return Compared(**vars(found), n_lost=lost, n_base_lost=base_lost)
 
 
 def seed_curves(

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from eval.analysis import Record, Row, is_finished, is_reported, leaderboard
-from eval.intervals import Estimate
+from eval.intervals import MIN_SEEDS, Estimate
 from eval.typeset import NONE, Cell, p_value, pair, times, verdict
 
 BAR = 100  # the width of an interval's drawing; the middle is no difference
+CLEAR = ("better", "worse")  # verdicts
 CLIP = 4  # times the median extent: what a drawing can show
 
 
@@ -23,8 +24,8 @@ class Versus:
     val_loss: Cell  # difference, nats
     wins: str  # "4/5"
     p: str
-    is_strict: bool  # p is below the family's threshold
-    verdict: str  # better | worse | unclear | one seed
+    is_strict: bool  # a clear verdict, and p below the family's threshold
+    verdict: str  # eval.typeset.verdict
     bar: tuple[float, float, float] | None  # interval and mean, 0 to BAR
 
 
@@ -64,7 +65,7 @@ def clear_best(records: list[Record], rows: list[Row]) -> str | None:
     names = {row.variant for row in rows}
     against = [r | {"base": rows[0].variant} for r in records if r["variant"] in names]
     others = [row.versus_base for row in leaderboard(against) if row.variant != rows[0].variant]
-    worse = [each and verdict(each) == "worse" for each in others]
+    worse = [each and each.difference.lo > 0 for each in others]
     return rows[0].variant if all(worse) else None
 
 
@@ -74,8 +75,8 @@ def _entry(row: Row, scale: float, threshold: float, is_best: bool) -> Entry:
         error=times(versus.difference),
         val_loss=pair(val.difference, sign=True) if val else (NONE, ""),
         wins=f"{versus.wins}/{versus.n_pairs}",
-        p=p_value(versus.p) if versus.difference.n > 1 else NONE,
-        is_strict=versus.p < threshold,
+        p=p_value(versus.p) if versus.difference.n >= MIN_SEEDS else NONE,
+        is_strict=versus.p < threshold and verdict(versus) in CLEAR,
         verdict=verdict(versus),
         bar=_bar(versus.difference, scale),
     )

@@ -1,9 +1,10 @@
 """Tables for a terminal: aligned columns, numbers with their intervals."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 from eval.analysis import Row
-from eval.intervals import Estimate, Paired
+from eval.intervals import MIN_SEEDS, Estimate, Paired
 from eval.matched import Matched
 from eval.typeset import times
 
@@ -48,10 +49,15 @@ def matched_text(matched: dict[str, Matched]) -> str:
 
 
 def mean_and_half(value: Estimate) -> str:
-    """mean ± half of the interval, to four significant digits."""
-    return f"{value.mean:.4g} ± {(value.hi - value.lo) / 2:.2g}"
+    """mean ± half of the interval, to four significant digits; the mean alone without one."""
+    half = (value.hi - value.lo) / 2
+    return f"{value.mean:.4g}" + ("" if math.isnan(half) else f" ± {half:.2g}")
 
 
 def _compared(versus: Paired) -> tuple[str, str, str]:
     wins = f"{versus.wins}/{versus.n_pairs}"
-    return " ".join(times(versus.difference)), wins, f"{versus.p:.2g}"
+    return (
+        " ".join(times(versus.difference)),
+        wins,
+        f"{versus.p:.2g}" if versus.difference.n >= MIN_SEEDS else "",
+    )

@@ -125,7 +125,7 @@ def test_diverged_and_missing_runs_are_listed(tmp_path, report):
     assert "2 fresh runs diverged or missing" in page.text
     assert "fast-dopr-adamw, lr 0.01, seed 101 (fresh): diverged" in page.text
     assert "muon, seed 102 (fresh): missing" in page.text
-    assert "diverged 1/3" in page.row("fast-dopr-adamw")[7]
+    assert page.row("fast-dopr-adamw")[7] == "diverged 1/3"  # once, and no other verdict
     assert "as a search for the largest usable rate expects: dopr-adamw 0.02." in page.text
 
 
@@ -261,6 +261,12 @@ def test_a_study_that_cannot_be_read_is_an_error_before_any_work(tmp_path, capsy
 def test_a_folder_that_is_not_there_is_an_error(tmp_path, capsys):
     assert main([str(tmp_path / "nothing"), "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'nothing'}: neither")
+
+
+def test_two_fresh_seeds_have_no_intervals(tmp_path, report):
+    rows = [record for record in study() if record["seed"] != SEEDS[2]]
+    page = report(write_study(tmp_path / "study", rows, fresh_seeds=[*SEEDS[:2]]))
+    assert page.row("dopr-adamw")[2:8] == ["3.550", "× 0.640", "", "2/2", "–", "two seeds"]
 
 
 def test_one_fresh_seed_claims_nothing(tmp_path, report):
