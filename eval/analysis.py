@@ -129,8 +129,9 @@ def references(records: list[Record]) -> dict[str, tuple[Estimate, Estimate]]:
     """Validation loss and primary metric over seeds of the rows that no optimizer made."""
     rows = by_variant(record for record in records if record["role"] == "reference")
     return {
-        name: (over_seeds([*map(val_loss, own)]), over_seeds([*map(primary, own)]))
+        name: (over_seeds([*map(val_loss, runs)]), over_seeds([*map(primary, runs)]))
         for name, own in rows.items()
+        if (runs := {record["seed"]: record for record in own}.values())  # of several folders
     }
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.shards import DataError
+from eval import consistency
 from eval.analysis import Record, leaderboard, references
 from eval.command import command_parser
 from eval.lds import Lds, parse_lds_variant
@@ -27,7 +28,8 @@ from eval.variants import OF_THE_STUDY, Variant, check_names, parse_variant
 
 
 def summary(records: list[Record]) -> str:
-    """The leaderboard, and what validation loss does not explain."""
+    """The leaderboard, and what validation loss does not explain. AnalysisError: stale records."""
+    consistency.check(records)
     rows, first = leaderboard(records), records[0]
     higher = first["higher_is_better"]
     extra = references(records)
@@ -108,11 +110,11 @@ def main(argv: list[str]) -> None:
         study = study_of(arguments)
         study.begin(shlex.join(["python", "-m", "eval.compare", *argv]))
         records = compare(study, arguments.workers)
+        print(summary(records))
     except (DataError, PointError, ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"stopped; what is finished is in {study.out}, the same command goes on\n")
-    print(summary(records))
     print(f"{len(records)} runs in {study.out}; a page: python -m eval.report {study.out}")
 
 

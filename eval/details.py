@@ -12,9 +12,10 @@ import numpy as np
 
 from eval.analysis import Record, is_finished, is_reported, primary, references, val_loss
 from eval.board import estimate_of
+from eval.consistency import knobs_of
 from eval.intervals import over_seeds
 from eval.matched import matched_validation
-from eval.sections import Section, finished_runs, knobs_of
+from eval.sections import Section, finished_runs
 from eval.typeset import NONE, Cell, error_unit, metric_label, number, pair, times
 
 QUARTERS = (0, 0.25, 0.5, 0.75, 1)  # of the horizon: where episodes are counted

@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from eval import details
+from eval import consistency, details
 from eval.analysis import AnalysisError, Record, load_records
 from eval.board import BAR
 from eval.command import command_parser
@@ -24,7 +24,7 @@ from eval.typeset import metric_label
 
 NEEDED = (  # of a record; the rest is optional
     *("task", "spec", "primary", "higher_is_better", "variant", "base", "role", "lr", "seed"),
-    *("steps", "val_loss", "grade", "command", "environment", "seconds", "settings"),
+    *("steps", "tokens", "val_loss", "grade", "command", "environment", "seconds", "settings"),
 )
 TEMPLATE = "report.html.j2"
 
@@ -61,6 +61,7 @@ def write_report(paths: Sequence[Path], out: Path, n_planned: int = 0) -> Path:
     n_planned: comparisons of the family that is judged together; 0: those on the page.
     """
     records, protocols = read(paths)
+    consistency.check(records)
     out.mkdir(parents=True, exist_ok=True)
     sections = [_content(section, protocols, out) for section in make_sections(records, n_planned)]
     page = out / "report.html"

@@ -5,12 +5,12 @@ the first have intervals over seeds and the second over the episodes of one run.
 """
 
 import hashlib
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from eval.analysis import Record, groups, is_finished, is_reported
 from eval.board import Entry, entries
+from eval.consistency import knobs_of
 
 ALPHA = 0.05  # chance of any false star in a family, at most
 
@@ -112,11 +112,6 @@ def _section(group: list[Record], *, is_study: bool, family: Family) -> Section:
         entries=entries(own, is_study=is_study, threshold=family.threshold),
         family=family,
     )
-
-
-def knobs_of(spec: str) -> str:
-    """The specification of a task without the instance, which a seed draws."""
-    return re.sub(r"\binstance=\d+,?", "", spec).rstrip(",")
 
 
 def name_apart(records: Sequence[Record]) -> list[Record]:
