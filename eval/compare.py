@@ -21,6 +21,7 @@ from eval.command import command_parser
 from eval.lds import Lds, parse_lds_variant
 from eval.matched import matched_validation
 from eval.points import PointError
+from eval.remarks import on_matched, on_ranks
 from eval.study import Study, compare
 from eval.tables import leaderboard_text, matched_text
 from eval.tasks import TASKS, Task, parse_task
@@ -34,8 +35,8 @@ def summary(records: list[Record]) -> str:
     higher = first["higher_is_better"]
     extra = references(records)
     board = leaderboard_text(rows, extra, first["primary"], higher_is_better=higher)
-    matched = matched_validation(records)
-    return board + ("\n\n" + matched_text(matched) if matched else "")
+    parts = [board, on_ranks(records), matched_text(matched_validation(records))]
+    return "\n\n".join(filter(None, [*parts, on_matched(records)]))
 
 
 def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:

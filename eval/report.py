@@ -19,6 +19,7 @@ from eval.board import BAR
 from eval.command import command_parser
 from eval.figures import draw
 from eval.looks import looks, save_png, svg
+from eval.remarks import on_matched, on_ranks
 from eval.sections import Section, make_sections
 from eval.typeset import metric_label
 
@@ -110,7 +111,10 @@ def _content(section: Section, protocols: list[dict[str, Any]], out: Path) -> di
         "colours": {look.base: look.colour for look in looks(section.records).values()},
         "figures": _figures(section, out),
         "references": details.reference_rows(section),
+        "ranks": on_ranks(section.records),
         "matched": details.matched_table(section),
+        "placebo": details.placebo_table(section),
+        "matched_remark": on_matched(section.records) if section.n_comparisons else "",
         "metrics": details.metrics_table(section),
         "episodes_left": details.episodes_left(section),
         "samples": details.samples(section),

@@ -41,7 +41,9 @@ def leaderboard_text(
 
 
 def matched_text(matched: dict[str, Matched]) -> str:
-    """The rollout error over the base's, at equal validation."""
+    """The rollout error over the base's, at equal validation; empty if there is none."""
+    if not matched:
+        return ""
     cells = [("optimizer", "error / base's at equal validation", "seeds compared")]
     for variant, each in matched.items():
         cells.append((variant, " ".join(times(each.residual)), f"{each.n_inside}/{each.n}"))

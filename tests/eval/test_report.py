@@ -90,6 +90,20 @@ def test_stars_are_those_of_the_planned_comparisons_and_the_page_says_so(tmp_pat
     assert "all that were planned, of which 3 are on this page" in page.text
 
 
+def test_the_page_says_what_a_factor_at_equal_validation_has_to_exceed(tmp_path, report):
+    others = [*fresh("sgd", [9.0, 9.5, 9.9]), *fresh("signum", [7.0, 6.0, 8.0])]
+    page = report(write_study(tmp_path / "many", [*study(), *others]))
+    assert "Two base optimizers differ by up to × 1.0" in page.text
+    assert page.row("adamw / muon")
+    assert "Kendall's tau = 1.00" in page.text  # validation is a tenth of the error here
+
+
+def test_with_one_base_the_page_says_why_there_is_no_table(tmp_path, report):
+    rows = [*fresh("adamw", [5.0, 6.0, 7.0]), *fresh("dopr-adamw", [3.0, 4.1, 5.0])]
+    page = report(write_study(tmp_path / "study", rows))
+    assert "Nothing can be said at equal validation" in page.text
+
+
 def test_what_is_not_told_apart_is_called_so_and_nothing_is_marked_as_best(page):
     assert page.row("dopr-muon")[7] == "unclear"
     assert "No optimizer is marked as best" in page.text
