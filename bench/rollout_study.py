@@ -4,7 +4,7 @@
     python -m bench.rollout_study ctrl-500 lds    the stages whose names begin like this
 
 A stage is one command of eval.compare, in a folder of its own under --out. The planned comparisons
-and the ablations get a page each.
+and the ablations get a page each, and are a family each: a star stands for p below 0.05 / its size.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval import compare, report
+from eval.variants import parse_variant
 
 BASES = ("adamw", "muon", "signum", "adamuon", "sgd")
 LONG = ("adamw", "muon")
@@ -76,6 +77,12 @@ def chosen(stages: tuple[Stage, ...], prefixes: list[str]) -> list[Stage]:
     return [each for each in stages if each.name.startswith(tuple(prefixes or [""]))]
 
 
+def planned(stages: tuple[Stage, ...]) -> int:
+    """Comparisons of an optimizer with its base; each is one of the family that LOG.md fixes."""
+    names = [name for stage in stages for name in stage.optimizers]
+    return sum(parse_variant(name).base != name for name in names)
+
+
 def run(stages: list[Stage], out: Path, workers: int) -> None:
     for stage in stages:
         argv = stage.argv(out, workers)
@@ -84,10 +91,10 @@ def run(stages: list[Stage], out: Path, workers: int) -> None:
 
 
 def write_page(stages: tuple[Stage, ...], out: Path, page: str) -> None:
-    """A report of the stages that were run."""
+    """A report of the stages that were run; stars are by the comparisons of all these stages."""
     folders = [str(out / each.name) for each in stages if (out / each.name).exists()]
     if folders:
-        report.main([*folders, "--out", str(out / page)])
+        report.main([*folders, "--out", str(out / page), "--comparisons", str(planned(stages))])
 
 
 def main(argv: list[str]) -> None:

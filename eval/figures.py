@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 
 from eval.analysis import (
     Record,
+    is_finished,
     is_reported,
     primary,
     seed_curves,
@@ -103,18 +104,18 @@ def _kinds(shown: dict[str, Look], runs: list[Record], *, fit: bool) -> list[Lin
 
 def curves(records: list[Record]) -> Figure | None:
     """A row of CURVES each, a column a base, with bands; on data's contexts as a thin line."""
-    finished = [record for record in records if math.isfinite(primary(record))]
-    found = {name: _over_seeds(finished, name) for name in CURVES}
+    finished = [record for record in records if is_finished(record)]
+    found = {name: _bands(finished, name) for name in CURVES}
     names = [name for name in CURVES if found[name]]
     if not names:
         return None
     shown = {name: look for name, look in looks(finished).items() if name in found[names[0]]}
     figure, axes = panels(names, shown.values())
     for name in names:
-        thin = _over_seeds(finished, ON_DATA[name], like=name) if name in ON_DATA else {}
+        thin = _bands(finished, ON_DATA[name], like=name) if name in ON_DATA else {}
         for variant, look in shown.items():
             if variant in found[name]:
-                _band(axes[name, look.base], *found[name][variant], look=look)
+                _draw_band(axes[name, look.base], *found[name][variant], look=look)
             if variant in thin:
                 _line(axes[name, look.base], thin[variant][0], look, lw=0.7)
         last = [float(mean[-1]) for mean, _, _ in found[name].values()]
@@ -135,7 +136,7 @@ def _units(names: list[str], record: Record) -> dict[str, str]:
     return {name: CURVES[name].format(error=unit) for name in names}
 
 
-def _over_seeds(records: list[Record], name: str, like: str | None = None) -> dict:
+def _bands(records: list[Record], name: str, like: str | None = None) -> dict:
     """`seed_curves`, of logarithms where the curves (of `like`) end more than DECADES apart.
 
     An optimizer of which a run ends below zero keeps its mean, but has no interval there.
@@ -164,7 +165,7 @@ def _line(ax: Axes, values: np.ndarray, look: Look, lw: float) -> None:
     ax.plot(steps, values, color=look.colour, lw=lw, ls=look.dashes, label=look.mode)
 
 
-def _band(ax: Axes, mean: np.ndarray, lo: np.ndarray, hi: np.ndarray, *, look: Look) -> None:
+def _draw_band(ax: Axes, mean: np.ndarray, lo: np.ndarray, hi: np.ndarray, *, look: Look) -> None:
     _line(ax, mean, look, lw=1.6)
     if np.isfinite(lo).any():
         ax.fill_between(np.arange(1, len(mean) + 1), lo, hi, color=look.colour, alpha=0.14, lw=0)

@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -214,14 +214,23 @@ def compare(study: Study, workers: int) -> list[Record]:
     return records
 
 
-def _unite(path: Path, records: Iterable[Record]) -> list[Record]:
-    """Add records to a file, in the place of those of the same runs; returns all that it holds."""
+def _unite(path: Path, records: Collection[Record]) -> list[Record]:
+    """Add records to a file, in the place of those of the same runs; returns all that it holds.
+
+    Fresh runs replace all fresh runs of the same variant at another rate: a sweep has one best.
+    """
     lines = path.read_text().splitlines() if path.exists() else []
-    rows = [*map(json.loads, lines), *map(_lean, records)]
+    rates = {row["variant"]: row["lr"] for row in records if row["role"] == "fresh"}
+    there = [row for row in map(json.loads, lines) if not _is_stale(row, rates)]
+    rows = [*there, *map(_lean, records)]
     united = {(row["variant"], row["lr"], row["seed"]): row for row in rows}
     records = [united[key] for key in sorted(united)]
     write_atomic(path, "".join(json.dumps(record) + "\n" for record in records))
     return records
+
+
+def _is_stale(row: Record, rates: dict[str, float]) -> bool:
+    return row["role"] == "fresh" and row["lr"] != rates.get(row["variant"], row["lr"])
 
 
 def _lean(record: Record) -> Record:

@@ -80,6 +80,30 @@ def test_the_leaderboard_holds_every_variant_with_the_numbers_of_the_records(pag
     assert "lower is better" in page.text
 
 
+def test_stars_are_those_of_the_planned_comparisons_and_the_page_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.report.draw", lambda records: {})
+    folder, out = write_study(tmp_path / "study", study()), tmp_path / "out"
+    assert main([str(folder), "--out", str(out), "--comparisons", "71"]) == 0
+    page = read(out)
+    assert page.row("dopr-adamw")[6] == "0.016"  # no star: above 0.05 / 71
+    assert "below 0.000704, which is 0.05 divided by the number of comparisons, 71" in page.text
+    assert "all that were planned, of which 3 are on this page" in page.text
+
+
+def test_the_page_says_what_a_factor_at_equal_validation_has_to_exceed(tmp_path, report):
+    others = [*fresh("sgd", [9.0, 9.5, 9.9]), *fresh("signum", [7.0, 6.0, 8.0])]
+    page = report(write_study(tmp_path / "many", [*study(), *others]))
+    assert "Two base optimizers differ by up to × 1.0" in page.text
+    assert page.row("adamw / muon")
+    assert "Kendall's tau = 1.00" in page.text  # validation is a tenth of the error here
+
+
+def test_with_one_base_the_page_says_why_there_is_no_table(tmp_path, report):
+    rows = [*fresh("adamw", [5.0, 6.0, 7.0]), *fresh("dopr-adamw", [3.0, 4.1, 5.0])]
+    page = report(write_study(tmp_path / "study", rows))
+    assert "Nothing can be said at equal validation" in page.text
+
+
 def test_what_is_not_told_apart_is_called_so_and_nothing_is_marked_as_best(page):
     assert page.row("dopr-muon")[7] == "unclear"
     assert "No optimizer is marked as best" in page.text
@@ -115,7 +139,7 @@ def test_diverged_and_missing_runs_are_listed(tmp_path, report):
     assert "2 fresh runs diverged or missing" in page.text
     assert "fast-dopr-adamw, lr 0.01, seed 101 (fresh): diverged" in page.text
     assert "muon, seed 102 (fresh): missing" in page.text
-    assert "diverged 1/3" in page.row("fast-dopr-adamw")[7]
+    assert page.row("fast-dopr-adamw")[7] == "diverged 1/3"  # once, and no other verdict
     assert "as a search for the largest usable rate expects: dopr-adamw 0.02." in page.text
 
 
@@ -251,6 +275,12 @@ def test_a_study_that_cannot_be_read_is_an_error_before_any_work(tmp_path, capsy
 def test_a_folder_that_is_not_there_is_an_error(tmp_path, capsys):
     assert main([str(tmp_path / "nothing"), "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'nothing'}: neither")
+
+
+def test_two_fresh_seeds_have_no_intervals(tmp_path, report):
+    rows = [record for record in study() if record["seed"] != SEEDS[2]]
+    page = report(write_study(tmp_path / "study", rows, fresh_seeds=[*SEEDS[:2]]))
+    assert page.row("dopr-adamw")[2:8] == ["3.550", "× 0.640", "", "2/2", "–", "two seeds"]
 
 
 def test_one_fresh_seed_claims_nothing(tmp_path, report):

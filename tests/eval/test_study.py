@@ -15,8 +15,9 @@ import pytest
 from eval.compare import main, study_of
 from eval.compare import parse as parse_arguments
 from eval.points import PointError, run_point
-from eval.study import FRESH, sweep
+from eval.study import FRESH, _unite, sweep
 from eval.variants import parse_variant
+from tests.eval.records import record
 
 ROOT = Path(__file__).parents[2]
 
@@ -182,6 +183,18 @@ def test_a_record_of_another_run_is_refused_by_name(tmp_path):
     other = replace(point, settings=point.settings | {"max_steps": 6})
     with pytest.raises(PointError, match="max_steps was 5, is 6; delete it or choose another"):
         run_point(other)
+
+
+def test_fresh_runs_at_a_new_rate_replace_those_at_the_old_one(tmp_path):
+    path = tmp_path / "records.jsonl"
+    old = [record("adamw", seed, 1.0, lr=0.01) for seed in (200, 201)]
+    others = [record("adamw", 0, 1.0, lr=0.01, role="tuning"), record("sgd", 200, 1.0, lr=0.01)]
+    _unite(path, [*old, *others])
+    new = record("adamw", 200, 2.0, lr=0.02)
+    rows = _unite(path, [new])
+    found = [(row["variant"], row["lr"], row["seed"]) for row in rows]  # none of seed 201
+    assert found == [("adamw", 0.01, 0), ("adamw", 0.02, 200), ("sgd", 0.01, 200)]
+    assert read(tmp_path) == rows
 
 
 def plant(folder, name):
