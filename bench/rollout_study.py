@@ -52,17 +52,24 @@ def ablations(bases: tuple[str, ...]) -> tuple[str, ...]:
     return (*(prefix + base for base in bases for prefix in ("", "dopr-")), *changed)
 
 
-def other_damping(bases: tuple[str, ...]) -> tuple[str, ...]:
-    """`lds` has a gamma of its own; this is everybody else's."""
-    return tuple(f"dopr-{base}+gamma=0.1" for base in bases)
+def little_damped(bases: tuple[str, ...]) -> tuple[str, ...]:
+    """The same for `lds`, whose hidden directions gamma = 0.1 would damp away."""
+    return tuple(
+        name if name == base else f"{name}+gamma=0.001" for base in bases for name in modes((base,))
+    )
+
+
+def damped(bases: tuple[str, ...]) -> tuple[str, ...]:
+    """Exact mode with the gamma of all other tasks."""
+    return tuple(f"dopr-{base}" for base in bases)
 
 
 STAGES = (
     *(Stage(f"{task}-500", task, 500, modes(BASES)) for task in ("pdfa", "ctrl", "nav")),
-    Stage("lds-200", "lds", 200, modes(BASES) + other_damping(BASES)),
-    Stage("lds-600", "lds", 600, modes(LONG) + other_damping(LONG)),
+    Stage("lds-200", "lds", 200, little_damped(BASES) + damped(BASES)),
+    Stage("lds-600", "lds", 600, little_damped(LONG) + damped(LONG)),
     *(
-        Stage(f"lds-200-excitation-{value}", f"lds,excitation={value}", 200, modes(LONG))
+        Stage(f"lds-200-excitation-{value}", f"lds,excitation={value}", 200, little_damped(LONG))
         for value in ("1e-2", "1")
     ),
     *(Stage(f"{task}-1500", task, 1500, modes(LONG)) for task in ("pdfa", "ctrl", "nav")),

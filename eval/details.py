@@ -22,6 +22,7 @@ QUARTERS = (0, 0.25, 0.5, 0.75, 1)  # of the horizon: where episodes are counted
 N_SAMPLES = 2  # of each optimizer
 MEANING = {  # of references, eval/reference.py
     "oracle": "the source itself",
+    "greedy": "its likeliest token",
     "uniform": "every token equally likely",
     "zero": "the policy that never acts",
 }

@@ -39,7 +39,7 @@ CURVES = {  # what is drawn where a task has it, with its axis
     "B": "B(l), accumulated error\n({error})",
     "G": "G(l), feedback gap\n({error} per step)",
     "C": "C(l), accumulated\nKL(model ‖ oracle) ({error})",
-    "survival": "S(l), share that still parses",
+    "survival": "S(l), share of episodes\nthat still go on",
 }
 ON_DATA = {"B": "A", "survival": "data_survival"}  # the same on the data's contexts
 MIN_POINTS = 3  # of a scatter plot

@@ -15,6 +15,8 @@ UNITS = {
     "val_kl": "nats",
     "accumulated_kl": "nats",
     "sequence_kl": "nats",
+    "jeffreys": "nats",
+    "overconfidence": "nats",
     "gap": "nats per step",
     "excess_percent": "%",
     "entropy_drift": "nats",
