@@ -27,6 +27,7 @@ from eval.variants import Variant, parse_variant
 from optim.build import build_optimizers
 from optim.dopr import ActivationPreconditioner
 from optim.schedule import lr_scale
+from settings import FIELDS
 
 __all__ = ["Lds", "grade_policy", "parse_lds_variant", "train_policy"]
 
@@ -77,12 +78,13 @@ def train_policy(
 
     optimizer: a name that `optim.build` knows, with the defaults of train.py, no weight decay.
     seed: of the weights and the demonstrations, the same for all optimizers.
-    dopr: settings of ActivationPreconditioner; none: without it.
+    dopr: settings of ActivationPreconditioner; none: without it. gamma as in train.py.
     """
     model = _policy(lds, seed)
     optimizers = build_optimizers(model, optimizer=optimizer, lr=lr, **NUMBERS)
     if dopr:
-        ActivationPreconditioner(model, **dopr).attach(*optimizers)
+        settings: dict[str, Any] = {"gamma": FIELDS["gamma"].default, **dopr}
+        ActivationPreconditioner(model, **settings).attach(*optimizers)
     for step, (states, actions) in enumerate(_demonstrations(lds, seed, steps)):
         loss = (model(states) - actions).square().sum(1).mean()
         if not loss.isfinite():
