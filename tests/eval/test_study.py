@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from eval.compare import main, study_of
+from eval.compare import main, notes, study_of
 from eval.compare import parse as parse_arguments
 from eval.points import PointError, run_point
-from eval.study import FRESH, _unite, sweep
+from eval.study import FRESH, GRIDS, _unite, sweep
 from eval.variants import parse_variant
+from optim.build import MATRIX_OPTIMIZERS, OPTIMIZERS
 from tests.eval.records import record
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +59,23 @@ def test_a_rate_at_which_training_diverges_is_never_the_best(tmp_path):
 def test_where_the_whole_grid_diverges_lower_rates_are_tried(tmp_path):
     run, _ = loss_of(lambda lr: None if lr > 3e-4 else abs(math.log2(lr / 1e-4)))
     assert sweep(study(tmp_path), parse_variant("adamw"), run) == 2e-3 / 16
+
+
+def test_an_optimizer_without_a_grid_is_swept_from_1e_3_and_is_named(tmp_path, monkeypatch):
+    monkeypatch.delitem(GRIDS, "adamw")
+    run, asked = loss_of(lambda lr: abs(math.log2(lr / 4e-3)))
+    new = study(tmp_path)
+    assert sweep(new, parse_variant("adamw"), run) == 4e-3
+    assert asked[::2] == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
+    assert notes(new).startswith("adamw: no row in GRIDS")
+    monkeypatch.undo()
+    assert notes(new) == ""
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_adamw_beside_every_matrix_optimizer_has_one_rate(tmp_path, optimizer):
+    point = study(tmp_path, task="pdfa").point(parse_variant(optimizer), "fresh", 0.5, 7)
+    assert ("aux_lr" in point.settings) == (optimizer in MATRIX_OPTIMIZERS)
 
 
 def test_training_that_always_diverges_is_no_sweep(tmp_path):
