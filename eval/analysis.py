@@ -43,6 +43,8 @@ class Row:
     lr: float
     val_loss: Estimate  # nats per scored token
     primary: Estimate
+    median: float  # of the primary metric over seeds, which one outlier does not move
+    mean_log_error: float  # what orders the leaderboard
     versus_base: Compared | None  # log error, paired over seeds; None for a base
     val_versus_base: Compared | None  # nats
     n_diverged: int
@@ -136,23 +138,28 @@ def references(records: list[Record]) -> dict[str, tuple[Estimate, Estimate]]:
 
 
 def leaderboard(records: list[Record]) -> list[Row]:
-    """One row a variant, best first. A variant with a diverged run is last, whatever the others."""
+    """One row a variant, best first: by mean `log_error`, since errors are compared as ratios.
+
+    A variant with a diverged run is last, whatever the others.
+    """
     runs = by_variant(filter(is_reported, records))
     rows = [_row(own, runs.get(own[0]["base"], [])) for own in runs.values()]
-    sign = -1 if records and records[0]["higher_is_better"] else 1
-    return sorted(rows, key=lambda row: (row.n_diverged, sign * row.primary.mean))
+    return sorted(rows, key=lambda row: (row.n_diverged, row.mean_log_error))
 
 
 def _row(own: list[Record], base: list[Record]) -> Row:
     first = own[0]
     finished = [record for record in own if is_finished(record)]
     is_base = first["variant"] == first["base"]
+    values = [primary(record) for record in finished]
     return Row(
         variant=first["variant"],
         base=first["base"],
         lr=first["lr"],
         val_loss=over_seeds([val_loss(record) for record in finished]),
-        primary=over_seeds([primary(record) for record in finished]),
+        primary=over_seeds(values),
+        median=float(np.median(values)) if values else math.nan,
+        mean_log_error=over_seeds([log_error(record) for record in finished]).mean,
         versus_base=None if is_base else _versus(own, base, log_error),
         val_versus_base=None if is_base else _versus(own, base, val_loss),
         n_diverged=len(own) - len(finished),

@@ -9,7 +9,7 @@ import numpy as np
 
 from eval.analysis import Record, Row, is_finished, is_reported, leaderboard
 from eval.intervals import MIN_SEEDS, Estimate
-from eval.typeset import NONE, Cell, p_value, pair, times, verdict
+from eval.typeset import NONE, Cell, number, p_value, pair, times, verdict
 
 BAR = 100  # the width of an interval's drawing; the middle is no difference
 CLEAR = ("better", "worse")  # verdicts
@@ -38,6 +38,7 @@ class Entry:
     lr: str
     val_loss: Cell
     primary: Cell
+    median: str
     versus: Versus | None
     diverged: int
     n_runs: int
@@ -83,7 +84,8 @@ def _entry(row: Row, scale: float, threshold: float, is_best: bool) -> Entry:
     values = pair(row.val_loss), pair(row.primary)
     lr = f"{row.lr:g}"
     n_runs = row.primary.n + row.n_diverged
-    return Entry(row.variant, row.base, lr, *values, shown, row.n_diverged, n_runs, is_best)
+    median = number(row.median)
+    return Entry(row.variant, row.base, lr, *values, median, shown, row.n_diverged, n_runs, is_best)
 
 
 def _over_episodes(entry: Entry, records: list[Record]) -> Entry:
@@ -95,7 +97,7 @@ def _over_episodes(entry: Entry, records: list[Record]) -> Entry:
 
 def _lost(variant: str, runs: list[Record]) -> Entry:
     first, none, n = runs[0], (NONE, ""), len(runs)
-    return Entry(variant, first["base"], f"{first['lr']:g}", none, none, None, n, n, False)
+    return Entry(variant, first["base"], f"{first['lr']:g}", none, none, NONE, None, n, n, False)
 
 
 def _scale(rows: Sequence[Row]) -> float:

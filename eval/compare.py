@@ -22,7 +22,7 @@ from eval.lds import Lds, parse_lds_variant
 from eval.matched import matched_validation
 from eval.points import PointError
 from eval.remarks import on_matched, on_ranks
-from eval.study import Study, compare
+from eval.study import DEFAULT_GRID, GRIDS, Study, compare
 from eval.tables import leaderboard_text, matched_text
 from eval.tasks import TASKS, Task, parse_task
 from eval.variants import OF_THE_STUDY, Variant, check_names, parse_variant
@@ -77,6 +77,17 @@ def study_of(arguments: argparse.Namespace) -> Study:
     return study
 
 
+def notes(study: Study) -> str:
+    """What is to be known before a study runs: a line for each optimizer without a grid."""
+    rates = ", ".join(f"{lr:g}" for lr in DEFAULT_GRID)
+    names = dict.fromkeys(variant.optimizer for variant in study.variants)
+    return "".join(
+        f"{name}: no row in GRIDS of eval/study.py, so its sweeps begin with {rates}\n"
+        for name in names
+        if name not in GRIDS
+    )
+
+
 def variants_of(task: Task | Lds, names: list[str]) -> tuple[Variant, ...]:
     """The variants of these names. ValueError if one is none, or is there twice."""
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
@@ -109,6 +120,7 @@ def main(argv: list[str]) -> None:
     parser, arguments = parse(argv)
     try:
         study = study_of(arguments)
+        print(notes(study), end="")
         study.begin(shlex.join(["python", "-m", "eval.compare", *argv]))
         records = compare(study, arguments.workers)
         print(summary(records))

@@ -26,6 +26,7 @@ from eval.points import Point, PointError, read_record, run_point, start_worker
 from eval.reference import references_of
 from eval.tasks import Task
 from eval.variants import Variant
+from optim.build import MATRIX_OPTIMIZERS
 
 FRESH = 200  # the first fresh seed; tuning seeds are 0, 1, ...
 GRIDS = {  # the first learning rates
@@ -35,8 +36,9 @@ GRIDS = {  # the first learning rates
     "muon": (8e-3, 1.6e-2, 3.2e-2),
     "adamuon": (8e-3, 1.6e-2, 3.2e-2),
 }
+DEFAULT_GRID = (5e-4, 1e-3, 2e-3)  # of an optimizer that has none: a factor 2 around 1e-3
 MAX_RATES = 16  # of a sweep: a loss that falls all the way is no sweep
-AUX_LR = 4e-3  # of the AdamW beside muon and adamuon, with and without DoPr
+AUX_LR = 4e-3  # of the AdamW beside matrix optimizers, with and without DoPr
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Study:
     def point(self, variant: Variant, role: str, lr: float, seed: int) -> Point:
         """One run. A seed is also the task's instance, if the task has any."""
         has_instances = any(field.name == "instance" for field in fields(self.task))
-        has_aux = variant.optimizer in ("muon", "adamuon") and "aux_lr" not in self.settings
+        has_aux = variant.optimizer in MATRIX_OPTIMIZERS and "aux_lr" not in self.settings
         aux = {"aux_lr": AUX_LR} if has_aux and isinstance(self.task, Task) else {}
         return Point(
             folder=self.out / "runs" / f"{variant.name}-lr{lr:g}-seed{seed}",
@@ -113,7 +115,7 @@ class Study:
         """ValueError for a variant that cannot be trained on these settings."""
         for variant in self.variants:
             try:
-                self.point(variant, "tuning", GRIDS[variant.optimizer][0], 0).asked()
+                self.point(variant, "tuning", first_rates(variant.optimizer)[0], 0).asked()
             except ValueError as error:
                 raise ValueError(f"{variant.name}: {error}") from error
 
@@ -169,6 +171,11 @@ def _line(record: Record) -> str:
     )
 
 
+def first_rates(optimizer: str) -> tuple[float, ...]:
+    """The rates that a sweep begins with; it goes on from there as far as it must."""
+    return GRIDS.get(optimizer, DEFAULT_GRID)
+
+
 def sweep(study: Study, variant: Variant, run: Callable[[list[Point]], list[Record]]) -> float:
     """The rate of the lowest validation loss on the tuning seeds, with higher and lower ones tried.
 
@@ -176,7 +183,7 @@ def sweep(study: Study, variant: Variant, run: Callable[[list[Point]], list[Reco
     edge of MAX_RATES rates.
     """
     losses: dict[float, float] = {}
-    rates = list(GRIDS[variant.optimizer])
+    rates = list(first_rates(variant.optimizer))
     while len(losses) < MAX_RATES:
         for lr in rates:
             seeds = range(study.tuning_seeds)

@@ -23,20 +23,21 @@ def leaderboard_text(
     *,
     higher_is_better: bool,
 ) -> str:
-    """Best first: mean ± half of the 95 % interval over seeds, the rollout error over the base's.
+    """In order: mean ± half of the 95 % interval over seeds, median, ratio to the base's error.
 
     references: validation loss and metric of what no optimizer made; they stand below.
     """
     direction = "higher" if higher_is_better else "lower"
-    header = ["optimizer", "lr", "val loss", f"{metric} ({direction} is better)"]
+    header = ["optimizer", "lr", "val loss", f"{metric} ({direction} is better)", "median"]
     cells = [[*header, "error / base's", "wins", "p", "diverged"]]
     for row in rows:
-        values = mean_and_half(row.val_loss), mean_and_half(row.primary)
+        means = mean_and_half(row.val_loss), mean_and_half(row.primary)
+        values = *means, f"{row.median:.4g}"
         versus = row.versus_base
         compared = ("", "", "") if versus is None else _compared(versus)
         cells.append([row.variant, f"{row.lr:g}", *values, *compared, str(row.n_diverged or "")])
     for name, values in references.items():
-        cells.append([name, "", *map(mean_and_half, values), "", "", "", ""])
+        cells.append([name, "", *map(mean_and_half, values), "", "", "", "", ""])
     return aligned(cells)
 
 
