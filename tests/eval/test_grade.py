@@ -79,7 +79,7 @@ def test_drift_compares_the_same_half_of_both():
 
 
 def test_an_error_without_bound_is_infinite_and_not_a_number():
-    data = episodes([[1.0, math.inf], [2.0, 3.0]])
+    data = episodes([[1.0, math.inf], [2.0, 3.0]], [[1.0, 1.0]] * 2, [[1.0, 1.0]] * 2)
     metrics = oracle_grade(data, episodes([[1.0, 1.0], [2.0, 2.0]])).metrics
     assert metrics["val_kl"].mean == metrics["jeffreys"].mean == math.inf
     assert metrics["sequence_kl"].mean == 6.0
