@@ -23,6 +23,7 @@ from placement import blocks, full, gathered, make_mesh, shard
 Parallel = Literal["ddp", "fsdp", "hsdp"]
 Result = TypeVar("Result")
 GRACE_S = 3.0  # that those wait who lost a process, so that its error is the first to be seen
+LAUNCHER = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 LOST = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "imed out")
 
 
@@ -39,6 +40,12 @@ def world_problems(settings: dict[str, Any]) -> list[str]:
     size, shard_size = world_size(), settings["shard_size"]
     batch_size, micro_batch_size = settings["batch_size"], settings["micro_batch_size"]
     problems = []
+    missing = [key for key in LAUNCHER if key not in os.environ]
+    if size > 1 and missing:
+        problems.append(
+            f"WORLD_SIZE={size}, but {', '.join(missing)} not set: start several processes with "
+            "torchrun, or unset WORLD_SIZE"
+        )
     if size > 1 and micro_batch_size > 0 and batch_size % (size * micro_batch_size):
         problems.append(
             f"batch_size={batch_size}: must be divisible by the number of processes times "
