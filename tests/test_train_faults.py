@@ -270,7 +270,7 @@ def test_settings_that_change_on_resume_are_named(dataset, tmp_path, capsys):
     assert metrics(out, "train")[-1]["lr"] < 1e-3  # the new rate is the one in use
 
 
-def test_several_processes_without_their_launcher_are_refused(dataset, tmp_path, monkeypatch, capsys):
+def test_processes_without_their_launcher_are_refused(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert train.main(argv(dataset, tmp_path / "run")) == 1
     assert "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set" in capsys.readouterr().err
