@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from itertools import product
 
 import pytest
 import torch
@@ -39,8 +40,15 @@ def written(gang, dataset, tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("writer", WRITERS)
-@pytest.mark.parametrize(("size", "reader"), [(1, "ddp"), (2, "ddp"), (3, "fsdp")])
+ALL = list(product(WRITERS, [(1, "ddp"), (2, "ddp"), (3, "fsdp")]))
+QUICK = [("fsdp", (1, "ddp")), ("hsdp-sharded", (2, "ddp")), ("ddp", (3, "fsdp"))]
+CASES = [
+    pytest.param(writer, *reader, marks=[] if (writer, reader) in QUICK else [pytest.mark.slow])
+    for writer, reader in ALL
+]
+
+
+@pytest.mark.parametrize(("writer", "size", "reader"), CASES)
 def test_what_four_processes_saved_any_number_continues(
     gang, dataset, tmp_path, written, writer, size, reader
 ):

@@ -1,5 +1,7 @@
 """Several processes train as one does on the same micro-batches."""
 
+from itertools import product
+
 import pytest
 
 from tests.distributed.runs import DOPR, OPTIMIZERS, PARALLEL, distance, trained
@@ -25,12 +27,14 @@ def alone(dataset, tmp_path_factory):
     return run
 
 
-FAST = ("exact",)  # the cases of `make test`
+def is_quick(optimizer, dopr, parallel):
+    """The cases of `make test`."""
+    return dopr == "exact" and (optimizer in ("adamw", "muon") or parallel == "hsdp")
+
+
 CASES = [
-    pytest.param(optimizer, dopr, parallel, marks=[] if dopr in FAST else [pytest.mark.slow])
-    for optimizer in OPTIMIZERS
-    for dopr in DOPR
-    for parallel in PARALLEL
+    pytest.param(*case, marks=[] if is_quick(*case) else [pytest.mark.slow])
+    for case in product(OPTIMIZERS, DOPR, PARALLEL)
 ]
 
 

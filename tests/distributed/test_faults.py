@@ -51,7 +51,14 @@ def undisturbed(gang, dataset, tmp_path_factory):
     return trained(gang, 3, dataset, folder, **RUN, parallel="fsdp")
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "place",
+    [
+        *("a step", "validation"),
+        pytest.param("a save", marks=pytest.mark.slow),
+        pytest.param("the wait for data", marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_to_one_process_stops_all_at_one_step(gang, dataset, tmp_path, undisturbed, place):
     """Fault 13; a scheduler's signal may reach the workers, and again through torchrun."""
     out = tmp_path / "run"
@@ -98,8 +105,14 @@ def poisoned(what: str, victim: int, arguments: list[str]) -> tuple[int, str]:
         return main(arguments)
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("what", "parallel"),
+    [
+        *(("loss", "fsdp"), ("gradient", "ddp")),
+        pytest.param("loss", "ddp", marks=pytest.mark.slow),
+        pytest.param("gradient", "fsdp", marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_all(
     gang, dataset, tmp_path, what, parallel
 ):

@@ -32,8 +32,15 @@ def grouped(function, *args):
 EXACT, FAST = {}, {"refresh_every": 3, "collect_every": 1, "sigma_beta": 0.9}
 
 
-@pytest.mark.parametrize(("size", "how"), [(2, "ddp"), (4, "ddp"), (4, "fsdp"), (4, "hsdp")])
-@pytest.mark.parametrize("settings", [EXACT, FAST], ids=["exact", "fast"])
+@pytest.mark.parametrize(
+    ("size", "how", "settings"),
+    [
+        *((4, "ddp", FAST), (4, "fsdp", FAST)),
+        pytest.param(2, "ddp", EXACT, marks=pytest.mark.slow),
+        pytest.param(4, "fsdp", EXACT, marks=pytest.mark.slow),
+        pytest.param(4, "hsdp", EXACT, marks=pytest.mark.slow),
+    ],
+)
 def test_ragged_tokens_and_empty_shards_train_as_one_process_with_all_tokens(
     gang, size, how, settings
 ):
@@ -76,7 +83,14 @@ def test_a_step_takes_the_collectives_of_the_plan(gang, base, how):
         assert [tuple(each.values()) for each in counts] == [refresh, other, other, refresh]
 
 
-@pytest.mark.parametrize(("base", "how"), [("adamw", "ddp"), ("muon", "ddp"), ("adamuon", "hsdp")])
+@pytest.mark.parametrize(
+    ("base", "how"),
+    [
+        ("muon", "ddp"),
+        pytest.param("adamw", "ddp", marks=pytest.mark.slow),
+        pytest.param("adamuon", "hsdp", marks=pytest.mark.slow),
+    ],
+)
 def test_replicas_are_bit_identical_after_a_hundred_steps(gang, base, how):
     settings = {"refresh_every": 3, "sigma_beta": 0.9}
     found = gang.run(4, grouped, workers.fingerprint, base, how, 100, settings)
