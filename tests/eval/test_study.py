@@ -166,16 +166,17 @@ def test_a_wrong_command_is_one_message_before_any_work(arguments, message, tmp_
 
 
 def test_other_optimizers_and_seeds_are_added_to_those_in_the_folder(tmp_path):
+    name = "dopr-adamw+gamma=0.001"
     command = ["--task", "lds", "--steps", "60", "--tuning_seeds", "1", "--out", str(tmp_path)]
-    main([*command, "--optimizers", "dopr-adamw", "--seeds", "2"])
+    main([*command, "--optimizers", "dopr-adamw+gamma=0.001", "--seeds", "2"])
     main([*command, "--optimizers", "adamw", "--seeds", "1"])
     fresh = [
         (row["variant"], row["seed"]) for row in read_records(tmp_path) if row["role"] == "fresh"
     ]
-    assert fresh == [("adamw", FRESH), ("dopr-adamw", FRESH), ("dopr-adamw", FRESH + 1)]
+    assert fresh == [("adamw", FRESH), (name, FRESH), (name, FRESH + 1)]
     protocol = json.loads((tmp_path / "protocol.json").read_text())
-    assert protocol["variants"]["dopr-adamw"]["gamma"] == 1e-3
-    assert set(protocol["variants"]) == {"adamw", "dopr-adamw"}
+    assert protocol["variants"][name]["gamma"] == 1e-3
+    assert set(protocol["variants"]) == {"adamw", name}
     assert protocol["fresh_seeds"] == [FRESH, FRESH + 1]
     assert len(protocol["command"].splitlines()) == 2
 
