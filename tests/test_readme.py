@@ -12,11 +12,13 @@ import torch
 
 import train
 from configurator import load_config
+from dist import FROM_TORCHRUN, world_problems
 from eval.compare import parse, study_of
 from tests.tiny import argv
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+SLURM = ROOT / "config/two_nodes.sbatch"
 
 
 def blocks(language: str) -> list[str]:
@@ -51,6 +53,18 @@ def test_every_training_command_is_accepted(tmp_path):
         mine = [word.replace("config/mine.py", f"{tmp_path}/mine.py") for word in command[2:]]
         with pytest.raises(SystemExit) if "--help" in mine else nullcontext():
             load_config(mine)
+
+
+def test_every_command_of_several_processes_is_accepted_by_so_many(monkeypatch):
+    found = [shlex.split(SLURM.read_text().partition("torchrun ")[2].replace("\\\n", ""))]
+    found += [command[1:] for command in commands("torchrun")]
+    assert len(found) >= 4
+    for command in found:
+        given, _, arguments = " ".join(command).partition("train.py ")
+        size = int(re.findall(r"--nproc_per_node=(\d+)", given)[0]) * (2 if "nnodes" in given else 1)
+        for key, value in {"WORLD_SIZE": str(size), **dict.fromkeys(FROM_TORCHRUN, "0")}.items():
+            monkeypatch.setenv(key, value)
+        load_config(arguments.removesuffix(" $@").split(), world_problems)
 
 
 def test_every_ready_config_is_in_the_table():
