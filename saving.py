@@ -83,8 +83,9 @@ def save_sharded(
 
         def finish() -> None:
             try:
+                sharded.check_complete(partial / sharded.FOLDER)
                 _finish(partial, marked, tokenizer_json, facts, keep)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 raise RuntimeError(error) from error
 
         world.together(finish if world.is_main else lambda: None, RuntimeError)

@@ -42,14 +42,17 @@ class Stored:
     dtype: torch.dtype
 
     def read(self, like: Any = None) -> Tensor:
-        """All of it, on the CPU; or what belongs where `like`, a DTensor, lies."""
+        """All of it, on the CPU; or what belongs where `like`, a DTensor, lies.
+
+        Raises OSError if it cannot be read.
+        """
         from torch.distributed.checkpoint.state_dict_loader import load
 
         if hasattr(like, "placements"):
             target = torch.empty_like(like, dtype=self.dtype)
         else:
             target = torch.empty(self.shape, dtype=self.dtype)
-        with _as_one_process():
+        with _torchs_own():
             load({self.key: target}, storage_reader=_reader(self.folder), no_dist=True)
         return target
 
@@ -57,16 +60,27 @@ class Stored:
 def write(folder: Path, tree: Any, *, is_alone: bool) -> Any:
     """Write all tensors of nested dicts and lists; returns the tree with marks in their places.
 
-    All processes call this together, unless one `is_alone`.
+    All processes call this together, unless one `is_alone`. Raises OSError in all of them if one
+    cannot write.
     """
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
     tensors: dict[str, Tensor] = {}
     marked = _split(tree, "", tensors)
-    with _as_one_process():
+    with _torchs_own():
         save(tensors, storage_writer=FileSystemWriter(folder), no_dist=is_alone)
     return marked
+
+
+def check_complete(folder: Path) -> None:
+    """OSError if a file that the index names is not in the folder."""
+    names = {entry.relative_path for entry in _index(folder).storage_data.values()}
+    if absent := sorted(name for name in names if not (folder / name).is_file()):
+        raise OSError(
+            f"{', '.join(absent)} of other processes is not in {folder}; "
+            "out_dir must be a folder that all of them share"
+        )
 
 
 def stored(folder: Path, marked: Any) -> Any:
@@ -126,11 +140,17 @@ def _index(folder: Path) -> Any:
 
 
 @contextmanager
-def _as_one_process() -> Iterator[None]:
-    """torch says that it works alone where it was told to."""
+def _torchs_own() -> Iterator[None]:
+    """OSError for torch's error, which is no Exception; no word that it works alone, as told to."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+        try:
+            yield
+        except CheckpointException as error:
+            causes = [f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items()]
+            raise OSError("; ".join(causes)) from error
 
 
 def _reader(folder: Path) -> Any:

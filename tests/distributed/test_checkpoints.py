@@ -1,6 +1,7 @@
 """Checkpoints do not know how many processes wrote them, nor in which format."""
 
 import json
+import os
 import pickle
 from itertools import product
 
@@ -13,8 +14,8 @@ from checkpoint import CheckpointError, open_checkpoint, plain_state
 from dist import World
 from eval.convert import main as convert
 from resuming import find_checkpoint
-from saving import save_checkpoint
-from tests.distributed.runs import SETTINGS, distance, run, trained
+from saving import save_checkpoint, save_sharded
+from tests.distributed.runs import SETTINGS, distance, main, run, trained
 from tests.tiny import argv, metrics
 
 pytestmark = pytest.mark.xdist_group("gang")  # one gang of processes for all of them
@@ -97,6 +98,47 @@ def test_damage_to_a_shard_is_found(written, tmp_path, capsys):
         open_checkpoint(folder)
 
 
+def with_a_full_disk(arguments):
+    """A run of which the last process cannot write its tensors."""
+    save = torch.save
+
+    def disk_full(*args, **kwargs):
+        if os.environ["RANK"] == "1":
+            raise OSError(28, "No space left on device")
+        return save(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", disk_full)
+        return main(arguments)
+
+
+def test_shards_that_one_process_cannot_write_are_no_checkpoint(gang, dataset, tmp_path):
+    """Fault 2: the run goes on after the save at step 2 and fails with the last, at step 4."""
+    how = {"max_steps": 4, "save_every": 2, "parallel": "fsdp", "checkpoint_format": "sharded"}
+    arguments = argv(dataset, tmp_path / "run", **SETTINGS | how)
+    for code, errors in gang.run(2, with_a_full_disk, arguments):
+        assert code == 1
+        assert "step-00000004 could not be written: rank 1: [Errno 28] No space left" in errors
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == []
+
+
+def save_to_folders_of_their_own(folder):
+    with World(torch.device("cpu"), parallel="fsdp", timeout_s=60) as world:
+        model = nn.Linear(4, 6)
+        world.place(model)
+        files = {"train": {}, "tokenizer_json": b"{}", "manifest": {}, "keep": 1, "ema": None}
+        with pytest.raises(CheckpointError) as caught:
+            save_sharded(folder / str(world.rank), 1, world, model=model.state_dict(), **files)
+    return str(caught.value)
+
+
+def test_shards_in_folders_that_are_not_shared_are_no_checkpoint(gang, tmp_path):
+    for message in gang.run(2, save_to_folders_of_their_own, tmp_path):
+        assert "__1_0.distcp of other processes is not in" in message
+        assert "out_dir must be a folder that all of them share" in message
+    assert not list(tmp_path.glob("*/step-00000001"))
+
+
 class Trap:
     def __reduce__(self):
         return print, ("code ran",)
@@ -144,8 +186,6 @@ def test_another_number_of_processes_sees_the_same_tokens_and_losses(gang, datas
 
 def find_in_folders_of_their_own(data, folder):
     """A run of two processes whose out_dirs are not the same."""
-    import os
-
     import train
 
     rank = os.environ["RANK"]
