@@ -57,6 +57,29 @@ def _check_steps_itself(optimizer: Optimizer, weights: set[Tensor]) -> None:
         )
 
 
+class Held:
+    """The weights that optimizers hold, by the names of their layers, when they are attached."""
+
+    def __init__(self, optimizers: Sequence[Optimizer], weights: dict[str, Tensor]) -> None:
+        self._optimizers, self._weights = optimizers, weights
+
+    def check(self, weights: dict[str, Tensor]) -> None:
+        """RuntimeError if a weight has taken another's place, and none of the optimizers holds it.
+
+        It would be trained, if at all, without anybody noticing that it is not preconditioned.
+        """
+        new = {
+            name: weight for name, weight in weights.items() if weight is not self._weights[name]
+        }
+        held = {param for each in self._optimizers for param in parameters(each)} if new else set()
+        if lost := [f"{name}.weight" for name, weight in new.items() if weight not in held]:
+            raise RuntimeError(
+                f"{', '.join(lost)}: another Parameter than at attach, and in none of the attached "
+                "optimizers. Shard the model (FSDP2) before the optimizer is made and attached; "
+                "after a forward without a backward, call model.reshard() before the step"
+            )
+
+
 def is_nested(optimizer: Optimizer) -> bool:
     """Whether the step that begins was called by another step of the same optimizer.
 

@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kernels.choice import Kernel, check_kernel
 from kernels.cholesky import Inverse
 from optim.apply import preconditioned, set_norm_ratios
-from optim.binding import call_before_steps, check_optimizers, parameters
+from optim.binding import Held, call_before_steps, check_optimizers, parameters
 from optim.capture import install, remove
 from optim.collective import Collective, ProcessGroup, everybody, n_processes
 from optim.covariance import norms
@@ -137,7 +137,7 @@ class ActivationPreconditioner:
         self._check_installed()
         if self._hooks:
             raise ValueError("attached already; pass all optimizers to one call of attach")
-        check_optimizers(optimizers, {layer.label: layer.covered.weight for layer in self.layers})
+        check_optimizers(optimizers, self._weights())
         for layer in self.layers:
             layer.check_place()
             layer.covered.check_layout()
@@ -145,6 +145,7 @@ class ActivationPreconditioner:
         self._collective.check_same(self._description(), self.layers[0].sigma.device)
         for layer in self.layers:
             layer.capture.rank, layer.capture.size = self._collective.rank, self._collective.size
+        self._held = Held(optimizers, self._weights())
         self._hooks = call_before_steps(optimizers, self._precondition)
         return self
 
@@ -186,6 +187,7 @@ class ActivationPreconditioner:
         continue from it.
         """
         self._check_installed()
+        self._check_processes()
         return state_of(self.layers, self._collective)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -198,9 +200,11 @@ class ActivationPreconditioner:
             ValueError: other layers, shapes or kinds of values, values that are not finite, all
                 listed.
             FloatingPointError: a P has to be made again, and Σ has no inverse.
+            RuntimeError: several processes, before `attach`.
         Nothing was changed then.
         """
         self._check_installed()
+        self._check_processes()
         if problems := state_problems(state, self.layers):
             raise ValueError("preconditioner state does not fit: " + "; ".join(problems))
         new_P = renewed(state, self.layers, self.settings, self._collective)
@@ -231,6 +235,7 @@ class ActivationPreconditioner:
     def _precondition(self, optimizer: Optimizer) -> None:
         """Replace G by M in every covered weight that this optimizer holds."""
         self._check_processes()
+        self._held.check(self._weights())
         owned = parameters(optimizer)
         layers = [
             layer
@@ -252,6 +257,9 @@ class ActivationPreconditioner:
             layer.schedule_next()
         self._written.add(written)
 
+    def _weights(self) -> dict[str, Tensor]:
+        return {layer.label: layer.covered.weight for layer in self.layers}
+
     def _check_installed(self) -> None:
         if not self.layers:
             raise ValueError("this preconditioner was detached; make a new preconditioner")
@@ -259,8 +267,8 @@ class ActivationPreconditioner:
     def _check_processes(self) -> None:
         if self._collective.group is None and n_processes() > 1:
             raise RuntimeError(
-                "torch.distributed was initialised after attach: every process would train on "
-                "statistics of its own; attach afterwards"
+                "torch.distributed was initialised after attach, or there was no attach: every "
+                "process would have statistics of its own; attach first"
             )
 
     def _description(self) -> str:

@@ -1,6 +1,7 @@
 """What runs in each process of a test of the optimizers: a stranger's trainer, in a few lines."""
 
 import hashlib
+from datetime import timedelta
 
 import pytest
 import torch
@@ -23,6 +24,23 @@ BASES = {
 }
 MATRIX = {"lr": 1e-2, "ns_dtype": "float32"}
 N = 60  # tokens a step
+LIMIT = timedelta(seconds=60)
+
+
+def grouped(function, *args):
+    """`function(*args)` with torch.distributed initialised, as torchrun's environment says."""
+    distributed.init_process_group("gloo", timeout=LIMIT)
+    result = function(*args)
+    distributed.barrier()
+    distributed.destroy_process_group()
+    return result
+
+
+def message_of(function, *args):
+    """What `function` raises, in words."""
+    with pytest.raises((ValueError, RuntimeError, FloatingPointError)) as caught:
+        function(*args)
+    return f"{type(caught.value).__name__}: {caught.value}"
 
 
 def matrices(params):

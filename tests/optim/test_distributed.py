@@ -1,6 +1,5 @@
 """DoPr in the trainers of others under torch.distributed: attach, and nothing else."""
 
-from datetime import timedelta
 from itertools import pairwise
 
 import numpy as np
@@ -12,23 +11,12 @@ from optim import ActivationPreconditioner
 from optim.collective import owners, row_bounds
 from optim.reduction import pack, unpack
 from tests.optim import distributed as workers
+from tests.optim.distributed import grouped, message_of
 from tests.optim.models import backward, mlp, randn
 
 pytestmark = pytest.mark.xdist_group("gang")  # one gang of processes for all of them
 
 TOLERANCE = 1e-5  # fp32 sums in another order, amplified by the condition number of Σ
-LIMIT = timedelta(seconds=60)
-
-
-def grouped(function, *args):
-    """`function(*args)` with torch.distributed initialised, as torchrun's environment says."""
-    distributed.init_process_group("gloo", timeout=LIMIT)
-    result = function(*args)
-    distributed.barrier()
-    distributed.destroy_process_group()
-    return result
-
-
 EXACT, FAST = {}, {"refresh_every": 3, "collect_every": 1, "sigma_beta": 0.9}
 
 
@@ -182,13 +170,6 @@ def test_loaded_sums_are_counted_once(gang):
         workers.step(forward, optimizer, number)
     counts = gang.run(3, grouped, loaded_sums, preconditioner.state_dict())
     assert counts == [[workers.N] * 2, [0, 0], [0, 0]]
-
-
-def message_of(function, *args):
-    """What `function` raises, in words."""
-    with pytest.raises((ValueError, RuntimeError, FloatingPointError)) as caught:
-        function(*args)
-    return f"{type(caught.value).__name__}: {caught.value}"
 
 
 def with_columns_spread():
