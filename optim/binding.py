@@ -68,11 +68,9 @@ class Held:
 
         It would be trained, if at all, without anybody noticing that it is not preconditioned.
         """
-        new = {
-            name: weight for name, weight in weights.items() if weight is not self._weights[name]
-        }
+        new = {name: w for name, w in weights.items() if w is not self._weights[name]}
         held = {param for each in self._optimizers for param in parameters(each)} if new else set()
-        if lost := [f"{name}.weight" for name, weight in new.items() if weight not in held]:
+        if lost := [f"{name}.weight" for name, w in new.items() if w not in held]:
             raise RuntimeError(
                 f"{', '.join(lost)}: another Parameter than at attach, and in none of the attached "
                 "optimizers. Shard the model (FSDP2) before the optimizer is made and attached; "

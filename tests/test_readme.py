@@ -61,9 +61,8 @@ def test_every_command_of_several_processes_is_accepted_by_so_many(monkeypatch):
     assert len(found) >= 4
     for command in found:
         given, _, arguments = " ".join(command).partition("train.py ")
-        size = int(re.findall(r"--nproc_per_node=(\d+)", given)[0]) * (
-            2 if "nnodes" in given else 1
-        )
+        n_nodes = 2 if "nnodes" in given else 1
+        size = n_nodes * int(re.findall(r"--nproc_per_node=(\d+)", given)[0])
         for key, value in {"WORLD_SIZE": str(size), **dict.fromkeys(FROM_TORCHRUN, "0")}.items():
             monkeypatch.setenv(key, value)
         load_config(arguments.removesuffix(" $@").split(), world_problems)

@@ -1,4 +1,4 @@
-"""Tables of embeddings, whose rows FSDP2 spreads over processes: each row has a number of its own."""
+"""Tables of embeddings, whose rows FSDP2 spreads over processes: each row has its own P."""
 
 import numpy as np
 import pytest
