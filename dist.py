@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, redirect_stdout, suppress
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -120,7 +120,8 @@ class World:
         elif is_aftermath(error):
             raise ProcessLost(self._cause()) from error
         else:
-            self._store.set(f"cause/{self.rank}", f"{type(error).__name__}: {error}")
+            with suppress(RuntimeError):  # the store may be gone, too; `error` is what counts
+                self._store.set(f"cause/{self.rank}", f"{type(error).__name__}: {error}")
 
     def _cause(self) -> str:
         """Who failed first, as far as can be told: who says so, or else who says nothing."""

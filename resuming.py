@@ -1,12 +1,26 @@
 """Which checkpoint a run continues from, and what speaks against it."""
 
 import hashlib
+from dataclasses import asdict
 from pathlib import Path
 
 from checkpoint import Checkpoint, CheckpointError, candidates, newest_good, open_checkpoint
 from data.dataset import Dataset
 from dist import World
 from settings import Config, ConfigError
+
+
+def check_agreement(config: Config, dataset: Dataset, world: World) -> None:
+    """ConfigError if not all processes have the same settings and data."""
+    facts = asdict(config) | {"hash of the data": fingerprint(dataset)}
+    rows = world.gather(facts)
+    if differing := [key for key in facts if len({repr(row[key]) for row in rows}) > 1]:
+        values = {key: ", ".join(repr(row[key]) for row in rows) for key in differing}
+        listed = "; ".join(f"{key}: {text}" for key, text in values.items())
+        raise ConfigError(
+            f"the processes differ, by rank, in {listed}. Start all of them with the same command, "
+            "the same config files and the same data"
+        )
 
 
 def find_checkpoint(config: Config, dataset: Dataset, world: World) -> Checkpoint | None:

@@ -42,7 +42,7 @@ from optim.build import MATRIX_OPTIMIZERS, build_optimizers, describe_groups
 from optim.schedule import lr_scale
 from optim.statistics import settings_problems
 from placement import full
-from resuming import find_checkpoint, fingerprint
+from resuming import check_agreement, find_checkpoint, fingerprint
 from runlog import RunLog, environment, mfu
 from settings import Config, ConfigError
 from state import TrainState
@@ -64,6 +64,7 @@ def train(config: Config, world: World, stop: StopRequest) -> int:
 
     # -- data
     dataset = world.main_first(lambda: open_data(config.dataset))
+    check_agreement(config, dataset, world)
     tokenizer_json = (dataset.dir / "tokenizer.json").read_bytes()
     task = task_of(config.dataset) if config.ttf_every else None
     if task:
@@ -341,6 +342,12 @@ def machine_problems(settings: dict[str, Any]) -> list[str]:
     problems = settings_problems(settings) if settings["dopr"] else []
     if settings["device"] == "cuda" and not torch.cuda.is_available():
         problems.append("device=cuda: torch finds no CUDA device here; use device=cpu or auto")
+    here, n_cuda = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if device_of(settings["device"]).type == "cuda" and 0 < n_cuda < here:
+        problems.append(
+            f"{here} processes on this machine, but torch finds {n_cuda} CUDA devices: start as "
+            "many processes as there are devices"
+        )
     if settings["kernel"] == "triton":
         problems += filter(None, [triton_problem(device_of(settings["device"]))])
     return problems + world_problems(settings)

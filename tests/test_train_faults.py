@@ -15,6 +15,7 @@ import torch
 
 import checkpoint
 import train
+from dist import FROM_TORCHRUN
 from tests.tiny import argv, metrics, weights, write_dataset
 
 ROOT = Path(__file__).parent.parent
@@ -274,6 +275,17 @@ def test_a_world_that_torchrun_did_not_start_is_refused(dataset, tmp_path, monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert train.main(argv(dataset, tmp_path / "run")) == 1
     assert "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set" in capsys.readouterr().err
+
+
+def test_more_processes_than_devices_are_refused(dataset, tmp_path, monkeypatch, capsys):
+    for key in FROM_TORCHRUN:
+        monkeypatch.setenv(key, "0")
+    for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(key, "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert train.main(argv(dataset, tmp_path / "run", device="cuda", micro_batch_size=2)) == 1
+    assert "2 processes on this machine, but torch finds 1 CUDA devices" in capsys.readouterr().err
 
 
 def test_the_lock_is_released_when_the_run_ends(dataset, tmp_path):

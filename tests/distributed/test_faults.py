@@ -6,13 +6,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import distributed
 
 import stopping
 import train
 from checkpoint import candidates, load_checkpoint, open_checkpoint
+from dist import World
 from tests.distributed.runs import SETTINGS, main, trained
 from tests.tiny import argv, metrics, weights
 
@@ -166,6 +169,29 @@ def test_those_that_lose_a_process_end_and_name_it(gang, dataset, tmp_path, how,
         assert code == 1
         assert f"error on rank {rank}: {cause}" in errors
     trained(gang, 3, dataset, tmp_path / "run", **RUN)  # a relaunch resumes
+
+
+def with_own_settings(arguments: list[str]) -> tuple[int, str]:
+    rank = os.environ["RANK"]
+    return main([*arguments, f"--seed={rank}", f"--gamma=0.{rank}"])
+
+
+def test_processes_with_different_settings_refuse_to_train(gang, dataset, tmp_path):
+    """The weights of FSDP would be pieced together from models of several seeds."""
+    arguments = argv(dataset, tmp_path / "run", **SETTINGS | RUN, parallel="fsdp")
+    for code, errors in gang.run(3, with_own_settings, arguments):
+        assert code == 1
+        assert "the processes differ, by rank, in seed: 0, 1, 2; gamma: 0.0, 0.1, 0.2." in errors
+
+
+def test_a_store_that_is_gone_does_not_hide_what_went_wrong(monkeypatch):
+    def gone(*args):
+        raise distributed.DistNetworkError("Broken pipe")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    world = World(torch.device("cpu"))
+    world._store = SimpleNamespace(set=gone)
+    assert not world.__exit__(KeyError, KeyError("a bug"), None)  # which goes on being raised
 
 
 def torchrun(n: int, *arguments: str) -> subprocess.Popen[str]:
