@@ -104,6 +104,7 @@ def train(config: Config, world: World, stop: StopRequest) -> int:
         state.restore(resumed)
         print(f"resumed {resumed.path} at step {state.step}")
         print(describe_changes(resumed.manifest["config"], config), end="")
+        resumed = None  # its tensors are as large as the state
     batches = train_batches(
         dataset,
         batch_size=config.batch_size,

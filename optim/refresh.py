@@ -198,14 +198,17 @@ def _drop_zero(layers: list[Layer], collective: Collective) -> None:
 
 
 def _with_gradient(layers: list[Layer], collective: Collective) -> list[Layer]:
-    """The layers whose gradient is not zero anywhere; one host read, none without gradients."""
-    held = {layer: layer.covered.grad for layer in layers}
-    flags = [grad.any().long() for grad in held.values() if grad is not None]
-    if not flags:
+    """The layers whose gradient is not zero in all processes; one host read.
+
+    A gradient may be absent in some processes only: all of them ask for all layers.
+    """
+    if not layers:
         return []
-    n_with = collective.sum_(torch.stack([flag.to(flags[0].device) for flag in flags]))
-    held = [layer for layer, grad in held.items() if grad is not None]
-    return [layer for layer, n in zip(held, n_with.tolist(), strict=True) if n]
+    device = layers[0].sigma.device
+    grads = [layer.covered.grad for layer in layers]
+    flags = [torch.zeros((), dtype=torch.bool) if g is None else g.any() for g in grads]
+    n_with = collective.sum_(torch.stack([flag.to(device) for flag in flags]).long())
+    return [layer for layer, n in zip(layers, n_with.tolist(), strict=True) if n]
 
 
 def _read(values: list[Tensor]) -> list[Any]:

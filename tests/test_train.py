@@ -4,12 +4,14 @@ import json
 import math
 import os
 import signal
+import weakref
 
 import pytest
 import torch
 
 import train
 from checkpoint import open_checkpoint
+from state import TrainState
 from tests.tiny import argv, metrics, weights
 
 
@@ -139,6 +141,32 @@ def test_dropout_differs_from_step_to_step(dataset, tmp_path, monkeypatch):
     per_step = seeds[-5:]
     # 32 bits are all that the CPU generator takes
     assert len({seed % 2**32 for seed in per_step}) == 5
+
+
+def test_dropout_differs_between_processes():
+    seeds = {train.dropout_seed(1337, step, rank) for step in range(100) for rank in range(64)}
+    assert len(seeds) == 6400
+
+
+def test_the_checkpoint_that_a_run_continues_from_does_not_stay_in_memory(
+    dataset, tmp_path, monkeypatch
+):
+    train.main(argv(dataset, tmp_path / "run", max_steps=4))
+    restore, read, alive = TrainState.restore, [], []
+
+    def noted(state, checkpoint):
+        read.append(weakref.ref(checkpoint))
+        restore(state, checkpoint)
+
+    def look(*_):
+        alive.append(read[0]())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainState, "restore", noted)
+    monkeypatch.setattr(TrainState, "count_step", look)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(argv(dataset, tmp_path / "run"))
+    assert alive == [None]
 
 
 def test_a_finished_run_is_not_trained_again(dataset, tmp_path):

@@ -137,6 +137,21 @@ def test_a_layer_that_one_process_does_not_use_hangs_nothing(gang):
             np.testing.assert_allclose(ours, theirs.detach(), atol=TOLERANCE)
 
 
+def step_without_input():
+    """One process has a gradient of zero input, the other none, and nobody averages them."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    preconditioner = ActivationPreconditioner(model, gamma=0.1).attach(optimizer)
+    if distributed.get_rank() == 1:
+        model(torch.zeros(4, 12)).sum().backward()
+    optimizer.step()
+    return [layer.n_mended for layer in preconditioner.layers], preconditioner.layers[1].n_refreshes
+
+
+def test_a_gradient_that_only_one_process_has_hangs_nothing(gang):
+    assert gang.run(2, grouped, step_without_input) == [([0, 0], 1)] * 2
+
+
 def state_after(how, n_steps):
     _, forward, optimizer, preconditioner = workers.parts("adamw", how, **FAST)
     for number in range(n_steps):
