@@ -1,7 +1,12 @@
 """What a run of several processes does besides training: validation, rollouts, records."""
 
-import pytest
+import os
+import time
 
+import pytest
+import torch
+
+from dist import World
 from tests.distributed.runs import trained
 from tests.tiny import metrics, weights
 
@@ -51,6 +56,23 @@ def test_one_process_writes_and_says_how_many_there_were(gang, dataset, tmp_path
     starts = [row for row in metrics(out, "run") if row["event"] == "start"]
     assert [row["world"] for row in starts] == [4]
     assert [row["step"] for row in metrics(out, "train")] == [1, 2, 3, 4]
+
+
+def slowly_prepared(path):
+    """What the first process writes after a while, and all of them read."""
+
+    def prepared():
+        if os.environ["RANK"] == "0":
+            time.sleep(0.5)
+            path.write_text("data")
+        return path.read_text()
+
+    with World(torch.device("cpu"), timeout_s=60) as world:
+        return world.main_first(prepared)
+
+
+def test_the_others_wait_for_what_the_first_process_prepares(gang, tmp_path):
+    assert gang.run(3, slowly_prepared, tmp_path / "prepared") == ["data"] * 3
 
 
 @pytest.mark.slow
