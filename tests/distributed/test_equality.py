@@ -29,6 +29,8 @@ def alone(dataset, tmp_path_factory):
 
 def is_quick(optimizer, dopr, parallel):
     """The cases of `make test`."""
+    if dopr == "fast":
+        return (optimizer, parallel) == ("adamw", "fsdp")
     return dopr == "exact" and (optimizer in ("adamw", "muon") or parallel == "hsdp")
 
 
