@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import distributed, nn
 
-from optim import ActivationPreconditioner
+from optim import ActivationPreconditioner, reduction
 from optim.collective import owners, row_bounds
 from optim.reduction import pack, unpack
 from tests.optim import distributed as workers
@@ -50,6 +50,25 @@ def test_the_directions_of_a_deflated_inverse_are_the_owners_in_every_process(ga
     np.testing.assert_allclose(here[1], alone[1], atol=TOLERANCE * np.abs(alone[1]).max())
     overlap = np.linalg.svd(here[0][0].T @ alone[0][0])[1]  # the same space, whatever its basis
     np.testing.assert_allclose(overlap, 1, atol=1e-3)
+
+
+def in_messages_of_a_layer(*args):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reduction, "MESSAGE_BYTES", 1)
+        return workers.train(*args), workers.counted(*args)[0]
+
+
+def test_sums_and_inverses_that_need_several_messages_are_the_same(gang):
+    """GPT-2 124M needs three: a layer for each here, as in one message for all."""
+    case = ("sgd", "fsdp", 2, EXACT)
+    together = gang.run(2, grouped, workers.train, *case)
+    for ((weights, *_), counts), wanted in zip(
+        gang.run(2, grouped, in_messages_of_a_layer, *case), together, strict=True
+    ):
+        for ours, theirs in zip(weights, wanted[0], strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        assert counts["all_reduce"] == 5  # one more than in PLANS
+        assert counts["broadcast"] == 2
 
 
 # A refresh: counts and traces; sums; what went wrong; a message from each of two owners of layers.
