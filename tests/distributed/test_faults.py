@@ -15,6 +15,7 @@ from torch import distributed
 import stopping
 import train
 from checkpoint import candidates, load_checkpoint, open_checkpoint
+from data.shards import DataError
 from dist import World
 from tests.distributed.runs import SETTINGS, main, trained
 from tests.tiny import argv, metrics, weights
@@ -99,8 +100,8 @@ def poisoned(what: str, victim: int, arguments: list[str]) -> tuple[int, str]:
         logits, loss = forward(self, idx, targets)
         calls += self.training
         if self.training and calls == 9 and os.environ["RANK"] == str(victim):
-            bad = loss.detach() * torch.nan
-            loss = loss + bad if what == "loss" else loss * torch.inf
+            zero = (logits.sum() * 0).sqrt()  # whose gradient is not finite
+            loss = loss + (zero if what == "gradient" else zero.detach() * torch.nan)
         return logits, loss
 
     with pytest.MonkeyPatch.context() as patch:
@@ -169,6 +170,33 @@ def test_those_that_lose_a_process_end_and_name_it(gang, dataset, tmp_path, how,
         assert code == 1
         assert f"error on rank {rank}: {cause}" in errors
     trained(gang, 3, dataset, tmp_path / "run", **RUN)  # a relaunch resumes
+
+
+def without_a_shard(victim: int, arguments: list[str]) -> tuple[int, str]:
+    """A run in which the data of one process end before the fourth step."""
+    next_step, steps = train.next_step, 0
+
+    def counting(batches):
+        nonlocal steps
+        steps += 1
+        if steps == 4 and os.environ["RANK"] == str(victim):
+            raise DataError("shard 7 vanished")
+        return next_step(batches)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "next_step", counting)
+        return main(arguments)
+
+
+def test_data_that_one_process_lacks_end_the_run_in_all_with_a_checkpoint(gang, dataset, tmp_path):
+    """Fault 22."""
+    out = tmp_path / "run"
+    arguments = argv(dataset, out, **SETTINGS | RUN | {"save_every": 99, "timeout_s": 20})
+    results = gang.run(3, without_a_shard, 1, arguments)
+    assert [code for code, _ in results] == [1] * 3
+    assert "error on rank 1: shard 7 vanished" in results[1][1]
+    assert all("rank 1: shard 7 vanished" in results[rank][1] for rank in (0, 2))
+    assert open_checkpoint(out).step == 3
 
 
 def with_own_settings(arguments: list[str]) -> tuple[int, str]:
