@@ -31,7 +31,7 @@ from eval.tasks.task import OracleTask
 from eval.ttf import grade_checkpoint, grading_code
 from optim.statistics import settings_problems
 from runlog import environment
-from settings import RUN_ONLY
+from settings import FIELDS, RUN_ONLY
 
 ROOT = Path(__file__).parents[1]
 GRADING = "grading "  # how keys of `asked` begin that make the grade, not the model
@@ -92,9 +92,9 @@ def run_point(point: Point) -> dict[str, Any]:
     path, asked = point.folder / "record.json", json.loads(json.dumps(point.asked()))
     if path.exists():
         record = read_record(point)
-        if record["asked"] == asked:
+        if not (other := differences(record["asked"], asked)):
             return record
-        _check_trained_the_same(point.folder, record["asked"], asked)
+        _check_trained_the_same(point.folder, other)
     started = time.perf_counter()
     record = _graded(point)
     record |= {"variant": point.variant, "base": point.base, "role": point.role, "asked": asked}
@@ -116,12 +116,24 @@ def read_record(point: Point) -> dict[str, Any]:
     return json.loads((point.folder / "record.json").read_text())
 
 
-def _check_trained_the_same(folder: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
-    """PointError if the run in a folder was trained with other settings than these."""
-    other = {key for key in found.keys() | asked.keys() if found.get(key) != asked.get(key)}
-    other -= {key for key in other if key.startswith(GRADING)}
-    if other:
-        was = "; ".join(f"{k} was {found.get(k)}, is {asked.get(k)}" for k in sorted(other))
+def differences(found: dict[str, Any], asked: dict[str, Any]) -> dict[str, str]:
+    """What was asked of a run on disk and is not asked now, or not so: {key: "was .., is .."}.
+
+    A setting that one side does not have, because train.py had none of it then, has its default.
+    """
+    default = {key: field.default for key, field in FIELDS.items()}
+    pairs = {
+        key: (found.get(key, default.get(key)), asked.get(key, default.get(key)))
+        for key in sorted(found.keys() | asked.keys())
+    }
+    return {key: f"was {was}, is {now}" for key, (was, now) in pairs.items() if was != now}
+
+
+def _check_trained_the_same(folder: Path, other: dict[str, str]) -> None:
+    """PointError if the differences of what is in a folder are not of its grading only."""
+    trained = [f"{key} {change}" for key, change in other.items() if not key.startswith(GRADING)]
+    if trained:
+        was = "; ".join(trained)
         raise PointError(f"{folder} holds another run: {was}; delete it or choose another --out")
 
 
