@@ -15,12 +15,13 @@ LOWER = {  # part of the house -> the parts that it may import
     "runlog": set(),
     "kernels": set(),
     "model": set(),
-    "optim": {"kernels"},
+    "mup": set(),
+    "optim": {"kernels", "mup"},
     "data": set(),
     "checkpoint": set(),
     "state": {"checkpoint", "optim"},
     "eval": {"model", "data", "checkpoint", "optim", "runlog", "settings", "configurator"},
-    "train": {"settings", "configurator", "stopping", "runlog", "kernels", "model", "optim"}
+    "train": {"settings", "configurator", "stopping", "runlog", "kernels", "model", "mup", "optim"}
     | {"data", "checkpoint", "state", "eval"},
 }
 
@@ -52,7 +53,7 @@ def test_every_part_of_the_house_has_a_floor():
 
 
 def test_the_settings_need_only_the_standard_library():
-    for name in ("settings", "configurator"):
+    for name in ("settings", "configurator", "mup"):
         assert imports(ROOT / f"{name}.py") <= {*sys.stdlib_module_names, "settings"}
 
 
