@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -84,17 +85,33 @@ def run_point(point: Point) -> dict[str, Any]:
 
     Raises PointError: why it failed, or how what is on disk differs from what is asked.
     """
-    path, asked = point.folder / "record.json", json.loads(json.dumps(point.asked()))
-    if path.exists():
-        record = read_record(point)
-        _check_same(point.folder, record.get("asked", {}), asked)
-        return record
+    names = {"variant": point.variant, "base": point.base, "role": point.role}
+    return recorded(point.folder, point.asked(), lambda: _graded(point) | names)
+
+
+def recorded(
+    folder: Path, asked: dict[str, Any], make: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """The record in a folder, which `make` makes unless it is there.
+
+    Raises PointError if what is there was made with other settings than `asked`.
+    """
+    if found := finished(folder, asked):
+        return found
     started = time.perf_counter()
-    record = _graded(point)
-    record |= {"variant": point.variant, "base": point.base, "role": point.role, "asked": asked}
+    record = make() | {"asked": asked}
     record["seconds"] = time.perf_counter() - started
-    write_record(path, record)
-    return read_record(point)
+    write_record(folder / "record.json", record)
+    return read_record(folder)
+
+
+def finished(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """The record in a folder, or None. PointError if it is of another run than that asked for."""
+    if not (folder / "record.json").exists():
+        return None
+    record = read_record(folder)
+    _check_same(folder, record.get("asked", {}), json.loads(json.dumps(asked)))
+    return record
 
 
 def _graded(point: Point) -> dict[str, Any]:
@@ -105,9 +122,9 @@ def _graded(point: Point) -> dict[str, Any]:
     return _imitate(point, task) if isinstance(task, Lds) else _train_and_grade(point, task)
 
 
-def read_record(point: Point) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
     """What a finished point left."""
-    return json.loads((point.folder / "record.json").read_text())
+    return json.loads((folder / "record.json").read_text())
 
 
 def _check_same(folder: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
@@ -120,15 +137,23 @@ def _check_same(folder: Path, found: dict[str, Any], asked: dict[str, Any]) -> N
 
 def _train_and_grade(point: Point, task: Task) -> dict[str, Any]:
     """A run of train.py, graded on rollouts."""
-    point.folder.mkdir(parents=True, exist_ok=True)
-    log = point.folder / "train.log"
-    with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        code = _run_script(point.command)
-    if code == 0:
+    if train_in(point.folder, point.command):
         return grade_checkpoint(point.folder, n=point.n, seed=point.grading_seed)
-    if DIVERGED not in log.read_text():
-        raise PointError(f"{' '.join(point.command)}\nended with exit code {code}; see {log}")
     return _diverged(point, task)
+
+
+def train_in(folder: Path, command: list[str]) -> bool:
+    """Run `python command...`, a run of train.py with this out_dir; false if it diverged.
+
+    Raises PointError if it failed for another reason. What it printed is in train.log.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "train.log"
+    with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        code = _run_script(command)
+    if code and DIVERGED not in log.read_text():
+        raise PointError(f"{' '.join(command)}\nended with exit code {code}; see {log}")
+    return code == 0
 
 
 def _diverged(point: Point, task: Task) -> dict[str, Any]:
