@@ -27,8 +27,13 @@ MATRIX = {
     "muon match_rms": -1 / 2,  # spectral norm √d
     "adamuon": -1 / 2,
     "sgd": 0,
+    # DoPr whitens what SGD relies on, that gradients and inputs share a few large directions. With
+    # d_eff = Σ λ/(λ + γ̄) its step moves activations by d_eff/d of SGD's: between 0 (all directions
+    # alike) and 1 (a fixed number of them) for the spectra of a model; measured, LOG.md. Whether P
+    # is trace-normalised does not matter, as tr(Σ)/d does not grow. The others are scale-invariant.
+    "dopr sgd": 4 / 5,
 }
-REST = {"sgd": 1}  # embeddings, head, gains, biases; with all others 0
+REST = {"sgd": 1, "dopr sgd": 1}  # embeddings, head, gains, biases; with all others 0
 
 EPS = {"adamw": -1, "adamuon": -1 / 2}  # as the entries that it is added to
 

@@ -182,6 +182,12 @@ def _mup_problems(config: Config) -> list[str]:
         problems.append(
             f"init_from={config.init_from}: its weights were trained without muP; use mup=false"
         )
+    if config.mup and config.dopr and config.optimizer == "sgd":
+        problems += [
+            f"{key}={getattr(config, key)}: sgd has one rule of muP for all matrices; take it out"
+            for key in ("include", "exclude")
+            if getattr(config, key)
+        ]
     return problems
 
 

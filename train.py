@@ -262,7 +262,7 @@ def fingerprint(dataset: Dataset) -> str:
 def optimizer_settings(config: Config) -> dict[str, Any]:
     keys = ("optimizer", "lr", "aux_lr", "weight_decay", "beta1", "beta2", "eps", "momentum")
     keys += ("nesterov", "muon_scale", "coefficients", "ns_steps", "ns_dtype", "kernel")
-    keys += ("width_mult", "wd_scaling")
+    keys += ("width_mult", "wd_scaling", "dopr")
     return {key: getattr(config, key) for key in keys}
 
 

@@ -44,6 +44,7 @@ def build_optimizers(
     kernel: Kernel = "auto",
     width_mult: float = 1.0,
     wd_scaling: WeightDecayScaling = "independent",
+    dopr: bool = False,
 ) -> list[torch.optim.Optimizer]:
     """The optimizers that together hold every trainable parameter of `model` exactly once.
 
@@ -68,6 +69,7 @@ def build_optimizers(
         coefficients, ns_steps, ns_dtype, kernel: of muon and adamuon; see there.
         width_mult: m of mup.py, the width relative to the one that all these numbers suit.
         wd_scaling: how weight decay follows m; see mup.DECAY.
+        dopr: whether the matrices' gradients will be preconditioned, which changes SGD's rule of m.
     Raises:
         ValueError: an unknown name, a number outside its range, an `aux_lr` that nothing would use,
             a parameter without a role, a kernel that cannot run.
@@ -92,7 +94,7 @@ def build_optimizers(
         rate = AUX_LR if aux_lr is None else aux_lr
         optimizers.append(make["adamw"](_param_groups(rest, rate, weight_decay)))
     for each in optimizers:
-        follow_width(each, width_mult, wd_scaling)
+        follow_width(each, width_mult, wd_scaling, dopr=dopr)
     check_complete(model, [group for each in optimizers for group in each.param_groups])
     return optimizers
 

@@ -86,11 +86,11 @@ class Everything(nn.Module):
         self.c_attn, self.lm_head = nn.Linear(8, 24), nn.Linear(8, 11, bias=False)
 
 
-def rates(optimizer):
+def rates(optimizer, **changes):
     """The peak rate of every role, with the number of blocks that a matrix has."""
     model = Everything()
     built = build_optimizers(
-        model, optimizer=optimizer, **NUMBERS, weight_decay=0.1, width_mult=4, aux_lr=None
+        model, optimizer=optimizer, **NUMBERS, weight_decay=0.1, width_mult=4, **changes
     )
     groups = [group for each in built for group in each.param_groups]
     assert all(group["lr"] == group["base_lr"] for group in groups)
@@ -103,6 +103,12 @@ def test_only_the_matrices_rate_falls_and_only_that_of_sgd_grows_elsewhere():
     assert rates("signum") == {"matrix": 0.025, **dict.fromkeys(others, 0.1)}
     assert rates("sgd") == {"matrix": 0.1, **dict.fromkeys(others, 0.4)}
     assert rates("muon") == {"matrix": 0.05, **dict.fromkeys(others, 6e-4)}
+
+
+def test_sgds_matrices_have_another_rule_behind_preconditioning():
+    assert rates("sgd", dopr=True)["matrix"] == 0.1 * 4**0.8
+    for name in ("adamw", "signum", "muon", "adamuon"):
+        assert rates(name, dopr=True) == rates(name)
 
 
 def test_eps_follows_what_it_is_added_to():
