@@ -4,7 +4,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 export PYTHONUNBUFFERED = 1
 
-.PHONY: setup setup-dev demo test test-full check bench bench-gpu study width-study clean
+.PHONY: setup setup-dev demo test test-full check bench kernel-report bench-gpu study width-study clean
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), f"needs Python >= 3.10, found {sys.version}"'
@@ -33,14 +33,17 @@ check: setup-dev       ## lint, format, types
 	$(VENV)/bin/pyright
 
 test: check            ## under 10 minutes on 2 cores
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup -m "not slow"
 
 test-full: check       ## everything, the slow ones included
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
 
 bench: setup           ## what a step costs, on this machine
 	$(PY) -m bench.train_throughput
 	$(PY) -m bench.step_overhead
+
+kernel-report: setup-dev  ## registers, spills, shared memory of the Triton kernels; needs no GPU
+	$(PY) -m bench.kernel_report
 
 bench-gpu: setup-dev   ## the kernels and GPT-2 124M on a GPU, into bench/results; under an hour
 	$(PY) -m bench.gpu

@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run is, in one folder, written atomically, verified before it is used.
+"""Checkpoints: everything a run is, in one folder, verified before it is used.
 
     out_dir/checkpoints/step-00000020/
         model.safetensors   weights, under names without any wrapper's prefix
@@ -6,27 +6,28 @@
         train.pt            optimizers and counters, safe to load (`weights_only`)
         tokenizer.json      so that a checkpoint can be sampled anywhere
         manifest.json       schema, config, size and sha256 of every file above
+    With checkpoint_format=sharded: shards/ (sharded.py) instead of the tensors in the first three.
+
     out_dir/checkpoints/latest    the name of the newest folder, written last; for people
 
-Protocol: write `step-N.tmp/`, fsync files and folder, rename, update `latest`, prune. A crash at
-any instant leaves the previous checkpoint intact; the next save removes what it left behind. A run
-that goes back to an earlier step renames the later folders to `abandoned-step-N` when it saves.
+saving.py writes them.
 """
 
 import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+import sharded
+from placement import laid_out
 
 SCHEMA = 1  # of the folder's layout
 FOLDER = re.compile(r"step-\d{8}")
@@ -39,68 +40,19 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One verified checkpoint, on the CPU."""
+    """One verified checkpoint, on the CPU; of a sharded one, each tensor is a `sharded.Stored`."""
 
     path: Path
     step: int
     manifest: dict[str, Any]
-    model: dict[str, Tensor]
-    ema: dict[str, Tensor] | None
+    model: dict[str, Any]
+    ema: dict[str, Any] | None
     train: dict[str, Any]
 
-
-def save_checkpoint(
-    root: Path,
-    step: int,
-    *,
-    model: nn.Module,
-    ema: nn.Module | None,
-    train: dict[str, Any],
-    tokenizer_json: bytes,
-    manifest: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Write `root/step-N` so that it exists whole or not at all; keep the newest `keep`.
-
-    Args:
-        train: nested dicts and lists of tensors and Python scalars only (`weights_only`-safe).
-        manifest: JSON-able facts about the run; schema, step and hashes are added here.
-    Raises:
-        CheckpointError: it could not be written (disk full, ...); earlier ones are untouched.
-    """
-    final = root / f"step-{step:08d}"
-    partial = final.with_suffix(".tmp")
-    try:
-        _remove_leftovers(root)
-        partial.mkdir(parents=True)
-        save_file(plain_state(model), partial / "model.safetensors")
-        if ema is not None:
-            save_file(plain_state(ema), partial / "ema.safetensors")
-        torch.save(train, partial / "train.pt")
-        (partial / "tokenizer.json").write_bytes(tokenizer_json)
-        files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
-        whole = {"schema": SCHEMA, "step": step, **manifest, "files": files}
-        whole["sha256"] = _digest(whole)
-        (partial / "manifest.json").write_text(json.dumps(whole, indent=2) + "\n")
-        _publish(partial, final)
-        _prune(root, keep)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"checkpoint {final} could not be written: {error}") from error
-    return final
-
-
-def _publish(partial: Path, final: Path) -> None:
-    """Make a completely written folder durable, then visible, then the latest."""
-    for path in [*partial.iterdir(), partial]:
-        _fsync(path)
-    for path in candidates(final.parent):
-        if path.name >= final.name:  # of an earlier life of this run, which went back before it
-            shutil.rmtree(path.with_name(f"abandoned-{path.name}"), ignore_errors=True)
-            path.rename(path.with_name(f"abandoned-{path.name}"))
-    partial.rename(final)
-    _fsync(final.parent)
-    write_atomic(final.parent / "latest", final.name + "\n")
+    @property
+    def digest(self) -> str:
+        """Of everything that the manifest says, the hashes of all files included."""
+        return digest_of(self.manifest)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -116,11 +68,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
         train = torch.load(path / "train.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a pickle that it will not run
         raise CheckpointError(f"checkpoint {path}: train.pt refused ({error})") from error
+    facts = {"path": path, "step": manifest["step"], "manifest": manifest}
+    if manifest.get("format") == "sharded":
+        try:
+            return Checkpoint(**facts, **sharded.stored(path / sharded.FOLDER, train))
+        except ValueError as error:
+            raise CheckpointError(f"checkpoint {path} refused ({error})") from error
     ema = path / "ema.safetensors"
     return Checkpoint(
-        path=path,
-        step=manifest["step"],
-        manifest=manifest,
+        **facts,
         model=load_file(path / "model.safetensors"),
         ema=load_file(ema) if ema.name in manifest["files"] else None,
         train=train,
@@ -172,7 +128,7 @@ def newest_good(root: Path, warn: Callable[[str], None] = print) -> Checkpoint |
 
 
 def load_into(model: nn.Module, state: Mapping[str, Tensor], where: Path) -> None:
-    """Copy `state` into `model`, wrapped or not; all of it or nothing.
+    """Copy `state` into `model`, wrapped, sharded or not; all of it or nothing.
 
     Raises:
         CheckpointError: lists every key that is missing, unexpected or of another shape.
@@ -191,16 +147,16 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], where: Path) -> Non
         )
     with torch.no_grad():
         for key, value in own.items():
-            value.copy_(state[key])
+            value.copy_(laid_out(state[key], value))
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors by name, on the CPU, without the prefixes of wrappers.
+    """The model's tensors by name, as they lie, without the prefixes of wrappers.
 
     `n_averaged` is AveragedModel's own counter and no part of the model.
     """
     return {
-        WRAPPER_PREFIXES.sub("", key): value.detach().cpu().contiguous()
+        WRAPPER_PREFIXES.sub("", key): value.detach()
         for key, value in model.state_dict().items()
         if key != "n_averaged"
     }
@@ -210,9 +166,9 @@ def write_atomic(path: Path, text: str) -> None:
     """Replace `path` by a file with `text`, or leave it as it was."""
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(text)
-    _fsync(partial)
+    fsync(partial)
     partial.replace(path)
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -225,7 +181,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"checkpoint {path} has schema {schema}, this version reads schema {SCHEMA}"
         )
-    if digest != _digest(manifest):
+    if digest != digest_of(manifest):
         raise CheckpointError(f"checkpoint {path} is damaged (manifest.json does not match itself)")
     return manifest
 
@@ -240,15 +196,15 @@ def _verify(path: Path, name: str, wanted: dict[str, Any]) -> None:
             f"checkpoint {path} is damaged ({name} has {file.stat().st_size} bytes, "
             f"{wanted['bytes']} were written)"
         )
-    if _fingerprint(file) != wanted:
+    if fingerprint_of(file) != wanted:
         raise CheckpointError(f"checkpoint {path} is damaged ({name} does not match its sha256)")
 
 
-def _digest(manifest: dict[str, Any]) -> str:
+def digest_of(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def fingerprint_of(path: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -256,21 +212,10 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Force a file's content or a folder's entries onto the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _remove_leftovers(root: Path) -> None:
-    for path in root.glob("step-*.tmp"):
-        shutil.rmtree(path)
-
-
-def _prune(root: Path, keep: int) -> None:
-    """Remove all but the newest checkpoints; the one just written is the newest."""
-    for path in candidates(root)[keep:]:
-        shutil.rmtree(path)

@@ -6,6 +6,7 @@ run: when it fails, that is reported once and it is switched off.
 
 import json
 import math
+import os
 import platform
 import secrets
 import subprocess
@@ -31,8 +32,8 @@ def mfu(flops_per_s: float, device_name: str, dtype: str) -> float | None:
     return flops_per_s / peaks[0] if peaks and dtype == "bfloat16" else None
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a number must be read with: device, versions, git revision of the code."""
+def environment(device: torch.device, world_size: int = 1) -> dict[str, Any]:
+    """What a number must be read with: device, processes, versions, git revision of the code."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
@@ -45,22 +46,30 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "git": revision,
-        "world": 1,
+        "world": world_size,
     }
 
 
 class RunLog:
-    """The run's records, continued from `start_step` when a run is resumed."""
+    """The run's records, continued from `start_step` when a run is resumed.
 
-    def __init__(self, out_dir: Path, start_step: int, max_steps: int) -> None:
-        path = out_dir / "metrics.jsonl"
-        if path.exists():
+    Of several processes one is the writer; the others' records go nowhere.
+    """
+
+    def __init__(
+        self, out_dir: Path, start_step: int, max_steps: int, *, is_writer: bool = True
+    ) -> None:
+        path = out_dir / "metrics.jsonl" if is_writer else Path(os.devnull)
+        if is_writer and path.exists():
             _forget_after(path, start_step)
         self._file = path.open("a", buffering=1)
         self._max_steps = max_steps
         self._wandb: Any = None
         self._bar = tqdm(
-            total=max_steps, initial=start_step, unit="step", disable=not sys.stderr.isatty()
+            total=max_steps,
+            initial=start_step,
+            unit="step",
+            disable=not (is_writer and sys.stderr.isatty()),
         )
 
     def start_wandb(self, out_dir: Path, mode: Any, project: str, config: dict[str, Any]) -> None:

@@ -22,6 +22,10 @@ class Config:
     compile: bool = False  # torch.compile the model
     deterministic: bool = False  # deterministic algorithms only (slower on a GPU)
     kernel: Literal["auto", "torch", "triton"] = "auto"  # DoPr, muon; auto: triton on a GPU
+    # -- processes, which torchrun starts
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"  # weights: copies | shards | copies of shards
+    shard_size: int | None = None  # hsdp: processes that hold one copy together
+    timeout_s: int = 600  # that a process waits for the others before the run ends
     # -- data
     dataset: str = "pystdlib"  # a name under data/, task:NAME,knob=value,... or a folder
     loader_workers: int = 0  # processes that read ahead
@@ -84,6 +88,7 @@ class Config:
     log_every: int = 10  # steps
     save_every: int = 1000  # steps; the last step is always saved
     keep_checkpoints: int = 2  # newest ones kept
+    checkpoint_format: Literal["full", "sharded"] = "full"  # sharded: what fits nowhere whole
     max_skipped: int = 20  # non-finite steps in a row before the run gives up
     wandb: Literal["off", "online", "offline"] = "off"
     wandb_project: str = "dopr"
@@ -110,7 +115,7 @@ _AT_LEAST = {  # smallest value that makes sense
     **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "batch_size"), 1),
     **dict.fromkeys(("micro_batch_size", "max_steps", "eval_every", "log_every"), 1),
     **dict.fromkeys(("save_every", "ttf_episodes", "keep_checkpoints"), 1),
-    **dict.fromkeys(("max_skipped", "ns_steps", "mup_base_width"), 1),
+    **dict.fromkeys(("max_skipped", "ns_steps", "timeout_s", "mup_base_width"), 1),
     **dict.fromkeys(("seed", "warmup_steps", "eval_batches", "ttf_every", "loader_workers"), 0),
     **dict.fromkeys(("weight_decay", "grad_clip", "min_lr_ratio", "eps"), 0.0),
     **dict.fromkeys(("dropout", "beta1", "beta2", "momentum", "ema_decay"), 0.0),
@@ -161,6 +166,12 @@ def _cross_field_problems(config: Config) -> list[str]:
             f"warmup_steps={config.warmup_steps}: must be below max_steps={config.max_steps}; "
             "give both"
         )
+    if (config.parallel == "hsdp") != (config.shard_size is not None):
+        problems.append(
+            f"shard_size={config.shard_size}: parallel=hsdp needs it, and nothing else takes it"
+        )
+    if config.shard_size is not None and config.shard_size < 1:
+        problems.append(f"shard_size={config.shard_size}: must be at least 1")
     if config.aux_lr is not None and config.optimizer not in ("muon", "adamuon"):
         problems.append(
             f"aux_lr={config.aux_lr}: only muon and adamuon have an auxiliary AdamW, "
@@ -193,4 +204,5 @@ def _mup_problems(config: Config) -> list[str]:
 
 # What does not change the results of a run.
 RUN_ONLY = {"out_dir", "resume", "log_every", "ttf_every", "ttf_episodes", "wandb", "wandb_project"}
+RUN_ONLY |= {"parallel", "shard_size", "timeout_s", "checkpoint_format"}
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}

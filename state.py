@@ -4,15 +4,25 @@ Randomness and the position in the data are not here: both are functions of (see
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from checkpoint import Checkpoint, CheckpointError, load_into, save_checkpoint
+from checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    load_into,
+    plain_state,
+)
+from dist import World
 from optim import ActivationPreconditioner
+from placement import laid_out
+from saving import save_checkpoint, save_sharded
+from sharded import read_all
 
 
 @dataclass
@@ -38,24 +48,33 @@ class TrainState:
         self.skipped += not is_finite
         self.skipped_in_row = 0 if is_finite else self.skipped_in_row + 1
 
-    def save(self, root: Path, *, manifest: dict[str, Any], tokenizer: bytes, keep: int) -> None:
-        """Write a checkpoint under `root`, unless this step already has one.
+    def save(
+        self,
+        root: Path,
+        world: World,
+        *,
+        manifest: dict[str, Any],
+        tokenizer: bytes,
+        keep: int,
+        is_sharded: bool = False,
+    ) -> None:
+        """Write a checkpoint under `root`, unless this step already has one. All processes call it.
 
         Raises:
             CheckpointError: it could not be written.
         """
         if self.step == self.saved_step:
             return
-        save_checkpoint(
-            root,
-            self.step,
-            model=self.model,
-            ema=self.ema,
-            train=self.to_dict(),
-            tokenizer_json=tokenizer,
-            manifest={**manifest, "optimizers": self._optimizer_names()},
-            keep=keep,
-        )
+        manifest = {**manifest, "optimizers": self._optimizer_names()}
+        files = {"tokenizer_json": tokenizer, "manifest": manifest, "keep": keep}
+        tensors = {"model": plain_state(self.model), "train": self.to_dict()}
+        tensors["ema"] = plain_state(self.ema) if self.ema else None
+        if is_sharded:
+            save_sharded(root, self.step, world, **tensors, **files)
+        else:
+            whole = world.saved(tensors)
+            write = partial(save_checkpoint, root, self.step, **whole, **files)
+            world.together(write if world.is_main else lambda: None, CheckpointError)
         self.saved_step = self.step
 
     def _optimizer_names(self) -> list[str]:
@@ -100,10 +119,22 @@ class TrainState:
             self.ema.n_averaged.fill_(saved["n_averaged"])
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": state, "param_groups": groups})
+            params = [param for group in optimizer.param_groups for param in group["params"]]
+            placed = {i: _placed(values, params[i]) for i, values in state.items()}
+            optimizer.load_state_dict({"state": placed, "param_groups": groups})
         self.step = self.saved_step = checkpoint.step
         self.skipped = saved["skipped"]
         self.skipped_in_row = saved["skipped_in_row"]
+
+
+def _placed(values: dict[str, Any], param: Tensor) -> dict[str, Any]:
+    """An optimizer's state of one parameter; what has its shape lies as it does."""
+    return {
+        key: laid_out(value, param)
+        if getattr(value, "shape", None) == param.shape
+        else read_all(value)
+        for key, value in values.items()
+    }
 
 
 def _restore_preconditioner(own: ActivationPreconditioner, checkpoint: Checkpoint) -> None:
@@ -113,6 +144,6 @@ def _restore_preconditioner(own: ActivationPreconditioner, checkpoint: Checkpoin
             f"checkpoint {checkpoint.path} was written without DoPr; resume with dopr=false"
         )
     try:
-        own.load_state_dict(saved)
+        own.load_state_dict(read_all(saved))
     except (ValueError, FloatingPointError) as error:
         raise CheckpointError(f"checkpoint {checkpoint.path}: {error}") from error

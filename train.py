@@ -3,15 +3,16 @@
 Usage:
     python train.py config/demo.py
     python train.py config/gpt2_adamw.py --lr=3e-4 --max_steps=2e3
+    torchrun --nproc_per_node=8 train.py config/gpt2_dopr.py
 """
 
-import hashlib
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,15 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from checkpoint import (
-    Checkpoint,
     CheckpointError,
     candidates,
     load_into,
-    newest_good,
-    open_checkpoint,
     write_atomic,
 )
 from configurator import describe, describe_changes, load_config, to_json
 from data.dataset import DataError, Dataset
-from data.loader import Batch, train_batches, val_batches
+from data.loader import Batch, ValBatches, train_batches, val_batches
+from dist import ProcessLost, World, world_problems
 from eval.hf import load_hf
 from eval.loss import evaluate
 from eval.tasks import open_data, task_of
@@ -43,6 +42,8 @@ from optim import ActivationPreconditioner
 from optim.build import MATRIX_OPTIMIZERS, build_optimizers, describe_groups
 from optim.schedule import lr_scale
 from optim.statistics import settings_problems
+from placement import full
+from resuming import find_checkpoint, fingerprint
 from runlog import RunLog, environment, mfu
 from settings import Config, ConfigError
 from state import TrainState
@@ -53,14 +54,17 @@ class TrainingDiverged(RuntimeError):
     """Too many steps in a row had a loss or a gradient that was not finite."""
 
 
-def train(config: Config, stop: StopRequest) -> int:
+USER_ERRORS = (ConfigError, DataError, CheckpointError, TrainingDiverged, ProcessLost, OSError)
+
+
+def train(config: Config, world: World, stop: StopRequest) -> int:
     """One run, from settings to the last checkpoint; returns the exit code."""
-    device = pick_device(config)
+    device, mine = world.device, {"rank": world.rank, "world": world.size}
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
     out_dir = Path(config.out_dir)
 
     # -- data
-    dataset = open_data(config.dataset)
+    dataset = world.main_first(lambda: open_data(config.dataset))
     tokenizer_json = (dataset.dir / "tokenizer.json").read_bytes()
     task = task_of(config.dataset) if config.ttf_every else None
     if task:
@@ -70,26 +74,29 @@ def train(config: Config, stop: StopRequest) -> int:
         batch_size=config.micro_batch_size,
         block_size=config.block_size,
         limit=config.eval_batches * config.batch_size,
+        **mine,
     )
 
-    # -- model, with the same initial weights on every device
-    resumed = find_checkpoint(config, dataset)
+    # -- model, with the same initial weights in every process
+    resumed = find_checkpoint(config, dataset, world)
     torch.manual_seed(config.seed)
-    model = build_model(config, dataset, is_new=resumed is None).to(device)
-    ema = None
+    model, ema = build_model(config, dataset, is_new=resumed is None), None
     if config.ema_decay:
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+        world.place(ema.module)
+    world.place(model)
 
     # -- optimizers, and DoPr in front of them
-    optimizers = build_optimizers(model, **optimizer_settings(config))
+    optimizers = build_optimizers(model, **optimizer_settings(config), process_group=world.group())
     print(describe_groups(optimizers))
     if config.dopr or config.optimizer in MATRIX_OPTIMIZERS:
         print(describe_kernel(config.kernel, device))
     preconditioner = None
     if config.dopr:
-        preconditioner = build_preconditioner(config, model).attach(*optimizers)
+        preconditioner = build_preconditioner(config, model)
+        preconditioner.attach(*optimizers, process_group=world.group())
         print(preconditioner.summary())
-    forward = torch.compile(model) if config.compile else model
+    forward = world.wrap(model, is_compiled=config.compile)
 
     # -- resume: from here on, `state` is all that changes
     state = TrainState(model, optimizers, preconditioner, ema)
@@ -105,13 +112,15 @@ def train(config: Config, stop: StopRequest) -> int:
         seed=config.seed,
         start_step=state.step,
         workers=config.loader_workers,
+        **mine,
     )
 
     # -- records
-    write_atomic(out_dir / "config.json", to_json(config))
-    log = RunLog(out_dir, state.step, config.max_steps)
-    log.start_wandb(out_dir, config.wandb, config.wandb_project, asdict(config))
-    facts = environment(device)
+    log = RunLog(out_dir, state.step, config.max_steps, is_writer=world.is_main)
+    if world.is_main:
+        write_atomic(out_dir / "config.json", to_json(config))
+        log.start_wandb(out_dir, config.wandb, config.wandb_project, asdict(config))
+    facts = environment(device, world.size)
     log.write("run", state.step, event="start", **facts, config=asdict(config))
     manifest = {"config": asdict(config), "model": asdict(model.config), **facts}
     manifest["tokenizer_sha256"] = dataset.tokenizer.sha256
@@ -122,28 +131,32 @@ def train(config: Config, stop: StopRequest) -> int:
         try:
             state.save(
                 out_dir / "checkpoints",
+                world,
                 manifest=manifest,
                 tokenizer=tokenizer_json,
                 keep=config.keep_checkpoints,
+                is_sharded=config.checkpoint_format == "sharded",
             )
         except CheckpointError as error:
             if stop or state.step == config.max_steps:
                 raise
             log.say(f"WARNING: {error}; training goes on, the checkpoint before it is kept")
 
-    accumulation = config.batch_size // config.micro_batch_size
+    accumulation = config.batch_size // (config.micro_batch_size * world.size)
     tokens_per_step = config.batch_size * config.block_size
     busy_s, busy_steps = 0.0, 0  # since the last logged step, without validation and saving
 
     with closing(log):
         while True:
             is_last = state.step == config.max_steps
+            stop.poll()
             try:
                 if not stop and (is_last or state.step % config.eval_every == 0):
-                    results = validate(state, validation, dataset, device, autocast, stop)
+                    results = validate(state, validation, dataset, world, autocast, stop)
                     log.val(state.step, results)
                 if task and not stop and state.step % config.ttf_every == 0:
-                    grade = grade_model(task, model, n=config.ttf_episodes, seed=0)
+                    whole = world.whole(model, lambda: GPT(model.config))
+                    grade = grade_model(task, whole, n=config.ttf_episodes, seed=0, world=world)
                     log.ttf(state.step, task.primary, grade.means())
                 is_due = state.step % config.save_every == 0 and not state.skipped_in_row
                 if stop or is_last or is_due:
@@ -151,22 +164,24 @@ def train(config: Config, stop: StopRequest) -> int:
                 if stop or is_last:
                     break
                 started = time.perf_counter()
-                micro_batches = next_step(batches)
+                micro_batches = world.together(lambda: next_step(batches), DataError)
             except DataError:  # a shard vanished, say: nothing that was trained is lost
                 save()
                 raise
 
             # ---------------------------------------------------------------- one optimizer step
-            torch.manual_seed((config.seed * 1_000_003 + state.step) % 2**32)  # dropout
+            torch.manual_seed(dropout_seed(config.seed, state.step, world.rank))
             loss = torch.zeros((), device=device)
-            for x, y in micro_batches:  # (micro_batch_size, block_size)
+            for i, (x, y) in enumerate(micro_batches, start=1):  # (micro_batch_size, block_size)
+                world.sync_gradients(forward, is_last=i == accumulation)
                 with autocast:
                     _, micro_loss = forward(x.to(device), y.to(device))
                     micro_loss = micro_loss / accumulation
                 micro_loss.backward()
                 loss += micro_loss.detach()
+            loss = world.mean(loss)
             parameters = [p for p in model.parameters() if p.grad is not None]
-            grad_norm = get_total_norm([p.grad for p in parameters])
+            grad_norm = full(get_total_norm([p.grad for p in parameters]))
             if config.grad_clip:
                 clip_grads_with_norm_(parameters, config.grad_clip, grad_norm)
             scale = lr_scale(state.step, **schedule_settings(config))
@@ -208,12 +223,26 @@ def train(config: Config, stop: StopRequest) -> int:
     return stop.exit_code
 
 
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of a step's random numbers, which are the only ones, and others in every process."""
+    return (seed * 1_000_003 + step + rank * 2_654_435_761) % 2**32
+
+
 def pick_device(config: Config) -> torch.device:
     """The device of the run, with torch's determinism switch set."""
     torch.use_deterministic_algorithms(config.deterministic)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     return device_of(config.device)
+
+
+def make_world(config: Config) -> World:
+    return World(
+        pick_device(config),
+        parallel=config.parallel,
+        shard_size=config.shard_size,
+        timeout_s=config.timeout_s,
+    )
 
 
 def device_of(setting: str) -> torch.device:
@@ -252,13 +281,6 @@ def build_preconditioner(config: Config, model: GPT) -> ActivationPreconditioner
         raise ConfigError(str(error)) from error
 
 
-def fingerprint(dataset: Dataset) -> str:
-    """The hash of all shards' hashes: the same for the same data, wherever it lies."""
-    splits = dataset.meta["splits"]
-    hashes = [file["sha256"] for name in sorted(splits) for file in splits[name]["files"]]
-    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
-
-
 def optimizer_settings(config: Config) -> dict[str, Any]:
     keys = ("optimizer", "lr", "aux_lr", "weight_decay", "beta1", "beta2", "eps", "momentum")
     keys += ("nesterov", "muon_scale", "coefficients", "ns_steps", "ns_dtype", "kernel")
@@ -271,36 +293,6 @@ def schedule_settings(config: Config) -> dict[str, Any]:
     return {key: getattr(config, key) for key in keys}
 
 
-def find_checkpoint(config: Config, dataset: Dataset) -> Checkpoint | None:
-    """What `resume` asks for. Refuses to train over a run, or on another tokenizer."""
-    root = Path(config.out_dir) / "checkpoints"
-    if config.resume == "never":
-        if candidates(root):
-            raise ConfigError(
-                f"resume=never, but {root} holds a run; choose another out_dir or resume=auto"
-            )
-        return None
-    found = newest_good(root) if config.resume == "auto" else open_checkpoint(Path(config.resume))
-    if found is None:
-        return None
-    if found.path.resolve().parent != root.resolve() and candidates(root):
-        raise ConfigError(
-            f"resume={config.resume}, but {root} holds another run; use a new out_dir"
-        )
-    if found.step > config.max_steps:
-        raise ConfigError(
-            f"max_steps={config.max_steps}, but checkpoint {found.path} is past it; raise max_steps"
-        )
-    if found.manifest["tokenizer_sha256"] != dataset.tokenizer.sha256:
-        raise CheckpointError(
-            f"checkpoint {found.path} was trained with another tokenizer than {dataset.dir} has; "
-            "resume it on the data that it was trained on"
-        )
-    if found.manifest["dataset_sha256"] != fingerprint(dataset):
-        print(f"warning: {dataset.dir} is not the data that {found.path} was trained on")
-    return found
-
-
 def next_step(batches: Iterator[list[Batch]]) -> list[Batch]:
     """The micro-batches of the next step; DataError if they cannot be had."""
     try:
@@ -311,24 +303,27 @@ def next_step(batches: Iterator[list[Batch]]) -> list[Batch]:
 
 def validate(
     state: TrainState,
-    batches: Iterable[Batch],
+    batches: ValBatches,
     dataset: Dataset,
-    device: torch.device,
+    world: World,
     autocast: torch.autocast,
     stop: StopRequest,
 ) -> dict[str, Any] | None:
     """Loss of the weights, and of their average, on the fixed validation set; None if stopped."""
     row: dict[str, Any] = {}
+    read = [partial(batches.__getitem__, i) for i in range(len(batches))]
     averaged = {"ema_": state.ema.module} if state.ema else {}
     for prefix, model in ({"": state.model} | averaged).items():
         result = evaluate(
             model,
-            batches,
+            (world.together(each, DataError) for each in read),
             dataset.tokenizer.token_bytes(),
-            device=device,
+            device=world.device,
             autocast=autocast,
-            should_stop=lambda: bool(stop),
+            should_stop=stop.poll,
+            total=world.sum,
         )
+        world.reshard(model)
         if result is None:
             return None
         row |= {prefix + key: value for key, value in asdict(result).items()}
@@ -351,9 +346,7 @@ def machine_problems(settings: dict[str, Any]) -> list[str]:
         problems.append("device=cuda: torch finds no CUDA device here; use device=cpu or auto")
     if settings["kernel"] == "triton":
         problems += filter(None, [triton_problem(device_of(settings["device"]))])
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        problems.append("WORLD_SIZE > 1: this version trains in one process; start it with python")
-    return problems
+    return problems + world_problems(settings)
 
 
 def own_out_dir(out_dir: Path) -> filelock.FileLock:
@@ -373,11 +366,16 @@ def main(argv: list[str]) -> int:
     """Returns the exit code. A mistake of the user's is one message, not a traceback."""
     try:
         config, origins = load_config(argv, machine_problems)
-        print(describe(config, origins))
-        with own_out_dir(Path(config.out_dir)), StopRequest() as stop:
-            return train(config, stop)
-    except (ConfigError, DataError, CheckpointError, TrainingDiverged, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        with ExitStack() as stack:
+            world = stack.enter_context(make_world(config))
+            print(describe(config, origins))
+            if world.is_main:
+                stack.enter_context(own_out_dir(Path(config.out_dir)))
+            agree = world.agree if world.size > 1 else None
+            return train(config, world, stack.enter_context(StopRequest(agree)))
+    except USER_ERRORS as error:
+        rank = os.environ.get("RANK")
+        print(f"error{(rank and f' on rank {rank}') or ''}: {error}", file=sys.stderr)
         return 1
 
 

@@ -1,6 +1,6 @@
 """All that is to be measured on a GPU, in stages that each end within ten minutes.
 
-    python -m bench.gpu [STAGE ...] [--out bench/results] [--tiny]
+    python -m bench.gpu [STAGE ...] [--out FOLDER] [--tiny]
 
 Stages, in this order: tests (of the Triton kernels), report (what the compiler makes of them),
 kernels (each against torch), and step time and memory of GPT-2 124M at 0.5M tokens a step:
@@ -68,7 +68,9 @@ def run(name: str, out: Path, *, tiny: bool) -> bool:
     stage = STAGES[name]
     command = [sys.executable, "-m", stage.module, *(stage.tiny if tiny else stage.full)]
     if stage.has_result:
-        command += ["--out", str(out / f"gpu_{name}.json")]
+        result = out / f"gpu_{name}.json"
+        result.unlink(missing_ok=True)  # one of an earlier run would pass for this one's
+        command += ["--out", str(result)]
     environment = {**os.environ}
     if tiny and not stage.is_compiled:
         environment["TRITON_INTERPRET"] = "1"
@@ -88,13 +90,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results", help="a folder")
+    parser.add_argument("--out", type=Path, help="a folder: bench/results, or if tiny out/gpu_tiny")
     parser.add_argument("--tiny", action="store_true", help="the logic alone, on any machine")
     arguments = parser.parse_args()
     unknown = set(arguments.stages) - STAGES.keys()
     if unknown:
         parser.error(f"no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
-    out = arguments.out.resolve()
+    default = ROOT / ("out/gpu_tiny" if arguments.tiny else "bench/results")
+    out = (arguments.out or default).resolve()
     done = [run(name, out, tiny=arguments.tiny) for name in arguments.stages or STAGES]
     raise SystemExit(not all(done))
 

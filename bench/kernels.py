@@ -3,7 +3,8 @@
     python -m bench.kernels [gram inverse apply orthogonalize] [--rounds 50] [--out FILE] [--tiny]
 
 Of each case: median milliseconds, the median over rounds of the ratio to the first contender (below
-1 is faster), and the error relative to float64. Needs a GPU; --tiny runs the same logic on small
+1 is faster), and the error relative to float64. Cases in which the error of what ships is above its
+tolerance are named at the end, with exit code 1. Needs a GPU; --tiny runs the same logic on small
 matrices anywhere, in Triton's interpreter (TRITON_INTERPRET=1) without a GPU.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,7 @@ from torch import Tensor
 from bench.timing import compared, facts, interleaved, write_rows
 from kernels import _triton_apply, _triton_gram, _triton_newton_schulz, gram, newton_schulz
 from kernels.cholesky import dense_inverse_root
+from kernels.deflation import N_DIRECTIONS, deflate, deflated_spread, restore
 from kernels.newton_schulz import full_precision, newton_iterations
 from optim.covariance import precondition
 
@@ -37,6 +40,12 @@ SIZES: dict[str, list[Any]] = {
         (12, 768, 1, 3072),
     ],
     "orthogonalize": [(36, 768, 768), (12, 3072, 768), (12, 768, 3072), (12, 1600, 1600)],
+}
+SHIPPED = {  # what ships, and the error that it may have
+    "gram": ("triton", 1e-5),  # fp32 sums
+    "inverse": ("triton deflated", 1e-3),  # kernels.cholesky.WANTED_ERROR
+    "apply": ("triton tf32x3", 1e-5),  # 21 bits
+    "orthogonalize": ("triton", 0.1),  # bf16 resolves 2^-8, five iterations deep
 }
 TINY = {
     "gram": [(24, 64)],
@@ -99,12 +108,14 @@ def _product64(z: Tensor, beta: float, alpha: float) -> Tensor:
 
 
 def inverse_cases(N: int, d: int) -> Iterator[Case]:
-    """(Σ + γ̄ I)⁻¹ of N covariances; `cholesky` is what ships, in float64."""
+    """(Σ + γ̄ I)⁻¹ of N covariances; `cholesky` and `triton deflated` are what ships."""
     z = activations(N, 4 * d, d)
     sigma = gram.mirror_(z.mT @ z / (4 * d))
     damping = GAMMA * sigma.diagonal(dim1=-2, dim2=-1).mean(-1)  # (N,)
     A = sigma + damping[:, None, None] * torch.eye(d, device=DEVICE)
-    iterations = newton_iterations(d * (1 + 1 / GAMMA), 1)
+    spread, U = d / GAMMA, torch.linalg.qr(randn(N, d, N_DIRECTIONS))[0]
+    iterations = newton_iterations(spread + d**0.5, 1)
+    deflated_iterations = newton_iterations(deflated_spread(spread) + d**0.5, 1)
     numbers = {"lower_bound": damping, "iterations": iterations}
     triton = partial(_triton_newton_schulz.inverse_root, A, 1, **numbers)
     contenders = {
@@ -112,12 +123,20 @@ def inverse_cases(N: int, d: int) -> Iterator[Case]:
         "cholesky fp32": lambda: torch.cholesky_inverse(torch.linalg.cholesky(A)),
         "eigh fp32": partial(_by_eigh, A),
         "newton_schulz": partial(newton_schulz.inverse_root, A, 1, **numbers),
+        "triton deflated": partial(_by_deflation, sigma, damping, U, deflated_iterations),
         "triton bf16x3": partial(triton, precision="bf16x3"),
         "triton tf32": partial(triton, precision="tf32"),
         "triton ieee": partial(triton, precision="ieee"),
     }
-    name = f"inverse N={N} d={d} iterations={iterations}"
+    name = f"inverse N={N} d={d} iterations={iterations} deflated={deflated_iterations}"
     yield Case(name, contenders, lambda: torch.linalg.inv(A.double()))
+
+
+def _by_deflation(sigma: Tensor, damping: Tensor, U: Tensor, iterations: int) -> Tensor:
+    """All of a deflated inverse: U moves on, A' is formed and inverted, A⁻¹ is brought back."""
+    part = deflate(sigma, damping, U)
+    numbers = {"lower_bound": damping, "iterations": iterations}
+    return restore(_triton_newton_schulz.inverse_root(part.A, 1, **numbers), part)
 
 
 def _by_eigh(A: Tensor) -> Tensor:
@@ -179,6 +198,21 @@ def measure(case: Case, *, rounds: int, seconds: float) -> dict[str, Any]:
     return {"case": case.name, "error": errors, **compared(times)}
 
 
+def is_exact(operation: str, row: dict[str, Any]) -> bool:
+    """Whether what ships of `operation` is within its tolerance; false where it is NaN."""
+    shipped, tolerance = SHIPPED[operation]
+    return row["error"][shipped] <= tolerance
+
+
+def shown(row: dict[str, Any]) -> str:
+    """Milliseconds, ratio and error of every contender, for people."""
+    texts = (
+        f"{name} {ms:.3f} ms ({row['ratio'][name]:.2f}, error {row['error'][name]:.0e})"
+        for name, ms in row["ms"].items()
+    )
+    return "  ".join([row["case"], *texts])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -195,15 +229,17 @@ def main() -> None:
     if not (arguments.tiny or DEVICE.type == "cuda"):
         parser.error("needs a CUDA GPU; --tiny with TRITON_INTERPRET=1 runs without one")
     rounds = 1 if arguments.tiny else arguments.rounds
-    environment, rows = facts(DEVICE), []
+    environment, rows, inexact = facts(DEVICE), [], []
     for operation in arguments.operations or CASES:
         for sizes in (TINY if arguments.tiny else SIZES)[operation]:
             for case in CASES[operation](*sizes):
                 rows.append(measure(case, rounds=rounds, seconds=arguments.seconds))
-                figures = zip(rows[-1]["ms"].items(), rows[-1]["ratio"].values(), strict=True)
-                texts = (f"{name} {ms:.3f} ms ({ratio:.2f})" for (name, ms), ratio in figures)
-                print(case.name, *texts, sep="  ", flush=True)
+                inexact += [] if is_exact(operation, rows[-1]) else [case.name]
+                print(shown(rows[-1]), flush=True)
                 write_rows(arguments.out, environment, rows)
+    if inexact:
+        print(f"error: beyond the tolerance: {'; '.join(inexact)}", file=sys.stderr)
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

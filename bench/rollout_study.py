@@ -4,7 +4,7 @@
     python -m bench.rollout_study ctrl-500 lds    the stages whose names begin like this
 
 A stage is one command of eval.compare, in a folder of its own under --out. The planned comparisons
-and the ablations get a page each.
+and the ablations get a page each, and are a family each: a star stands for p below 0.05 / its size.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import compare, report
+from eval.variants import parse_variant
 
 BASES = ("adamw", "muon", "signum", "adamuon", "sgd")
 LONG = ("adamw", "muon")
@@ -52,17 +53,24 @@ def ablations(bases: tuple[str, ...]) -> tuple[str, ...]:
     return (*(prefix + base for base in bases for prefix in ("", "dopr-")), *changed)
 
 
-def other_damping(bases: tuple[str, ...]) -> tuple[str, ...]:
-    """`lds` has a gamma of its own; this is everybody else's."""
-    return tuple(f"dopr-{base}+gamma=0.1" for base in bases)
+def little_damped(bases: tuple[str, ...]) -> tuple[str, ...]:
+    """The same for `lds`, whose hidden directions gamma = 0.1 would damp away."""
+    return tuple(
+        name if name == base else f"{name}+gamma=0.001" for base in bases for name in modes((base,))
+    )
+
+
+def damped(bases: tuple[str, ...]) -> tuple[str, ...]:
+    """Exact mode with the gamma of all other tasks."""
+    return tuple(f"dopr-{base}" for base in bases)
 
 
 STAGES = (
     *(Stage(f"{task}-500", task, 500, modes(BASES)) for task in ("pdfa", "ctrl", "nav")),
-    Stage("lds-200", "lds", 200, modes(BASES) + other_damping(BASES)),
-    Stage("lds-600", "lds", 600, modes(LONG) + other_damping(LONG)),
+    Stage("lds-200", "lds", 200, little_damped(BASES) + damped(BASES)),
+    Stage("lds-600", "lds", 600, little_damped(LONG) + damped(LONG)),
     *(
-        Stage(f"lds-200-excitation-{value}", f"lds,excitation={value}", 200, modes(LONG))
+        Stage(f"lds-200-excitation-{value}", f"lds,excitation={value}", 200, little_damped(LONG))
         for value in ("1e-2", "1")
     ),
     *(Stage(f"{task}-1500", task, 1500, modes(LONG)) for task in ("pdfa", "ctrl", "nav")),
@@ -77,6 +85,12 @@ def chosen(stages: tuple[Any, ...], prefixes: list[str]) -> list[Any]:
     return [each for each in stages if each.name.startswith(tuple(prefixes or [""]))]
 
 
+def planned(stages: tuple[Stage, ...]) -> int:
+    """Comparisons of an optimizer with its base; each is one of the family that LOG.md fixes."""
+    names = [name for stage in stages for name in stage.optimizers]
+    return sum(parse_variant(name).base != name for name in names)
+
+
 def run(stages: list[Stage], out: Path, workers: int) -> None:
     for stage in stages:
         argv = stage.argv(out, workers)
@@ -85,10 +99,10 @@ def run(stages: list[Stage], out: Path, workers: int) -> None:
 
 
 def write_page(stages: tuple[Stage, ...], out: Path, page: str) -> None:
-    """A report of the stages that were run."""
+    """A report of the stages that were run; stars are by the comparisons of all these stages."""
     folders = [str(out / each.name) for each in stages if (out / each.name).exists()]
     if folders:
-        report.main([*folders, "--out", str(out / page)])
+        report.main([*folders, "--out", str(out / page), "--comparisons", str(planned(stages))])
 
 
 def main(argv: list[str]) -> None:

@@ -13,7 +13,7 @@ class Layout:
     """Every document has `length` tokens; meta.json says so under "layout".
 
     A sequence is then a whole document, never parts of two. Its first `prompt` tokens are given,
-    and the ids in `unscored` are somebody else's part or padding: neither is a target.
+    and the ids in `unscored` are somebody else's part: neither is a target.
     """
 
     length: int

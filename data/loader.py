@@ -40,7 +40,8 @@ class TrainSteps(torch.utils.data.Dataset):
         self.layout = layout
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
-        self.places = np.arange(batch_size)[rank::world]  # this rank's rows of the global batch
+        micro_batches = np.arange(batch_size).reshape(-1, micro_batch_size)
+        self.places = micro_batches[rank::world].flatten()  # this rank's rows of the global batch
 
     def __getitem__(self, step: int) -> list[Batch]:
         shard_ids, starts = self.windows.locate(step * self.batch_size + self.places)
@@ -66,7 +67,8 @@ def train_batches(
 ) -> Iterator[list[Batch]]:
     """For each step from `start_step` on, without end, this rank's micro-batches of (x, y).
 
-    batch_size: sequences per step over all ranks; rank r has rows r, r + world, ... of them.
+    batch_size: sequences per step over all ranks. It is cut into micro-batches, of which rank r has
+    numbers r, r + world, ...: any number of ranks works on the same micro-batches.
     workers: processes that read ahead. x, y: (micro_batch_size, block_size) int64 on the CPU.
     Raises ValueError on sizes that do not divide; DataError on too little or damaged data.
     """
@@ -114,10 +116,19 @@ def _leave_the_group(_worker: int) -> None:
 class ValBatches(Sequence[Batch]):
     """The validation split cut into windows, the same for everybody; see `val_batches`."""
 
-    def __init__(self, dataset: Dataset, batch_size: int, block_size: int, limit: int) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        block_size: int,
+        limit: int,
+        rank: int,
+        world: int,
+    ) -> None:
         self.split, self.layout = dataset.split("val"), dataset.layout
         self.batch_size = batch_size
         self.block_size = block_size
+        self.rank, self.world = rank, world
         if self.layout:
             self.layout.check(block_size)
         stride = self.layout.length if self.layout else block_size
@@ -131,12 +142,13 @@ class ValBatches(Sequence[Batch]):
             self.starts, self.shard_ids = self.starts[chosen], self.shard_ids[chosen]
 
     def __len__(self) -> int:
-        return -(-len(self.starts) // self.batch_size)
+        return -(-len(self.starts) // (self.batch_size * self.world))
 
     def __getitem__(self, index: int) -> Batch:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        window = slice(index * self.batch_size, (index + 1) * self.batch_size)
+        first = (index * self.world + self.rank) * self.batch_size
+        window = slice(first, first + self.batch_size)
         shard_ids, starts = self.shard_ids[window], self.starts[window]
         rows = np.full((self.batch_size, self.block_size + 1), -1)
         rows[: len(starts)] = self.split.rows(shard_ids, starts, self.block_size + 1)
@@ -147,10 +159,17 @@ class ValBatches(Sequence[Batch]):
 
 
 def val_batches(
-    dataset: Dataset, *, batch_size: int, block_size: int, limit: int = 0
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    block_size: int,
+    limit: int = 0,
+    rank: int = 0,
+    world: int = 1,
 ) -> ValBatches:
-    """The fixed validation batches (x, y), each (batch_size, block_size) int64.
+    """This rank's fixed validation batches (x, y), each (batch_size, block_size) int64.
 
+    Rank r has batches r, r + world, ...; all ranks have as many, at the end some without targets.
     limit=0: all of the split; each token but the first of a shard is a target exactly once.
     limit=n: n of the windows, evenly spread and the same for every batch_size.
     Where nothing is scored y is -1; where the shard has ended x is 0, too.
@@ -160,4 +179,4 @@ def val_batches(
             f"batch_size={batch_size}, block_size={block_size} must be positive, "
             f"limit={limit} not negative"
         )
-    return ValBatches(dataset, batch_size, block_size, limit)
+    return ValBatches(dataset, batch_size, block_size, limit, rank, world)

@@ -24,6 +24,17 @@ class AnalysisError(ValueError):
 
 
 @dataclass(frozen=True)
+class Compared(Paired):
+    """A variant against its base over the seeds of both; a diverged run loses its pair.
+
+    The difference, its interval and p are over the pairs of which both runs finished.
+    """
+
+    n_lost: int  # pairs in which the variant diverged
+    n_base_lost: int  # in which its base did
+
+
+@dataclass(frozen=True)
 class Row:
     """One optimizer on a leaderboard."""
 
@@ -32,8 +43,10 @@ class Row:
     lr: float
     val_loss: Estimate  # nats per scored token
     primary: Estimate
-    versus_base: Paired | None  # log error, paired over seeds; None for a base
-    val_versus_base: Paired | None  # nats
+    median: float  # of the primary metric over seeds, which one outlier does not move
+    mean_log_error: float  # what orders the leaderboard
+    versus_base: Compared | None  # log error, paired over seeds; None for a base
+    val_versus_base: Compared | None  # nats
     n_diverged: int
 
 
@@ -76,6 +89,11 @@ def primary(record: Record) -> float:
     return math.nan if value is None else value
 
 
+def is_finished(record: Record) -> bool:
+    """Whether the run did not diverge."""
+    return math.isfinite(primary(record))
+
+
 def log_error(record: Record) -> float:
     """Logarithm of the rollout error; differences are logarithms of ratios. NaN if it diverged.
 
@@ -113,29 +131,35 @@ def references(records: list[Record]) -> dict[str, tuple[Estimate, Estimate]]:
     """Validation loss and primary metric over seeds of the rows that no optimizer made."""
     rows = by_variant(record for record in records if record["role"] == "reference")
     return {
-        name: (over_seeds([*map(val_loss, own)]), over_seeds([*map(primary, own)]))
+        name: (over_seeds([*map(val_loss, runs)]), over_seeds([*map(primary, runs)]))
         for name, own in rows.items()
+        if (runs := {record["seed"]: record for record in own}.values())  # of several folders
     }
 
 
 def leaderboard(records: list[Record]) -> list[Row]:
-    """One row a variant, best first. A variant with a diverged run is last, whatever the others."""
+    """One row a variant, best first: by mean `log_error`, since errors are compared as ratios.
+
+    A variant with a diverged run is last, whatever the others.
+    """
     runs = by_variant(filter(is_reported, records))
     rows = [_row(own, runs.get(own[0]["base"], [])) for own in runs.values()]
-    sign = -1 if records and records[0]["higher_is_better"] else 1
-    return sorted(rows, key=lambda row: (row.n_diverged, sign * row.primary.mean))
+    return sorted(rows, key=lambda row: (row.n_diverged, row.mean_log_error))
 
 
 def _row(own: list[Record], base: list[Record]) -> Row:
     first = own[0]
-    finished = [record for record in own if math.isfinite(primary(record))]
+    finished = [record for record in own if is_finished(record)]
     is_base = first["variant"] == first["base"]
+    values = [primary(record) for record in finished]
     return Row(
         variant=first["variant"],
         base=first["base"],
         lr=first["lr"],
         val_loss=over_seeds([val_loss(record) for record in finished]),
-        primary=over_seeds([primary(record) for record in finished]),
+        primary=over_seeds(values),
+        median=float(np.median(values)) if values else math.nan,
+        mean_log_error=over_seeds([log_error(record) for record in finished]).mean,
         versus_base=None if is_base else _versus(own, base, log_error),
         val_versus_base=None if is_base else _versus(own, base, val_loss),
         n_diverged=len(own) - len(finished),
@@ -144,11 +168,8 @@ def _row(own: list[Record], base: list[Record]) -> Row:
 
 def _versus(
     own: list[Record], base: list[Record], value: Callable[[Record], float]
-) -> Paired | None:
-    """Paired over the seeds that both have, lower is better; None if there are none.
-
-    A diverged run loses its pair. The difference and its interval are over finished pairs alone.
-    """
+) -> Compared | None:
+    """Paired over the seeds that both have, lower is better; None if there are none."""
     ours, theirs = (
         {r["seed"]: value(r) if math.isfinite(value(r)) else math.inf for r in records}
         for records in (own, base)
@@ -158,7 +179,9 @@ def _versus(
         return None
     finished = [pair for pair in pairs if all(map(math.isfinite, pair))]
     a, b = zip(*finished, strict=True) if finished else ((), ())
-    return replace(paired(a, b), wins=sum(x < y for x, y in pairs), n_pairs=len(pairs))
+    lost, base_lost = (sum(map(math.isinf, runs)) for runs in zip(*pairs, strict=True))
+    found = replace(paired(a, b), wins=sum(x < y for x, y in pairs), n_pairs=len(pairs))
+    return Compared(**vars(found), n_lost=lost, n_base_lost=base_lost)
 
 
 def seed_curves(
@@ -169,13 +192,13 @@ def seed_curves(
     A single run has no spread over seeds: it keeps its own interval over episodes.
     """
     return {
-        variant: _band([record["grade"]["curves"][name] for record in own])
+        variant: _over_runs([record["grade"]["curves"][name] for record in own])
         for variant, own in by_variant(filter(is_reported, records)).items()
         if all(record["grade"] and name in record["grade"]["curves"] for record in own)
     }
 
 
-def _band(curves: list[dict[str, list[float]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _over_runs(curves: list[dict[str, list[float]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if len(curves) == 1:
         mean, lo, hi = (np.array(curves[0][key], dtype=float) for key in ("mean", "lo", "hi"))
         return mean, lo, hi

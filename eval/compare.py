@@ -15,25 +15,28 @@ from pathlib import Path
 from typing import Any
 
 from data.shards import DataError
+from eval import consistency
 from eval.analysis import Record, leaderboard, references
 from eval.command import command_parser
 from eval.lds import Lds, parse_lds_variant
 from eval.matched import matched_validation
 from eval.points import PointError
-from eval.study import Study, compare
-from eval.tables import leaderboard_table, matched_table
+from eval.remarks import on_matched, on_ranks
+from eval.study import DEFAULT_GRID, GRIDS, Study, compare
+from eval.tables import leaderboard_text, matched_text
 from eval.tasks import TASKS, Task, parse_task
 from eval.variants import OF_THE_STUDY, Variant, check_names, parse_variant
 
 
 def summary(records: list[Record]) -> str:
-    """The leaderboard, and what validation loss does not explain."""
+    """The leaderboard, and what validation loss does not explain. AnalysisError: stale records."""
+    consistency.check(records)
     rows, first = leaderboard(records), records[0]
     higher = first["higher_is_better"]
     extra = references(records)
-    board = leaderboard_table(rows, extra, first["primary"], higher_is_better=higher)
-    matched = matched_validation(records)
-    return board + ("\n\n" + matched_table(matched) if matched else "")
+    board = leaderboard_text(rows, extra, first["primary"], higher_is_better=higher)
+    parts = [board, on_ranks(records), matched_text(matched_validation(records))]
+    return "\n\n".join(filter(None, [*parts, on_matched(records)]))
 
 
 def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -74,6 +77,17 @@ def study_of(arguments: argparse.Namespace) -> Study:
     return study
 
 
+def notes(study: Study) -> str:
+    """What is to be known before a study runs: a line for each optimizer without a grid."""
+    rates = ", ".join(f"{lr:g}" for lr in DEFAULT_GRID)
+    names = dict.fromkeys(variant.optimizer for variant in study.variants)
+    return "".join(
+        f"{name}: no row in GRIDS of eval/study.py, so its sweeps begin with {rates}\n"
+        for name in names
+        if name not in GRIDS
+    )
+
+
 def variants_of(task: Task | Lds, names: list[str]) -> tuple[Variant, ...]:
     """The variants of these names. ValueError if one is none, or is there twice."""
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
@@ -106,13 +120,14 @@ def main(argv: list[str]) -> None:
     parser, arguments = parse(argv)
     try:
         study = study_of(arguments)
+        print(notes(study), end="")
         study.begin(shlex.join(["python", "-m", "eval.compare", *argv]))
         records = compare(study, arguments.workers)
+        print(summary(records))
     except (DataError, PointError, ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"stopped; what is finished is in {study.out}, the same command goes on\n")
-    print(summary(records))
     print(f"{len(records)} runs in {study.out}; a page: python -m eval.report {study.out}")
 
 

@@ -10,16 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from eval.analysis import Record, is_reported, primary, references, val_loss
+from eval.analysis import Record, is_finished, is_reported, primary, references, val_loss
+from eval.board import estimate_of
+from eval.consistency import knobs_of
 from eval.intervals import over_seeds
-from eval.matched import matched_validation
-from eval.sections import Section, estimate, finished_runs, knobs_of
+from eval.matched import matched_validation, placebo
+from eval.sections import Section, finished_runs
 from eval.typeset import NONE, Cell, error_unit, metric_label, number, pair, times
 
 QUARTERS = (0, 0.25, 0.5, 0.75, 1)  # of the horizon: where episodes are counted
 N_SAMPLES = 2  # of each optimizer
 MEANING = {  # of references, eval/reference.py
     "oracle": "the source itself",
+    "greedy": "its likeliest token",
     "uniform": "every token equally likely",
     "zero": "the policy that never acts",
 }
@@ -44,7 +47,8 @@ def metrics_table(section: Section) -> Table:
 
 def _cell(runs: list[Record], name: str) -> Cell:
     """Over seeds, or a single run's own interval; says so if some runs have no such number."""
-    values = [estimate(r["grade"]["metrics"][name]) for r in runs if name in r["grade"]["metrics"]]
+    metrics = [record["grade"]["metrics"] for record in runs]
+    values = [estimate_of(each[name]) for each in metrics if name in each]
     known = [each for each in values if math.isfinite(each.mean)]
     if not known:
         return NONE, ""
@@ -61,6 +65,13 @@ def matched_table(section: Section) -> Table | None:
             residual = found[variant].residual
             rows.append((variant, [times(residual), (f"{residual.n} of {len(own)}", "")]))
     return Table(["rollout error, times the base’s", "seeds compared"], rows) if rows else None
+
+
+def placebo_table(section: Section) -> Table | None:
+    """The same of pairs of base optimizers, which nothing was done to."""
+    found = placebo(section.records)
+    rows = [(name, [times(each), (str(each.n), "")]) for name, each in found.items()]
+    return Table(["first’s rollout error, times the second’s", "seeds"], rows) if rows else None
 
 
 def reference_rows(section: Section) -> list[tuple[str, Cell, Cell]]:
@@ -112,7 +123,7 @@ def incidents(section: Section, protocols: Iterable[dict[str, Any]]) -> list[str
     found = [
         f"{r['variant']}, lr {r['lr']:g}, seed {r['seed']} ({r['role']}): diverged"
         for r in section.records
-        if is_reported(r) and not math.isfinite(primary(r))
+        if is_reported(r) and not is_finished(r)
     ]
     present = {(r["variant"], r["seed"]) for r in section.records if is_reported(r)}
     for protocol in protocols if section.is_study else ():
@@ -127,7 +138,7 @@ def lost_rates(section: Section) -> list[str]:
     """Learning rates at which tuning runs diverged, "sgd 0.1, 0.2", a line a variant."""
     rates: dict[str, set[float]] = defaultdict(set)
     for record in section.records:
-        if record["role"] == "tuning" and not math.isfinite(primary(record)):
+        if record["role"] == "tuning" and not is_finished(record):
             rates[record["variant"]].add(record["lr"])
     return [f"{v} {', '.join(f'{lr:g}' for lr in sorted(own))}" for v, own in rates.items()]
 

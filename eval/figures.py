@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 
 from eval.analysis import (
     Record,
+    is_finished,
     is_reported,
     primary,
     seed_curves,
@@ -38,7 +39,7 @@ CURVES = {  # what is drawn where a task has it, with its axis
     "B": "B(l), accumulated error\n({error})",
     "G": "G(l), feedback gap\n({error} per step)",
     "C": "C(l), accumulated\nKL(model ‖ oracle) ({error})",
-    "survival": "S(l), share that still parses",
+    "survival": "S(l), share of episodes\nthat still go on",
 }
 ON_DATA = {"B": "A", "survival": "data_survival"}  # the same on the data's contexts
 MIN_POINTS = 3  # of a scatter plot
@@ -66,9 +67,7 @@ def validation(records: list[Record]) -> Figure | None:
         _dots(ax, [r for r in own if not is_reported(r)], look, mfc="none", alpha=0.6)
         _dots(ax, [r for r in own if is_reported(r)], look, mec="white", mew=0.6)
     x, y = fit_curve(records)
-    if len(x):  # straight in logarithms, bent on other axes
-        x, ends = np.geomspace(x[0], x[-1]), x
-        y = np.exp(np.interp(np.log(x), np.log(ends), np.log(y)))
+    if len(x):
         ax.plot(x, _as_metric(y, records[0]), color=INK, lw=1.1, label="fit")
     log_if_wide(ax, "x", map(teacher_forced, runs))
     log_if_wide(ax, "y", map(primary, runs))
@@ -105,18 +104,18 @@ def _kinds(shown: dict[str, Look], runs: list[Record], *, fit: bool) -> list[Lin
 
 def curves(records: list[Record]) -> Figure | None:
     """A row of CURVES each, a column a base, with bands; on data's contexts as a thin line."""
-    finished = [record for record in records if math.isfinite(primary(record))]
-    found = {name: _over_seeds(finished, name) for name in CURVES}
+    finished = [record for record in records if is_finished(record)]
+    found = {name: _bands(finished, name) for name in CURVES}
     names = [name for name in CURVES if found[name]]
     if not names:
         return None
     shown = {name: look for name, look in looks(finished).items() if name in found[names[0]]}
     figure, axes = panels(names, shown.values())
     for name in names:
-        thin = _over_seeds(finished, ON_DATA[name], like=name) if name in ON_DATA else {}
+        thin = _bands(finished, ON_DATA[name], like=name) if name in ON_DATA else {}
         for variant, look in shown.items():
             if variant in found[name]:
-                _band(axes[name, look.base], *found[name][variant], look=look)
+                _draw_band(axes[name, look.base], *found[name][variant], look=look)
             if variant in thin:
                 _line(axes[name, look.base], thin[variant][0], look, lw=0.7)
         last = [float(mean[-1]) for mean, _, _ in found[name].values()]
@@ -137,7 +136,7 @@ def _units(names: list[str], record: Record) -> dict[str, str]:
     return {name: CURVES[name].format(error=unit) for name in names}
 
 
-def _over_seeds(records: list[Record], name: str, like: str | None = None) -> dict:
+def _bands(records: list[Record], name: str, like: str | None = None) -> dict:
     """`seed_curves`, of logarithms where the curves (of `like`) end more than DECADES apart.
 
     An optimizer of which a run ends below zero keeps its mean, but has no interval there.
@@ -166,7 +165,7 @@ def _line(ax: Axes, values: np.ndarray, look: Look, lw: float) -> None:
     ax.plot(steps, values, color=look.colour, lw=lw, ls=look.dashes, label=look.mode)
 
 
-def _band(ax: Axes, mean: np.ndarray, lo: np.ndarray, hi: np.ndarray, *, look: Look) -> None:
+def _draw_band(ax: Axes, mean: np.ndarray, lo: np.ndarray, hi: np.ndarray, *, look: Look) -> None:
     _line(ax, mean, look, lw=1.6)
     if np.isfinite(lo).any():
         ax.fill_between(np.arange(1, len(mean) + 1), lo, hi, color=look.colour, alpha=0.14, lw=0)

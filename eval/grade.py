@@ -8,8 +8,11 @@
     C(l) = Σ_{t<=l} E r_t   on the model's own rollouts, r_t = KL(model ‖ oracle)
 
 By the chain rule A(l) is KL(source ‖ model) and C(l) is KL(model ‖ source) between the laws of
-whole sequences of l decisions: what the model leaves out, and what it makes up. B mixes both sides
-and rewards diffuse models. E is over all episodes: one that has ended adds nothing.
+whole sequences of l decisions: what the model leaves out, and what it makes up. A alone rewards
+diffuse models, and so does B, which mixes both sides; C alone rewards sharp ones, down to a parrot
+of one likely sequence. Their sum, Jeffreys' divergence, is zero for the source only and infinite
+for the parrot. E is over all episodes: one that has ended adds nothing. B and G would then reward
+ending early: where episodes end there are none, but S(l), the share under way after l decisions.
 
 Every number comes with a 95 % bootstrap interval over episodes, both rollouts resampled together.
 """
@@ -53,21 +56,21 @@ class Grade:
 def oracle_grade(data: Rollout, own: Rollout, n_samples: int = 4) -> Grade:
     """Compare episodes that the oracle decided with episodes that the model decided."""
     weights = bootstrap_weights(len(own.tokens))  # (R, B)
-    on_data, on_own = _per_episode(weights, data.error), _per_episode(weights, own.error)  # (R, H)
-    curves = {"A": on_data.cumsum(1), "B": on_own.cumsum(1)}
-    curves["G"] = (curves["B"] - curves["A"]) / np.arange(1, on_own.shape[1] + 1)
+    curves = {"A": _per_episode(weights, data.error).cumsum(1)}  # (R, H)
+    if _has_ends(data, own):
+        curves["survival"] = _alive_share(weights, own.error)
+        curves["data_survival"] = _alive_share(weights, data.error)
+    else:
+        curves["B"] = _per_episode(weights, own.error).cumsum(1)
+        with np.errstate(invalid="ignore"):  # both are infinite where the model rules tokens out
+            curves["G"] = (curves["B"] - curves["A"]) / np.arange(1, own.tokens.shape[1] + 1)
     if not own.reverse.isinf().any():  # the oracle gives mass to all that the model does
         curves["C"] = _per_episode(weights, own.reverse).cumsum(1)
-    A, B = curves["A"][:, -1], curves["B"][:, -1]
-    with np.errstate(divide="ignore", invalid="ignore"):  # a model without error on the data
-        excess = 100 * (B - A) / A
     values = {
         "val_ce": _mean(weights, data.nll),
         "val_kl": _mean(weights, data.error),
-        "accumulated_kl": B,
-        **({"sequence_kl": curves["C"][:, -1]} if "C" in curves else {}),
-        "gap": curves["G"][:, -1],
-        "excess_percent": excess,
+        "overconfidence": _mean(weights, data.nll) - _mean(weights, data.entropy),
+        **_of_sequences({name: each[:, -1] for name, each in curves.items()}),
         **_drift(weights, data, own),
         **{name: _mean(weights, each[:, None]) for name, each in own.outcomes.items()},
         **{f"data_{name}": _mean(weights, each[:, None]) for name, each in data.outcomes.items()},
@@ -81,9 +84,26 @@ def oracle_grade(data: Rollout, own: Rollout, n_samples: int = 4) -> Grade:
     )
 
 
+def _of_sequences(last: dict[str, np.ndarray]) -> dict[str, np.ndarray]:  # (R,) each
+    """What the ends of the curves say of whole episodes."""
+    found = {}
+    if "C" in last:
+        found = {"sequence_kl": last["C"], "jeffreys": last["A"] + last["C"]}
+    if "B" in last:
+        with np.errstate(divide="ignore", invalid="ignore"):  # a model without error on the data
+            excess = 100 * (last["B"] - last["A"]) / last["A"]
+        found |= {"accumulated_kl": last["B"], "gap": last["G"], "excess_percent": excess}
+    return found
+
+
+def _has_ends(data: Rollout, own: Rollout) -> bool:
+    """Whether an episode ended before its horizon."""
+    return bool(data.error.isnan().any() or own.error.isnan().any())
+
+
 def _drift(weights: np.ndarray, data: Rollout, own: Rollout) -> dict[str, np.ndarray]:
     """Nothing where episodes end: late steps would be those of the stragglers."""
-    if data.nll.isnan().any() or own.entropy.isnan().any():
+    if _has_ends(data, own):
         return {}
     return {"entropy_drift": entropy_drift(weights, data.nll, own.entropy)}
 
@@ -111,8 +131,9 @@ def curve(values: np.ndarray) -> Curve:  # (R, H)
 def _sums(weights: np.ndarray, values: Tensor) -> tuple[np.ndarray, np.ndarray]:  # (R, H) twice
     """Weighted sum, and weight, of what is not NaN in each column of (B, H)."""
     array = values.double().cpu().numpy()
-    counted = ~np.isnan(array)
-    return weights @ np.where(counted, array, 0.0), weights @ counted
+    total = weights @ np.where(np.isfinite(array), array, 0.0)
+    total[weights @ np.isinf(array) > 0] = np.inf  # 0 times inf is not to be NaN
+    return total, weights @ ~np.isnan(array)
 
 
 def _per_episode(weights: np.ndarray, values: Tensor) -> np.ndarray:  # (R, H)
@@ -126,6 +147,11 @@ def _mean(weights: np.ndarray, values: Tensor) -> np.ndarray:  # (R,)
     total, count = _sums(weights, values)
     with np.errstate(invalid="ignore"):
         return total.sum(1) / count.sum(1)
+
+
+def _alive_share(weights: np.ndarray, values: Tensor) -> np.ndarray:  # (R, H)
+    """The share of episodes that are under way at each step."""
+    return weights @ (~values.isnan()).double().cpu().numpy() / weights.sum(1, keepdims=True)
 
 
 def _alive(values: Tensor) -> list[int]:

@@ -9,6 +9,7 @@ from scipy import stats
 
 LEVEL = 0.95  # of every interval
 RESAMPLES = 1000
+MIN_SEEDS = 3  # of an interval over seeds: with two, t(0.975, 1) = 12.7, and a tie is 0 wide
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Paired:
     """a minus b over pairs: the mean difference, its t-interval, p (two-sided), wins of a."""
 
     difference: Estimate
-    p: float  # 1 for a single pair or equal differences
+    p: float  # 1 for fewer than MIN_SEEDS pairs or equal differences
     wins: int  # pairs in which a is lower
     n_pairs: int
 
@@ -40,10 +41,11 @@ def bootstrap_weights(n: int, seed: int = 0) -> np.ndarray:  # (1 + RESAMPLES, n
 def percentiles(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Value, lower and upper end of what was computed with each row of `bootstrap_weights`.
 
-    values: (1 + RESAMPLES, ...). The ends are percentiles of the resamples; NaN if all are NaN.
+    values: (1 + RESAMPLES, ...). The ends are percentiles of the resamples; NaN if all are NaN, or
+    infinite.
     """
     tail = 50 * (1 - LEVEL)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
         warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
         lo, hi = np.nanpercentile(values[1:], [tail, 100 - tail], axis=0)
     return values[0], lo, hi
@@ -54,7 +56,7 @@ def over_seeds(values: Sequence[float]) -> Estimate:
     if not len(values):
         return Estimate(float("nan"), float("nan"), float("nan"), 0)
     mean, n = float(np.mean(values)), len(values)
-    if n < 2:
+    if n < MIN_SEEDS:
         return Estimate(mean, float("nan"), float("nan"), n)
     half = stats.t.ppf((1 + LEVEL) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n)
     return Estimate(mean, float(mean - half), float(mean + half), n)
@@ -73,7 +75,7 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Paired:
 
 def _p_value(difference: np.ndarray) -> float:
     """Two-sided, of Student's t-test against zero; 1 where there is no spread to judge by."""
-    if len(difference) < 2 or np.ptp(difference) == 0:
+    if len(difference) < MIN_SEEDS or np.ptp(difference) == 0:
         return 1.0
     t = difference.mean() / (difference.std(ddof=1) / np.sqrt(len(difference)))
     return float(2 * stats.t.sf(abs(t), len(difference) - 1))

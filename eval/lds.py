@@ -27,12 +27,12 @@ from eval.variants import Variant, parse_variant
 from optim.build import build_optimizers
 from optim.dopr import ActivationPreconditioner
 from optim.schedule import lr_scale
+from settings import FIELDS
 
 __all__ = ["Lds", "grade_policy", "parse_lds_variant", "train_policy"]
 
 BATCH_SIZE = 64
 ACTION_NOISE = 0.03  # standard deviation of what demonstrations add to each action
-GAMMA = 1e-3  # of DoPr, where nothing else is said
 DOPR_NUMBERS = {"gamma", "sigma_beta", "refresh_every", "collect_every", "exponent"}
 NUMBERS: dict[str, Any] = {
     "beta1": 0.9,
@@ -44,11 +44,11 @@ NUMBERS: dict[str, Any] = {
 
 
 def parse_lds_variant(name: str) -> Variant:
-    """The variant of that name, gamma = GAMMA unless it says more.
+    """The variant of that name.
 
     Raises ValueError if it changes something that this task has not: only DoPr has numbers here.
     """
-    variant = parse_variant(name, {"gamma": GAMMA})
+    variant = parse_variant(name)
     settings = dict(variant.settings)
     known = DOPR_NUMBERS if settings["dopr"] else set()
     if unknown := sorted(settings.keys() - known - {"optimizer", "dopr"}):
@@ -78,12 +78,12 @@ def train_policy(
 
     optimizer: a name that `optim.build` knows, with the defaults of train.py, no weight decay.
     seed: of the weights and the demonstrations, the same for all optimizers.
-    dopr: settings of ActivationPreconditioner; none: without it. gamma is GAMMA unless given.
+    dopr: settings of ActivationPreconditioner; none: without it. gamma as in train.py.
     """
     model = _policy(lds, seed)
     optimizers = build_optimizers(model, optimizer=optimizer, lr=lr, **NUMBERS)
     if dopr:
-        settings: dict[str, Any] = {"gamma": GAMMA, **dopr}
+        settings: dict[str, Any] = {"gamma": FIELDS["gamma"].default, **dopr}
         ActivationPreconditioner(model, **settings).attach(*optimizers)
     for step, (states, actions) in enumerate(_demonstrations(lds, seed, steps)):
         loss = (model(states) - actions).square().sum(1).mean()

@@ -28,6 +28,7 @@ def evaluate(
     device: str | torch.device,
     autocast: AbstractContextManager = nullcontext(),  # noqa: B008 - it has no state
     should_stop: Callable[[], bool] = lambda: False,
+    total: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Loss | None:
     """Cross-entropy of `model` over every scored target, each counted once.
 
@@ -40,6 +41,7 @@ def evaluate(
         autocast: entered once per batch.
         should_stop: asked before each batch; if it says yes the result is None, because the loss
             of a part of the batches compares to nothing.
+        total: sums over the processes, where each evaluates some of the batches.
     Raises:
         ValueError: no target is scored.
     """
@@ -60,7 +62,8 @@ def evaluate(
             nats += losses.sum(dtype=torch.float64)
             n_tokens += scored.sum()
             n_bytes += sizes[y[scored]].sum()
-    return _loss(nats.item(), int(n_tokens), int(n_bytes))
+    nats, *counts = total(torch.stack([nats, n_tokens.double(), n_bytes.double()])).tolist()
+    return _loss(nats, *map(int, counts))
 
 
 def _loss(nats: float, n_tokens: int, n_bytes: int) -> Loss:

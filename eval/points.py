@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from checkpoint import candidates
 from configurator import load_config
 from eval.lds import BATCH_SIZE, Lds, command_of, grade_policy, train_variant
 from eval.record import make_record, train_command, write_record
@@ -31,9 +32,10 @@ from eval.tasks.task import OracleTask
 from eval.ttf import grade_checkpoint, grading_code
 from optim.statistics import settings_problems
 from runlog import environment
-from settings import RUN_ONLY
+from settings import FIELDS, RUN_ONLY
 
 ROOT = Path(__file__).parents[1]
+GRADING = "grading "  # how keys of `asked` begin that make the grade, not the model
 DIVERGED = "steps in a row were not finite"  # what train.py says of a run that it gave up
 
 
@@ -64,16 +66,18 @@ class Point:
 
     def asked(self) -> dict[str, Any]:
         """Every number that makes the record what it is. ConfigError if train.py would refuse."""
-        grading: dict[str, Any] = {"n": self.n, "seed": self.grading_seed}
+        grading = {"n": self.n, "seed": self.grading_seed, "code": grading_code(self.task)}
+        return self._trained() | {GRADING + key: value for key, value in grading.items()}
+
+    def _trained(self) -> dict[str, Any]:
+        """What makes the model."""
         if self.role == "reference":
-            return {"spec": self.task.spec, **grading}
+            return {"spec": self.task.spec}
         if isinstance(self.task, Lds):
             load_config([*self.command[1:], "--warmup_steps=0"], _dopr_problems)  # it has none
             return {**self.settings, "lr": self.lr, "seed": self.seed, "spec": self.task.spec}
         config, _ = load_config(self.command[1:], _dopr_problems)
-        settings = {key: value for key, value in asdict(config).items() if key not in RUN_ONLY}
-        grading["code"] = grading_code(self.task)
-        return settings | {f"grading {key}": value for key, value in grading.items()}
+        return {key: value for key, value in asdict(config).items() if key not in RUN_ONLY}
 
 
 def _dopr_problems(settings: dict[str, Any]) -> list[str]:
@@ -83,6 +87,7 @@ def _dopr_problems(settings: dict[str, Any]) -> list[str]:
 def run_point(point: Point) -> dict[str, Any]:
     """The record of a point; from disk if it was finished before.
 
+    A model that was trained before and graded otherwise, or by other code, is only graded again.
     Raises PointError: why it failed, or how what is on disk differs from what is asked.
     """
     names = {"variant": point.variant, "base": point.base, "role": point.role}
@@ -94,7 +99,7 @@ def recorded(
 ) -> dict[str, Any]:
     """The record in a folder, which `make` makes unless it is there.
 
-    Raises PointError if what is there was made with other settings than `asked`.
+    Raises PointError if what is there was trained with other settings than `asked`.
     """
     if found := finished(folder, asked):
         return found
@@ -106,12 +111,19 @@ def recorded(
 
 
 def finished(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """The record in a folder, or None. PointError if it is of another run than that asked for."""
+    """The record in a folder; None if there is none, or if its model is to be graded again.
+
+    A setting that the record does not know is younger than it; the run had its default.
+    Raises PointError if it is of another run than that asked for.
+    """
     if not (folder / "record.json").exists():
         return None
-    record = read_record(folder)
-    _check_same(folder, record.get("asked", {}), json.loads(json.dumps(asked)))
-    return record
+    record, asked = read_record(folder), json.loads(json.dumps(asked))
+    found = {key: FIELDS[key].default for key in asked.keys() & FIELDS.keys()} | record["asked"]
+    if found == asked:
+        return record
+    _check_trained_the_same(folder, found, asked)
+    return None
 
 
 def _graded(point: Point) -> dict[str, Any]:
@@ -127,9 +139,10 @@ def read_record(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "record.json").read_text())
 
 
-def _check_same(folder: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
-    """PointError if the run in a folder was made with other settings than these."""
+def _check_trained_the_same(folder: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
+    """PointError if the run in a folder was trained with other settings than these."""
     other = {key for key in found.keys() | asked.keys() if found.get(key) != asked.get(key)}
+    other -= {key for key in other if key.startswith(GRADING)}
     if other:
         was = "; ".join(f"{k} was {found.get(k)}, is {asked.get(k)}" for k in sorted(other))
         raise PointError(f"{folder} holds another run: {was}; delete it or choose another --out")
@@ -137,6 +150,8 @@ def _check_same(folder: Path, found: dict[str, Any], asked: dict[str, Any]) -> N
 
 def _train_and_grade(point: Point, task: Task) -> dict[str, Any]:
     """A run of train.py, graded on rollouts."""
+    if _is_trained(point.folder):
+        return grade_checkpoint(point.folder, n=point.n, seed=point.grading_seed)
     if train_in(point.folder, point.command):
         return grade_checkpoint(point.folder, n=point.n, seed=point.grading_seed)
     return _diverged(point, task)
@@ -154,6 +169,12 @@ def train_in(folder: Path, command: list[str]) -> bool:
     if code and DIVERGED not in log.read_text():
         raise PointError(f"{' '.join(command)}\nended with exit code {code}; see {log}")
     return code == 0
+
+
+def _is_trained(folder: Path) -> bool:
+    """Whether its model is there, from a time when it was graded otherwise."""
+    finished = (folder / "record.json").exists() and read_record(folder)["grade"] is not None
+    return finished and bool(candidates(folder / "checkpoints"))
 
 
 def _diverged(point: Point, task: Task) -> dict[str, Any]:

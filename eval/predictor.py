@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from dist import World
 from model import GPT, KVCache
 
 
@@ -51,3 +52,19 @@ class GPTPredictor(Predictor):
         pairs = zip(rows, self._caches, strict=True)
         logits = [self.model.step(ids, cache)[:, -1] for ids, cache in pairs]  # (b, V) each
         return torch.cat(logits).log_softmax(-1, dtype=torch.float64)
+
+
+class SharedPredictor(Predictor):
+    """Every process of a world predicts for some of the rows, and gets the predictions for all."""
+
+    def __init__(self, own: Predictor, world: World) -> None:
+        self.own = own
+        self.world = world
+
+    def start(self, prompts: Tensor, length: int | None = None) -> Tensor:
+        share = self.own.start(self.world.my_rows(prompts), length)
+        return self.world.all_rows(share, len(prompts))
+
+    def read(self, tokens: Tensor) -> Tensor:
+        share = self.own.read(self.world.my_rows(tokens))
+        return self.world.all_rows(share, len(tokens))

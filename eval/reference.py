@@ -1,8 +1,9 @@
-"""What is possible, and what is worth nothing: the rows of a table that no optimizer made.
+"""The source and two extremes beside it: the rows of a table that no optimizer made.
 
     python -m eval.reference ctrl,instance=200 --episodes 1024
 
 oracle      the source itself; its rollouts are the data's
+greedy      the source's likeliest token, always: no imitation, but no accidents either
 uniform     every token equally likely, whatever came before
 zero        on lds, where a model is a matrix: the policy that never acts
 """
@@ -43,6 +44,23 @@ class OraclePredictor(Predictor):
         return self.twin.oracle().log()
 
 
+class GreedyPredictor(Predictor):
+    """All mass on the likeliest token of another predictor."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self.predictor = predictor
+
+    def start(self, prompts: Tensor, length: int | None = None) -> Tensor:
+        return self._likeliest(self.predictor.start(prompts))
+
+    def read(self, tokens: Tensor) -> Tensor:
+        return self._likeliest(self.predictor.read(tokens))
+
+    def _likeliest(self, log_p: Tensor) -> Tensor:
+        only = torch.full_like(log_p, -math.inf)
+        return only.scatter_(1, log_p.argmax(1, keepdim=True), 0.0)
+
+
 class UniformPredictor(Predictor):
     """Each of `n_vocab` tokens equally likely."""
 
@@ -61,7 +79,7 @@ def references_of(task: Task | Lds) -> tuple[str, ...]:
     """The names of a task's references; none where there is no oracle."""
     if isinstance(task, Lds):
         return ("zero",)
-    return ("oracle", "uniform") if isinstance(task, OracleTask) else ()
+    return ("oracle", "greedy", "uniform") if isinstance(task, OracleTask) else ()
 
 
 def grade_reference(task: OracleTask | Lds, name: str, *, n: int, seed: int) -> Grade:
@@ -69,8 +87,10 @@ def grade_reference(task: OracleTask | Lds, name: str, *, n: int, seed: int) -> 
     if isinstance(task, Lds):
         return grade_policy(task, np.zeros_like(task.expert))
     world = task.world(n, seed)
+    oracle = OraclePredictor(world)
     uniform = UniformPredictor(world.oracle().size(1))
-    return task.grade({"oracle": OraclePredictor(world), "uniform": uniform}[name], n=n, seed=seed)
+    models = {"oracle": oracle, "greedy": GreedyPredictor(oracle), "uniform": uniform}
+    return task.grade(models[name], n=n, seed=seed)
 
 
 def command_of(spec: str, *, n: int, seed: int) -> str:

@@ -13,17 +13,19 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from eval import details
+from eval import consistency, details
 from eval.analysis import AnalysisError, Record, load_records
+from eval.board import BAR
 from eval.command import command_parser
 from eval.figures import draw
 from eval.looks import looks, save_png, svg
-from eval.sections import BAR, Section, make_sections
+from eval.remarks import on_matched, on_ranks
+from eval.sections import Section, make_sections
 from eval.typeset import metric_label
 
 NEEDED = (  # of a record; the rest is optional
     *("task", "spec", "primary", "higher_is_better", "variant", "base", "role", "lr", "seed"),
-    *("steps", "val_loss", "grade", "command", "environment", "seconds", "settings"),
+    *("steps", "tokens", "val_loss", "grade", "command", "environment", "seconds", "settings"),
 )
 TEMPLATE = "report.html.j2"
 
@@ -54,11 +56,15 @@ def _check(path: Path, records: list[Record]) -> None:
             raise AnalysisError(f"{path}: record {number} lacks {', '.join(lacks)}; grade it again")
 
 
-def write_report(paths: Sequence[Path], out: Path) -> Path:
-    """Writes the page and its figures to `out`; returns the page's path."""
+def write_report(paths: Sequence[Path], out: Path, n_planned: int = 0) -> Path:
+    """Writes the page and its figures to `out`; returns the page's path.
+
+    n_planned: comparisons of the family that is judged together; 0: those on the page.
+    """
     records, protocols = read(paths)
+    consistency.check(records)
     out.mkdir(parents=True, exist_ok=True)
-    sections = [_content(section, protocols, out) for section in make_sections(records)]
+    sections = [_content(section, protocols, out) for section in make_sections(records, n_planned)]
     page = out / "report.html"
     content = render(sections, records, protocols)
     page.write_text(content, encoding="utf-8", errors="backslashreplace")
@@ -79,6 +85,7 @@ def render(
     return environment.get_template(TEMPLATE).render(
         sections=sections,
         overview=overview(sections),
+        family=sections[0]["about"].family,
         n_runs=len(records),
         protocols=[(each["command"], json.dumps(each, indent=1)) for each in protocols],
         environments=details.distinct(record["environment"] for record in records),
@@ -104,7 +111,10 @@ def _content(section: Section, protocols: list[dict[str, Any]], out: Path) -> di
         "colours": {look.base: look.colour for look in looks(section.records).values()},
         "figures": _figures(section, out),
         "references": details.reference_rows(section),
+        "ranks": on_ranks(section.records),
         "matched": details.matched_table(section),
+        "placebo": details.placebo_table(section),
+        "matched_remark": on_matched(section.records) if section.n_comparisons else "",
         "metrics": details.metrics_table(section),
         "episodes_left": details.episodes_left(section),
         "samples": details.samples(section),
@@ -130,9 +140,13 @@ def main(argv: list[str]) -> int:
     parser = command_parser("report", __doc__)
     parser.add_argument("folders", type=Path, nargs="+", help="studies or graded runs")
     parser.add_argument("--out", type=Path, default=Path("out/report"), help="a folder")
+    about = "planned in all, also those not on the page; a star is for p below 0.05 / N"
+    parser.add_argument("--comparisons", type=int, default=0, metavar="N", help=about)
     arguments = parser.parse_args(argv)
     try:
-        print(write_report(arguments.folders, arguments.out))
+        if arguments.comparisons < 0:
+            raise AnalysisError(f"--comparisons={arguments.comparisons}: must not be negative")
+        print(write_report(arguments.folders, arguments.out, arguments.comparisons))
     except (AnalysisError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

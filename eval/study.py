@@ -8,7 +8,7 @@ nothing was tuned, run at that rate; they alone are reported.
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from eval.reference import references_of
 from eval.runner import Runner
 from eval.tasks import Task
 from eval.variants import Variant
+from optim.build import MATRIX_OPTIMIZERS
 
 FRESH = 200  # the first fresh seed; tuning seeds are 0, 1, ...
 GRIDS = {  # the first learning rates
@@ -31,8 +32,9 @@ GRIDS = {  # the first learning rates
     "muon": (8e-3, 1.6e-2, 3.2e-2),
     "adamuon": (8e-3, 1.6e-2, 3.2e-2),
 }
+DEFAULT_GRID = (5e-4, 1e-3, 2e-3)  # of an optimizer that has none: a factor 2 around 1e-3
 MAX_RATES = 16  # of a sweep: a loss that falls all the way is no sweep
-AUX_LR = 4e-3  # of the AdamW beside muon and adamuon, with and without DoPr
+AUX_LR = 4e-3  # of the AdamW beside matrix optimizers, with and without DoPr
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Study:
     def point(self, variant: Variant, role: str, lr: float, seed: int) -> Point:
         """One run. A seed is also the task's instance, if the task has any."""
         has_instances = any(field.name == "instance" for field in fields(self.task))
-        has_aux = variant.optimizer in ("muon", "adamuon") and "aux_lr" not in self.settings
+        has_aux = variant.optimizer in MATRIX_OPTIMIZERS and "aux_lr" not in self.settings
         aux = {"aux_lr": AUX_LR} if has_aux and isinstance(self.task, Task) else {}
         return Point(
             folder=self.out / "runs" / f"{variant.name}-lr{lr:g}-seed{seed}",
@@ -66,7 +68,7 @@ class Study:
         )
 
     def references(self) -> list[Point]:
-        """What is possible and what is worth nothing, on the instances of the fresh seeds."""
+        """The source and two extremes beside it, on the instances of the fresh seeds."""
         seeds = range(FRESH, FRESH + self.fresh_seeds)
         names = references_of(self.task)
         rows = [Variant(name, name, ()) for name in names]
@@ -109,7 +111,7 @@ class Study:
         """ValueError for a variant that cannot be trained on these settings."""
         for variant in self.variants:
             try:
-                self.point(variant, "tuning", GRIDS[variant.optimizer][0], 0).asked()
+                self.point(variant, "tuning", first_rates(variant.optimizer)[0], 0).asked()
             except ValueError as error:
                 raise ValueError(f"{variant.name}: {error}") from error
 
@@ -122,6 +124,11 @@ def _line(record: Record) -> str:
     )
 
 
+def first_rates(optimizer: str) -> tuple[float, ...]:
+    """The rates that a sweep begins with; it goes on from there as far as it must."""
+    return GRIDS.get(optimizer, DEFAULT_GRID)
+
+
 def sweep(study: Study, variant: Variant, run: Callable[[list[Point]], list[Record]]) -> float:
     """The rate of the lowest validation loss on the tuning seeds, with higher and lower ones tried.
 
@@ -129,7 +136,7 @@ def sweep(study: Study, variant: Variant, run: Callable[[list[Point]], list[Reco
     edge of MAX_RATES rates.
     """
     losses: dict[float, float] = {}
-    rates = list(GRIDS[variant.optimizer])
+    rates = list(first_rates(variant.optimizer))
     while len(losses) < MAX_RATES:
         for lr in rates:
             seeds = range(study.tuning_seeds)
@@ -167,14 +174,23 @@ def compare(study: Study, workers: int) -> list[Record]:
     return records
 
 
-def _unite(path: Path, records: Iterable[Record]) -> list[Record]:
-    """Add records to a file, in the place of those of the same runs; returns all that it holds."""
+def _unite(path: Path, records: Collection[Record]) -> list[Record]:
+    """Add records to a file, in the place of those of the same runs; returns all that it holds.
+
+    Fresh runs replace all fresh runs of the same variant at another rate: a sweep has one best.
+    """
     lines = path.read_text().splitlines() if path.exists() else []
-    rows = [*map(json.loads, lines), *map(_lean, records)]
+    rates = {row["variant"]: row["lr"] for row in records if row["role"] == "fresh"}
+    there = [row for row in map(json.loads, lines) if not _is_stale(row, rates)]
+    rows = [*there, *map(_lean, records)]
     united = {(row["variant"], row["lr"], row["seed"]): row for row in rows}
     records = [united[key] for key in sorted(united)]
     write_atomic(path, "".join(json.dumps(record) + "\n" for record in records))
     return records
+
+
+def _is_stale(row: Record, rates: dict[str, float]) -> bool:
+    return row["role"] == "fresh" and row["lr"] != rates.get(row["variant"], row["lr"])
 
 
 def _lean(record: Record) -> Record:

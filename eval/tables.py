@@ -1,9 +1,10 @@
 """Tables for a terminal: aligned columns, numbers with their intervals."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 from eval.analysis import Row
-from eval.intervals import Estimate, Paired
+from eval.intervals import MIN_SEEDS, Estimate, Paired
 from eval.matched import Matched
 from eval.typeset import times
 
@@ -21,43 +22,51 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def leaderboard_table(
+def leaderboard_text(
     rows: Sequence[Row],
     references: dict[str, tuple[Estimate, Estimate]],
     metric: str,
     *,
     higher_is_better: bool,
 ) -> str:
-    """Best first: mean ± half of the 95 % interval over seeds, the rollout error over the base's.
+    """In order: mean ± half of the 95 % interval over seeds, median, ratio to the base's error.
 
     references: validation loss and metric of what no optimizer made; they stand below.
     """
     direction = "higher" if higher_is_better else "lower"
-    header = ["optimizer", "lr", "val loss", f"{metric} ({direction} is better)"]
+    header = ["optimizer", "lr", "val loss", f"{metric} ({direction} is better)", "median"]
     cells = [[*header, "error / base's", "wins", "p", "diverged"]]
     for row in rows:
-        values = number(row.val_loss), number(row.primary)
+        means = mean_and_half(row.val_loss), mean_and_half(row.primary)
+        values = *means, f"{row.median:.4g}"
         versus = row.versus_base
         compared = ("", "", "") if versus is None else _compared(versus)
         cells.append([row.variant, f"{row.lr:g}", *values, *compared, str(row.n_diverged or "")])
     for name, values in references.items():
-        cells.append([name, "", *map(number, values), "", "", "", ""])
+        cells.append([name, "", *map(mean_and_half, values), "", "", "", "", ""])
     return aligned(cells)
 
 
-def matched_table(matched: dict[str, Matched]) -> str:
-    """The rollout error over the base's, at equal validation."""
+def matched_text(matched: dict[str, Matched]) -> str:
+    """The rollout error over the base's, at equal validation; empty if there is none."""
+    if not matched:
+        return ""
     cells = [("optimizer", "error / base's at equal validation", "seeds compared")]
     for variant, each in matched.items():
         cells.append((variant, " ".join(times(each.residual)), f"{each.n_inside}/{each.n}"))
     return aligned(cells)
 
 
-def number(value: Estimate) -> str:
-    """mean ± half of the interval, to four significant digits."""
-    return f"{value.mean:.4g} ± {(value.hi - value.lo) / 2:.2g}"
+def mean_and_half(value: Estimate) -> str:
+    """mean ± half of the interval, to four significant digits; the mean alone without one."""
+    half = (value.hi - value.lo) / 2
+    return f"{value.mean:.4g}" + ("" if math.isnan(half) else f" ± {half:.2g}")
 
 
 def _compared(versus: Paired) -> tuple[str, str, str]:
     wins = f"{versus.wins}/{versus.n_pairs}"
-    return " ".join(times(versus.difference)), wins, f"{versus.p:.2g}"
+    return (
+        " ".join(times(versus.difference)),
+        wins,
+        f"{versus.p:.2g}" if versus.difference.n >= MIN_SEEDS else "",
+    )

@@ -22,9 +22,11 @@ from tqdm import tqdm
 from checkpoint import CheckpointError, candidates, open_checkpoint
 from data.files import sha256_of
 from data.shards import DataError
+from dist import World
 from eval.command import command_parser
 from eval.grade import Grade
-from eval.predictor import GPTPredictor
+from eval.lds import Lds
+from eval.predictor import GPTPredictor, SharedPredictor
 from eval.record import make_record, readable, train_command, write_record
 from eval.run import Run, run_of
 from eval.sample import pick_device
@@ -32,7 +34,9 @@ from eval.tasks import Task, TaskError, task_of
 from model import GPT, eval_mode
 
 AVERAGED = "+ema"  # of the variant of averaged weights
-GRADING = ("grade", "intervals", "predictor", "repetition", "viability", "world")  # eval/*.py
+GRADING = (  # eval/*.py
+    *("grade", "intervals", "lds", "predictor", "reference", "repetition", "viability", "world"),
+)
 
 
 def check_fits(task: Task, block_size: int) -> None:
@@ -44,11 +48,17 @@ def check_fits(task: Task, block_size: int) -> None:
         )
 
 
-def grade_model(task: Task, model: GPT, *, n: int, seed: int, batch_size: int = 512) -> Grade:
-    """n episodes of the task. Raises TaskError if the model's context cannot hold one."""
+def grade_model(
+    task: Task, model: GPT, *, n: int, seed: int, batch_size: int = 512, world: World | None = None
+) -> Grade:
+    """n episodes of the task; the processes of a world, which all call this, share the work.
+
+    Raises TaskError if the model's context cannot hold an episode.
+    """
     check_fits(task, model.config.block_size)
+    predictor = GPTPredictor(model, batch_size)
     with eval_mode(model):
-        return task.grade(GPTPredictor(model, batch_size), n=n, seed=seed)
+        return task.grade(SharedPredictor(predictor, world) if world else predictor, n=n, seed=seed)
 
 
 def grade_checkpoint(
@@ -96,7 +106,7 @@ def grade_checkpoint(
     return record
 
 
-def grading_code(task: Task) -> str:
+def grading_code(task: Task | Lds) -> str:
     """A hash that changes with the code that grades this task."""
     own = [each for each in type(task).__mro__ if each.__module__.startswith("eval.")]
     sources = [Path(__file__).with_name(f"{name}.py") for name in GRADING]

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Container
 
-from eval.intervals import Estimate, Paired
+from eval.analysis import Compared
+from eval.intervals import MIN_SEEDS, Estimate
 
 Cell = tuple[str, str]  # a number, and "± 0.12" or empty
 MINUS = "\u2212"
@@ -14,6 +15,8 @@ UNITS = {
     "val_kl": "nats",
     "accumulated_kl": "nats",
     "sequence_kl": "nats",
+    "jeffreys": "nats",
+    "overconfidence": "nats",
     "gap": "nats per step",
     "excess_percent": "%",
     "entropy_drift": "nats",
@@ -104,14 +107,24 @@ def times(log: Estimate) -> Cell:
 
 
 def p_value(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+    """Two significant digits, however small: 0.53, 0.049, 0.00068, 6.8e−5."""
+    if p >= 1e-4 or p == 0:
+        return f"{p:.2f}" if p >= 0.1 else number(p, decimals(p))
+    mantissa, power = f"{p:.1e}".split("e")
+    return mantissa + power_of_ten(int(power))
 
 
-def verdict(versus: Paired) -> str:
-    """better | worse, where the interval excludes zero; unclear; or one seed. Lower is better."""
+def verdict(versus: Compared) -> str:
+    """better | worse, where the interval excludes zero; unclear; too few seeds; diverged.
+
+    Lower is better. A variant that lost more pairs by divergence than its base is "diverged",
+    whatever the pairs say that are left: the seeds on which it fell are not among them.
+    """
     difference = versus.difference
-    if difference.n < 2:
-        return "one seed"
+    if versus.n_lost > versus.n_base_lost:
+        return "diverged"
+    if difference.n < MIN_SEEDS:
+        return ("no pairs", "one seed", "two seeds")[difference.n]
     if not (difference.lo > 0 or difference.hi < 0):
         return "unclear"
     return "better" if difference.mean < 0 else "worse"

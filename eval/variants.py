@@ -7,7 +7,7 @@ fast-dopr-NAME      the same in fast mode
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,10 +43,9 @@ class Variant:
         return self.optimizer
 
 
-def parse_variant(name: str, defaults: Mapping[str, Any] | None = None) -> Variant:
+def parse_variant(name: str) -> Variant:
     """The variant of that name.
 
-    defaults: settings of DoPr that the task changes; the name's own changes go before them.
     Raises ValueError: the name of no optimizer, or a change that is none of an optimizer's.
     """
     kind, *changes = name.split("+")
@@ -63,8 +62,7 @@ def parse_variant(name: str, defaults: Mapping[str, Any] | None = None) -> Varia
     texts = dict(change.split("=", 1) for change in changes)
     check_names(texts, OF_THE_STUDY | OF_THE_MODEL, f"optimizer {name!r}")
     changed = {key: coerce(key, text) for key, text in texts.items()}
-    mode = MODES[prefix] | dict(defaults or {}) if prefix else PLAIN
-    settings = {"optimizer": optimizer} | mode | changed
+    settings = {"optimizer": optimizer} | MODES[prefix] | changed
     return Variant(name, optimizer, tuple(settings.items()))
 
 

@@ -32,19 +32,30 @@ def apply(
     Raises ValueError for another dtype or precision, shapes that do not fit, or no GPU.
     """
     _check(G, P, precision)
+    return _apply(G, P, precision, list(config or CONFIGS[precision]))
+
+
+@torch.library.custom_op("dopr::apply", mutates_args=())
+def _apply(G: Tensor, P: Tensor, precision: str, config: list[int]) -> Tensor:
+    """The launch, as one operator that torch.compile does not look into."""
     check_runs("apply", G)
-    config = config or CONFIGS[precision]
+    tile, depth, num_warps, num_stages = config
     (N, m, d), (_, blocks, b, _) = G.shape, P.shape
     P = P.contiguous()
     M = G.new_empty((N, m, d))
-    tiles = triton.cdiv(m, config.tile) * triton.cdiv(b, config.tile)
+    tiles = triton.cdiv(m, tile) * triton.cdiv(b, tile)
     with torch.cuda.device_of(G):
         apply_kernel[(tiles, blocks, N)](
             *(G, P, M, m, b, *G.stride()),
-            **{"TILE": config.tile, "DEPTH": config.depth, "PRECISION": precision},
-            **{"num_warps": config.num_warps, "num_stages": config.num_stages},
+            **{"TILE": tile, "DEPTH": depth, "PRECISION": precision},
+            **{"num_warps": num_warps, "num_stages": num_stages},
         )
     return M
+
+
+@_apply.register_fake
+def _(G: Tensor, P: Tensor, precision: str, config: list[int]) -> Tensor:
+    return G.new_empty(G.shape)
 
 
 @triton.jit
@@ -92,6 +103,12 @@ def _check(G: Tensor, P: Tensor, precision: str) -> None:
         raise ValueError(
             f"apply: G is {tuple(G.shape)} and P is {tuple(P.shape)}; "
             "wants G (N, m, d) and P (N, blocks, d/blocks, d/blocks)"
+        )
+    (m, d), (row, column) = G.shape[1:], G.stride()[1:]
+    if max(m * d, m * row + d * column) >= 2**31:
+        raise ValueError(
+            f"apply: G is {tuple(G.shape)} in strides {G.stride()}; wants < 2³¹ elements a matrix, "
+            "and from its first to its last"
         )
     if G.dtype != torch.float32 or P.dtype != torch.float32 or P.device != G.device:
         raise ValueError(

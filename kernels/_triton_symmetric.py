@@ -50,20 +50,50 @@ def symmetric_product(
     no GPU.
     """
     _check(A, B, C, precision)
-    check_runs("symmetric_product", A)
-    N, d, k = A.shape
+    coefficients = [scalars(each, len(A), A) for each in (alpha, beta, gamma)]
     config = config or CONFIGS[A.dtype, precision]
+    return _symmetric_product(A, B, C, *coefficients, precision, list(config))
+
+
+@torch.library.custom_op("dopr::symmetric_product", mutates_args=())
+def _symmetric_product(
+    A: Tensor,  # (N, d, k)
+    B: Tensor,  # (N, d, k)
+    C: Tensor | None,  # (N, d, d)
+    alpha: Tensor,  # (N,)
+    beta: Tensor,  # (N,)
+    gamma: Tensor,  # (N,)
+    precision: str,
+    config: list[int],
+) -> Tensor:  # (N, d, d)
+    """The launch, as one operator that torch.compile does not look into."""
+    check_runs("symmetric_product", A)
+    tile, depth, num_warps, num_stages = config
+    N, d, k = A.shape
     A, B = A.contiguous(), B.contiguous()
     C = C if C is None else C.contiguous()
     out = A.new_empty((N, d, d))
     with torch.cuda.device_of(A):
-        coefficients = (scalars(each, N, A) for each in (alpha, beta, gamma))
-        symmetric_kernel[(n_lower_tiles(d, config.tile), N)](
-            *(A, B, C, out, *coefficients, d, k),
-            **{"TILE": config.tile, "DEPTH": config.depth, "PRECISION": precision},
-            **{"num_warps": config.num_warps, "num_stages": config.num_stages},
+        symmetric_kernel[(n_lower_tiles(d, tile), N)](
+            *(A, B, C, out, alpha, beta, gamma, d, k),
+            **{"TILE": tile, "DEPTH": depth, "PRECISION": precision},
+            **{"num_warps": num_warps, "num_stages": num_stages},
         )
     return out
+
+
+@_symmetric_product.register_fake
+def _(
+    A: Tensor,
+    B: Tensor,
+    C: Tensor | None,
+    alpha: Tensor,
+    beta: Tensor,
+    gamma: Tensor,
+    precision: str,
+    config: list[int],
+) -> Tensor:
+    return A.new_empty((A.shape[0], A.shape[1], A.shape[1]))
 
 
 @triton.jit

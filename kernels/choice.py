@@ -29,8 +29,10 @@ def choose(
 
     Auto takes Triton where all tensors are on a CUDA GPU that it can run on, in bf16, fp16 or fp32,
     and the rows that it reads, `row_bytes` apart, suit asynchronous copies: multiples of 16 bytes.
-    Its choice is logged, once a process for each operation and reason.
+    Its choice is logged, once a process for each operation and reason. Raises ValueError for an
+    unknown `kernel`; whether "triton" can run is for `check_kernel` to say, and for the kernel.
     """
+    check_kernel(kernel, ())
     if kernel != "auto":
         return kernel
     reason = _auto_obstacle(tensors, row_bytes)

@@ -5,14 +5,22 @@ The factorisations run in float64, whose rounding is far below fp32's: no refine
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.choice import Kernel, choose
+from kernels.deflation import deflate, deflated_spread, restore
 from kernels.gram import mirror_
-from kernels.newton_schulz import inverse_root, newton_iterations, probe_residual, upper_bound
+from kernels.newton_schulz import (
+    inverse_root,
+    newton_error,
+    newton_iterations,
+    probe_residual,
+    upper_bound,
+)
 
 Inverse = Literal["cholesky", "newton_schulz"]
 
@@ -21,6 +29,7 @@ DAMPING_FACTOR = 10.0
 MAX_ATTEMPTS = 10
 WANTED_ERROR = 1e-3  # of Newton-Schulz on a GPU; the sampling noise of Σ moves M by 1e-2 and more
 BF16X3_FLOOR = 1e-7  # times the condition number: the error that bf16x3 products leave
+PLAIN_BF16X3_FLOOR = 4e-6  # the same of M, for p = 1 without deflation; measured in LOG.md
 
 
 class DampedInverse(NamedTuple):
@@ -53,7 +62,8 @@ def damped_inverse_root(
     *,
     inverse: Inverse = "cholesky",
     kernel: Kernel = "auto",
-    condition: float | None = None,
+    spread: float | None = None,
+    directions: Tensor | None = None,  # (..., d, k), updated in place
 ) -> DampedInverse:
     """(Σ + damping I)^(-1/p) for every matrix, or an error: never a NaN, never a silent identity.
 
@@ -62,14 +72,19 @@ def damped_inverse_root(
     redone with ten times the damping (at least one rounding error of the mean eigenvalue).
     Waits for the device once, and once more an attempt.
 
-    `kernel` (kernels/choice.py) says who runs Newton-Schulz. `condition` is at least the condition
-    number of every Σ + damping I, from what the caller knows; Triton's iterations and precision
-    follow from it, torch's from the matrices. None: it is read from the device.
+    `kernel` (kernels/choice.py) says who runs Newton-Schulz. `spread` is at least tr(Σ) / damping
+    of every matrix, from what the caller knows; Triton's iterations and precision follow from it,
+    torch's from the matrices. None: a bound is read from the device.
+
+    `directions` deflate Newton-Schulz (kernels/deflation.py): `first_directions` to begin with, and
+    kept from call to call. Triton iterates as often as leading eigenvectors ask for; where that
+    leaves more than `WANTED_ERROR`, as it may for poor directions, the attempt has failed.
 
     Raises FloatingPointError if Σ is not finite or if `MAX_ATTEMPTS` fail, naming the matrix;
     ValueError for bad arguments.
     """
     _check_damped(sigma, damping, p, inverse)
+    _check_directions(sigma, p, directions)
     batch, d = sigma.shape[:-2], sigma.shape[-1]
     flat = sigma.reshape(-1, d, d)  # (N, d, d)
     damping = damping.to(sigma.dtype).expand(batch).reshape(-1).clone()  # (N,)
@@ -78,7 +93,8 @@ def damped_inverse_root(
     if inverse == "cholesky":
         X, good = _by_cholesky(flat, damping, p)
     else:
-        X, good = _by_newton_schulz(flat, damping, p, kernel, condition)
+        U = None if directions is None else directions.view(len(flat), d, -1)
+        X, good = _by_newton_schulz(flat, damping, p, kernel, spread, U)
     attempts = 1
     while len(todo := (~good).nonzero()[:, 0]):  # waits for the device
         if attempts == MAX_ATTEMPTS:
@@ -104,17 +120,37 @@ def _by_cholesky(sigma: Tensor, damping: Tensor, p: int) -> tuple[Tensor, Tensor
 
 
 def _by_newton_schulz(
-    sigma: Tensor, damping: Tensor, p: int, kernel: Kernel, condition: float | None
+    sigma: Tensor,
+    damping: Tensor,
+    p: int,
+    kernel: Kernel,
+    spread: float | None,
+    directions: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """As `_by_cholesky`, by Newton-Schulz."""
-    A = _damped(sigma, damping, sigma.dtype)
+    """As `_by_cholesky`, by Newton-Schulz; deflated if there are directions."""
+    if directions is None:
+        A = _damped(sigma, damping, sigma.dtype)
+        floor = PLAIN_BF16X3_FLOOR if p == 1 else BF16X3_FLOOR
+        X, has_converged = _iterated(A, damping, p, kernel, spread, floor)
+        return X, has_converged & _is_good(A, X, p)
+    deflated = deflate(sigma, damping, directions)
+    directions.copy_(deflated.U)
+    spread = spread if spread is None else deflated_spread(spread)
+    X, has_converged = _iterated(deflated.A, damping, p, kernel, spread, BF16X3_FLOOR)
+    X = restore(X, deflated)
+    return X, has_converged & _is_good(_damped(sigma, damping, sigma.dtype), X, p)
+
+
+def _iterated(
+    A: Tensor, damping: Tensor, p: int, kernel: Kernel, spread: float | None, floor: float
+) -> tuple[Tensor, Tensor]:
+    """A^(-1/p), (n, d, d), by Newton-Schulz, and whether the iterations were enough, (n,)."""
     row_bytes = A.shape[-1] * A.element_size()
-    if choose(kernel, "inverse root", A, row_bytes=[row_bytes]) == "torch":
-        iterations = newton_iterations(_measured_condition(A, damping), p)
-        X = inverse_root(A, p, lower_bound=damping, iterations=iterations)
-    else:
-        X = _triton_inverse_root(A, damping, p, condition)
-    return X, _is_good(A, X, p)
+    if choose(kernel, "inverse root", A, row_bytes=[row_bytes]) == "triton":
+        return _triton_inverse_root(A, damping, p, spread, floor)
+    iterations = newton_iterations(_measured_condition(A, damping), p)
+    X = inverse_root(A, p, lower_bound=damping, iterations=iterations)
+    return X, torch.ones_like(damping, dtype=torch.bool)
 
 
 def _is_good(A: Tensor, X: Tensor, p: int) -> Tensor:
@@ -135,20 +171,20 @@ def _measured_condition(A: Tensor, damping: Tensor) -> float:
     return ratio.amax().item()  # waits for the device
 
 
-def _triton_inverse_root(A: Tensor, damping: Tensor, p: int, condition: float | None) -> Tensor:
-    """A^(-1/p) by as many iterations as `condition` asks for, in bf16x3 if that is exact enough."""
+def _triton_inverse_root(
+    A: Tensor, damping: Tensor, p: int, spread: float | None, floor: float
+) -> tuple[Tensor, Tensor]:
+    """As `_iterated`, by as many iterations as `spread` asks for, in bf16x3 if that is enough."""
     from kernels._triton_newton_schulz import inverse_root as triton_inverse_root
 
-    if condition is None:
+    if spread is None:
         condition = _measured_condition(A, damping)
-    condition = min(condition, 1 / torch.finfo(A.dtype).eps)
-    return triton_inverse_root(
-        A,
-        p,
-        lower_bound=damping,
-        iterations=newton_iterations(condition, p),
-        precision="bf16x3" if condition * BF16X3_FLOOR <= WANTED_ERROR else "ieee",
-    )
+    else:  # ‖A‖_F <= tr(Σ) + γ̄ ‖I‖_F
+        condition = min(spread + math.sqrt(A.shape[-1]), 1 / torch.finfo(A.dtype).eps)
+    iterations = newton_iterations(condition, p)
+    precision = "bf16x3" if condition * floor <= WANTED_ERROR else "ieee"
+    X = triton_inverse_root(A, p, lower_bound=damping, iterations=iterations, precision=precision)
+    return X, newton_error(upper_bound(A) / damping, p, iterations) <= WANTED_ERROR
 
 
 def _root(A: Tensor, p: int) -> tuple[Tensor, Tensor]:  # X (..., d, d), is_positive (...)
@@ -196,3 +232,15 @@ def _check_damped(sigma: Tensor, damping: Tensor, p: int, inverse: str) -> None:
     if is_bad[1]:
         which = bad_sigma.nonzero()[:, 0].tolist()
         raise FloatingPointError(f"sigma is not finite in matrices {which} of {len(bad_sigma)}")
+
+
+def _check_directions(sigma: Tensor, p: int, directions: Tensor | None) -> None:
+    if directions is None:
+        return
+    if p != 1:
+        raise ValueError(f"damped_inverse_root: directions with p={p}; only p = 1 is deflated")
+    if directions.shape[:-1] != sigma.shape[:-1] or directions.dtype != sigma.dtype:
+        raise ValueError(
+            f"damped_inverse_root: directions are {tuple(directions.shape)} {directions.dtype}; "
+            f"wants {(*sigma.shape[:-1], 'k')} {sigma.dtype}, as sigma"
+        )

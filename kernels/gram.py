@@ -53,16 +53,21 @@ def accumulate_gram(
     is_paused: Tensor,  # () bool, on the CPU, where reading it waits for nothing
     stride: int,
     choice: str = "auto",  # a `Kernel`; inductor has an argument of its own of the name `kernel`
+    rank: int = 0,
+    size: int = 1,
 ) -> None:
     """S += Σ z zᵀ, count += n, offset += sequences; nothing while `is_paused`. See `gram_`.
 
+    Of `size` processes, which take turns with batches of one size, this is number `rank`.
     One opaque operator that torch.compile does not look into, made for the backward of an
     autograd.Function: `is_paused` is read when the backward runs, also where it was compiled.
     """
     if is_paused:
         return
-    count += _gram_of(choice, S, z)(S, z, beta=1.0, alpha=1.0, stride=stride, offset=offset)
-    offset += z.shape[:-2].numel()
+    n_sequences = z.shape[:-2].numel()
+    first = offset + rank * n_sequences if rank else offset
+    count += _gram_of(choice, S, z)(S, z, beta=1.0, alpha=1.0, stride=stride, offset=first)
+    offset += size * n_sequences
 
 
 @accumulate_gram.register_fake
@@ -74,6 +79,8 @@ def _(
     is_paused: Tensor,
     stride: int,
     choice: str = "auto",
+    rank: int = 0,
+    size: int = 1,
 ) -> None:
     return None
 

@@ -133,7 +133,7 @@ def newton_iterations(condition: float, p: int, *, tolerance: float = 1e-4) -> i
     """Steps after which `inverse_root` is within `tolerance` (relative), in exact arithmetic.
 
     `condition` bounds upper_bound(A) / lower_bound; for A = Σ + γ tr(Σ)/d I it is at most
-    d (1 + 1/γ), which needs no look at the data.
+    d/γ + √d, which needs no look at the data.
     """
     if not 1 <= condition < float("inf"):
         raise ValueError(f"newton_iterations: condition={condition}; wants a finite number >= 1")
@@ -141,6 +141,16 @@ def newton_iterations(condition: float, p: int, *, tolerance: float = 1e-4) -> i
     while (1 - low) / (2 * p) > tolerance:
         low, steps = scaled_step(low, p)[2], steps + 1
     return steps
+
+
+def newton_error(condition: Tensor, p: int, iterations: int) -> Tensor:  # (...) -> (...)
+    """The relative error that `iterations` leave in exact arithmetic; `newton_iterations` has it
+    below its tolerance.
+    """
+    low = 1 / condition
+    for _ in range(iterations):
+        low = scaled_step(low, p)[2]
+    return (1 - low) / (2 * p)
 
 
 def upper_bound(A: Tensor) -> Tensor:  # (..., d, d) -> (...)
@@ -167,14 +177,21 @@ def probe_residual(A: Tensor, X: Tensor, p: int) -> Tensor:  # (..., d, d) twice
 
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
-    """Matrix products in their factors' own precision: no TF32, no autocast, whatever is set."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Matrix products in their factors' own precision: no TF32, no autocast, whatever is set.
+
+    Of torch's two ways to set it, `fp32_precision` is what products look at, and may always be
+    read: `get_float32_matmul_precision` raises where someone has set `fp32_precision`.
+    """
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
     try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def _check_inverse_root(A: Tensor, p: int, iterations: int) -> None:

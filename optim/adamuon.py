@@ -1,21 +1,23 @@
 """AdaMuon: the orthogonalised sign of the momentum, normalised by its own second moment."""
 
 import math
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from kernels.choice import Kernel
 from kernels.newton_schulz import Coefficients
+from optim.collective import ProcessGroup, local
+from optim.matrices import Matrices
 from optim.muon import IterationDtype, MatrixOptimizer, momentum_direction, orthogonalize_all
 
 UPDATE_RMS = 0.2  # of a typical AdamW update
 
 
 def adamuon_update(
-    grads: list[Tensor],  # each (d_out, d_in)
+    grads: list[Tensor],  # each (d_out, d_in), or the rows of it that are here
     momentum_buffers: list[Tensor],  # like grads
     second_moments: list[Tensor],  # like grads
     *,
@@ -27,8 +29,11 @@ def adamuon_update(
     coefficients: Coefficients,
     ns_dtype: IterationDtype,
     kernel: Kernel = "auto",
+    matrices: Matrices | None = None,
 ) -> list[Tensor]:  # like grads; each block has RMS 0.2
     """AdaMuon's update of many matrices; both lists of buffers are advanced.
+
+    `matrices` says what of them is here; none given: all.
 
         M <- β M + G                            β = momentum
         O  = orthogonalise(sign(M))             per row block
@@ -44,26 +49,31 @@ def adamuon_update(
         momentum_direction(grad, buffer, momentum=momentum, nesterov=nesterov).sign()
         for grad, buffer in zip(grads, momentum_buffers, strict=True)
     ]
-    updates = orthogonalize_all(
-        signs,
+    matrices = matrices or Matrices(grads, None)
+    orthogonalize_ = partial(
+        orthogonalize_all,
         blocks=blocks,
         steps=ns_steps,
         coefficients=coefficients,
         ns_dtype=ns_dtype,
         kernel=kernel,
     )
+    updates = matrices.by_owners(signs, orthogonalize_)
     for update, second_moment in zip(updates, second_moments, strict=True):
         second_moment.lerp_(update.square(), 1 - momentum)
         update.div_(second_moment.sqrt().add_(eps))
-    return [rms_aligned(update, blocks=blocks) for update in updates]
+    return rms_aligned(updates, matrices, blocks=blocks)
 
 
-def rms_aligned(update: Tensor, *, blocks: int) -> Tensor:  # (d_out, d_in)
-    """`update` with every row block rescaled to RMS 0.2; a block of zeros stays zero."""
-    flat = update.reshape(blocks, -1)
-    norm = torch.linalg.vector_norm(flat, dim=1, keepdim=True)  # (blocks, 1)
-    factor = UPDATE_RMS * math.sqrt(flat.shape[1]) / norm.where(norm > 0, 1)
-    return (flat * factor).view_as(update)
+def rms_aligned(updates: list[Tensor], matrices: Matrices, *, blocks: int) -> list[Tensor]:
+    """`updates` with every row block rescaled to RMS 0.2; a block of zeros stays zero."""
+    aligned = []
+    for i, norm in enumerate(matrices.block_norms(updates, blocks)):  # (blocks,)
+        d_out, d_in = matrices.shapes[i]
+        factor = UPDATE_RMS * math.sqrt(d_out // blocks * d_in) / norm.where(norm > 0, 1)
+        of_row = factor[matrices.block_of_rows(i, updates[i], blocks)]  # (rows here,)
+        aligned.append(updates[i].contiguous() * of_row[:, None])
+    return aligned
 
 
 class AdaMuon(MatrixOptimizer):
@@ -75,7 +85,7 @@ class AdaMuon(MatrixOptimizer):
         eps: added to the square root of the second moment, positive.
         ns_steps, coefficients, ns_dtype: of `kernels.newton_schulz.orthogonalize`. The paper's
             iteration is "quintic" in bfloat16.
-        kernel: auto, torch or triton, for the orthogonalisation; see `kernels.choice.choose`.
+        kernel, process_group: as in `optim.muon.Muon`.
     Raises:
         ValueError: as `optim.muon.Muon`.
     """
@@ -95,11 +105,12 @@ class AdaMuon(MatrixOptimizer):
         coefficients: Coefficients = "polar_express",
         ns_dtype: IterationDtype = "bfloat16",
         kernel: Kernel = "auto",
+        process_group: ProcessGroup | None = None,
     ) -> None:
         settings = {"momentum": momentum, "nesterov": nesterov, "eps": eps, "blocks": 1}
         newton_schulz = {"ns_steps": ns_steps, "coefficients": coefficients, "ns_dtype": ns_dtype}
         defaults = {"lr": lr, "weight_decay": weight_decay, **settings, **newton_schulz}
-        super().__init__(params, defaults, kernel)
+        super().__init__(params, defaults, kernel, process_group)
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
@@ -108,15 +119,9 @@ class AdaMuon(MatrixOptimizer):
 
     def updates(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         return adamuon_update(
-            [p.grad for p in params if p.grad is not None],
-            [self.state[p]["momentum_buffer"] for p in params],
-            [self.state[p]["second_moment"] for p in params],
-            momentum=group["momentum"],
-            nesterov=group["nesterov"],
+            [local(p.grad) for p in params],
+            [local(self.state[p]["momentum_buffer"]) for p in params],
+            [local(self.state[p]["second_moment"]) for p in params],
             eps=group["eps"],
-            blocks=group["blocks"],
-            ns_steps=group["ns_steps"],
-            coefficients=group["coefficients"],
-            ns_dtype=group["ns_dtype"],
-            kernel=self.kernel,
+            **self.settings(params, group),
         )

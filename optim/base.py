@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from optim.collective import local
+
 
 class DecoupledOptimizer(torch.optim.Optimizer):
     """W <- (1 - lr·weight_decay) W - lr·lr_mult·update, for every parameter with a gradient.
@@ -29,7 +31,10 @@ class DecoupledOptimizer(torch.optim.Optimizer):
         super().__init__(params, {"lr_mult": 1.0, **defaults})
 
     def updates(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """One update per parameter; `self.state` of the parameters is ready, and is advanced."""
+        """One update per parameter; `self.state` of the parameters is ready, and is advanced.
+
+        Of a DTensor, the update of the part that is in this process.
+        """
         raise NotImplementedError
 
     def check_group(self, group: dict[str, Any]) -> None:
@@ -86,7 +91,7 @@ class DecoupledOptimizer(torch.optim.Optimizer):
 
     def _apply(self, params: list[Tensor], updates: list[Tensor], group: dict[str, Any]) -> None:
         lr = float(group["lr"])
-        for param, update in zip(params, updates, strict=True):
+        for param, update in zip(map(local, params), updates, strict=True):
             param.mul_(1 - lr * group["weight_decay"])
             param.add_(update, alpha=-lr * group["lr_mult"])
 

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -24,12 +23,8 @@ def check_optimizers(optimizers: Sequence[Optimizer], weights: dict[str, Tensor]
     """Raise unless every weight, by the name of its layer, is in exactly one of the optimizers.
 
     TypeError for what is no optimizer or has no hooks, ValueError for the weights, all listed, and
-    for a wrapper of the optimizer that steps them, RuntimeError where several processes train
-    together.
+    for a wrapper of the optimizer that steps them.
     """
-    is_parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if is_parallel and torch.distributed.get_world_size() > 1:
-        raise RuntimeError("Σ is summed in one process only: every rank would differ")
     for optimizer in optimizers:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer")

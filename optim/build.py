@@ -13,6 +13,7 @@ from kernels.choice import Kernel
 from kernels.newton_schulz import Coefficients
 from mup import WeightDecayScaling
 from optim.adamuon import AdaMuon
+from optim.collective import ProcessGroup, is_sharded
 from optim.groups import Role, Row, assign_roles, check_complete
 from optim.muon import IterationDtype, Muon, Scale
 from optim.signum import Signum
@@ -42,6 +43,7 @@ def build_optimizers(
     ns_steps: int = 5,
     ns_dtype: IterationDtype = "bfloat16",
     kernel: Kernel = "auto",
+    process_group: ProcessGroup | None = None,
     width_mult: float = 1.0,
     wd_scaling: WeightDecayScaling = "independent",
     dopr: bool = False,
@@ -52,8 +54,9 @@ def build_optimizers(
         muon, adamuon        it for the matrices; AdamW for embeddings, head, gains and biases
 
     Matrices, embeddings and head decay by `weight_decay`; gains and biases do not. AdamW and SGD
-    are torch's, always with `fused=True` (torch raises where a device has no fused kernel). SGD's
-    decay is torch's, too: it is added to the gradient before the momentum.
+    are torch's, with `fused=True` (torch raises where a device has no fused kernel), but for SGD of
+    sharded parameters (FSDP2), which has `foreach=True`: torch's fused one does not take them.
+    SGD's decay is torch's, too: it is added to the gradient before the momentum.
 
     Every param group carries `base_lr`, which a schedule multiplies into `lr`, and `role`, `blocks`
     and `param_names`: plain values that pass through `state_dict`.
@@ -66,7 +69,7 @@ def build_optimizers(
         momentum: of sgd, signum, muon, adamuon.
         nesterov: of muon and adamuon.
         muon_scale: of muon.
-        coefficients, ns_steps, ns_dtype, kernel: of muon and adamuon; see there.
+        coefficients, ns_steps, ns_dtype, kernel, process_group: of muon and adamuon; see there.
         width_mult: m of mup.py, the width relative to the one that all these numbers suit.
         wd_scaling: how weight decay follows m; see mup.DECAY.
         dopr: whether the matrices' gradients will be preconditioned, which changes SGD's rule of m.
@@ -78,9 +81,12 @@ def build_optimizers(
     adam: dict[str, Any] = {"betas": (beta1, beta2), "eps": eps, "fused": True}
     matrix: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
     matrix |= {"coefficients": coefficients, "ns_dtype": ns_dtype, "kernel": kernel}
+    matrix |= {"process_group": process_group}
+    is_foreach = any(map(is_sharded, model.parameters()))
+    sgd = {"momentum": momentum, "foreach": is_foreach, "fused": not is_foreach}
     make: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
         "adamw": lambda groups: torch.optim.AdamW(groups, **adam),
-        "sgd": lambda groups: torch.optim.SGD(groups, momentum=momentum, fused=True),
+        "sgd": lambda groups: torch.optim.SGD(groups, **sgd),
         "signum": lambda groups: Signum(groups, momentum=momentum),
         "muon": lambda groups: Muon(groups, scale=muon_scale, **matrix),
         "adamuon": lambda groups: AdaMuon(groups, eps=eps, **matrix),

@@ -49,6 +49,7 @@ class Capture:
         self.stride = stride
         self.is_paused = is_paused
         self.kernel = kernel
+        self.rank, self.size = 0, 1  # of this process, among those that take turns with batches
         self.is_collecting = True  # whether this step is one of those that add to Σ
 
     def clear(self) -> None:
@@ -205,7 +206,8 @@ def _accumulate(capture: Capture, z: Tensor) -> None:
         accumulate_frequencies(S, count, z, is_paused)
         return
     z = z if z.dim() > 1 else z[None]
-    accumulate_gram(S, count, z, capture.offset, is_paused, capture.stride, capture.kernel)
+    stride, kernel, turn = capture.stride, capture.kernel, (capture.rank, capture.size)
+    accumulate_gram(S, count, z, capture.offset, is_paused, stride, kernel, *turn)
 
 
 @torch.library.custom_op("dopr::accumulate_frequencies", mutates_args=("S", "count"))

@@ -14,6 +14,13 @@ from torch import Tensor
 from kernels.newton_schulz import full_precision
 
 
+def n_blocks(d: int, widest: int | None) -> int:
+    """The smallest number of equal blocks of at most `widest` that d divides into."""
+    if widest is None:
+        return 1
+    return next(blocks for blocks in range(-(-d // widest), d + 1) if d % blocks == 0)
+
+
 def ema_update(sigma: Tensor, batch: Tensor, beta: float | None, n_updates: int) -> Tensor:
     """The mean Σ after one more batch covariance; bias-corrected, so it is right from the first.
 
@@ -31,12 +38,9 @@ def mean_eigenvalue(sigma: Tensor) -> Tensor:  # (..., blocks, b, b) -> (...); (
     return sigma.diagonal(dim1=-2, dim2=-1).mean(dim=(-2, -1))
 
 
-def condition_bound(d: int, gamma: float) -> float:
-    """d (1 + 1/γ), at least ‖A‖_F / γ̄ and so the condition number of every block A of Σ + γ̄ I.
-
-    For ‖A‖_F <= tr(A), and over all blocks, of d features together, tr(Σ) = d γ̄/γ.
-    """
-    return d * (1 + 1 / gamma) if gamma else math.inf
+def spread_bound(d: int, gamma: float) -> float:
+    """d/γ = tr(Σ) / γ̄ over all blocks, of d features together; one block may hold it all."""
+    return d / gamma if gamma else math.inf
 
 
 def diagonal_inverse_root(sigma: Tensor, damping: Tensor, p: int) -> Tensor:
@@ -62,10 +66,14 @@ def precondition(G: Tensor, P: Tensor) -> Tensor:
         return torch.bmm(stacked, P).transpose(0, 1).reshape(G.shape)
 
 
-def norm_ratio(M: Tensor, G: Tensor) -> Tensor:  # ()
+def norms(M: Tensor, G: Tensor) -> Tensor:  # (2,)
+    """‖M‖ and ‖G‖."""
+    return torch.stack([torch.linalg.vector_norm(M), torch.linalg.vector_norm(G, dtype=M.dtype)])
+
+
+def norm_ratio(norms: Tensor) -> Tensor:  # ()
     """‖M‖ / ‖G‖; 0 where G is zero."""
-    norm = torch.linalg.vector_norm(G, dtype=M.dtype)
-    return torch.linalg.vector_norm(M) / norm.clamp_min(torch.finfo(M.dtype).tiny)
+    return norms[0] / norms[1].clamp_min(torch.finfo(norms.dtype).tiny)
 
 
 def condition_number(sigma: Tensor, damping: Tensor) -> float:

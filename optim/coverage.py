@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from optim.capture import is_replaced
+from optim.collective import local, row_mesh_dim
 
 USUAL = (nn.Linear, nn.Conv2d, nn.Embedding)
 
@@ -29,6 +31,24 @@ class Covered:
     def weight(self) -> nn.Parameter:
         """Looked up when needed: wrappers replace a module's Parameter objects."""
         return self.module.weight  # pyright: ignore
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The gradient, of which FSDP2 leaves every process some rows."""
+        grad = self.weight.grad
+        return None if grad is None else local(grad)
+
+    def check_layout(self) -> None:
+        """Raise ValueError unless every process can compute its part of M from its part of G."""
+        try:
+            is_spread = row_mesh_dim(self.weight) is not None
+        except ValueError as error:
+            raise ValueError(f"{self.name}.weight cannot be preconditioned: {error}") from None
+        if is_spread and self.is_transposed and not self.is_diagonal:
+            raise ValueError(
+                f"{self.name}.weight is (d_in, d_out) and its rows are spread over processes: "
+                "M = G P needs whole columns of it. Exclude it, or use DDP"
+            )
 
     def as_matrix(self, weight_like: Tensor) -> Tensor:
         """The weight or its gradient as (d_out, d_in); a copy where strides allow no view."""
@@ -158,7 +178,7 @@ def _describe(name: str, module: nn.Module) -> Covered:
     weight: Tensor = module.weight  # pyright: ignore
     if is_conv1d(module):
         return Covered(name, module, weight.shape[0], is_transposed=True)
-    return Covered(name, module, weight[0].numel())
+    return Covered(name, module, math.prod(weight.shape[1:]))
 
 
 def _matches(name: str, patterns: Sequence[str] | None) -> bool:

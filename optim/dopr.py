@@ -19,15 +19,16 @@ from torch.optim import Optimizer
 
 from kernels.choice import Kernel, check_kernel
 from kernels.cholesky import Inverse
-from optim.apply import preconditioned
+from optim.apply import preconditioned, set_norm_ratios
 from optim.binding import call_before_steps, check_optimizers, parameters
 from optim.capture import install, remove
-from optim.covariance import norm_ratio
+from optim.collective import Collective, ProcessGroup, everybody, n_processes
+from optim.covariance import norms
 from optim.coverage import find_layers
-from optim.refresh import preconditioners, refresh
+from optim.refresh import refresh
 from optim.report import rows_of_the_rest, summary
-from optim.resume import state_problems
-from optim.statistics import Layer, Preconditioner, Settings, log
+from optim.resume import renewed, state_of, state_problems
+from optim.statistics import Layer, Settings
 from optim.written import Written
 
 
@@ -56,7 +57,7 @@ class ActivationPreconditioner:
         token_stride: one token in so many adds to Σ, beginning elsewhere in each sequence and step;
             embeddings count every token, which costs next to nothing.
         exponent: p of (Σ + γ̄ I)^(-1/p): 1 (the paper), 2 or 4.
-        inverse: cholesky (for p > 1 an eigendecomposition) or newton_schulz.
+        inverse: cholesky (for p > 1 an eigendecomposition) or newton_schulz (for p = 1, deflated).
         trace_normalized: multiply P by the p-th root of the mean eigenvalue of Σ, so that M keeps
             the scale of G, and what is tuned to it (eps, clipping, width rules) keeps its meaning.
             False is the paper's P.
@@ -112,19 +113,26 @@ class ActivationPreconditioner:
         self._is_paused = torch.zeros((), dtype=torch.bool, device="cpu")  # read in the backward
         self.layers = [Layer(each, self.settings, self._is_paused) for each in covered]
         self._hooks: list[Any] = []
+        self._collective = Collective()
         self._written = Written()
         for layer in self.layers:
             install(layer.covered.module, layer.capture)
 
-    def attach(self, *optimizers: Optimizer) -> ActivationPreconditioner:
+    def attach(
+        self, *optimizers: Optimizer, process_group: ProcessGroup | None = None
+    ) -> ActivationPreconditioner:
         """Precondition before every step of these optimizers, which hold every covered weight.
 
+        Args:
+            process_group: the processes that train the model together, each on its part of the
+                batch (DDP, FSDP2); None: all that torch.distributed knows, in a group of their own.
+                All of them call this, after the weights were sharded.
         Raises:
             TypeError: not a torch.optim.Optimizer, or one without hooks.
             ValueError: a covered weight is in none of them or in several, one of them is a wrapper
                 (SAM, Lookahead) of the optimizer to attach, the model was moved or cast meanwhile,
-                or this preconditioner is attached already or detached.
-            RuntimeError: several processes train together, which is not supported yet.
+                this preconditioner is attached already or detached, the columns of a covered
+                weight are spread over processes, or not all processes cover the same layers.
         """
         self._check_installed()
         if self._hooks:
@@ -132,6 +140,11 @@ class ActivationPreconditioner:
         check_optimizers(optimizers, {layer.label: layer.covered.weight for layer in self.layers})
         for layer in self.layers:
             layer.check_place()
+            layer.covered.check_layout()
+        self._collective = Collective(process_group) if process_group else everybody()
+        self._collective.check_same(self._description(), self.layers[0].sigma.device)
+        for layer in self.layers:
+            layer.capture.rank, layer.capture.size = self._collective.rank, self._collective.size
         self._hooks = call_before_steps(optimizers, self._precondition)
         return self
 
@@ -167,12 +180,16 @@ class ActivationPreconditioner:
             self._is_paused.copy_(before)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that resuming needs, by layer, as of now; keep it beside the optimizer's."""
+        """Everything that resuming needs, by layer, as of now; keep it beside the optimizer's.
+
+        Of several processes, all must call this, and all get the same: any number of processes can
+        continue from it.
+        """
         self._check_installed()
-        return {layer.name: layer.state_dict() for layer in self.layers}
+        return state_of(self.layers, self._collective)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`, bit for bit.
+        """Continue from `state_dict()`, bit for bit; after `attach` if several processes do.
 
         A P that was made with another gamma, exponent or trace_normalized is made again here, from
         the Σ in `state`; all other settings may differ, too, and hold from now on.
@@ -186,25 +203,11 @@ class ActivationPreconditioner:
         self._check_installed()
         if problems := state_problems(state, self.layers):
             raise ValueError("preconditioner state does not fit: " + "; ".join(problems))
-        renewed = self._renewed(state)
+        new_P = renewed(state, self.layers, self.settings, self._collective)
         for layer in self.layers:
-            layer.load_state_dict(state[layer.name])
-        for layer, new in renewed:
+            layer.load_state_dict(state[layer.name], with_sums=self._collective.rank == 0)
+        for layer, new in new_P:
             layer.use(new)
-
-    def _renewed(self, state: dict[str, Any]) -> list[tuple[Layer, Preconditioner]]:
-        """The layers whose P in `state` was made with other settings, with the P of ours."""
-        outdated = [
-            layer
-            for layer in self.layers
-            if state[layer.name]["n_refreshes"]
-            and state[layer.name]["made_with"] != self.settings.of_P
-        ]
-        if outdated:
-            log.info("%d P were made with other settings and are made again", len(outdated))
-        return preconditioners(
-            outdated, lambda layer: state[layer.name]["sigma"].to(layer.sigma), self.settings
-        )
 
     def report(self, *, condition: bool = False) -> list[dict[str, Any]]:
         """One row per weight: is it covered, or why not; memory, ‖M‖/‖G‖, what was mended.
@@ -227,20 +230,23 @@ class ActivationPreconditioner:
     @torch.no_grad()
     def _precondition(self, optimizer: Optimizer) -> None:
         """Replace G by M in every covered weight that this optimizer holds."""
+        self._check_processes()
         owned = parameters(optimizer)
         layers = [
             layer
             for layer in self.layers
             if layer.covered.weight in owned
-            and not self._written.is_done(layer.covered.weight.grad, layer.capture.count)
+            and not self._written.is_done(layer.covered.grad, layer.capture.count)
         ]
-        refreshed = refresh([layer for layer in layers if layer.is_due], self.settings)
-        written = []
+        due = [layer for layer in layers if layer.is_due]
+        refreshed = refresh(due, self.settings, self._collective)
+        written, seen = [], {}
         for layer, grad, G, M in preconditioned(layers, self.settings.kernel):
             if layer in refreshed:
-                layer.norm_ratio = norm_ratio(M, G)
+                seen[layer] = norms(M, G)
             layer.covered.write(M, grad)
             written.append((grad, layer.capture.count))
+        set_norm_ratios(seen, refreshed, self._collective)
         for layer in layers:
             layer.step += 1
             layer.schedule_next()
@@ -249,3 +255,15 @@ class ActivationPreconditioner:
     def _check_installed(self) -> None:
         if not self.layers:
             raise ValueError("this preconditioner was detached; make a new preconditioner")
+
+    def _check_processes(self) -> None:
+        if self._collective.group is None and n_processes() > 1:
+            raise RuntimeError(
+                "torch.distributed was initialised after attach: every process would train on "
+                "statistics of its own; attach afterwards"
+            )
+
+    def _description(self) -> str:
+        """What must be the same in all processes."""
+        shapes = {layer.name: tuple(layer.sigma.shape) for layer in self.layers}
+        return f"{shapes}, {self.settings}"

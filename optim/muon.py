@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,8 @@ from torch.optim.optimizer import ParamsT
 from kernels.choice import Kernel, check_kernel, choose
 from kernels.newton_schulz import Coefficients, orthogonalize
 from optim.base import DecoupledOptimizer, named_params
+from optim.collective import ProcessGroup, local
+from optim.matrices import Matrices
 
 Scale = Literal["match_rms", "spectral", "original"]
 IterationDtype = Literal["bfloat16", "float32"]
@@ -27,7 +30,7 @@ ITERATION_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def muon_update(
-    grads: list[Tensor],  # each (d_out, d_in)
+    grads: list[Tensor],  # each (d_out, d_in), or the rows of it that are here
     momentum_buffers: list[Tensor],  # like grads
     *,
     momentum: float,
@@ -38,24 +41,32 @@ def muon_update(
     coefficients: Coefficients,
     ns_dtype: IterationDtype,
     kernel: Kernel = "auto",
+    matrices: Matrices | None = None,
 ) -> list[Tensor]:  # like grads
     """scale(d_out/blocks, d_in) · orthogonalised momentum, for many matrices; buffers are advanced.
 
-    Arguments as in `Muon`. Source: Jordan et al., Muon (2024), kellerjordan.github.io/posts/muon.
+    Arguments as in `Muon`; `matrices` says what of them is here, none given: all.
+
+    Source: Jordan et al., Muon (2024), kellerjordan.github.io/posts/muon.
     """
     directions = [
         momentum_direction(grad, buffer, momentum=momentum, nesterov=nesterov)
         for grad, buffer in zip(grads, momentum_buffers, strict=True)
     ]
-    matrices = orthogonalize_all(
-        directions,
+    matrices = matrices or Matrices(grads, None)
+    orthogonalize_ = partial(
+        orthogonalize_all,
         blocks=blocks,
         steps=ns_steps,
         coefficients=coefficients,
         ns_dtype=ns_dtype,
         kernel=kernel,
     )
-    return [M.mul_(SCALES[scale](M.shape[0] // blocks, M.shape[1])) for M in matrices]
+    updates = matrices.by_owners(directions, orthogonalize_)
+    return [
+        update.mul_(SCALES[scale](d_out // blocks, d_in))
+        for update, (d_out, d_in) in zip(updates, matrices.shapes, strict=True)
+    ]
 
 
 def momentum_direction(
@@ -112,13 +123,29 @@ def _orthogonalize_of(kernel: Kernel, G: Tensor, dtype: torch.dtype) -> Callable
 class MatrixOptimizer(DecoupledOptimizer):
     """A DecoupledOptimizer for matrices, with the settings of the orthogonalisation.
 
-    `kernel` says who orthogonalises here (kernels/choice.py). It is of the machine, not of the
-    training: no param group and no `state_dict` holds it.
+    `kernel` says who orthogonalises here (kernels/choice.py), `process_group` with whom the work is
+    shared. They are of the machine, not of the training: no param group and no `state_dict` holds
+    them, and a copy of the optimizer shares with nobody.
     """
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], kernel: Kernel) -> None:
+    _process_group: ProcessGroup | None = None
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        kernel: Kernel,
+        process_group: ProcessGroup | None,
+    ) -> None:
         self.kernel: Kernel = kernel  # `check_group` needs it
         super().__init__(params, defaults)
+        self._process_group = process_group
+
+    def settings(self, params: list[Tensor], group: dict[str, Any]) -> dict[str, Any]:
+        """What the update rules of matrices have in common."""
+        keys = ("momentum", "nesterov", "blocks", "ns_steps", "coefficients", "ns_dtype")
+        matrices = Matrices(params, self._process_group)
+        return {key: group[key] for key in keys} | {"kernel": self.kernel, "matrices": matrices}
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"kernel": self.kernel}
@@ -164,6 +191,8 @@ class Muon(MatrixOptimizer):
             "original" √max(1, d_out/d_in).
         ns_steps, coefficients, ns_dtype: of `kernels.newton_schulz.orthogonalize`.
         kernel: auto, torch or triton, for the orthogonalisation; see `kernels.choice.choose`.
+        process_group: the processes that hold the same parameters (DDP) and orthogonalise some
+            each; None: each all of them. Sharded parameters (FSDP2) bring their own.
     Raises:
         ValueError: a number or name outside its range, a parameter that is not 2-D or not divisible
             into its blocks, a complex parameter, a sparse gradient, a kernel that cannot run.
@@ -186,11 +215,12 @@ class Muon(MatrixOptimizer):
         coefficients: Coefficients = "polar_express",
         ns_dtype: IterationDtype = "bfloat16",
         kernel: Kernel = "auto",
+        process_group: ProcessGroup | None = None,
     ) -> None:
         settings = {"momentum": momentum, "nesterov": nesterov, "scale": scale, "blocks": 1}
         newton_schulz = {"ns_steps": ns_steps, "coefficients": coefficients, "ns_dtype": ns_dtype}
         defaults = {"lr": lr, "weight_decay": weight_decay, **settings, **newton_schulz}
-        super().__init__(params, defaults, kernel)
+        super().__init__(params, defaults, kernel, process_group)
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
@@ -198,14 +228,8 @@ class Muon(MatrixOptimizer):
 
     def updates(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         return muon_update(
-            [p.grad for p in params if p.grad is not None],
-            [self.state[p]["momentum_buffer"] for p in params],
-            momentum=group["momentum"],
-            nesterov=group["nesterov"],
+            [local(p.grad) for p in params],
+            [local(self.state[p]["momentum_buffer"]) for p in params],
             scale=group["scale"],
-            blocks=group["blocks"],
-            ns_steps=group["ns_steps"],
-            coefficients=group["coefficients"],
-            ns_dtype=group["ns_dtype"],
-            kernel=self.kernel,
+            **self.settings(params, group),
         )

@@ -11,15 +11,19 @@ import torch
 from torch import Tensor
 
 from kernels.cholesky import damped_inverse_root
-from optim.covariance import condition_bound, diagonal_inverse_root, mean_eigenvalue
+from optim.collective import Collective
+from optim.covariance import diagonal_inverse_root, mean_eigenvalue, spread_bound
+from optim.reduction import Sums, made_by_owners
 from optim.statistics import Layer, Preconditioner, Settings
 
 # Of Σ inverted together, for which about 5 times as much is needed, or of gradients in one launch.
 CHUNK_BYTES = 256 * 2**20
 
 
-def refresh(layers: list[Layer], settings: Settings) -> list[Layer]:
+def refresh(layers: list[Layer], settings: Settings, collective: Collective) -> list[Layer]:
     """New Σ and P for the layers that have new statistics; returns these layers.
+
+    The statistics are those of all processes, whose calls of this belong together.
 
     All P are made before the first layer is changed: an error leaves every Σ, P and schedule as it
     was, at the price of a second P of every layer for the time being. Sums that are not finite or
@@ -33,9 +37,15 @@ def refresh(layers: list[Layer], settings: Settings) -> list[Layer]:
     """
     for layer in layers:
         layer.check_place()
-    fresh = _with_statistics(layers)
-    for layer, new in preconditioners(fresh, Layer.next_sigma, settings):
-        layer.sigma = layer.next_sigma()  # formed again rather than kept for all layers
+    sums = Sums(layers, collective)
+    fresh = _with_statistics(layers, sums, collective)
+    sums.start(fresh)
+
+    def next_statistics(layer: Layer) -> tuple[Tensor, Tensor | None]:
+        return layer.next_sigma(sums.gram(layer), sums.count(layer)), layer.directions
+
+    for layer, new in preconditioners(fresh, next_statistics, settings, collective):
+        layer.sigma = next_statistics(layer)[0]  # formed again rather than kept for all layers
         layer.use(new)
         layer.n_refreshes += 1
         layer.next_refresh = layer.following_refresh
@@ -44,28 +54,47 @@ def refresh(layers: list[Layer], settings: Settings) -> list[Layer]:
 
 
 def preconditioners(
-    layers: list[Layer], sigma_of: Callable[[Layer], Tensor], settings: Settings
+    layers: list[Layer],
+    statistics_of: Callable[[Layer], tuple[Tensor, Tensor | None]],
+    settings: Settings,
+    collective: Collective,
 ) -> list[tuple[Layer, Preconditioner]]:
-    """Every layer with its P from the Σ that `sigma_of` gives; the layers are not changed.
+    """Every layer with its P from the Σ and U that `statistics_of` gives; no layer is changed.
 
     Raises FloatingPointError if a Σ is not finite or has no inverse at any damping.
     """
+    return made_by_owners(layers, lambda own: _made(own, statistics_of, settings), collective)
+
+
+def _made(
+    layers: list[Layer],
+    statistics_of: Callable[[Layer], tuple[Tensor, Tensor | None]],
+    settings: Settings,
+) -> list[tuple[Layer, Preconditioner]]:
     made = []
     for chunk in chunks(layers, lambda layer: (layer.sigma,)):
-        sigma = torch.stack([sigma_of(layer) for layer in chunk])  # (N, blocks, b, b) or (N, d)
+        sigma, U = _stacked([statistics_of(layer) for layer in chunk])
         try:
-            made += zip(chunk, _invert(sigma, settings), strict=True)
+            made += zip(chunk, _invert(sigma, U, settings), strict=True)
         except FloatingPointError:
             _name_culprit(chunk, sigma, settings)
             raise
     return made
 
 
+def _stacked(statistics: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """Σ of N layers, (N, blocks, b, b) or (N, d), and U, (N, blocks, b, k) or None."""
+    directions = [U for _, U in statistics if U is not None]
+    return torch.stack([sigma for sigma, _ in statistics]), (
+        torch.stack(directions) if directions else None
+    )
+
+
 def _name_culprit(layers: list[Layer], sigma: Tensor, settings: Settings) -> None:
     """Invert one by one what failed as a batch, to raise with the name of the layer."""
     for layer, one in zip(layers, sigma, strict=True):
         try:
-            _invert(one[None], settings)
+            _invert(one[None], None, settings)
         except FloatingPointError as error:
             raise FloatingPointError(f"{layer.label}: {error}") from error
 
@@ -84,7 +113,7 @@ def chunks(
             yield group[first : first + size]
 
 
-def _invert(sigma: Tensor, settings: Settings) -> list[Preconditioner]:
+def _invert(sigma: Tensor, U: Tensor | None, settings: Settings) -> list[Preconditioner]:
     """P of each of N covariances, (N, blocks, b, b) or (N, d), as one batch."""
     p, gamma = settings.exponent, settings.gamma
     means = torch.stack([mean_eigenvalue(each) for each in sigma])  # (N,)
@@ -99,40 +128,43 @@ def _invert(sigma: Tensor, settings: Settings) -> list[Preconditioner]:
             p,
             inverse=settings.inverse,
             kernel=settings.kernel,
-            condition=condition_bound(blocks * sigma.shape[-1], gamma),
+            spread=spread_bound(blocks * sigma.shape[-1], gamma),
+            directions=U,  # a copy of the layers', updated in place
         )
         n_failed = failures.sum(1).tolist()
     more = (damping > wanted).any(1).tolist() if any(n_failed) else [False] * len(sigma)
     scales = means ** (1 / p) if settings.trace_normalized else torch.ones_like(means)
     return [
-        Preconditioner(P[i] * scales[i], damping[i].clone(), n_failed[i], more[i])
+        Preconditioner(
+            P=P[i] * scales[i],
+            damping=damping[i].clone(),
+            directions=None if U is None else U[i].clone(),
+            n_failed=n_failed[i],
+            is_damped_more=more[i],
+        )
         for i in range(len(sigma))
     ]
 
 
-def _with_statistics(layers: list[Layer]) -> list[Layer]:
+def _with_statistics(layers: list[Layer], sums: Sums, collective: Collective) -> list[Layer]:
     """The layers whose running sum is of use; what keeps the others from it is dealt with.
 
     One host read for all layers. The mean eigenvalue says enough: because of |z_i z_j| <=
     (z_i² + z_j²) / 2, Σ z zᵀ is zero if it is zero, and finite if it is finite.
     """
-    sums = [
-        torch.stack([layer.capture.count.double(), mean_eigenvalue(layer.capture.gram).double()])
-        for layer in layers
-    ]
     unseen, broken, zero, usable = [], [], [], []
-    for layer, (count, mean) in zip(layers, _read(sums), strict=True):
+    for layer, (count, mean) in zip(layers, _read(list(sums.heads.values())), strict=True):
         kind = unseen if count == 0 else zero if mean == 0 else usable
         (kind if math.isfinite(mean) else broken).append(layer)
-    _refuse_unseen(unseen)
+    _refuse_unseen(unseen, collective)
     _drop_broken(broken)
-    _drop_zero(zero)
+    _drop_zero(zero, collective)
     return usable
 
 
-def _refuse_unseen(layers: list[Layer]) -> None:
+def _refuse_unseen(layers: list[Layer], collective: Collective) -> None:
     """Layers without tokens were not used in this step, or something is wrong with the capture."""
-    held = _with_gradient(layers)
+    held = _with_gradient(layers, collective)
     missed = [layer.name for layer in held]
     if missed:
         others = f" (nor those of {len(missed) - 1} more layers)" if missed[1:] else ""
@@ -156,20 +188,24 @@ def _drop_broken(layers: list[Layer]) -> None:
         layer.mended("activations are not finite; the last P is kept")
 
 
-def _drop_zero(layers: list[Layer]) -> None:
+def _drop_zero(layers: list[Layer], collective: Collective) -> None:
     """Zero tokens show no direction; a gradient from others than these is a case to mend."""
     for layer in layers:
         layer.capture.clear()
-    for layer in _with_gradient(layers):
+    for layer in _with_gradient(layers, collective):
         what = "the last P is kept" if layer.n_refreshes else "the gradient is left as it is"
         layer.mended(f"all sampled activations are zero; {what}")
 
 
-def _with_gradient(layers: list[Layer]) -> list[Layer]:
-    """The layers whose gradient is not zero; one host read, and none without gradients."""
-    held = [layer for layer in layers if layer.covered.weight.grad is not None]
-    has_any = _read([layer.covered.weight.grad.any() for layer in held])  # pyright: ignore
-    return [layer for layer, is_any in zip(held, has_any, strict=True) if is_any]
+def _with_gradient(layers: list[Layer], collective: Collective) -> list[Layer]:
+    """The layers whose gradient is not zero anywhere; one host read, none without gradients."""
+    held = {layer: layer.covered.grad for layer in layers}
+    flags = [grad.any().long() for grad in held.values() if grad is not None]
+    if not flags:
+        return []
+    n_with = collective.sum_(torch.stack([flag.to(flags[0].device) for flag in flags]))
+    held = [layer for layer, grad in held.items() if grad is not None]
+    return [layer for layer, n in zip(held, n_with.tolist(), strict=True) if n]
 
 
 def _read(values: list[Tensor]) -> list[Any]:

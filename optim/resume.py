@@ -1,4 +1,4 @@
-"""Whether a saved state fits: everything that is wrong with it, before any of it is taken."""
+"""What is saved of all processes, and what is wrong with a saved state, before it is taken."""
 
 from __future__ import annotations
 
@@ -7,9 +7,41 @@ from typing import Any
 
 from torch import Tensor
 
-from optim.statistics import Layer
+from optim.collective import Collective
+from optim.reduction import Sums
+from optim.refresh import preconditioners
+from optim.statistics import Layer, Preconditioner, Settings, log
 
-FINITE = ("sigma", "P", "damping")  # a running sum may be spoilt: it is dropped at the refresh
+OPTIONAL = {"directions"}  # a state of another `inverse` has none, and they are found again
+# A running sum may be spoilt: it is dropped at the refresh.
+FINITE = ("sigma", "P", "damping", "directions")
+
+
+def state_of(layers: list[Layer], collective: Collective) -> dict[str, Any]:
+    """{layer: {key: value}} with the running sums of all processes, in every process."""
+    state = {layer.name: layer.state_dict() for layer in layers}
+    if collective.size > 1:
+        sums = Sums(layers, collective)
+        sums.start(layers)
+        for layer in layers:
+            state[layer.name] |= {"gram": sums.gram(layer), "count": sums.count(layer)}
+    return state
+
+
+def renewed(
+    state: dict[str, Any], layers: list[Layer], settings: Settings, collective: Collective
+) -> list[tuple[Layer, Preconditioner]]:
+    """The layers whose P in `state` was made with other settings, with the P of ours."""
+    outdated = [
+        layer
+        for layer in layers
+        if state[layer.name]["n_refreshes"] and state[layer.name]["made_with"] != settings.of_P
+    ]
+    if outdated:
+        log.info("%d P were made with other settings and are made again", len(outdated))
+    return preconditioners(
+        outdated, lambda layer: layer.statistics_in(state[layer.name]), settings, collective
+    )
 
 
 def state_problems(state: Any, layers: Sequence[Layer]) -> list[str]:
@@ -29,13 +61,13 @@ def layer_problems(state: Any, layer: Layer) -> list[str]:
     name = layer.label
     if not isinstance(state, dict):
         return [f"{name} is {type(state).__name__}, wanted a dict"]
-    missing = {*layer.tensors(), *layer.NUMBERS, "made_with"} - state.keys()
+    missing = {*layer.tensors(), *layer.NUMBERS, "made_with"} - state.keys() - OPTIONAL
     if missing:
         return [f"{name} has no {', '.join(sorted(missing))}"]
     wrong = [
         f"{name}: {_tensor_problem(key, state[key], own)}"
         for key, own in layer.tensors().items()
-        if _tensor_problem(key, state[key], own)
+        if key in state and _tensor_problem(key, state[key], own)
     ]
     wrong += [
         f"{name}: {key} is {state[key]!r}, wanted a whole number, at least 0"

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from optim.base import DecoupledOptimizer
+from optim.collective import local
 
 
 def signum_update(grad: Tensor, momentum_buffer: Tensor, *, momentum: float) -> Tensor:
@@ -44,7 +45,8 @@ class Signum(DecoupledOptimizer):
 
     def updates(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         return [
-            signum_update(p.grad, self.state[p]["momentum_buffer"], momentum=group["momentum"])
+            signum_update(
+                local(p.grad), local(self.state[p]["momentum_buffer"]), momentum=group["momentum"]
+            )
             for p in params
-            if p.grad is not None
         ]

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from kernels.choice import KERNELS, Kernel
 from kernels.cholesky import Inverse
+from kernels.deflation import first_directions
 from optim.capture import Capture
-from optim.covariance import condition_number, ema_update
+from optim.covariance import condition_number, ema_update, n_blocks
 from optim.coverage import Covered
 
 INVERSES = get_args(Inverse)
@@ -119,6 +120,7 @@ class Preconditioner(NamedTuple):
 
     P: Tensor  # (blocks, b, b), or (d,) for a diagonal
     damping: Tensor  # (blocks,) γ̄, which differs where a block had to be damped more
+    directions: Tensor | None  # (blocks, b, k), U of kernels/deflation.py
     n_failed: int  # inverses that failed on the way
     is_damped_more: bool  # whether more than γ asks for
 
@@ -135,7 +137,7 @@ class Layer:
         self.label = covered.name or type(covered.module).__name__  # of a model that is one layer
         self.settings = settings
         d = covered.d_in
-        blocks = 1 if covered.is_diagonal else _n_blocks(d, settings.block_diagonal)
+        blocks = 1 if covered.is_diagonal else n_blocks(d, settings.block_diagonal)
         shape = (d,) if covered.is_diagonal else (blocks, d // blocks, d // blocks)
         self.capture = Capture(
             shape, covered.weight, settings.token_stride, is_paused, settings.kernel
@@ -143,6 +145,9 @@ class Layer:
         self.sigma = torch.zeros_like(self.capture.gram)  # Σ
         self.P = torch.zeros_like(self.capture.gram)  # (Σ + γ̄ I)^(-1/p), trace-normalised
         self.damping = self.sigma.new_zeros(blocks)  # γ̄ of each block
+        self.directions = None  # U, (blocks, b, k), carried from one inverse to the next
+        if settings.inverse == "newton_schulz" and not covered.is_diagonal:
+            self.directions = first_directions(self.sigma, settings.exponent)
         self.norm_ratio = self.sigma.new_ones(())  # ‖M‖ / ‖G‖ at the last refresh
         self.step = 0  # steps of the optimizer that owns the weight
         self.next_refresh = 0  # the step from which on new statistics are due
@@ -166,14 +171,14 @@ class Layer:
         self.capture.is_collecting = on_schedule or self.is_due
         self.capture.offset.fill_(self.step // self.settings.collect_every)
 
-    def next_sigma(self) -> Tensor:
-        """Σ with what was captured since the last refresh."""
-        batch = self.capture.gram / self.capture.count
+    def next_sigma(self, gram: Tensor, count: Tensor) -> Tensor:
+        """Σ with what all processes captured since the last refresh."""
+        batch = gram / count
         return ema_update(self.sigma, batch, self.settings.sigma_beta, self.n_refreshes + 1)
 
     def use(self, new: Preconditioner) -> None:
         """Take `new` from now on; inverses that failed on the way are counted and logged."""
-        self.P, self.damping = new.P, new.damping
+        self.P, self.damping, self.directions = new.P, new.damping, new.directions
         self.made_with = self.settings.of_P
         if new.n_failed:
             is_iterative = self.settings.inverse == "newton_schulz"
@@ -200,19 +205,32 @@ class Layer:
 
     def tensors(self) -> dict[str, Tensor]:
         own = {key: getattr(self, key) for key in self.TENSORS}
-        return own | {"gram": self.capture.gram, "count": self.capture.count}
+        U = {} if self.directions is None else {"directions": self.directions}
+        return own | U | {"gram": self.capture.gram, "count": self.capture.count}
+
+    def statistics_in(self, state: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Σ and U of a state; our own U if it was saved without, under another `inverse`."""
+        U = self.directions
+        U = U if U is None else state.get("directions", U).to(U, copy=True)
+        return state["sigma"].to(self.sigma), U
 
     def state_dict(self) -> dict[str, Any]:
         numbers = {key: getattr(self, key) for key in (*self.NUMBERS, "made_with")}
         running = {"gram": self.capture.gram.clone(), "count": self.capture.count.clone()}
         return self.tensors() | running | numbers
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take a state without `optim.resume.state_problems`; earlier states are left alone."""
+    def load_state_dict(self, state: dict[str, Any], *, with_sums: bool = True) -> None:
+        """Take a state without `optim.resume.state_problems`; earlier states are left alone.
+
+        Of several processes one takes the sums, the others begin new ones.
+        """
         for key in self.TENSORS:
             setattr(self, key, state[key].to(getattr(self, key), copy=True))
-        self.capture.gram.copy_(state["gram"])  # in place: compiled graphs hold these two
-        self.capture.count.copy_(state["count"])
+        self.directions = self.statistics_in(state)[1]
+        self.capture.clear()  # in place: compiled graphs hold these two
+        if with_sums:
+            self.capture.gram.copy_(state["gram"])
+            self.capture.count.copy_(state["count"])
         for key in (*self.NUMBERS, "made_with"):
             setattr(self, key, state[key])
         every = self.settings.refresh_every
@@ -221,8 +239,8 @@ class Layer:
 
     @property
     def n_bytes(self) -> int:
-        """Memory of Σ, its running sum and P."""
-        return 3 * self.sigma.nbytes
+        """Memory of Σ, its running sum, P and U."""
+        return 3 * self.sigma.nbytes + (0 if self.directions is None else self.directions.nbytes)
 
     def report(self, *, condition: bool) -> dict[str, Any]:
         """What is worth knowing; the condition number costs an eigendecomposition."""
@@ -238,10 +256,3 @@ class Layer:
             "norm_ratio": self.norm_ratio.item() if is_ready else None,
             "mended": self.n_mended,
         }
-
-
-def _n_blocks(d: int, widest: int | None) -> int:
-    """The smallest number of equal blocks of at most `widest` that d divides into."""
-    if widest is None:
-        return 1
-    return next(blocks for blocks in range(-(-d // widest), d + 1) if d % blocks == 0)

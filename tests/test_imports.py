@@ -18,11 +18,17 @@ LOWER = {  # part of the house -> the parts that it may import
     "mup": set(),
     "optim": {"kernels", "mup"},
     "data": set(),
-    "checkpoint": set(),
-    "state": {"checkpoint", "optim"},
-    "eval": {"model", "data", "checkpoint", "optim", "runlog", "settings", "configurator"},
+    "placement": set(),
+    "dist": {"placement"},
+    "sharded": set(),
+    "checkpoint": {"placement", "sharded"},
+    "saving": {"checkpoint", "dist", "sharded"},
+    "state": {"checkpoint", "saving", "optim", "dist", "placement", "sharded"},
+    "resuming": {"checkpoint", "data", "dist", "settings"},
+    "eval": {"dist", "sharded", "model", "data", "checkpoint", "optim", "runlog", "settings"}
+    | {"configurator", "saving"},
     "train": {"settings", "configurator", "stopping", "runlog", "kernels", "model", "mup", "optim"}
-    | {"data", "checkpoint", "state", "eval"},
+    | {"dist", "placement", "data", "checkpoint", "state", "resuming", "eval"},
 }
 
 

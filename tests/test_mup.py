@@ -99,7 +99,7 @@ def test_the_attention_factor_is_of_the_width_of_a_head():
         ({"mup": True, "mup_base_head_dim": 0}, "mup_base_head_dim=0: must be at least 1"),
         ({"mup": True, "mup_base_width": 0}, "mup_base_width=0: must be at least 1"),
         ({"mup": True, "init_from": "gpt2"}, "its weights were trained without muP"),
-        ({"mup": True, "dopr": True, "optimizer": "sgd", "include": "*attn*"}, "one rule for all"),
+        ({"mup": True, "dopr": True, "optimizer": "sgd", "include": "*attn*"}, "one rule of muP"),
         ({"mup": True, "wd_scaling": "linear"}, "wd_scaling='linear': must be one of"),
     ],
 )

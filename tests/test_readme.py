@@ -41,7 +41,8 @@ def run(command: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess[str
 def test_every_make_target_exists():
     makefile = (ROOT / "Makefile").read_text()
     targets = {command[1] for command in commands("make")}
-    assert {"demo", "test"} <= targets
+    targets |= set(re.findall(r"`make ([\w-]+)`", README))
+    assert {"demo", "test", "kernel-report", "bench-gpu"} <= targets
     assert all(f"\n{target}:" in makefile for target in targets)
 
 
@@ -79,7 +80,7 @@ def places(dataset, tmp_path_factory):
         assert train.main(argv(data, folder / name)) == 0
     (folder / "prompts.txt").write_text("alpha\nbeta\n")
     names = {"out/demo/text": "text", "out/ctrl": "ctrl", "out/compare/ctrl-500": "ctrl"}
-    names |= {name: name for name in ("prompts.txt", "samples.jsonl", "hf_model")}
+    names |= {name: name for name in ("prompts.txt", "samples.jsonl", "hf_model", "shards")}
     return {word: folder / name for word, name in names.items()}
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import train
+from checkpoint import open_checkpoint
 from tests.tiny import argv, metrics, weights
 
 
@@ -152,7 +153,7 @@ def test_the_averaged_weights_are_the_average(dataset, tmp_path):
     out = tmp_path / "run"
     changes = {"ema_decay": 0.5, "save_every": 1, "keep_checkpoints": 99, "max_steps": 4}
     train.main(argv(dataset, out, **changes))
-    load = train.open_checkpoint
+    load = open_checkpoint
     steps = [load(out / f"checkpoints/step-{i:08d}").model for i in range(1, 5)]
     ema = load(out).ema
     for key, value in ema.items():

@@ -270,10 +270,10 @@ def test_settings_that_change_on_resume_are_named(dataset, tmp_path, capsys):
     assert metrics(out, "train")[-1]["lr"] < 1e-3  # the new rate is the one in use
 
 
-def test_the_wrong_world_is_refused(dataset, tmp_path, monkeypatch, capsys):
+def test_a_world_that_torchrun_did_not_start_is_refused(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert train.main(argv(dataset, tmp_path / "run")) == 1
-    assert "trains in one process" in capsys.readouterr().err
+    assert "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set" in capsys.readouterr().err
 
 
 def test_the_lock_is_released_when_the_run_ends(dataset, tmp_path):

@@ -37,7 +37,7 @@ class Pdfa(OracleTask):
     alphabet: int = 10  # symbols besides end-of-text
 
     name: ClassVar[str] = "pdfa"
-    primary: ClassVar[str] = "sequence_kl"
+    primary: ClassVar[str] = "jeffreys"
 
     def claims(self) -> dict[str, bool]:
         S, A = self.states, self.alphabet

@@ -92,7 +92,7 @@ class OracleTask(Task):
         """The name of every id, in order; end-of-text comes after the last."""
 
     def unscored(self) -> list[int]:
-        """Ids that no loss counts: the world's part, or what fills up short documents."""
+        """Ids that no loss counts: the world's part."""
         return []
 
     @abstractmethod

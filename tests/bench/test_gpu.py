@@ -1,6 +1,7 @@
 """What `make bench-gpu` runs, in small, without a GPU."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu
+pytest.importorskip("triton", reason="triton is not installed: it is for Linux only")
+
+from bench import gpu, kernels
 from bench.gpu import STAGES, Stage
 from bench.timing import compared, interleaved
-
-pytest.importorskip("triton", reason="triton is not installed: it is for Linux only")
 
 # Relative to float64, of fp32 inputs; interpreted, bf16 is truncated: orthogonalize multiplies it
 TOLERANCE = {"gram": 1e-5, "inverse": 2e-3, "apply": 1e-4, "orthogonalize": 0.1}
@@ -66,6 +67,21 @@ def test_a_stage_that_fails_is_said_to(monkeypatch, capfd):
     assert gpu.run("good", Path(), tiny=False)
     assert not gpu.run("bad", Path(), tiny=False)
     assert "== bad: FAILED with exit code 1" in capfd.readouterr().out
+
+
+def test_a_stage_that_fails_leaves_no_result_of_an_earlier_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "STAGES", {"bad": Stage("no_such_module", [], [])})
+    (tmp_path / "gpu_bad.json").write_text("{}")
+    assert not gpu.run("bad", tmp_path, tiny=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("error", "is_good"), [(1e-6, True), (1e-2, False), (math.nan, False)])
+def test_an_error_beyond_the_tolerance_is_seen(error, is_good):
+    for operation in ("gram", "inverse", "apply"):
+        rest = {"triton ieee": 1.0, "torch": 1.0}  # do not ship, or are not ours
+        row = {"error": rest | {kernels.SHIPPED[operation][0]: error}}
+        assert kernels.is_exact(operation, row) == is_good
 
 
 def test_contenders_take_turns():

@@ -3,7 +3,7 @@
 import pytest
 
 from bench import rollout_study
-from bench.rollout_study import ABLATIONS, STAGES, main
+from bench.rollout_study import ABLATIONS, STAGES, main, planned
 from eval.compare import parse, study_of
 
 
@@ -40,6 +40,13 @@ def test_prefixes_choose_stages_and_pages_show_what_is_there(tmp_path, calls):
     assert [argv[1] for argv in calls["compare"]] == ["ctrl", "pdfa"]
     folders = [report[: report.index("--out")] for report in calls["report"]]
     assert folders == [[str(tmp_path / "ctrl-500")], [str(tmp_path / "ablations-pdfa-500")]]
+
+
+def test_the_family_is_what_the_log_fixes_whatever_stages_were_run(tmp_path, calls):
+    assert planned(STAGES) == (5 * 2 + 2 * 2) * 4 + 15
+    main(["ctrl-500", "--out", str(tmp_path)])
+    (arguments,) = calls["report"]
+    assert arguments[-2:] == ["--comparisons", "71"]
 
 
 def test_an_unknown_stage_is_an_error_before_any_run(tmp_path, calls, capsys):

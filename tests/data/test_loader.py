@@ -30,8 +30,9 @@ def steps(dataset, n, **changes):
 
 def global_batch(ranks):
     """One step's (batch_size, 2T) rows, put together from the micro-batches of every rank."""
-    parts = [torch.cat([torch.cat(pair, dim=1) for pair in micros]) for micros in ranks]
-    return torch.stack(parts, dim=1).flatten(0, 1)  # row i of rank r is global row i * world + r
+    # micro-batch i of rank r is number i * world + r of the global batch
+    micro_batches = [each for turn in zip(*ranks, strict=True) for each in turn]
+    return torch.cat([torch.cat(pair, dim=1) for pair in micro_batches])
 
 
 @pytest.mark.parametrize(("world", "micro"), [(1, 4), (1, 1), (2, 4), (2, 2), (4, 1), (8, 1)])

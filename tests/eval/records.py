@@ -19,6 +19,7 @@ def record(variant: str, seed: int, value: float | None, **changes: Any) -> dict
         "lr": 0.01,
         "seed": seed,
         "steps": 500,
+        "tokens": 512000,
         "val_loss": None if value is None else 1.0,
         "grade": None if value is None else grade | {"samples": []},
     }

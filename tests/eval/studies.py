@@ -84,3 +84,8 @@ def write_run(folder: Path, record: dict[str, Any]) -> Path:
     path = folder / "ttf" / f"step-{record['steps']:08d}.json"
     path.write_text(json.dumps(record | {"role": "single"}), encoding="utf-8")
     return folder
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """The records of a study's folder."""
+    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]

@@ -71,6 +71,14 @@ def test_references_are_averaged_over_seeds_and_stay_out_of_the_leaderboard():
     assert [row.variant for row in leaderboard([*study(), *rows])] == ["dopr-adamw", "adamw"]
 
 
+def test_an_outlying_seed_does_not_decide_the_order():
+    steady = [record("adamw", seed, value) for seed, value in enumerate([4.0, 4.0, 4.0])]
+    outlier = [record("muon", seed, value) for seed, value in enumerate([1.0, 1.0, 20.0])]
+    first, second = leaderboard([*steady, *outlier])
+    assert (first.variant, second.variant) == ("muon", "adamw")  # 20^(1/3) = 2.7 < 4 < 22 / 3
+    assert (first.median, first.primary.mean) == (1.0, pytest.approx(22 / 3))
+
+
 def test_tuning_runs_do_not_enter_the_leaderboard():
     rows = [*study(), record("dopr-adamw", 9, 0.001, role="tuning")]
     assert leaderboard(rows)[0].primary.mean == pytest.approx(np.mean(DOPR))

@@ -61,7 +61,7 @@ def test_curves_have_a_row_for_each_quantity_and_a_column_for_each_base():
     assert [ax.get_title(loc="left") for ax in figure.axes] == ["adamw", "muon", "", ""]
     # B has a thin line on the data's contexts beside each curve, G has not.
     assert [len(ax.lines) for ax in figure.axes] == [6, 4, 3, 2]
-    assert [len(ax.collections) for ax in figure.axes] == [3, 2, 3, 2]  # bands
+    assert [len(ax.collections) for ax in figure.axes] == [2, 2, 2, 2]  # no band of two runs
     assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
 
 

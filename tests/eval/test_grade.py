@@ -38,10 +38,23 @@ def by_hand():
     return oracle_grade(data, own)
 
 
-def test_curves_are_sums_over_all_episodes_and_ended_ones_add_nothing(by_hand):
-    assert by_hand.curves["A"].mean == [2, 2 + 3, 2 + 3 + 6 / 2]
-    assert by_hand.curves["B"].mean == [3, 3 + 6 / 2, 3 + 6 / 2 + 1 / 2]
-    assert by_hand.curves["G"].mean == pytest.approx([1 / 1, 1 / 2, -1.5 / 3], rel=EXACT)
+def test_curves_are_sums_over_all_episodes():
+    grade = oracle_grade(episodes([[1, 2], [3, 4]]), episodes([[2, 0], [4, 7]]))
+    assert grade.curves["A"].mean == [2, 2 + 3]
+    assert grade.curves["B"].mean == [3, 3 + 3.5]
+    assert grade.curves["G"].mean == pytest.approx([1 / 1, 1.5 / 2], rel=EXACT)
+    assert grade.curves["C"].mean == [6, 6 + 7]  # the reverse is twice the error
+    assert "survival" not in grade.curves
+    means = grade.means()
+    assert (means["accumulated_kl"], means["gap"], means["excess_percent"]) == (6.5, 0.75, 30.0)
+    assert means["jeffreys"] == 5 + 13
+
+
+def test_where_episodes_end_nothing_rewards_an_early_end(by_hand):
+    assert by_hand.curves["A"].mean == [2, 2 + 3, 2 + 3 + 6 / 2]  # ended ones add nothing
+    assert by_hand.curves.keys() == {"A", "C", "survival", "data_survival"}
+    assert by_hand.curves["survival"].mean == [1, 0.5, 0.5]
+    assert by_hand.curves["data_survival"].mean == [1, 1, 0.5]
     assert by_hand.n_t == {"data": [2, 2, 1], "own": [2, 1, 1]}
 
 
@@ -49,13 +62,12 @@ def test_metrics_by_hand(by_hand):
     wanted = {
         "val_kl": (1 + 2 + 3 + 4 + 6) / 5,  # over decisions, not over episodes
         "val_ce": (2 + 2 + 3 + 1 + 7) / 5,
-        "accumulated_kl": 6.5,
+        "overconfidence": (2 + 2 + 3 + 1 + 7) / 5 - (1 + 2 + 3 + 4 + 6) / 5,
         "sequence_kl": 13.0,  # the reverse is twice the error
-        "gap": -0.5,
-        "excess_percent": 100 * (6.5 - 8) / 8,
+        "jeffreys": 8.0 + 13.0,
         "reached": 0.5,
         "data_reached": 1,
-    }  # and no drift, as episodes ended
+    }  # and no gap and no drift, as episodes ended
     assert by_hand.means() == pytest.approx(wanted, rel=EXACT)
     assert all(each.n == 2 for each in by_hand.metrics.values())
 
@@ -64,6 +76,13 @@ def test_drift_compares_the_same_half_of_both():
     data = episodes([[1, 1, 1, 1]], nll=[[9, 9, 2, 4]])
     own = episodes([[1, 1, 1, 1]], entropy=[[7, 7, 5, 5]])
     assert oracle_grade(data, own).metrics["entropy_drift"].mean == 5 - 3
+
+
+def test_an_error_without_bound_is_infinite_and_not_a_number():
+    data = episodes([[1.0, math.inf], [2.0, 3.0]], [[1.0, 1.0]] * 2, [[1.0, 1.0]] * 2)
+    metrics = oracle_grade(data, episodes([[1.0, 1.0], [2.0, 2.0]])).metrics
+    assert metrics["val_kl"].mean == metrics["jeffreys"].mean == math.inf
+    assert metrics["sequence_kl"].mean == 6.0
 
 
 def test_without_the_oracles_support_there_is_no_sequence_kl():
@@ -96,8 +115,9 @@ def test_a_grade_is_json_and_shows_the_first_episodes():
 @every_task
 def test_the_oracle_itself_has_no_gap_and_no_error(task):
     grade = task.grade(OraclePredictor(task.world(128, 1)), n=128, seed=1)
-    assert np.abs([grade.curves[name].mean for name in "ABG"]).max() < EXACT
-    assert abs(grade.metrics["gap"].hi) < EXACT
+    errors = [curve.mean for name, curve in grade.curves.items() if name in "ABCG"]
+    assert np.abs(errors).max() < EXACT
+    assert grade.means().get("gap", 0) < EXACT
     if task.higher_is_better:
         best = grade.metrics[task.primary]
         assert (best.mean, best.lo, best.hi) == (1, 1, 1)
@@ -105,9 +125,10 @@ def test_the_oracle_itself_has_no_gap_and_no_error(task):
 
 @every_task
 def test_one_step_is_the_same_on_both_contexts_for_any_model(task):
-    grade = task.grade(GPTPredictor(random_gpt(task)), n=64, seed=0)
-    assert grade.curves["A"].mean[0] == grade.curves["B"].mean[0] > 0
-    assert grade.curves["G"].mean[0] == 0
+    data, own = both_rollouts(task, GPTPredictor(random_gpt(task)), n=64, seed=0)
+    assert own.error[:, 0].equal(data.error[:, 0])
+    assert own.reverse[:, 0].equal(data.reverse[:, 0])
+    assert (own.error[:, 0] > 0).all()
 
 
 def test_an_error_that_no_context_changes_accumulates_linearly_without_a_gap():

@@ -62,9 +62,11 @@ def test_the_mean_over_seeds_has_students_interval():
     assert (ours.lo, ours.hi, ours.n) == pytest.approx((*theirs, 5), rel=EXACT)
 
 
-def test_a_single_seed_has_no_interval():
-    ours = over_seeds([0.5])
-    assert (ours.mean, ours.n) == (0.5, 1)
+@pytest.mark.parametrize("values", [[0.5], [0.25, 0.75]])
+def test_one_or_two_seeds_have_no_interval_and_no_p(values):
+    ours = over_seeds(values)
+    assert (ours.mean, ours.n) == (0.5, len(values))
+    assert paired(values, [1.0, 2.0][: len(values)]).p == 1
     assert math.isnan(ours.lo)
     assert math.isnan(ours.hi)
 

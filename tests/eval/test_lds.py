@@ -193,7 +193,7 @@ def test_demonstrations_share_no_random_number_with_the_plant(seed):
 
 
 def test_gamma_is_part_of_what_a_variant_says():
-    assert dict(parse_lds_variant("dopr-adamw").settings)["gamma"] == 1e-3
+    assert dict(parse_lds_variant("dopr-adamw+gamma=0.001").settings)["gamma"] == 1e-3
     assert dict(parse_lds_variant("dopr-adamw+gamma=0.1").settings)["gamma"] == 0.1
     assert "gamma" not in dict(parse_lds_variant("adamw").settings)
 

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from eval.matched import fit_curve, matched_validation
+from eval.intervals import over_seeds
+from eval.matched import fit_curve, matched_validation, placebo
 from tests.eval.records import record
 
 SLOPE, HARDER = 2.0, (0.0, 0.7, 1.1)  # of log error in log loss; what an instance adds to both
@@ -46,6 +47,19 @@ def test_the_line_has_the_slope_within_seeds():
     assert np.diff(np.log(y)) / np.diff(np.log(x)) == pytest.approx(SLOPE)
 
 
+def test_three_bases_show_a_bend_and_what_lies_on_it_is_explained():
+    places = {"adamw": 0.8, "muon": 0.1, "sgd": 1.3, "dopr-adamw": 0.3}
+    rows = [
+        record(name, seed, math.exp(2 * x - 0.6 * x**2 + 3 * harder), val_loss=math.exp(x))
+        for seed, harder in enumerate(HARDER)
+        for name, x in places.items()
+    ]
+    residual = matched_validation(rows)["dopr-adamw"].residual
+    assert (residual.mean, residual.hi) == pytest.approx((0.0, 0.0), abs=1e-9)
+    x, y = np.log(fit_curve(rows))
+    assert np.polyfit(x, y, 2)[:2] == pytest.approx([-0.6, 2.0])
+
+
 def test_no_failure_in_n_episodes_counts_as_half_of_one():
     rows = on_a_line(0.0)
     zero = [
@@ -60,3 +74,46 @@ def test_one_base_run_a_seed_gives_no_slope():
     rows += [record("dopr-adamw", seed, 3.0 + seed) for seed in range(3)]
     assert matched_validation(rows) == {}
     assert len(fit_curve(rows)[0]) == 0
+
+
+def noisy(draw: int, n_seeds: int = 8, effect: float = 0.0):
+    """Five bases and DoPr around one parabola, with noise of their own; instances apart."""
+    random = np.random.default_rng(draw)
+    places = {"adamw": 0.8, "muon": 0.1, "sgd": 1.3, "signum": 1.0, "adamuon": 0.4}
+    rows = []
+    for seed in range(n_seeds):
+        harder = random.normal()
+        for name, place in (places | {"dopr-adamw": 0.3}).items():
+            x = place + 0.1 * random.normal()
+            y = 2 * x - 0.6 * x**2 + 3 * harder + 0.1 * random.normal()
+            y += effect * (name == "dopr-adamw")
+            rows.append(record(name, seed, math.exp(y), val_loss=math.exp(x)))
+    return rows
+
+
+def test_without_an_effect_the_interval_covers_one_as_often_as_it_says():
+    found = [matched_validation(noisy(draw))["dopr-adamw"].residual for draw in range(60)]
+    covered = np.mean([each.lo <= 0 <= each.hi for each in found])
+    assert 0.86 <= covered <= 1  # 0.95 less three standard deviations of 60 draws
+
+
+def test_an_effect_is_found_and_no_pair_of_bases_has_one_as_large():
+    rows = noisy(0, effect=-0.5)
+    residual = matched_validation(rows)["dopr-adamw"].residual
+    assert residual.lo < -0.5 < residual.hi < 0
+    pairs = placebo(rows)
+    assert len(pairs) == 10  # of five bases
+    assert pairs["adamw / muon"].n == 8
+    assert max(abs(each.mean) for each in pairs.values()) < 0.2
+
+
+def test_where_f_is_exact_the_interval_is_students():
+    offs = [0.3, -0.1, 0.2]
+    rows = [each for off in offs for each in on_a_line(off) if each["seed"] == offs.index(off)]
+    found, student = matched_validation(rows)["dopr-adamw"].residual, over_seeds(offs)
+    assert found.mean == pytest.approx(student.mean)
+    assert found.hi - found.lo == pytest.approx(student.hi - student.lo, rel=0.1)  # 1000 resamples
+
+
+def test_bases_that_the_curve_goes_through_are_no_placebo():
+    assert placebo(on_a_line(0.0)) == {}

@@ -35,7 +35,7 @@ def test_the_command_prints_a_line_for_each_and_repeats(capsys):
     words = command_of(f"task:{SMALL}", n=16, seed=1).split()
     main(words[3:])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["oracle", "uniform"]
+    assert [line.split()[0] for line in lines] == ["oracle", "greedy", "uniform"]
     assert "sequence_kl 0 " in lines[0]
 
 

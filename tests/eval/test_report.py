@@ -1,48 +1,13 @@
 """The page says what the records say, all of it, and needs nothing but itself."""
 
 import base64
-import json
 import re
-from html.parser import HTMLParser
 
 import pytest
 
 from eval.report import main
-from tests.eval.studies import SEEDS, fresh, graded, study, write_run, write_study
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, the rows of all tables as text, and the text."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.rows: list[list[str]] = []
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_data(self, data):
-        self.text += data
-        if self.rows and self.rows[-1]:
-            self.rows[-1][-1] += data
-
-    def row(self, name: str) -> list[str]:
-        """The first row that starts with this name: the leaderboard's, in a page of one study."""
-        found = (row for row in self.rows if row[0].removesuffix(" (best)") == name)
-        return next(found)
-
-
-def read(folder) -> Page:
-    page = Page((folder / "report.html").read_text(encoding="utf-8"))
-    page.rows = [[cell.strip() for cell in row] for row in page.rows]
-    return page
+from tests.eval.pages import read
+from tests.eval.studies import fresh, study, write_study
 
 
 @pytest.fixture(scope="module")
@@ -58,30 +23,42 @@ def page(drawn):
     return read(drawn)
 
 
-@pytest.fixture
-def report(tmp_path, monkeypatch):
-    """A report of these folders without figures, which take most of its time."""
-    monkeypatch.setattr("eval.report.draw", lambda records: {})
-
-    def make(*folders) -> Page:
-        assert main([*map(str, folders), "--out", str(tmp_path / "out")]) == 0
-        return read(tmp_path / "out")
-
-    return make
-
-
 def test_the_leaderboard_holds_every_variant_with_the_numbers_of_the_records(page):
     for variant in {record["variant"] for record in study()}:
         assert page.row(variant)
     # Values 3, 4.1, 5 against 5, 6, 7: t(0.975, 2) = 4.303 times sd / √3, of logarithms of ratios.
-    _, lr, primary, ratio, _, wins, p, verdict, loss, _ = page.row("dopr-adamw")
-    assert (primary, ratio) == ("4.0 ± 2.5", "× 0.664 [0.530, 0.832]")
+    _, lr, primary, median, ratio, _, wins, p, verdict, loss, _ = page.row("dopr-adamw")
+    assert (primary, median, ratio) == ("4.0 ± 2.5", "4.100", "× 0.664 [0.530, 0.832]")
     assert (wins, p, verdict, loss, lr) == ("3/3", "0.016 *", "better", "0.40 ± 0.25", "0.01")
     assert "lower is better" in page.text
 
 
+def test_stars_are_those_of_the_planned_comparisons_and_the_page_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.report.draw", lambda records: {})
+    folder, out = write_study(tmp_path / "study", study()), tmp_path / "out"
+    assert main([str(folder), "--out", str(out), "--comparisons", "71"]) == 0
+    page = read(out)
+    assert page.row("dopr-adamw")[7] == "0.016"  # no star: above 0.05 / 71
+    assert "below 0.000704, which is 0.05 divided by the number of comparisons, 71" in page.text
+    assert "all that were planned, of which 3 are on this page" in page.text
+
+
+def test_the_page_says_what_a_factor_at_equal_validation_has_to_exceed(tmp_path, report):
+    others = [*fresh("sgd", [9.0, 9.5, 9.9]), *fresh("signum", [7.0, 6.0, 8.0])]
+    page = report(write_study(tmp_path / "many", [*study(), *others]))
+    assert "Two base optimizers differ by up to × 1.0" in page.text
+    assert page.row("adamw / muon")
+    assert "Kendall's tau = 1.00" in page.text  # validation is a tenth of the error here
+
+
+def test_with_one_base_the_page_says_why_there_is_no_table(tmp_path, report):
+    rows = [*fresh("adamw", [5.0, 6.0, 7.0]), *fresh("dopr-adamw", [3.0, 4.1, 5.0])]
+    page = report(write_study(tmp_path / "study", rows))
+    assert "Nothing can be said at equal validation" in page.text
+
+
 def test_what_is_not_told_apart_is_called_so_and_nothing_is_marked_as_best(page):
-    assert page.row("dopr-muon")[7] == "unclear"
+    assert page.row("dopr-muon")[8] == "unclear"
     assert "No optimizer is marked as best" in page.text
     assert "(best)" not in page.text
 
@@ -98,14 +75,14 @@ def test_where_higher_is_better_the_same_numbers_are_worse(tmp_path, report):
         each | {"higher_is_better": True} for name in values for each in fresh(name, values[name])
     ]
     page = report(write_study(tmp_path / "study", rows))
-    assert page.row("dopr-adamw")[7] == "worse"
+    assert page.row("dopr-adamw")[8] == "worse"
 
 
 def test_references_stand_below_the_optimizers_and_are_compared_with_nothing(tmp_path, report):
     rows = [record | {"role": "reference"} for record in fresh("oracle", [0.0, 0.0, 0.0])]
     page = report(write_study(tmp_path / "study", [*study(), *rows]))
     oracle = page.row("oracle, the source itself")
-    assert oracle[2:7] == ["0", "", "", "", ""]
+    assert oracle[2:8] == ["0", "", "", "", "", ""]
     assert page.rows.index(oracle) > page.rows.index(page.row("fast-dopr-adamw"))
 
 
@@ -115,14 +92,14 @@ def test_diverged_and_missing_runs_are_listed(tmp_path, report):
     assert "2 fresh runs diverged or missing" in page.text
     assert "fast-dopr-adamw, lr 0.01, seed 101 (fresh): diverged" in page.text
     assert "muon, seed 102 (fresh): missing" in page.text
-    assert "diverged 1/3" in page.row("fast-dopr-adamw")[7]
+    assert page.row("fast-dopr-adamw")[8] == "diverged 1/3"  # once, and no other verdict
     assert "as a search for the largest usable rate expects: dopr-adamw 0.02." in page.text
 
 
 def test_a_variant_of_which_nothing_finished_is_shown(tmp_path, report):
     rows = [*fresh("adamw", [5.0, 6.0, 7.0]), *fresh("dopr-adamw", [None, None, None])]
     page = report(write_study(tmp_path / "study", rows))
-    assert (page.row("dopr-adamw")[2], page.row("dopr-adamw")[7]) == ("–", "diverged 3/3")
+    assert (page.row("dopr-adamw")[2], page.row("dopr-adamw")[8]) == ("–", "diverged 3/3")
 
 
 def test_a_study_of_which_nothing_finished_makes_a_page(tmp_path, report):
@@ -192,69 +169,3 @@ def test_episodes_that_differ_between_optimizers_are_noticed(tmp_path, report):
 
 def test_episodes_still_under_way_are_counted(page):
     assert [row[1:] for row in page.rows if row[0] == "muon" and "8" in row] == [list("8864")]
-
-
-def test_single_runs_are_compared_without_claims_about_seeds(tmp_path, report):
-    runs = [graded("muon", 7, 4.0), graded("dopr-muon", 7, 3.0)]
-    folders = [write_run(tmp_path / run["variant"], run) for run in runs]
-    page = report(*folders)
-    assert "One run each, one seed" in page.text
-    # The interval is that of the episodes, 0 to 9; the difference has none.
-    assert page.row("dopr-muon")[2:5] == ["3.0 ± 4.5", "× 0.750", "one seed"]
-    assert "seeds won" not in page.text
-
-
-def test_single_runs_of_one_variant_are_told_apart(tmp_path, report):
-    runs = [graded("muon", 7, 4.0, settings={"out_dir": name}) for name in ("a", "b")]
-    folders = [write_run(tmp_path / run["settings"]["out_dir"], run) for run in runs]
-    page = report(*folders)
-    assert page.row("muon (a)")
-    assert page.row("muon (b)")
-
-
-def test_studies_single_runs_and_other_knobs_have_leaderboards_of_their_own(tmp_path, report):
-    other = fresh("adamw", [1.0, 2.0, 3.0], spec="task:pdfa,instance=4,states=32")
-    folders = [write_study(tmp_path / "one", study()), write_study(tmp_path / "two", other)]
-    page = report(*folders, write_run(tmp_path / "run", graded("adamw", 7, 9.0)))
-    assert [cell for row in page.rows for cell in row].count("against base") == 3
-    assert "Against its own base optimizer" in page.text
-
-
-def broken(tmp_path, fault):
-    folder = write_study(tmp_path / "study", study())
-    records, protocol = folder / "records.jsonl", folder / "protocol.json"
-    if fault == "no protocol":
-        protocol.unlink()
-    elif fault == "lacks a key":
-        records.write_text(json.dumps({"task": "pdfa"}))
-    else:
-        records.write_text({"empty": "", "not JSON": "{"}[fault])
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        ("empty", "has no records; run `python -m eval.compare`"),
-        ("not JSON", "not JSON"),
-        ("lacks a key", "record 1 lacks spec, primary"),
-        ("no protocol", "protocol.json: not there"),
-    ],
-)
-def test_a_study_that_cannot_be_read_is_an_error_before_any_work(tmp_path, capsys, fault, message):
-    folder = broken(tmp_path, fault)
-    assert main([str(folder), "--out", str(tmp_path / "out")]) == 2
-    assert re.match(f"error: {folder}.*{re.escape(message)}", capsys.readouterr().err)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_folder_that_is_not_there_is_an_error(tmp_path, capsys):
-    assert main([str(tmp_path / "nothing"), "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'nothing'}: neither")
-
-
-def test_one_fresh_seed_claims_nothing(tmp_path, report):
-    rows = [record for record in study() if record["seed"] in (0, SEEDS[0])]
-    folder = write_study(tmp_path / "study", rows, fresh_seeds=[SEEDS[0]])
-    page = report(folder)
-    assert page.row("dopr-adamw")[6:8] == ["–", "one seed"]

@@ -4,6 +4,7 @@ import pytest
 
 from eval.report import overview
 from eval.sections import make_sections
+from tests.eval.records import record
 from tests.eval.studies import fresh, study
 
 CLEAR = [*fresh("adamw", [5.0, 6.0, 7.0]), *fresh("dopr-adamw", [4.0, 4.5, 6.2])]  # p = 0.0489
@@ -25,9 +26,30 @@ def test_a_p_must_be_below_the_threshold_of_all_comparisons(others):
     assert versus.is_strict == (others == 0)
 
 
+@pytest.mark.parametrize(("planned", "n"), [(0, 1), (1, 1), (71, 71)])
+def test_the_threshold_is_that_of_all_planned_comparisons_but_never_of_fewer_than_shown(planned, n):
+    (section,) = make_sections(CLEAR, planned)
+    assert section.family.n == n
+    assert section.family.threshold == 0.05 / n
+    (wide,) = make_sections([*CLEAR, *fresh("fast-dopr-adamw", [4.0, 5.0, 6.0])], planned)
+    assert wide.family.n == max(n, 2)
+
+
+def test_a_variant_of_which_five_of_eight_runs_diverged_is_called_so_whatever_is_left():
+    base = [record("adamw", seed, 9.0 + seed) for seed in range(8)]
+    ours = [record("dopr-adamw", seed, None if seed < 5 else 1.0 + seed / 9) for seed in range(8)]
+    versus = entry([*base, *ours], "dopr-adamw").versus
+    assert versus is not None
+    assert (versus.verdict, versus.is_strict, versus.wins) == ("diverged", False, "3/8")
+    both = [record("adamw", seed, None if seed < 5 else 9.0 + seed) for seed in range(8)]
+    versus = entry([*both, *ours], "dopr-adamw").versus
+    assert versus is not None
+    assert versus.verdict == "better"
+
+
 def test_the_overview_has_an_entry_wherever_a_variant_was_run():
     lost = [*fresh("adamw", [5.0, 6.0, 7.0]), *fresh("dopr-adamw", [None, None, None])]
-    rows = [*lost, *(record | {"task": "nav"} for record in study())]
+    rows = [*lost, *(run | {"task": "nav"} for run in study())]
     found = overview([{"about": section} for section in make_sections(rows)])
     cells = dict(found["rows"])["dopr-adamw"]
     assert [(each.diverged, each.n_runs) for each in cells] == [(0, 3), (3, 3)]
@@ -36,8 +58,9 @@ def test_the_overview_has_an_entry_wherever_a_variant_was_run():
 
 def test_runs_are_compared_with_the_error_that_the_grade_has():
     with_oracle, without = study(), study()
-    for record in without:
-        if record["grade"]:
-            del record["grade"]["metrics"]["val_kl"]
+    for run in without:
+        if run["grade"]:
+            del run["grade"]["metrics"]["val_kl"]
     (section,), (other,) = make_sections(with_oracle), make_sections(without)
-    assert (section.before, other.before) == ("oracle KL on the data’s contexts", "validation loss")
+    names = section.error_on_data, other.error_on_data
+    assert names == ("oracle KL on the data’s contexts", "validation loss")

@@ -2,25 +2,23 @@
 
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from eval.compare import main, study_of
+from eval.compare import main, notes, study_of
 from eval.compare import parse as parse_arguments
-from eval.points import PointError, run_point
-from eval.study import FRESH, sweep
+from eval.points import PointError, finished, run_point
+from eval.study import FRESH, GRIDS, _unite, sweep
 from eval.variants import parse_variant
+from optim.build import MATRIX_OPTIMIZERS, OPTIMIZERS
+from tests.eval.records import record
+from tests.eval.studies import read_records
 
 ROOT = Path(__file__).parents[2]
-
-
 TINY = "pdfa,states=4,alphabet=4,horizon=8,n_documents=64"
 
 
@@ -57,6 +55,23 @@ def test_a_rate_at_which_training_diverges_is_never_the_best(tmp_path):
 def test_where_the_whole_grid_diverges_lower_rates_are_tried(tmp_path):
     run, _ = loss_of(lambda lr: None if lr > 3e-4 else abs(math.log2(lr / 1e-4)))
     assert sweep(study(tmp_path), parse_variant("adamw"), run) == 2e-3 / 16
+
+
+def test_an_optimizer_without_a_grid_is_swept_from_1e_3_and_is_named(tmp_path, monkeypatch):
+    monkeypatch.delitem(GRIDS, "adamw")
+    run, asked = loss_of(lambda lr: abs(math.log2(lr / 4e-3)))
+    new = study(tmp_path)
+    assert sweep(new, parse_variant("adamw"), run) == 4e-3
+    assert asked[::2] == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
+    assert notes(new).startswith("adamw: no row in GRIDS")
+    monkeypatch.undo()
+    assert notes(new) == ""
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_adamw_beside_every_matrix_optimizer_has_one_rate(tmp_path, optimizer):
+    point = study(tmp_path, task="pdfa").point(parse_variant(optimizer), "fresh", 0.5, 7)
+    assert ("aux_lr" in point.settings) == (optimizer in MATRIX_OPTIMIZERS)
 
 
 def test_training_that_always_diverges_is_no_sweep(tmp_path):
@@ -115,6 +130,14 @@ def test_a_run_in_a_worker_is_the_run_of_the_command(tmp_path):
     assert record["grade"]["metrics"]["accumulated_kl"]["n"] == 4
 
 
+def test_a_record_older_than_a_setting_is_of_a_run_with_its_default(tmp_path):
+    asked = {"lr": 0.5, "mup": False, "mup_base_width": 768}
+    (tmp_path / "record.json").write_text('{"asked": {"lr": 0.5}}')
+    assert finished(tmp_path, asked) == {"asked": {"lr": 0.5}}
+    with pytest.raises(PointError, match="mup was False, is True"):
+        finished(tmp_path, asked | {"mup": True})
+
+
 def test_settings_that_a_run_refuses_end_the_comparison_with_its_message(tmp_path):
     point = study(tmp_path, "--set", "init_from=nowhere", task=TINY).point(
         parse_variant("adamw"), "tuning", 1e-3, 0
@@ -150,19 +173,18 @@ def test_a_wrong_command_is_one_message_before_any_work(arguments, message, tmp_
     assert not (tmp_path / "study").exists()
 
 
-def read(folder):
-    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
-
-
 def test_other_optimizers_and_seeds_are_added_to_those_in_the_folder(tmp_path):
+    name = "dopr-adamw+gamma=0.001"
     command = ["--task", "lds", "--steps", "60", "--tuning_seeds", "1", "--out", str(tmp_path)]
-    main([*command, "--optimizers", "dopr-adamw", "--seeds", "2"])
+    main([*command, "--optimizers", "dopr-adamw+gamma=0.001", "--seeds", "2"])
     main([*command, "--optimizers", "adamw", "--seeds", "1"])
-    fresh = [(row["variant"], row["seed"]) for row in read(tmp_path) if row["role"] == "fresh"]
-    assert fresh == [("adamw", FRESH), ("dopr-adamw", FRESH), ("dopr-adamw", FRESH + 1)]
+    fresh = [
+        (row["variant"], row["seed"]) for row in read_records(tmp_path) if row["role"] == "fresh"
+    ]
+    assert fresh == [("adamw", FRESH), (name, FRESH), (name, FRESH + 1)]
     protocol = json.loads((tmp_path / "protocol.json").read_text())
-    assert protocol["variants"]["dopr-adamw"]["gamma"] == 1e-3
-    assert set(protocol["variants"]) == {"adamw", "dopr-adamw"}
+    assert protocol["variants"][name]["gamma"] == 1e-3
+    assert set(protocol["variants"]) == {"adamw", name}
     assert protocol["fresh_seeds"] == [FRESH, FRESH + 1]
     assert len(protocol["command"].splitlines()) == 2
 
@@ -184,54 +206,13 @@ def test_a_record_of_another_run_is_refused_by_name(tmp_path):
         run_point(other)
 
 
-def plant(folder, name):
-    """A finished run that nobody asked for."""
-    (folder / "runs" / name).mkdir(parents=True)
-    (folder / "runs" / name / "record.json").write_text('{"asked": {}}')
-
-
-def test_what_is_finished_is_written_when_a_run_fails(tmp_path):
-    plant(tmp_path, "muon-lr0.016-seed1")
-    with pytest.raises(SystemExit) as exit:
-        main(["--task", "lds", "--steps", "9", "--optimizers", "muon", "--out", str(tmp_path)])
-    assert exit.value.code == 2
-    runs = [(row["lr"], row["seed"]) for row in read(tmp_path)]
-    assert runs[:2] == [(0.008, 0), (0.008, 1)]
-
-
-def test_a_failed_run_ends_those_of_the_other_optimizers(tmp_path):
-    plant(tmp_path, "muon-lr0.008-seed0")
-    command = ["--task", "lds", "--steps", "20000", "--tuning_seeds", "1", "--out", str(tmp_path)]
-    with pytest.raises(SystemExit):
-        main([*command, "--optimizers", "muon,adamw"])  # a run of adamw takes many seconds
-    assert not [*tmp_path.glob("runs/adamw*/record.json")]
-
-
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_stopped_study_leaves_no_process(tmp_path, signum, code):
-    command = ["--task", TINY, "--steps", "1000000", "--optimizers", "adamw,sgd"]
-    started = subprocess.Popen(
-        [sys.executable, "-m", "eval.compare", *command, "--out", tmp_path],
-        cwd=ROOT,
-        start_new_session=True,
-        stderr=subprocess.DEVNULL,
-    )
-    wait_until(lambda: len([*tmp_path.glob("runs/*/metrics.jsonl")]) == 2)
-    started.send_signal(signum)  # to the parent alone
-    assert started.wait(timeout=60) == code
-    wait_until(lambda: not alive(started.pid))
-
-
-def wait_until(holds):
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def alive(group):
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+def test_fresh_runs_at_a_new_rate_replace_those_at_the_old_one(tmp_path):
+    path = tmp_path / "records.jsonl"
+    old = [record("adamw", seed, 1.0, lr=0.01) for seed in (200, 201)]
+    others = [record("adamw", 0, 1.0, lr=0.01, role="tuning"), record("sgd", 200, 1.0, lr=0.01)]
+    _unite(path, [*old, *others])
+    new = record("adamw", 200, 2.0, lr=0.02)
+    rows = _unite(path, [new])
+    found = [(row["variant"], row["lr"], row["seed"]) for row in rows]  # none of seed 201
+    assert found == [("adamw", 0.01, 0), ("adamw", 0.02, 200), ("sgd", 0.01, 200)]
+    assert read_records(tmp_path) == rows

@@ -37,7 +37,7 @@ def grade(capsys, *arguments):
 def test_training_records_what_rollouts_cost(graded):
     rows = metrics(graded, "ttf")
     assert [row["step"] for row in rows] == [0, 2, 4]
-    assert all(row["sequence_kl"] > 0 for row in rows)
+    assert all(row["jeffreys"] > 0 for row in rows)
 
 
 def test_grading_while_training_changes_no_weight(graded, tmp_path):
@@ -50,13 +50,13 @@ def test_a_record_says_everything_and_is_not_computed_twice(graded, capsys):
     line = grade(capsys, graded)
     (path,) = (graded / "ttf").glob("step-00000004.json")
     record = json.loads(path.read_text())
-    mean = record["grade"]["metrics"]["sequence_kl"]["mean"]
-    assert f"sequence_kl {mean:.4f}" in line
+    mean = record["grade"]["metrics"]["jeffreys"]["mean"]
+    assert f"jeffreys {mean:.4f}" in line
     assert record["val_loss"] == metrics(graded, "val")[-1]["loss"]
     assert (record["task"], record["variant"], record["steps"]) == ("pdfa", "adamw", 4)
-    record["grade"]["metrics"]["sequence_kl"]["mean"] = -1.0
+    record["grade"]["metrics"]["jeffreys"]["mean"] = -1.0
     write_record(path, record)
-    assert "sequence_kl -1.0000" in grade(capsys, graded)  # read, not computed
+    assert "jeffreys -1.0000" in grade(capsys, graded)  # read, not computed
     ttf.main([str(graded), "--episodes", "8"])  # another grading is another number
     assert "-1.0000" not in capsys.readouterr().out
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from eval.analysis import Compared
 from eval.intervals import Estimate, paired
 from eval.typeset import error_unit, factor, metric_label, mode_of, number, p_value, pair, verdict
 
@@ -38,15 +39,29 @@ def test_a_factor_has_its_digits_however_far_from_one():
 
 
 def test_small_p_values_are_not_zero():
-    assert [p_value(p) for p in (1e-9, 0.0123, 0.5)] == ["< 0.001", "0.012", "0.50"]
+    values = (1.23e-9, 6.8e-4, 7.4e-4, 0.0123, 0.5, 1.0)
+    shown = ["1.2e−9", "0.00068", "0.00074", "0.012", "0.50", "1.00"]
+    assert [p_value(p) for p in values] == shown
+
+
+def compared(ours, theirs, lost=0, base_lost=0):
+    return Compared(**vars(paired(ours, theirs)), n_lost=lost, n_base_lost=base_lost)
 
 
 def test_a_verdict_needs_an_interval_that_excludes_zero():
     clear, unclear = ([3.0, 3.1, 3.2], [5.0, 5.2, 5.1]), ([3.0, 6.0, 4.0], [5.0, 4.0, 4.5])
-    assert verdict(paired(*clear)) == "better"
-    assert verdict(paired(*clear[::-1])) == "worse"
-    assert verdict(paired(*unclear)) == "unclear"
-    assert verdict(paired([1.0], [2.0])) == "one seed"
+    assert verdict(compared(*clear)) == "better"
+    assert verdict(compared(*clear[::-1])) == "worse"
+    assert verdict(compared(*unclear)) == "unclear"
+    assert verdict(compared([1.0], [2.0])) == "one seed"
+
+
+@pytest.mark.parametrize(
+    ("lost", "base_lost", "expected"),
+    [(0, 0, "better"), (5, 0, "diverged"), (5, 4, "diverged"), (5, 5, "better"), (1, 5, "better")],
+)
+def test_a_variant_that_diverged_more_often_than_its_base_is_not_better(lost, base_lost, expected):
+    assert verdict(compared([3.0, 3.1, 3.2], [5.0, 5.2, 5.1], lost, base_lost)) == expected
 
 
 def test_names_are_words():

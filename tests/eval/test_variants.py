@@ -56,10 +56,3 @@ def test_an_unknown_setting_is_refused_with_the_nearest_one():
 def test_a_value_of_the_wrong_kind_is_refused():
     with pytest.raises(ValueError, match="gamma='x': must be a number"):
         parse_variant("dopr-adamw+gamma=x")
-
-
-def test_the_tasks_defaults_are_those_of_dopr_and_yield_to_the_name():
-    defaults = {"gamma": 1e-3}
-    assert "gamma" not in dict(parse_variant("adamw", defaults).settings)
-    assert dict(parse_variant("dopr-adamw", defaults).settings)["gamma"] == 1e-3
-    assert dict(parse_variant("fast-dopr-adamw+gamma=0.1", defaults).settings)["gamma"] == 0.1

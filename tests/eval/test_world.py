@@ -11,6 +11,7 @@ from eval.reference import OraclePredictor
 from eval.tasks.chain import Chain
 from eval.tasks.nav import Nav
 from eval.tasks.pdfa import Pdfa
+from eval.tasks.task import OracleTask
 from eval.world import World, draw, kl, rollout
 from tests.eval.tasks.oracles import Bent, both_rollouts, random_gpt, smoothed
 
@@ -56,15 +57,24 @@ def test_kl_is_infinite_where_the_model_rules_out_what_happens():
     assert kl(q, q.log()).tolist() == [0.0, 0.0]
 
 
+def written(task: OracleTask, world: World, decisions: Tensor) -> Tensor:
+    """The document of these decisions, (B, document_tokens)."""
+    parts = [world.prompts]
+    for token in decisions.unbind(1):
+        parts += [token[:, None], world.step(token)]
+    return torch.cat(parts, dim=1)[:, : task.document_tokens]
+
+
 @every_task
 @pytest.mark.parametrize("actor", ["oracle", "model"])
 def test_a_rollout_measures_what_a_full_forward_says(task, actor):
     model, world = random_gpt(task), task.world(32, 5)
     episodes = rollout(world, GPTPredictor(model), task.uniforms(32, 5), actor)
-    document = torch.cat([world.prompts, episodes.tokens], dim=1)  # no task here has answers
+    document = written(task, task.world(32, 5), episodes.tokens)
     with torch.no_grad():
         logits = model(document[:, :-1], torch.zeros_like(document[:, 1:]))[0]
-    log_p = logits.double().log_softmax(-1)[:, -task.horizon :].numpy()  # (B, H, V)
+    log_p = logits.double().log_softmax(-1).numpy()  # (B, L - 1, V)
+    log_p = log_p[:, task.prompt_tokens - 1 :: 1 + task.answer_tokens]  # (B, H, V)
     entropy = stats.entropy(np.exp(log_p), axis=-1)
     nll = -np.take_along_axis(log_p, episodes.tokens[..., None].numpy(), axis=-1)[..., 0]
     ended = episodes.nll.isnan().numpy()
@@ -108,7 +118,7 @@ def test_batches_of_any_size_predict_the_same(task, batch_size):
 def test_on_the_datas_contexts_the_model_changes_nothing(task):
     predictor = GPTPredictor(random_gpt(task))
     episodes = rollout(task.world(8, 3), predictor, task.uniforms(8, 3), "oracle")
-    assert episodes.tokens.equal(task.documents(8, 3)[:, -task.horizon :])
+    assert written(task, task.world(8, 3), episodes.tokens).equal(task.documents(8, 3))
 
 
 @every_task

@@ -115,6 +115,8 @@ def test_triton_is_accepted_where_it_can_run(gpu):
 def test_another_name_is_refused():
     with pytest.raises(ValueError, match="kernel='cuda': must be one of auto, torch, triton"):
         check_kernel("cuda", [])
+    with pytest.raises(ValueError, match="kernel='Triton': must be one of auto, torch, triton"):
+        choose("Triton", "gram", X, row_bytes=[64])
 
 
 def test_people_are_told_what_auto_means(gpu):

@@ -8,6 +8,7 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 
 from kernels.newton_schulz import (
     QUINTIC,
+    full_precision,
     inverse_root,
     newton_iterations,
     orthogonalize,
@@ -164,6 +165,20 @@ def test_autocast_and_tf32_are_off_inside_and_restored_after():
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("name", ["cuda", "mkldnn"])
+def test_tf32_that_was_set_by_backend_is_off_inside_and_restored_after(name):
+    backend = getattr(torch.backends, name).matmul
+    before, A = backend.fp32_precision, torch.eye(3)
+    backend.fp32_precision = "tf32"
+    try:
+        with full_precision("cpu"):
+            assert backend.fp32_precision == "ieee"
+        inverse_root(A, 1, lower_bound=1.0, iterations=1)
+        assert backend.fp32_precision == "tf32"
+    finally:
+        backend.fp32_precision = before
 
 
 @settings(max_examples=20, deadline=None)

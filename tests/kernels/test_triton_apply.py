@@ -10,6 +10,7 @@ from tests.kernels.triton_device import SMALL, randn, triton_apply
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 apply = triton_apply.apply
+ONE = torch.ones(())
 
 # Of fp32 inputs, bf16x3 keeps about 16 bits and the other two at least 21.
 TOLERANCE = {"bf16x3": 1e-4, "tf32x3": 2e-6, "ieee": 1e-6}
@@ -71,6 +72,8 @@ def test_nothing_outside_the_matrices_is_read():
         (torch.ones(1, 3, 4), torch.ones(1, 1, 4, 4), "bf16", "'bf16'"),
         (torch.ones(1, 3, 4), torch.ones(1, 1, 3, 3), "ieee", r"\(1, 1, 3, 3\)"),
         (torch.ones(1, 3, 4), torch.ones(2, 1, 4, 4), "ieee", r"\(2, 1, 4, 4\)"),
+        (ONE.expand(1, 2**16, 2**15), ONE.expand(1, 1, 2**15, 2**15), "ieee", "< 2³¹"),
+        (ONE.as_strided((1, 1, 1), (1, 2**31, 1)), ONE.view(1, 1, 1, 1), "ieee", "< 2³¹"),
         (torch.ones(1, 3, 4).bfloat16(), torch.ones(1, 1, 4, 4), "ieee", "bfloat16"),
     ],
 )

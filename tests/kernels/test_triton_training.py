@@ -115,7 +115,7 @@ def test_the_bound_alone_makes_an_inverse_as_good_as_wanted(p, gamma, calls, mon
     A, _ = spd(16, 1e6, top=0.5)
     sigma = A[None].to(DEVICE)
     mean = sigma[0].trace() / 16
-    settings = {"inverse": "newton_schulz", "condition": 16 * (1 + 1 / gamma)}
+    settings = {"inverse": "newton_schulz", "spread": 16 / gamma}
     X, _, failures = damped_inverse_root(sigma, gamma * mean[None], p, kernel="triton", **settings)
     wanted = damped_inverse_root(sigma.double(), gamma * mean[None], p, kernel="torch").X
     assert relative_error(X, wanted) < 1e-3
@@ -125,7 +125,7 @@ def test_the_bound_alone_makes_an_inverse_as_good_as_wanted(p, gamma, calls, mon
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")  # numpy, interpreted
 def test_an_inverse_that_triton_misses_is_redone_by_cholesky(calls):
     sigma = torch.diag(torch.tensor([-0.5, 1.0, 1.0], device=DEVICE))[None]
-    settings = {"inverse": "newton_schulz", "kernel": "triton", "condition": 1e4}
+    settings = {"inverse": "newton_schulz", "kernel": "triton", "spread": 1e4}
     X, damping, failures = damped_inverse_root(sigma, sigma.new_full((1,), 0.01), 1, **settings)
     assert calls == {"inverse_root": 1}
     assert failures.item() == 3  # by Newton-Schulz, by Cholesky, and with a damping of 0.1

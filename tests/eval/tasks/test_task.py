@@ -52,17 +52,18 @@ def test_streams_and_instances_differ(given):
 
 
 @every_task
-def test_a_document_is_the_prompt_and_the_oracles_decisions(given):
+def test_a_document_is_the_prompt_and_the_oracles_decisions_with_the_worlds_answers(given):
     documents = given.documents(50, 0)
-    assert documents.shape == (50, given.document_tokens)
-    assert given.document_tokens == given.prompt_tokens + given.horizon == given.context_tokens + 1
-    world = given.world(50, 0)
+    assert documents.shape == (50, given.document_tokens) == (50, given.context_tokens + 1)
+    world, turn = given.world(50, 0), 1 + given.answer_tokens
     assert documents[:, : given.prompt_tokens].equal(world.prompts)
-    for token in documents[:, given.prompt_tokens :].unbind(1):
+    turns = documents[:, given.prompt_tokens :].split(turn, dim=1)
+    assert len(turns) == given.horizon
+    for token, answer in ((each[:, 0], each[:, 1:]) for each in turns):
         q = world.oracle()
         assert q.sum(1).numpy() == pytest.approx(1, abs=1e-12)
         assert (q.gather(1, token[:, None]) > 0).all()
-        world.step(token)
+        assert world.step(token)[:, : answer.size(1)].equal(answer)  # the last has none
 
 
 @every_task
@@ -86,7 +87,7 @@ def test_opening_writes_the_documents_once(given, prepared):
 
 
 @every_task
-def test_the_loss_counts_the_decisions_and_neither_prompt_nor_padding(given, prepared):
+def test_the_loss_counts_the_decisions_and_neither_prompt_nor_answers(given, prepared):
     batches = val_batches(given.open(), block_size=given.context_tokens, batch_size=100)
     documents = given.documents(given.n_validation, "val")
     x, y = batches[0]
@@ -104,9 +105,9 @@ def test_the_loss_counts_the_decisions_and_neither_prompt_nor_padding(given, pre
     [
         ("pdfa,states=1,alphabet=2,horizon=0", ["states=1", "alphabet=2", "horizon=0"]),
         ("pdfa,states=1024,alphabet=3", ["states=1024", "alphabet=3", "larger alphabet"]),
-        ("nav,nodes=3,n_documents=0", ["nodes=3", "4 to 1024", "degree=3", "n_documents=0"]),
-        ("nav,nodes=8,degree=8", ["degree=8", "2 to 7"]),
-        ("nav,horizon=7", ["horizon=7", "up to 8 moves", "horizon=13"]),
+        ("nav,nodes=3,n_documents=0", ["nodes=3", "16 to 1024", "degree=4", "n_documents=0"]),
+        ("nav,nodes=32,degree=32", ["degree=32", "2 to 31"]),
+        ("nav,horizon=5", ["horizon=5", "up to 6 moves", "use horizon=6"]),
         ("chain,modulus=2,horizon=-1", ["modulus=2", "3 to 4096", "horizon=-1"]),
         ("pdfa,state=3", ["'state'", "did you mean 'states'", "alphabet"]),
         ("nav,nodes=many", ["nodes='many'", "int"]),

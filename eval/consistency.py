@@ -1,0 +1,93 @@
+"""May these records share a leaderboard? One run an optimizer and seed, all with the same means."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from eval.analysis import AnalysisError, Record, is_reported
+
+Key = tuple[Any, ...]
+MEANS: dict[str, Callable[[Record], Any]] = {  # what is the same for all that are compared
+    "tokens of training": lambda record: record["tokens"],
+    "graded episodes": lambda record: (record.get("grading") or {}).get("n"),  # none on lds
+}
+
+
+def knobs_of(spec: str) -> str:
+    """The specification of a task without the instance, which a seed draws."""
+    return re.sub(r"\binstance=\d+,?", "", spec).rstrip(",")
+
+
+def check(records: Iterable[Record]) -> None:
+    """AnalysisError for reported records that must not be pooled or compared, by name.
+
+    A run of the same task, knobs, length, optimizer and seed may be there once; an optimizer has
+    one learning rate; all that stand on one leaderboard saw as many tokens and were graded on as
+    many episodes. Single runs are told apart by their folders. References are exempt.
+    """
+    reported = list(filter(is_reported, records))
+    for board in _grouped(reported, _board).values():
+        _check_repeated(board)
+        _check_rates([record for record in board if record["role"] == "fresh"])
+        _check_means(board)
+
+
+def _board(record: Record) -> Key:
+    """Records with the same key stand on the same leaderboard."""
+    return record["role"], record["task"], record["steps"], knobs_of(record["spec"])
+
+
+def _check_repeated(board: list[Record]) -> None:
+    def run(record: Record) -> Key:
+        folder = record["settings"]["out_dir"] if record["role"] == "single" else ""
+        return record["variant"], record["seed"], folder
+
+    for (variant, seed, _), runs in _grouped(board, run).items():
+        if len(runs) > 1:
+            raise AnalysisError(
+                f"{_name(board)}, {variant}, seed {seed}: {len(runs)} reported records, lr "
+                f"{_listed(record['lr'] for record in runs)}; one is wanted: give each folder "
+                "once, or delete the stale lines from records.jsonl"
+            )
+
+
+def _check_rates(board: list[Record]) -> None:
+    for variant, runs in _grouped(board, lambda record: record["variant"]).items():
+        if len({record["lr"] for record in runs}) > 1:
+            raise AnalysisError(
+                f"{_name(board)}, {variant}: fresh runs at more than one learning rate, "
+                f"{_listed(record['lr'] for record in runs)}; delete those of the rate that is "
+                "not the sweep's best from records.jsonl"
+            )
+
+
+def _check_means(board: list[Record]) -> None:
+    for what, value in MEANS.items():
+        known = [record for record in board if value(record) is not None]
+        found = {each: _names(runs) for each, runs in _grouped(known, value).items()}
+        if len(found) > 1:
+            differing = "; ".join(f"{each} ({names})" for each, names in sorted(found.items()))
+            raise AnalysisError(
+                f"{_name(board)}: runs of different {what} do not share a leaderboard: "
+                f"{differing}; report them apart, or run them again alike"
+            )
+
+
+def _grouped(records: Iterable[Record], key: Callable[[Record], Any]) -> dict[Any, list[Record]]:
+    found: dict[Any, list[Record]] = defaultdict(list)
+    for record in records:
+        found[key(record)].append(record)
+    return dict(found)
+
+
+def _name(board: list[Record]) -> str:
+    return f"{knobs_of(board[0]['spec'])}, {board[0]['steps']} steps"
+
+
+def _names(runs: list[Record]) -> str:
+    return ", ".join(dict.fromkeys(record["variant"] for record in runs))
+
+
+def _listed(rates: Iterable[float]) -> str:
+    return ", ".join(f"{rate:g}" for rate in sorted({*rates}))

@@ -1,0 +1,67 @@
+"""A checkpoint in another format: whole, in shards, or as a Hugging Face folder.
+
+    python -m eval.convert out/run out/run_full --to full
+    python -m eval.convert out/run/checkpoints/step-00000100 hf_model --to hf
+
+full and sharded write TARGET/checkpoints/step-N, which train.py resumes: --resume=that folder.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint import Checkpoint, CheckpointError, candidates, open_checkpoint
+from dist import World
+from eval.command import command_parser
+from eval.hf import export_hf
+from eval.run import load_run
+from saving import save_checkpoint, save_sharded
+from sharded import read_all
+
+OF_THE_FILE = ("schema", "step", "files", "format")  # what a manifest says of the checkpoint itself
+
+
+def convert(source: Checkpoint, root: Path, *, to_shards: bool) -> Path:
+    """Write `source` under `root` in the other format; returns the folder."""
+    facts = {key: value for key, value in source.manifest.items() if key not in OF_THE_FILE}
+    tensors = {"model": source.model, "ema": source.ema, "train": source.train}
+    arguments: dict[str, Any] = read_all(tensors) | {"manifest": facts, "keep": 1}
+    arguments["tokenizer_json"] = (source.path / "tokenizer.json").read_bytes()
+    if to_shards:
+        world = World(torch.device("cpu"))
+        return save_sharded(root, source.step, world, **arguments)
+    return save_checkpoint(root, source.step, **arguments)
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = command_parser("convert", __doc__)
+    add = parser.add_argument
+    add("source", type=Path, help="an out_dir (its newest checkpoint), or one checkpoint's folder")
+    add("target", type=Path, help="the folder to write, without checkpoints in it")
+    add("--to", choices=["full", "sharded", "hf"], required=True)
+    add("--ema", action="store_true", help="the averaged weights (hf only)")
+    return parser, parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, arguments = parse(argv)
+    source, target, to = arguments.source, arguments.target, arguments.to
+    try:
+        if to == "hf":
+            run = load_run(source, ema=arguments.ema)
+            export_hf(run.model, run.tokenizer, target)
+            print(f"step {run.step} of {source} exported to {target}")
+            return
+        if candidates(target / "checkpoints"):
+            raise CheckpointError(f"{target} holds checkpoints; choose another folder")
+        found = open_checkpoint(source)
+        written = convert(found, target / "checkpoints", to_shards=to == "sharded")
+        print(f"step {found.step} of {source} written to {written}")
+    except (CheckpointError, ImportError, OSError, ValueError) as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What is said below a leaderboard, on the page and in the terminal, in whole sentences."""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+
+from eval.analysis import Record, by_variant, is_finished, is_reported, log_error, teacher_forced
+from eval.matched import Fit, base_points, placebo
+from eval.typeset import factor
+
+MIN_RANKED = 3  # optimizers, of which an order says something
+
+
+def rank_agreement(records: Sequence[Record]) -> tuple[float, int] | None:
+    """Kendall's tau between the orders by mean teacher-forced and by mean rollout error, both as
+    logarithms, and the number of optimizers; None for fewer than MIN_RANKED.
+
+    Optimizers with a diverged run are left out: their means are over other seeds.
+    """
+    runs = by_variant(filter(is_reported, records)).values()
+    means = [_means(own) for own in runs if all(map(is_finished, own))]
+    known = [pair for pair in means if all(map(math.isfinite, pair))]
+    if len(known) < MIN_RANKED:
+        return None
+    tau, _ = np.array(stats.kendalltau(*zip(*known, strict=True)))
+    return float(tau), len(known)
+
+
+def _means(runs: list[Record]) -> tuple[float, float]:
+    """Mean logarithms of teacher-forced and of rollout error; NaN where one is not positive."""
+    before = [math.log(x) if (x := teacher_forced(record)) > 0 else math.nan for record in runs]
+    return statistics.fmean(before), statistics.fmean(map(log_error, runs))
+
+
+def on_ranks(records: Sequence[Record]) -> str:
+    """Whether validation orders optimizers as rollouts do; empty where there are too few."""
+    found = rank_agreement(records)
+    if found is None or math.isnan(found[0]):
+        return ""
+    tau, n = found
+    return (
+        f"Errors on the data's contexts and of rollouts, two orders of {n} optimizers: Kendall's "
+        f"tau = {tau:.2f} (1: the same order, 0: unrelated, -1: reversed)."
+    )
+
+
+def on_matched(records: Sequence[Record]) -> str:
+    """What a factor at equal validation has to exceed, or why there is none."""
+    fit = Fit(base_points(filter(is_reported, records)))
+    if len(fit.names) < 2:
+        return (
+            "Nothing can be said at equal validation: that takes finished runs of at least two "
+            f"base optimizers, here are {' and '.join(fit.names) or 'none'}."
+        )
+    if not fit.is_possible:
+        return (
+            "Nothing can be said at equal validation: no seed has two base optimizers that differ "
+            "in it."
+        )
+    if found := placebo(records):
+        most = max(abs(each.mean) for each in found.values())
+        return (
+            f"Two base optimizers differ by up to × {factor(most)} in the same way; nothing within "
+            "that is evidence."
+        )
+    return (
+        f"{len(fit.names)} base optimizers are too few to see how far two of them differ in the "
+        "same way (the fit goes through them all), so a factor here is a hint and no evidence."
+    )

@@ -1,0 +1,58 @@
+"""Which checkpoint a run continues from, and what speaks against it."""
+
+import hashlib
+from pathlib import Path
+
+from checkpoint import Checkpoint, CheckpointError, candidates, newest_good, open_checkpoint
+from data.dataset import Dataset
+from dist import World
+from settings import Config, ConfigError
+
+
+def find_checkpoint(config: Config, dataset: Dataset, world: World) -> Checkpoint | None:
+    """What `resume` asks for; CheckpointError if not all processes see the same."""
+    found = _find_checkpoint(config, dataset)
+    seen = world.gather(found and f"{found.path} ({found.digest[:12]})")
+    if len({*seen}) > 1:
+        raise CheckpointError(
+            f"the processes see different checkpoints, by rank: {', '.join(map(str, seen))}; "
+            "out_dir must be a folder that all of them share"
+        )
+    return found
+
+
+def _find_checkpoint(config: Config, dataset: Dataset) -> Checkpoint | None:
+    """What `resume` asks for. Refuses to train over a run, or on another tokenizer."""
+    root = Path(config.out_dir) / "checkpoints"
+    if config.resume == "never":
+        if candidates(root):
+            raise ConfigError(
+                f"resume=never, but {root} holds a run; choose another out_dir or resume=auto"
+            )
+        return None
+    found = newest_good(root) if config.resume == "auto" else open_checkpoint(Path(config.resume))
+    if found is None:
+        return None
+    if found.path.resolve().parent != root.resolve() and candidates(root):
+        raise ConfigError(
+            f"resume={config.resume}, but {root} holds another run; use a new out_dir"
+        )
+    if found.step > config.max_steps:
+        raise ConfigError(
+            f"max_steps={config.max_steps}, but checkpoint {found.path} is past it; raise max_steps"
+        )
+    if found.manifest["tokenizer_sha256"] != dataset.tokenizer.sha256:
+        raise CheckpointError(
+            f"checkpoint {found.path} was trained with another tokenizer than {dataset.dir} has; "
+            "resume it on the data that it was trained on"
+        )
+    if found.manifest["dataset_sha256"] != fingerprint(dataset):
+        print(f"warning: {dataset.dir} is not the data that {found.path} was trained on")
+    return found
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """The hash of all shards' hashes: the same for the same data, wherever it lies."""
+    splits = dataset.meta["splits"]
+    hashes = [file["sha256"] for name in sorted(splits) for file in splits[name]["files"]]
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()

@@ -1,0 +1,174 @@
+"""Checkpoints do not know how many processes wrote them, nor in which format."""
+
+import json
+import pickle
+from itertools import product
+
+import pytest
+import torch
+from torch import distributed, nn
+
+import sharded
+from checkpoint import CheckpointError, open_checkpoint, plain_state
+from dist import World
+from eval.convert import main as convert
+from resuming import find_checkpoint
+from saving import save_checkpoint
+from tests.distributed.runs import SETTINGS, distance, run, trained
+from tests.tiny import argv, metrics
+
+pytestmark = pytest.mark.xdist_group("gang")  # one gang of processes for all of them
+
+TOLERANCE = 1e-5  # fp32 sums in another order
+MUON = {"optimizer": "muon", "lr": 3e-3, "dopr": "true", "refresh_every": 2, "sigma_beta": 0.9}
+MUON |= {"ema_decay": 0.5, "max_steps": 8, "save_every": 5, "keep_checkpoints": 9}
+WRITERS = {
+    "ddp": (4, {"parallel": "ddp"}),
+    "fsdp": (4, {"parallel": "fsdp"}),
+    "hsdp-sharded": (4, {"parallel": "hsdp", "shard_size": 2, "checkpoint_format": "sharded"}),
+}
+READERS = {"ddp": {}, "fsdp": {"parallel": "fsdp", "checkpoint_format": "sharded"}}
+
+
+@pytest.fixture(scope="module")
+def written(gang, dataset, tmp_path_factory):
+    """Runs of 8 steps by four processes, which saved after 5."""
+    folder = tmp_path_factory.mktemp("written")
+    return {
+        name: trained(gang, size, dataset, folder / name, **MUON, **how)
+        for name, (size, how) in WRITERS.items()
+    }
+
+
+ALL = list(product(WRITERS, [(1, "ddp"), (2, "ddp"), (3, "fsdp")]))
+QUICK = [("fsdp", (1, "ddp")), ("hsdp-sharded", (2, "ddp")), ("ddp", (3, "fsdp"))]
+CASES = [
+    pytest.param(writer, *reader, marks=[] if (writer, reader) in QUICK else [pytest.mark.slow])
+    for writer, reader in ALL
+]
+
+
+@pytest.mark.parametrize(("writer", "size", "reader"), CASES)
+def test_what_four_processes_saved_any_number_continues(
+    gang, dataset, tmp_path, written, writer, size, reader
+):
+    start = written[writer] / "checkpoints/step-00000005"
+    settings = MUON | READERS[reader] | {"resume": start}
+    out = trained(gang, size, dataset, tmp_path / "run", **settings)
+    assert metrics(out, "train")[0]["step"] == 6
+    for kind in ("model", "ema"):
+        ours, theirs = (whole(each, kind) for each in (out, written[writer]))
+        for key, value in theirs.items():
+            torch.testing.assert_close(ours[key], value, atol=TOLERANCE, rtol=0)
+
+
+def whole(out, kind):
+    """The newest weights of a run in either format."""
+    return sharded.read_all(getattr(open_checkpoint(out), kind))
+
+
+def test_the_formats_hold_the_same(written, tmp_path, capsys):
+    """There and back: full -> sharded -> full gives the same bytes of tensors."""
+    convert([str(written["fsdp"]), str(tmp_path / "shards"), "--to", "sharded"])
+    convert([str(tmp_path / "shards"), str(tmp_path / "full"), "--to", "full"])
+    before, after = open_checkpoint(written["fsdp"]), open_checkpoint(tmp_path / "full")
+    for kind in ("model", "ema", "train"):
+        found, wanted = getattr(after, kind), getattr(before, kind)
+        torch.testing.assert_close(found, wanted, atol=0, rtol=0)
+    own = {"files", "sha256", "format"}
+    facts = [{k: v for k, v in each.manifest.items() if k not in own} for each in (before, after)]
+    assert facts[0] == facts[1]
+    assert "step 8" in capsys.readouterr().out
+
+
+def test_shards_become_a_hugging_face_folder(written, tmp_path):
+    convert([str(written["hsdp-sharded"]), str(tmp_path / "hf"), "--to", "hf"])
+    assert json.loads((tmp_path / "hf/config.json").read_text())["n_embd"] == SETTINGS["n_embd"]
+
+
+def test_damage_to_a_shard_is_found(written, tmp_path, capsys):
+    convert([str(written["ddp"]), str(tmp_path / "run"), "--to", "sharded"])
+    folder = tmp_path / "run/checkpoints/step-00000008"
+    shard = folder / "shards/__0_0.distcp"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp does not match its sha256"):
+        open_checkpoint(folder)
+
+
+class Trap:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+def test_an_index_that_runs_code_is_refused(tmp_path, capsys):
+    marked = sharded.write(tmp_path, {"w": torch.ones(2)}, is_alone=True)
+    for trap in (
+        pickle.dumps(Trap()),
+        b"\x80\x04\x8c\x27torch.distributed.checkpoint.filesystem\x8c\x09os.getcwd\x93)R.",
+    ):
+        (tmp_path / sharded.INDEX).write_bytes(trap)
+        with pytest.raises(ValueError, match="refused"):
+            sharded.stored(tmp_path, marked)
+    assert capsys.readouterr().out == ""
+
+
+def save_of_a_wrapped_model(folder):
+    """DDP around a compiled model, saved by every process's main."""
+    distributed.init_process_group("gloo")
+    model = nn.parallel.DistributedDataParallel(torch.compile(nn.Linear(4, 3)))
+    if distributed.get_rank() == 0:
+        facts = {"train": {}, "tokenizer_json": b"{}", "manifest": {}, "keep": 1, "ema": None}
+        save_checkpoint(folder, 1, model=plain_state(model), **facts)
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def test_no_wrapper_leaves_its_prefix(gang, tmp_path):
+    gang.run(2, save_of_a_wrapped_model, tmp_path)
+    assert open_checkpoint(tmp_path / "step-00000001").model.keys() == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_another_number_of_processes_sees_the_same_tokens_and_losses(gang, dataset, tmp_path, size):
+    """Fault 11: 1 -> 2 and 2 -> 1 in the middle of a run, of one number throughout."""
+    settings = {"lr": 3e-3, "max_steps": 8, "save_every": 4, "keep_checkpoints": 9}
+    steady = trained(gang, size, dataset, tmp_path / "steady", **settings)
+    start = steady / "checkpoints/step-00000004"
+    changed = trained(gang, 3 - size, dataset, tmp_path / "run", **settings, resume=start)
+    losses = [row["loss"] for row in metrics(steady, "train")[4:]]
+    assert [row["loss"] for row in metrics(changed, "train")] == pytest.approx(losses, abs=1e-6)
+    assert distance(steady, changed) < TOLERANCE
+
+
+def find_in_folders_of_their_own(data, folder):
+    """A run of two processes whose out_dirs are not the same."""
+    import os
+
+    import train
+
+    rank = os.environ["RANK"]
+    config, _ = train.load_config(argv(data, folder / rank, **SETTINGS))
+    with World(torch.device("cpu"), timeout_s=60) as world:
+        try:
+            find_checkpoint(config, train.open_data(str(data)), world)
+        except CheckpointError as error:
+            return str(error)
+
+
+def test_processes_that_see_different_checkpoints_refuse_to_resume(gang, dataset, tmp_path):
+    """Fault 29."""
+    trained(gang, 1, dataset, tmp_path / "0", lr=3e-3, max_steps=3)
+    trained(gang, 1, dataset, tmp_path / "1", lr=3e-3, max_steps=4)
+    for message in gang.run(2, find_in_folders_of_their_own, dataset, tmp_path):
+        assert "see different checkpoints" in message
+        assert "step-00000003" in message
+        assert "step-00000004" in message
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(gang, dataset, tmp_path):
+    """Fault 30."""
+    for code, errors in run(gang, 4, dataset, tmp_path / "run", batch_size=6, max_steps=2):
+        assert code == 1
+        assert "batch_size=6: must be divisible by the number of processes" in errors

@@ -1,0 +1,63 @@
+"""What a run of several processes does besides training: validation, rollouts, records."""
+
+import pytest
+
+from tests.distributed.runs import trained
+from tests.tiny import metrics, weights
+
+pytestmark = pytest.mark.xdist_group("gang")  # one gang of processes for all of them
+
+PDFA = "task:pdfa,states=4,alphabet=4,horizon=16,n_documents=64"
+RUN = {"lr": 3e-3, "max_steps": 4, "dopr": "true"}
+
+
+@pytest.mark.parametrize(("size", "parallel"), [(2, "ddp"), (3, "fsdp")])
+def test_rollouts_are_graded_as_in_one_process(gang, tmp_path, size, parallel):
+    """The rows are shared out; 8 episodes on 3 processes are not even."""
+    settings = RUN | {"ttf_every": 2, "ttf_episodes": 8}
+    alone = trained(gang, 1, PDFA, tmp_path / "alone", **settings)
+    out = trained(gang, size, PDFA, tmp_path / "run", **settings, parallel=parallel)
+    rows, wanted = metrics(out, "ttf"), metrics(alone, "ttf")
+    assert len(rows) == len(wanted) == 3
+    for ours, theirs in zip(rows, wanted, strict=True):
+        assert ours.keys() == theirs.keys()
+        numbers = {key: value for key, value in theirs.items() if key != "kind"}
+        assert {key: ours[key] for key in numbers} == pytest.approx(numbers, rel=1e-3)
+
+
+def test_validation_between_steps_changes_nothing(gang, dataset, tmp_path):
+    often = trained(gang, 2, dataset, tmp_path / "often", **RUN, parallel="fsdp", eval_every=1)
+    never = trained(gang, 2, dataset, tmp_path / "never", **RUN, parallel="fsdp", eval_every=99)
+    assert weights(often, 4) == weights(never, 4)
+    assert len(metrics(often, "val")) == 5
+
+
+def test_validation_covers_every_token_once_whatever_the_number_of_processes(
+    gang, dataset, tmp_path
+):
+    settings = RUN | {"max_steps": 1, "warmup_steps": 0, "eval_batches": 0}
+    rows = [
+        metrics(trained(gang, size, dataset, tmp_path / str(size), **settings), "val")
+        for size in (1, 2, 4)
+    ]
+    assert {row["n_tokens"] for val in rows for row in val} == {599}
+    for val in rows[1:]:
+        losses = [row["loss"] for row in rows[0]]
+        assert [row["loss"] for row in val] == pytest.approx(losses, abs=1e-6)
+
+
+def test_one_process_writes_and_says_how_many_there_were(gang, dataset, tmp_path):
+    out = trained(gang, 4, dataset, tmp_path / "run", **RUN, parallel="hsdp", shard_size=2)
+    starts = [row for row in metrics(out, "run") if row["event"] == "start"]
+    assert [row["world"] for row in starts] == [4]
+    assert [row["step"] for row in metrics(out, "train")] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_compile_bf16_and_averaged_weights_train(gang, dataset, tmp_path, parallel):
+    settings = RUN | {"compile": "true", "dtype": "bfloat16", "ema_decay": 0.5, "n_layer": 1}
+    out = trained(gang, 2, dataset, tmp_path / "run", **settings, parallel=parallel)
+    val = metrics(out, "val")
+    assert val[-1]["loss"] < val[0]["loss"]
+    assert "ema_loss" in val[-1]
