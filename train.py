@@ -37,6 +37,7 @@ from eval.tasks import open_data, task_of
 from eval.ttf import check_fits, grade_model
 from kernels.choice import describe_kernel, triton_problem
 from model import GPT, GPTConfig
+from mup import forward_mults
 from optim import ActivationPreconditioner
 from optim.build import MATRIX_OPTIMIZERS, build_optimizers, describe_groups
 from optim.schedule import lr_scale
@@ -255,7 +256,8 @@ def build_model(config: Config, dataset: Dataset, *, is_new: bool) -> GPT:
     """The GPT that the settings describe, from random weights or a Hugging Face folder."""
     keys = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "tie_weights")
     shape = {key: getattr(config, key) for key in keys}
-    model = GPT(GPTConfig(vocab_size=dataset.tokenizer.n_vocab, **shape))
+    mults = forward_mults(config.width_mult, config.head_mult)
+    model = GPT(GPTConfig(vocab_size=dataset.tokenizer.n_vocab, **shape, **mults))
     if config.init_from and is_new:
         try:
             weights = load_hf(config.init_from).state_dict()
@@ -282,6 +284,7 @@ def build_preconditioner(config: Config, model: GPT) -> ActivationPreconditioner
 def optimizer_settings(config: Config) -> dict[str, Any]:
     keys = ("optimizer", "lr", "aux_lr", "weight_decay", "beta1", "beta2", "eps", "momentum")
     keys += ("nesterov", "muon_scale", "coefficients", "ns_steps", "ns_dtype", "kernel")
+    keys += ("width_mult", "wd_scaling", "dopr")
     return {key: getattr(config, key) for key in keys}
 
 

@@ -15,7 +15,8 @@ LOWER = {  # part of the house -> the parts that it may import
     "runlog": set(),
     "kernels": set(),
     "model": set(),
-    "optim": {"kernels"},
+    "mup": set(),
+    "optim": {"kernels", "mup"},
     "data": set(),
     "placement": set(),
     "dist": {"placement"},
@@ -26,7 +27,7 @@ LOWER = {  # part of the house -> the parts that it may import
     "resuming": {"checkpoint", "data", "dist", "settings"},
     "eval": {"dist", "sharded", "model", "data", "checkpoint", "optim", "runlog", "settings"}
     | {"configurator", "saving"},
-    "train": {"settings", "configurator", "stopping", "runlog", "kernels", "model", "optim"}
+    "train": {"settings", "configurator", "stopping", "runlog", "kernels", "model", "mup", "optim"}
     | {"dist", "placement", "data", "checkpoint", "state", "resuming", "eval"},
 }
 
@@ -58,7 +59,7 @@ def test_every_part_of_the_house_has_a_floor():
 
 
 def test_the_settings_need_only_the_standard_library():
-    for name in ("settings", "configurator"):
+    for name in ("settings", "configurator", "mup"):
         assert imports(ROOT / f"{name}.py") <= {*sys.stdlib_module_names, "settings"}
 
 
