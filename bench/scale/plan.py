@@ -23,7 +23,7 @@ FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # bytes; DistributedDataParallel's def
 
 
 class Placement(NamedTuple):
-    """As `dist.World`: on how many GPUs, and how many of them hold a copy of the weights together."""
+    """As `dist.World`: how many GPUs, and how many of them hold one copy of the weights."""
 
     parallel: str  # ddp, fsdp or hsdp
     size: int

@@ -17,6 +17,7 @@ from model import GPT, GPTConfig
 from optim import ActivationPreconditioner
 from optim.groups import assign_roles
 from optim.statistics import Layer
+from placement import blocks
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,13 @@ class Shape:
     n_embd: int
     block_size: int
     batch_tokens: int  # of an optimizer step, over all GPUs
-    micro_tokens: int  # of a forward on one GPU, at most: what its activations leave room for
+    micro_tokens: int  # of a forward on one GPU, at most
     vocab_size: int = 50304
 
 
-# Widths and depths: Radford et al. 2019, table 2 (124M, 1.5B); Brown et al. 2020, table 2.1 (6.7B,
-# 13B); Hoffmann et al. 2022, table A4 (80 x 8192, which with GPT-2's blocks is 65B). Batches: config/
-# gpt2_*.py; Brown et al. (1M, 2M, 2M); Touvron et al. 2023 (4M). micro_tokens: assumed.
+# Widths and depths: Radford et al. 2019 (124M, 1.5B); Brown et al. 2020, table 2.1 (6.7B, 13B);
+# Hoffmann et al. 2022 (Chinchilla 70B's 80 x 8192, which with GPT-2's blocks is 65B). Batches:
+# config/gpt2_dopr.py; Brown et al. (1M, 2M, 2M); Touvron et al. 2023 (4M). micro_tokens: assumed.
 SHAPES = {
     shape.name: shape
     for shape in (
@@ -103,9 +104,9 @@ def matrices(shape: Shape) -> list[tuple[list[tuple[int, ...]], int]]:
 def units(shape: Shape) -> tuple[list[list[Tensor]], list[Tensor]]:
     """What FSDP2 gathers together: the parameters of each block, and all others."""
     model = gpt(shape)
-    blocks = [list(block.parameters()) for block in model.transformer.h]
-    held = {param for block in blocks for param in block}
-    return blocks, [param for param in model.parameters() if param not in held]
+    repeated = [list(block.parameters()) for block in blocks(model)]
+    held = {param for block in repeated for param in block}
+    return repeated, [param for param in model.parameters() if param not in held]
 
 
 def n_weights(shape: Shape) -> int:

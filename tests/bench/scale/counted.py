@@ -51,18 +51,17 @@ def flat(value: Any) -> list[Tensor]:
 
 
 def size_of_group(args: Any) -> int:
-    (group,) = [each for each in args if "ProcessGroup" in str(getattr(each, "_type", lambda: "")())]
+    objects = [each for each in args if isinstance(each, torch.ScriptObject)]
+    (group,) = [each for each in objects if "ProcessGroup" in str(each._type())]
     return distributed.ProcessGroup.unbox(group).size()
 
 
 def steps(shape: Shape, placement: Placement, base: str, mode: Mode | None, n: int) -> list[Any]:
-    """Collectives of each backward of the last of n steps (of two micro-batches), and of its end."""
+    """Collectives of the last of n steps: of its two micro-batches, and of its end."""
     shard_size = placement.shard_size if placement.parallel == "hsdp" else None
     with (
         redirect_stderr(StringIO()),
-        World(
-            torch.device("cpu"), parallel=placement.parallel, shard_size=shard_size
-        ) as world,
+        World(torch.device("cpu"), parallel=placement.parallel, shard_size=shard_size) as world,
     ):
         model, forward, optimizers = trainer(shape, world, base, mode)
         found: list[Any] = []

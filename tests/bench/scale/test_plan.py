@@ -17,7 +17,7 @@ from tests.bench.scale.counted import steps
 
 pytestmark = pytest.mark.xdist_group("gang")  # one gang of processes for all of them
 
-TINY = Shape("tiny", 2, 2, 20, 8, 64, 16, vocab_size=41)  # rows that 3 processes cannot share evenly
+TINY = Shape("tiny", 2, 2, 20, 8, 64, 16, vocab_size=41)  # 3 cannot share its rows evenly
 WIDE = Shape("wide", 1, 2, 128, 8, 64, 16, vocab_size=41)  # wide enough to be deflated
 LAZY = Mode("lazy", 3, 3, 2, blocks_of_width=True)
 DEFLATED = Mode("deflated", inverse="newton_schulz")
