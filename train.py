@@ -21,6 +21,7 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from aftermath import ProcessLost
 from checkpoint import (
     CheckpointError,
     candidates,
@@ -30,7 +31,7 @@ from checkpoint import (
 from configurator import describe, describe_changes, load_config, to_json
 from data.dataset import DataError, Dataset
 from data.loader import Batch, ValBatches, train_batches, val_batches
-from dist import ProcessLost, World, world_problems
+from dist import World, world_problems
 from eval.hf import load_hf
 from eval.loss import evaluate
 from eval.tasks import open_data, task_of
