@@ -4,7 +4,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 export PYTHONUNBUFFERED = 1
 
-.PHONY: setup setup-dev demo test test-full check bench kernel-report bench-gpu study clean
+.PHONY: setup setup-dev demo test test-full check bench kernel-report bench-gpu study width-study clean
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), f"needs Python >= 3.10, found {sys.version}"'
@@ -50,6 +50,9 @@ bench-gpu: setup-dev   ## the kernels and GPT-2 124M on a GPU, into bench/result
 
 study: setup           ## the rollout study of LOG.md; hours of CPU, continues where it was stopped
 	$(PY) -m bench.rollout_study
+
+width-study: setup     ## muP's coordinate checks and sweeps of LOG.md; hours of CPU, continues, too
+	$(PY) -m bench.width_study
 
 clean:
 	rm -rf out data/*/prepared

@@ -23,6 +23,9 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True  # in linear layers and LayerNorms
     tie_weights: bool = True  # output head = token embedding
+    init_mult: float = 1.0  # on the standard deviation of hidden matrices; see mup.py
+    attention_mult: float = 1.0  # on the attention logits
+    logits_mult: float = 1.0  # on the logits
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
@@ -31,6 +34,8 @@ class GPTConfig:
         divides = self.n_head < 1 or self.n_embd % self.n_head == 0
         claims[f"n_embd={self.n_embd}: must be divisible by n_head={self.n_head}"] = divides
         claims[f"dropout={self.dropout}: must be in [0, 1)"] = 0 <= self.dropout < 1
+        for key in ("init_mult", "attention_mult", "logits_mult"):
+            claims[f"{key}={getattr(self, key)}: must be positive"] = getattr(self, key) > 0
         _require(claims)
 
 
@@ -107,6 +112,7 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
         self.dropout = config.dropout
+        self.scale = config.attention_mult / math.sqrt(config.n_embd // config.n_head)
 
     def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         B, T, C = x.shape
@@ -114,10 +120,12 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, T, D) each
         if cache is None:
             dropout = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+            y = F.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=True, scale=self.scale
+            )
         else:
             k, v = cache.extend(layer, qkv[:, :, 1:])
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask, scale=self.scale)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
         return self.resid_dropout(self.c_proj(y))
 
@@ -169,12 +177,16 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """GPT-2's init: N(0, 0.02²); 0.02 / sqrt(2 n_layer) where a block adds to the residual."""
+        """GPT-2's init: N(0, 0.02²); 0.02 / sqrt(2 n_layer) where a block adds to the residual.
+
+        Both times `init_mult` in the matrices of the blocks.
+        """
+        std = 0.02 * self.config.init_mult
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
-                parameter.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
+                parameter.normal_(std=std / math.sqrt(2 * self.config.n_layer))
             elif parameter.dim() == 2:
-                parameter.normal_(std=0.02)
+                parameter.normal_(std=std if ".h." in name else 0.02)
             else:  # LayerNorm gains are 1, every bias is 0
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
 
@@ -202,9 +214,9 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V): the one output head of training, evaluation and generation."""
-        if self.config.tie_weights:
-            return F.linear(hidden, self.transformer.wte.weight)
-        return self.lm_head(hidden)
+        tied = self.config.tie_weights
+        logits = F.linear(hidden, self.transformer.wte.weight) if tied else self.lm_head(hidden)
+        return logits if self.config.logits_mult == 1 else logits * self.config.logits_mult
 
     def make_cache(self, batch_size: int, length: int | None = None) -> KVCache:
         """An empty cache of `length` positions (none given: block_size), on the model's device."""

@@ -37,6 +37,11 @@ class Config:
     dropout: float = 0.0
     bias: bool = True  # in linear layers and LayerNorms
     tie_weights: bool = True  # output head = token embedding
+    # -- width rules: what was tuned at one width holds at others (mup.py)
+    mup: bool = False  # maximal update parametrisation; false: the standard one
+    mup_base_width: int = 768  # n_embd at which lr and init suit; there mup changes nothing
+    mup_base_head_dim: int | None = None  # n_embd / n_head there; none: as many heads as here
+    wd_scaling: Literal["independent", "constant", "sqrt", "inv_width"] = "independent"  # with mup
     # -- batch
     batch_size: int = 512  # sequences per optimizer step, over all devices
     micro_batch_size: int = 16  # sequences per device per forward; accumulation is derived
@@ -93,12 +98,24 @@ class Config:
         if problems:
             raise ConfigError("\n".join(problems))
 
+    @property
+    def width_mult(self) -> float:
+        """m of mup.py: the width relative to the base's; 1 without muP."""
+        return self.n_embd / self.mup_base_width if self.mup else 1.0
+
+    @property
+    def head_mult(self) -> float:
+        """The same of the width of a head."""
+        if not self.mup or self.mup_base_head_dim is None:
+            return self.width_mult
+        return self.n_embd / self.n_head / self.mup_base_head_dim
+
 
 _AT_LEAST = {  # smallest value that makes sense
     **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "batch_size"), 1),
     **dict.fromkeys(("micro_batch_size", "max_steps", "eval_every", "log_every"), 1),
     **dict.fromkeys(("save_every", "ttf_episodes", "keep_checkpoints"), 1),
-    **dict.fromkeys(("max_skipped", "ns_steps", "timeout_s"), 1),
+    **dict.fromkeys(("max_skipped", "ns_steps", "timeout_s", "mup_base_width"), 1),
     **dict.fromkeys(("seed", "warmup_steps", "eval_batches", "ttf_every", "loader_workers"), 0),
     **dict.fromkeys(("weight_decay", "grad_clip", "min_lr_ratio", "eps"), 0.0),
     **dict.fromkeys(("dropout", "beta1", "beta2", "momentum", "ema_decay"), 0.0),
@@ -160,6 +177,28 @@ def _cross_field_problems(config: Config) -> list[str]:
             f"aux_lr={config.aux_lr}: only muon and adamuon have an auxiliary AdamW, "
             f"optimizer={config.optimizer} has not; take it out or add --aux_lr=none, and mind lr"
         )
+    return problems + _mup_problems(config)
+
+
+def _mup_problems(config: Config) -> list[str]:
+    """Width rules that nothing would follow, or that the weights do not fit."""
+    problems = []
+    if config.mup_base_head_dim is not None and config.mup_base_head_dim < 1:
+        problems.append(f"mup_base_head_dim={config.mup_base_head_dim}: must be at least 1")
+    for key in ("mup_base_head_dim", "wd_scaling"):
+        value = getattr(config, key)
+        if not config.mup and value != FIELDS[key].default:
+            problems.append(f"{key}={value}: means nothing without mup=true")
+    if config.mup and config.init_from:
+        problems.append(
+            f"init_from={config.init_from}: its weights were trained without muP; use mup=false"
+        )
+    if config.mup and config.dopr and config.optimizer == "sgd":
+        problems += [
+            f"{key}={getattr(config, key)}: sgd has one rule of muP for all matrices; take it out"
+            for key in ("include", "exclude")
+            if getattr(config, key)
+        ]
     return problems
 
 

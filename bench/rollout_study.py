@@ -12,6 +12,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from eval import compare, report
 from eval.variants import parse_variant
@@ -79,7 +80,7 @@ ABLATIONS = tuple(
 )
 
 
-def chosen(stages: tuple[Stage, ...], prefixes: list[str]) -> list[Stage]:
+def chosen(stages: tuple[Any, ...], prefixes: list[str]) -> list[Any]:
     """The stages whose names begin with one of these; all if there are none."""
     return [each for each in stages if each.name.startswith(tuple(prefixes or [""]))]
 

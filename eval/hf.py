@@ -19,6 +19,7 @@ from torch import Tensor
 
 from checkpoint import CheckpointError
 from data.tokenizer import END_OF_TEXT, Tokenizer
+from eval.fold import folded_weights
 from eval.run import load_run
 from model import GPT, GPTConfig
 
@@ -108,6 +109,7 @@ def _check_weights(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str,
 def export_hf(model: GPT, tokenizer: Tokenizer, directory: str | Path) -> None:
     """Write the model and its tokenizer as a Hugging Face folder, same logits and same ids.
 
+    The factors of muP are folded into the weights: what is written is a standard GPT-2.
     Hugging Face's GPT-2 always has biases: a model without gets zeros, which is exact. The exported
     tokenizer takes "<|endoftext|>" in a text for ordinary text, as ours does.
     Raises ValueError if they do not belong together; ImportError without the package `tokenizers`.
@@ -134,8 +136,7 @@ def export_hf(model: GPT, tokenizer: Tokenizer, directory: str | Path) -> None:
 
 def _hf_weights(model: GPT) -> dict[str, Tensor]:
     weights = {}
-    for key, tensor in model.state_dict().items():
-        tensor = tensor.detach().cpu()
+    for key, tensor in folded_weights(model).items():
         weights[key] = (tensor.T if TRANSPOSED.search(key) else tensor).contiguous()
         if not model.config.bias and re.search(r"\.(ln_\w|c_\w+)\.weight$", key):
             weights[key.removesuffix("weight") + "bias"] = torch.zeros(weights[key].shape[-1])

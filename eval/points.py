@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,7 +32,7 @@ from eval.tasks.task import OracleTask
 from eval.ttf import grade_checkpoint, grading_code
 from optim.statistics import settings_problems
 from runlog import environment
-from settings import RUN_ONLY
+from settings import FIELDS, RUN_ONLY
 
 ROOT = Path(__file__).parents[1]
 GRADING = "grading "  # how keys of `asked` begin that make the grade, not the model
@@ -89,18 +90,38 @@ def run_point(point: Point) -> dict[str, Any]:
     A model that was trained before and graded otherwise, or by other code, is only graded again.
     Raises PointError: why it failed, or how what is on disk differs from what is asked.
     """
-    path, asked = point.folder / "record.json", json.loads(json.dumps(point.asked()))
-    if path.exists():
-        record = read_record(point)
-        if record["asked"] == asked:
-            return record
-        _check_trained_the_same(point.folder, record["asked"], asked)
+    names = {"variant": point.variant, "base": point.base, "role": point.role}
+    return recorded(point.folder, point.asked(), lambda: _graded(point) | names)
+
+
+def recorded(
+    folder: Path, asked: dict[str, Any], make: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """The record in a folder, which `make` makes unless it is there.
+
+    Raises PointError if what is there was trained with other settings than `asked`.
+    """
+    if found := finished(folder, asked):
+        return found
     started = time.perf_counter()
-    record = _graded(point)
-    record |= {"variant": point.variant, "base": point.base, "role": point.role, "asked": asked}
+    record = make() | {"asked": asked}
     record["seconds"] = time.perf_counter() - started
-    write_record(path, record)
-    return read_record(point)
+    write_record(folder / "record.json", record)
+    return read_record(folder)
+
+
+def finished(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """The record in a folder; None if there is none, or if its model is to be graded again.
+
+    Raises PointError if it is of another run than that asked for.
+    """
+    if not (folder / "record.json").exists():
+        return None
+    record = read_record(folder)
+    if not (other := differences(record["asked"], json.loads(json.dumps(asked)))):
+        return record
+    _check_trained_the_same(folder, other)
+    return None
 
 
 def _graded(point: Point) -> dict[str, Any]:
@@ -111,39 +132,59 @@ def _graded(point: Point) -> dict[str, Any]:
     return _imitate(point, task) if isinstance(task, Lds) else _train_and_grade(point, task)
 
 
-def read_record(point: Point) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
     """What a finished point left."""
-    return json.loads((point.folder / "record.json").read_text())
+    return json.loads((folder / "record.json").read_text())
 
 
-def _check_trained_the_same(folder: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
-    """PointError if the run in a folder was trained with other settings than these."""
-    other = {key for key in found.keys() | asked.keys() if found.get(key) != asked.get(key)}
-    other -= {key for key in other if key.startswith(GRADING)}
-    if other:
-        was = "; ".join(f"{k} was {found.get(k)}, is {asked.get(k)}" for k in sorted(other))
+def differences(found: dict[str, Any], asked: dict[str, Any]) -> dict[str, str]:
+    """What was asked of a run on disk and is not asked now, or not so: {key: "was .., is .."}.
+
+    A setting that one side does not have, because train.py had none of it then, has its default.
+    """
+    default = {key: field.default for key, field in FIELDS.items()}
+    pairs = {
+        key: (found.get(key, default.get(key)), asked.get(key, default.get(key)))
+        for key in sorted(found.keys() | asked.keys())
+    }
+    return {key: f"was {was}, is {now}" for key, (was, now) in pairs.items() if was != now}
+
+
+def _check_trained_the_same(folder: Path, other: dict[str, str]) -> None:
+    """PointError if the differences of what is in a folder are not of its grading only."""
+    trained = [f"{key} {change}" for key, change in other.items() if not key.startswith(GRADING)]
+    if trained:
+        was = "; ".join(trained)
         raise PointError(f"{folder} holds another run: {was}; delete it or choose another --out")
 
 
 def _train_and_grade(point: Point, task: Task) -> dict[str, Any]:
     """A run of train.py, graded on rollouts."""
-    point.folder.mkdir(parents=True, exist_ok=True)
-    log = point.folder / "train.log"
-    if _is_trained(point):
+    if _is_trained(point.folder):
         return grade_checkpoint(point.folder, n=point.n, seed=point.grading_seed)
-    with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        code = _run_script(point.command)
-    if code == 0:
+    if train_in(point.folder, point.command):
         return grade_checkpoint(point.folder, n=point.n, seed=point.grading_seed)
-    if DIVERGED not in log.read_text():
-        raise PointError(f"{' '.join(point.command)}\nended with exit code {code}; see {log}")
     return _diverged(point, task)
 
 
-def _is_trained(point: Point) -> bool:
+def train_in(folder: Path, command: list[str]) -> bool:
+    """Run `python command...`, a run of train.py with this out_dir; false if it diverged.
+
+    Raises PointError if it failed for another reason. What it printed is in train.log.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "train.log"
+    with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        code = _run_script(command)
+    if code and DIVERGED not in log.read_text():
+        raise PointError(f"{' '.join(command)}\nended with exit code {code}; see {log}")
+    return code == 0
+
+
+def _is_trained(folder: Path) -> bool:
     """Whether its model is there, from a time when it was graded otherwise."""
-    finished = (point.folder / "record.json").exists() and read_record(point)["grade"] is not None
-    return finished and bool(candidates(point.folder / "checkpoints"))
+    finished = (folder / "record.json").exists() and read_record(folder)["grade"] is not None
+    return finished and bool(candidates(folder / "checkpoints"))
 
 
 def _diverged(point: Point, task: Task) -> dict[str, Any]:

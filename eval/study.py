@@ -8,22 +8,18 @@ nothing was tuned, run at that rate; they alone are reported.
 import json
 import math
 import statistics
-import sys
-from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
-from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from checkpoint import write_atomic
 from eval.analysis import Record, primary, val_loss
 from eval.lds import Lds
-from eval.points import Point, PointError, read_record, run_point, start_worker
+from eval.points import Point, PointError, run_point
 from eval.reference import references_of
+from eval.runner import Runner
 from eval.tasks import Task
 from eval.variants import Variant
 from optim.build import MATRIX_OPTIMIZERS
@@ -120,49 +116,6 @@ class Study:
                 raise ValueError(f"{variant.name}: {error}") from error
 
 
-class Runner:
-    """Runs points side by side; keeps their records as they come.
-
-    An exception inside the `with` block ends the workers at once; `run` then raises in all threads.
-    """
-
-    def __init__(self, name: str, workers: int) -> None:
-        self.records: dict[Path, Record] = {}
-        context = get_context("spawn")
-        ours, self._alive = context.Pipe(duplex=False)
-        self._pool = ProcessPoolExecutor(workers, context, start_worker, (ours,))
-        self._bar = tqdm(desc=name, unit="run", disable=not sys.stderr.isatty())
-
-    def __enter__(self) -> "Runner":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._pool.shutdown(wait=kind is None, cancel_futures=True)
-        self._alive.close()  # workers end, whatever they are at
-        self._pool.shutdown()
-        self._bar.close()
-
-    def run(self, points: Sequence[Point]) -> list[Record]:
-        """The records of these points, in order; those of points that ran before are read."""
-        futures = [self._pool.submit(_run, point) for point in points]
-        for point, future in zip(points, futures, strict=True):
-            future.add_done_callback(partial(self._keep, point))
-        for future in futures:
-            future.result()
-        return [read_record(point) for point in points]
-
-    def _keep(self, point: Point, future: Future[None]) -> None:
-        if not future.cancelled() and not future.exception():
-            self.records[point.folder] = read_record(point)
-            self._bar.update()
-            tqdm.write(_line(self.records[point.folder]), file=sys.stdout)
-
-
-def _run(point: Point) -> None:
-    """In a worker. The record stays on disk: a worker may end at any time, but not mid-message."""
-    run_point(point)
-
-
 def _line(record: Record) -> str:
     return (
         f"{record['variant']}  {record['role']}  lr {record['lr']:g}  seed {record['seed']}  "
@@ -203,7 +156,7 @@ def compare(study: Study, workers: int) -> list[Record]:
 
     The first exception ends it all; what was finished until then is written all the same.
     """
-    runner = Runner(str(study.out), workers)
+    runner = Runner(str(study.out), workers, run_point, _line)
 
     def one(variant: Variant) -> None:
         lr = sweep(study, variant, runner.run)

@@ -25,6 +25,7 @@ OF_THE_STUDY = {  # what a comparison sets itself
 }
 OF_THE_MODEL = {
     *("n_layer", "n_head", "n_embd", "block_size", "dropout", "bias", "tie_weights", "init_from"),
+    *("mup", "mup_base_width", "mup_base_head_dim"),
 }
 
 

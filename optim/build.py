@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from kernels.choice import Kernel
 from kernels.newton_schulz import Coefficients
+from mup import WeightDecayScaling
 from optim.adamuon import AdaMuon
 from optim.collective import ProcessGroup, is_sharded
 from optim.groups import Role, Row, assign_roles, check_complete
 from optim.muon import IterationDtype, Muon, Scale
 from optim.signum import Signum
+from optim.width import follow_width
 
 OPTIMIZERS = ("adamw", "sgd", "signum", "muon", "adamuon")
 MATRIX_OPTIMIZERS = ("muon", "adamuon")  # AdamW takes what is no matrix
@@ -42,6 +44,9 @@ def build_optimizers(
     ns_dtype: IterationDtype = "bfloat16",
     kernel: Kernel = "auto",
     process_group: ProcessGroup | None = None,
+    width_mult: float = 1.0,
+    wd_scaling: WeightDecayScaling = "independent",
+    dopr: bool = False,
 ) -> list[torch.optim.Optimizer]:
     """The optimizers that together hold every trainable parameter of `model` exactly once.
 
@@ -65,6 +70,9 @@ def build_optimizers(
         nesterov: of muon and adamuon.
         muon_scale: of muon.
         coefficients, ns_steps, ns_dtype, kernel, process_group: of muon and adamuon; see there.
+        width_mult: m of mup.py, the width relative to the one that all these numbers suit.
+        wd_scaling: how weight decay follows m; see mup.DECAY.
+        dopr: whether the matrices' gradients will be preconditioned, which changes SGD's rule of m.
     Raises:
         ValueError: an unknown name, a number outside its range, an `aux_lr` that nothing would use,
             a parameter without a role, a kernel that cannot run.
@@ -91,6 +99,8 @@ def build_optimizers(
     if rest:
         rate = AUX_LR if aux_lr is None else aux_lr
         optimizers.append(make["adamw"](_param_groups(rest, rate, weight_decay)))
+    for each in optimizers:
+        follow_width(each, width_mult, wd_scaling, dopr=dopr)
     check_complete(model, [group for each in optimizers for group in each.param_groups])
     return optimizers
 

@@ -15,10 +15,12 @@ LOWER = {  # part of the house -> the parts that it may import
     "runlog": set(),
     "kernels": set(),
     "model": set(),
-    "optim": {"kernels"},
+    "mup": set(),
+    "optim": {"kernels", "mup"},
     "data": set(),
     "placement": set(),
-    "dist": {"placement"},
+    "aftermath": set(),
+    "dist": {"aftermath", "placement"},
     "sharded": set(),
     "checkpoint": {"placement", "sharded"},
     "saving": {"checkpoint", "dist", "sharded"},
@@ -26,8 +28,8 @@ LOWER = {  # part of the house -> the parts that it may import
     "resuming": {"checkpoint", "data", "dist", "settings"},
     "eval": {"dist", "sharded", "model", "data", "checkpoint", "optim", "runlog", "settings"}
     | {"configurator", "saving"},
-    "train": {"settings", "configurator", "stopping", "runlog", "kernels", "model", "optim"}
-    | {"dist", "placement", "data", "checkpoint", "state", "resuming", "eval"},
+    "train": {"settings", "configurator", "stopping", "runlog", "kernels", "model", "mup", "optim"}
+    | {"aftermath", "dist", "placement", "data", "checkpoint", "state", "resuming", "eval"},
 }
 
 
@@ -58,7 +60,7 @@ def test_every_part_of_the_house_has_a_floor():
 
 
 def test_the_settings_need_only_the_standard_library():
-    for name in ("settings", "configurator"):
+    for name in ("settings", "configurator", "mup"):
         assert imports(ROOT / f"{name}.py") <= {*sys.stdlib_module_names, "settings"}
 
 

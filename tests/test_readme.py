@@ -13,7 +13,10 @@ import torch
 import train
 from configurator import load_config
 from dist import FROM_TORCHRUN, world_problems
+from eval import coord_check, width_sweep
 from eval.compare import parse, study_of
+from eval.update_ratio import measure_update
+from eval.width_grid import grid
 from tests.tiny import argv
 
 ROOT = Path(__file__).parent.parent
@@ -99,6 +102,7 @@ def places(dataset, tmp_path_factory):
 def test_every_evaluation_command_runs_on_a_trained_model(places):
     found = commands("python -m eval.")
     elsewhere = {"eval.compare", "eval.lm_eval"}  # takes long; is an extra
+    elsewhere |= {"eval.coord_check", "eval.width_sweep"}  # take long
     assert elsewhere | {"eval.ttf", "eval.report", "eval.sample"} <= {each[2] for each in found}
     for command in found:
         if command[2] not in elsewhere:
@@ -114,6 +118,16 @@ def test_every_comparison_is_accepted():
     assert found
     for command in found:
         assert study_of(parse(command[3:])[1]).variants
+
+
+@pytest.mark.parametrize("study", [coord_check, width_sweep])
+def test_every_width_study_is_accepted(study, tmp_path):
+    name = study.__name__
+    found = [command for command in commands("python -m eval.") if command[2] == name]
+    assert found
+    for command in found:
+        _, arguments = study.parse([*command[3:], "--out", str(tmp_path)])
+        assert grid(arguments, {}, measure_update)
 
 
 def test_the_snippet_turns_a_strangers_adamw_into_dopr():

@@ -11,7 +11,7 @@ import pytest
 
 from eval.compare import main, notes, study_of
 from eval.compare import parse as parse_arguments
-from eval.points import PointError, run_point
+from eval.points import PointError, differences, run_point
 from eval.study import FRESH, GRIDS, _unite, sweep
 from eval.variants import parse_variant
 from optim.build import MATRIX_OPTIMIZERS, OPTIMIZERS
@@ -196,6 +196,13 @@ def test_a_record_of_another_run_is_refused_by_name(tmp_path):
     other = replace(point, settings=point.settings | {"max_steps": 6})
     with pytest.raises(PointError, match="max_steps was 5, is 6; delete it or choose another"):
         run_point(other)
+
+
+def test_a_setting_that_train_did_not_have_then_had_its_default():
+    now = {"lr": 0.1, "parallel": "ddp", "gamma": 0.1}
+    assert not differences({"lr": 0.1}, now)
+    assert differences({"lr": 0.1, "gamma": 1.0}, now) == {"gamma": "was 1.0, is 0.1"}
+    assert differences({"lr": 0.1, "retired": 1}, now) == {"retired": "was 1, is None"}
 
 
 def test_fresh_runs_at_a_new_rate_replace_those_at_the_old_one(tmp_path):

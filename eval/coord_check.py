@@ -1,0 +1,147 @@
+"""The coordinate check of muP: does a step move activations as much at every width?
+
+    python -m eval.coord_check --optimizers adamw,dopr-adamw,muon --seeds 0,1,2
+
+Trains each width a few steps, without warm-up, decay or clipping, and fits the slope of log2 RMS of
+activations (t = 0), then of their change since t = 0, against log2 width. Under muP the slopes are
+zero; the standard parametrisation (sp) is the control, and must fail. Writes records.jsonl, a plot
+an optimizer and coordinates.md into --out. Exit code 1: a muP check failed, or a control passed.
+"""
+
+import argparse
+import shlex
+import sys
+from functools import partial
+from pathlib import Path
+
+from checkpoint import write_atomic
+from data.shards import DataError
+from eval.analysis import Record
+from eval.command import command_parser
+from eval.coordinates import KINDS, STEPS, measure_coordinates
+from eval.intervals import Estimate
+from eval.looks import save_png
+from eval.points import PointError
+from eval.slopes import grouped, slope, widths_of
+from eval.tables import markdown
+from eval.width_figures import coordinates_figure
+from eval.width_grid import add_axes, grid, run_grid, write_sweep
+
+SETTINGS = {  # of train.py
+    **{"max_steps": STEPS[-1], "warmup_steps": 0, "schedule": "constant", "weight_decay": 0.0},
+    **{
+        "grad_clip": 0.0,
+        "save_every": 1,
+        "keep_checkpoints": STEPS[-1] + 1,
+        "eval_batches": 1,
+        "log_every": 1,
+    },
+}
+HIDDEN = ("qkv", "attention out", "fc", "mlp out", "residual")
+FIRST = ("embedding", "qkv", "fc")  # at t = 0
+MAX_FIRST, MAX_LOGITS = 0.05, 0.20
+MAX_CHANGE = {"from 128": 0.10, "": 0.15}  # narrow models are further from the limit
+MIN_CONTROL = 0.5  # of a hidden slope of sp at t = 1
+Slopes = dict[tuple[str, int], Estimate]  # by kind and t
+
+
+def slopes_of(records: list[Record]) -> Slopes:
+    """Of one optimizer and parametrisation, for each kind of activation and each t."""
+
+    def size(record: Record, kind: str, t: int) -> float | None:
+        return record.get("coordinates", {}).get(kind, {}).get(str(t))
+
+    keys = [(kind, t) for kind in (*KINDS, "logits") for t in STEPS]
+    return {key: slope(records, partial(size, kind=key[0], t=key[1])) for key in keys}
+
+
+def problems(slopes: Slopes, narrowest: int) -> list[str]:
+    """The slopes of muP that are too far from zero, in words; a slope that is missing is, too."""
+    change = MAX_CHANGE["from 128" if narrowest >= 128 else ""]
+    bars = {(kind, 0): MAX_FIRST for kind in FIRST}
+    bars |= {(kind, t): change for kind in HIDDEN for t in STEPS[1:]}
+    bars["logits", STEPS[-1]] = MAX_LOGITS  # before, a head that knows nothing has no direction
+    return [
+        f"{kind} t={t}: {slopes[kind, t].mean:+.2f}, wanted at most {bar:g}"
+        for (kind, t), bar in bars.items()
+        if not abs(slopes[kind, t].mean) <= bar
+    ]
+
+
+def control_fails(slopes: Slopes) -> bool:
+    """Whether the standard parametrisation is told from muP: a hidden slope is large at t = 1."""
+    return max(slopes[kind, 1].mean for kind in HIDDEN) >= MIN_CONTROL
+
+
+def verdict(parametrisation: str, slopes: Slopes, narrowest: int) -> tuple[bool, str]:
+    """Whether it is as it should be, and in words."""
+    if parametrisation == "sp":
+        fails = control_fails(slopes)
+        return fails, "fails, as it should" if fails else "PASSES, as a control should not"
+    found = problems(slopes, narrowest)
+    return not found, "FAILS: " + "; ".join(found) if found else "passes"
+
+
+def tables(records: list[Record]) -> tuple[bool, str]:
+    """Whether all is as it should be; verdicts and slopes in Markdown."""
+    verdicts, rows, ratios = [], [], []
+    is_good = True
+    for (variant, kind, lr), own in grouped(records, "variant", "parametrisation", "lr").items():
+        slopes, widths, name = slopes_of(own), widths_of(own), [variant, kind, f"{lr:.2g}"]
+        good, text = verdict(kind, slopes, widths[0])
+        is_good &= good
+        seeds = len({record["seed"] for record in own})
+        verdicts.append([*name, f"{widths[0]} to {widths[-1]}", str(seeds), text])
+        for t in STEPS:
+            rows.append([*name, str(t), *(number(slopes[each, t]) for each in (*KINDS, "logits"))])
+        for matrix in own[0].get("ap", {}):
+            found = slope(own, lambda record, m=matrix: record.get("ap", {}).get(m))
+            ratios.append([*name, matrix, number(found)])
+    who = ["optimizer", "", "lr"]
+    parts = [markdown([*who, "widths", "seeds", "verdict"], verdicts)]
+    parts.append(markdown([*who, "t", *KINDS, "logits"], rows))
+    parts += [markdown([*who, "matrix", "slope of ‖M‖/‖G‖"], ratios)] if ratios else []
+    return is_good, "\n\n".join(parts)
+
+
+def number(value: Estimate) -> str:
+    half = (value.hi - value.lo) / 2
+    return f"{value.mean:+.2f}" + (f" ± {half:.2f}" if half == half else "")
+
+
+def write_report(out: Path, records: list[Record], command: str) -> tuple[bool, str]:
+    """coordinates.md and the plots; returns what `tables` does."""
+    is_good, text = tables(records)
+    note = "Slopes of log2 RMS against log2 width; ± is half of the 95 % interval over seeds."
+    write_atomic(out / "coordinates.md", f"# Coordinate check\n\n`{command}`\n\n{note}\n\n{text}\n")
+    for (variant, lr), own in grouped(records, "variant", "lr").items():
+        save_png(coordinates_figure(own), out / f"coordinates-{variant}-lr{lr:.2g}.png")
+    return is_good, text
+
+
+def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = command_parser("coord_check", __doc__)
+    add_axes(parser, out=Path("out/coord_check"), octaves=[0])
+    return parser, parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    parser, arguments = parse(argv)
+    try:
+        points = grid(arguments, SETTINGS, measure_coordinates)
+        if arguments.wandb_sweep:
+            return write_sweep("eval.coord_check", arguments, [])
+        records = run_grid(points, arguments.out, arguments.workers)
+    except (DataError, PointError, ValueError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"stopped; the same command goes on in {arguments.out}\n")
+    command = shlex.join(["python", "-m", "eval.coord_check", *argv])
+    is_good, text = write_report(arguments.out, records, command)
+    print(text)
+    print(f"{len(records)} runs, plots and coordinates.md in {arguments.out}")
+    return 0 if is_good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

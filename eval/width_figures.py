@@ -1,0 +1,127 @@
+"""The figures of the width studies: activations, loss and update size against width."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from eval.analysis import Record
+from eval.coordinates import KINDS, STEPS
+from eval.looks import GREY, INK, STYLE, WIDTH, legend_on_top, logarithmic
+from eval.slopes import grouped, widths_of
+from eval.transfer import losses_by_width, optimum
+
+ROW = 2.5  # inches
+WORST = 1.5  # nats above the best loss, where an axis of losses ends
+NAMES = {"sp": "SP", "mup": "muP"}
+
+
+def coordinates_figure(records: list[Record]) -> Figure:
+    """Of one optimizer and rate: a row a parametrisation, a column a kind, a line a t."""
+    found = grouped(records, "parametrisation")
+    with rc_context(STYLE):
+        figure, axes = _panels([*found], [*KINDS, "logits"])
+        colours = _shades(STEPS)
+        for (kind, name), ax in axes.items():
+            for t in STEPS:
+                trained = [r for r in found[kind] if r.get("coordinates")]
+                _line(
+                    ax, [(r["width"], r["coordinates"][name][str(t)]) for r in trained], colours[t]
+                )
+            logarithmic(ax, "y", (1,))
+            ax.set_xlabel("width")
+        keys = [Line2D([], [], color=colours[t], label=_when(t)) for t in STEPS]
+        legend_on_top(figure, keys)
+    return figure
+
+
+def _when(t: int) -> str:
+    return f"RMS of the change, t = {t}" if t else "RMS at t = 0"
+
+
+def transfer_figure(records: list[Record]) -> Figure:
+    """Loss against rate: a row a parametrisation, a column an optimizer, a line a width."""
+    groups, widths = grouped(records, "parametrisation", "variant"), widths_of(records)
+    with rc_context(STYLE):
+        figure, axes = _grid_of(groups)
+        colours = _shades(widths)
+        for (kind, variant), ax in axes.items():
+            losses = losses_by_width(groups.get((kind, variant), []))
+            for width, each in losses.items():
+                _valley(ax, each, colours[width])
+            lowest = [loss for each in losses.values() for loss in each.values()]
+            if math.isfinite(low := min(lowest, default=math.inf)):
+                ax.set_ylim(top=low + WORST)
+            ax.set_xlabel("log2 learning rate")
+            ax.set_ylabel("validation loss")
+        keys = [Line2D([], [], color=colours[w], label=f"width {w}") for w in widths]
+        ring = Line2D([], [], color=INK, ls="none", marker="o", mfc="none", label="fitted optimum")
+        legend_on_top(figure, [*keys, ring])
+    return figure
+
+
+def _valley(ax: Axes, losses: dict[float, float], colour: str) -> None:
+    known = {math.log2(lr): loss for lr, loss in losses.items() if math.isfinite(loss)}
+    ax.plot([*known], [*known.values()], color=colour, marker="o", ms=3, lw=1.3)
+    best = optimum(losses) if losses else None
+    if best and best.kind != "edge":
+        ax.plot(best.log2_lr, best.loss, "o", color=colour, ms=9, mfc="none")
+
+
+def ratio_figure(records: list[Record]) -> Figure:
+    """Update over weight against width: rows and columns as there, a line a rate."""
+    groups = grouped(records, "parametrisation", "variant")
+    rates = sorted({record["lr"] for record in records})
+    with rc_context(STYLE):
+        figure, axes = _grid_of(groups)
+        colours = _shades(rates)
+        for (kind, variant), ax in axes.items():
+            own = [r for r in groups.get((kind, variant), []) if r.get("update_ratio")]
+            for lr in sorted({record["lr"] for record in own}):
+                sizes = [(r["width"], r["update_ratio"]) for r in own if r["lr"] == lr]
+                _line(ax, sizes, colours[lr])
+            logarithmic(ax, "y", (1, 3))
+            ax.set_xlabel("width")
+            ax.set_ylabel("‖ΔW‖ / ‖W‖")
+        keys = [Line2D([], [], color=colours[lr], label=f"lr 2^{math.log2(lr):g}") for lr in rates]
+        legend_on_top(figure, keys)
+    return figure
+
+
+def _grid_of(groups: dict[tuple[str, str], list[Record]]) -> tuple[Figure, dict]:
+    kinds, variants = (list(dict.fromkeys(names)) for names in zip(*groups, strict=True))
+    return _panels(kinds, variants)
+
+
+def _panels(rows: Sequence[str], columns: Sequence[str]) -> tuple[Figure, dict]:
+    """Axes by (row, column), titled."""
+    size = (max(WIDTH, 2.2 * len(columns)), ROW * len(rows) + 0.5)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(rows), len(columns), squeeze=False)
+    axes = {(r, c): grid[i, j] for i, r in enumerate(rows) for j, c in enumerate(columns)}
+    for (row, column), ax in axes.items():
+        ax.set_title(f"{column}, {NAMES.get(row, row)}")
+    return figure, axes
+
+
+def _line(ax: Axes, points: Iterable[tuple[int, float]], colour: str) -> None:
+    """Geometric mean over the seeds of each width, and every seed as a dot."""
+    sizes: dict[int, list[float]] = {}
+    for width, value in points:
+        sizes.setdefault(width, []).append(value)
+    means = {width: math.exp(np.mean(np.log(sizes[width]))) for width in sorted(sizes)}
+    ax.plot([*means], [*means.values()], color=colour, lw=1.3)
+    for width, values in sizes.items():
+        ax.plot([width] * len(values), values, ".", color=colour, ms=3)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks([*means], [str(width) for width in means], color=GREY)
+
+
+def _shades(keys: Sequence) -> dict:
+    """A colour each, from dark to light."""
+    shades = colormaps["viridis"](np.linspace(0, 0.85, len(keys)))
+    return {key: tuple(map(float, shade)) for key, shade in zip(keys, shades, strict=True)}

@@ -1,0 +1,156 @@
+"""The grid of a width study: its axes on the command line, its shards, its records.
+
+Points lie in --out/runs, their records also in --out/records.jsonl. The same command continues
+there; other optimizers, widths, rates and seeds are added to what is there. Shards (`--shard 1/8`),
+agents of a wandb sweep and plain commands may work on one folder.
+"""
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from checkpoint import write_atomic
+from eval.analysis import Record
+from eval.points import finished
+from eval.runner import Runner
+from eval.variants import check_names, parse_variant
+from eval.widths import PARAMETRISATIONS, WidthPoint, run_width_point
+
+AXES = ("optimizers", "parametrisations", "widths", "octaves", "seeds")
+OF_THE_GRID = {
+    *("optimizer", "dopr", "lr", "seed", "n_embd", "mup", "out_dir", "resume", "init_from"),
+    *("max_steps", "save_every", "keep_checkpoints"),
+}
+
+
+def add_axes(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """The arguments that both commands have; `defaults` of out and octaves."""
+    add = parser.add_argument
+    add("--optimizers", type=words, required=True, help="comma-separated; see eval/variants.py")
+    add("--parametrisations", type=words, default=[*PARAMETRISATIONS], help="sp,mup")
+    add("--widths", type=numbers, default=[32, 64, 128, 256], help="n_embd: 32,64 or so")
+    add("--octaves", type=numbers, metavar="A:B or A,B,...", help="log2 of lr over RATES[optimizer]"
+        " (eval/widths.py), written --octaves=-3:4")  # fmt: skip
+    add("--seeds", type=numbers, default=[0, 1, 2], help="of weights and data order")
+    add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other settings of train.py")
+    add("--workers", type=int, default=2, help="runs side by side, a thread each")
+    add(
+        "--shard", type=shard, default=(1, 1), metavar="I/N", help="every N-th point, from the I-th"
+    )
+    add("--out", type=Path, help="folder of all records, plots and tables")
+    add("--wandb_sweep", type=Path, metavar="FILE", help="write a wandb sweep of this grid; no run")
+    parser.set_defaults(**defaults)
+
+
+def words(text: str) -> list[str]:
+    return text.split(",")
+
+
+def numbers(text: str) -> list[int]:
+    """`1,2,5`, or `-4:3` for all from -4 to 3."""
+    if ":" in text:
+        first, last = map(int, text.split(":"))
+        return [*range(first, last + 1)]
+    return [*map(int, text.split(","))]
+
+
+def shard(text: str) -> tuple[int, int]:
+    part, parts = map(int, text.split("/"))
+    if not 1 <= part <= parts:
+        raise ValueError
+    return part, parts
+
+
+def grid(
+    arguments: argparse.Namespace,
+    settings: dict[str, Any],
+    measure: Callable[[Path], dict[str, Any]],
+) -> list[WidthPoint]:
+    """The points that the command line asks for, the narrow ones first.
+
+    Raises ValueError, or ConfigError, if one of them could not be trained; PointError if its folder
+    holds a record of other settings.
+    """
+    variants = map(parse_variant, arguments.optimizers)
+    settings = settings | changes_of(arguments.set)
+    axes = (arguments.widths, variants, arguments.parametrisations)
+    points = [
+        WidthPoint(
+            folder=arguments.out / "runs" / f"{variant.name}-{kind}-{width}-{octave:g}-{seed}",
+            variant=variant,
+            parametrisation=kind,
+            width=width,
+            octave=octave,
+            seed=seed,
+            settings=settings,
+            measure=measure,
+        )
+        for width, variant, kind, octave, seed in itertools.product(
+            *axes, arguments.octaves, arguments.seeds
+        )
+    ]
+    for point in points:
+        finished(point.folder, point.asked())
+    part, parts = arguments.shard
+    return points[part - 1 :: parts]
+
+
+def changes_of(pairs: Iterable[str]) -> dict[str, str]:
+    """The settings of --set. ValueError if one is unknown, or set by the grid."""
+    if wrong := [pair for pair in pairs if "=" not in pair]:
+        raise ValueError(f"--set {wrong[0]}: wants KEY=VALUE")
+    changes = dict(pair.split("=", 1) for pair in pairs)
+    check_names(changes, OF_THE_GRID, "--set")
+    return changes
+
+
+def run_grid(points: Sequence[WidthPoint], out: Path, workers: int) -> list[Record]:
+    """Run what is not finished; every record of the folder, also written to records.jsonl."""
+    try:
+        with Runner(str(out), workers, run_width_point, _line, len(points)) as runner:
+            runner.run(points)
+    finally:
+        records = [json.loads(path.read_text()) for path in out.glob("runs/*/record.json")]
+        records.sort(key=_key)
+        out.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        write_atomic(out / "records.jsonl", lines)
+    return records
+
+
+def _key(record: Record) -> tuple[Any, ...]:
+    keys = ("base", "variant", "parametrisation", "width", "lr", "seed")
+    return tuple(record[key] for key in keys)
+
+
+def _line(record: Record) -> str:
+    has_loss = record["val_loss"] is not None
+    loss = f"val loss {record['val_loss']:.4f}" if has_loss else "diverged"
+    return (
+        f"{record['variant']}  {record['parametrisation']}  width {record['width']}  "
+        f"lr {record['lr']:g}  seed {record['seed']}  {loss}  {record['seconds']:.1f} s"
+    )
+
+
+def write_sweep(command: str, arguments: argparse.Namespace, more: Sequence[str]) -> int:
+    """Write a wandb sweep whose agents run this grid, a point a run: the command, a value an axis.
+
+        wandb sweep FILE; wandb agent ID
+
+    more: arguments that are no axis. The file is JSON, which is YAML, too. Returns the exit code.
+    """
+    fixed = [f"--out={arguments.out}", "--workers=1", *more]
+    fixed += ["--set", "wandb=online", *arguments.set]
+    content = {
+        "program": command,
+        "method": "grid",
+        "metric": {"name": "val/loss", "goal": "minimize"},
+        "parameters": {axis: {"values": getattr(arguments, axis)} for axis in AXES},
+        "command": ["${env}", "python", "-m", command, "${args}", *fixed],
+    }
+    write_atomic(arguments.wandb_sweep, json.dumps(content, indent=2) + "\n")
+    print(f"wandb sweep {arguments.wandb_sweep}")
+    return 0

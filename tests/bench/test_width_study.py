@@ -1,0 +1,44 @@
+"""The stages of the width study are commands that could begin, and are run as asked."""
+
+import math
+
+import pytest
+
+from bench import width_study
+from bench.width_study import STAGES, main
+from eval.coordinates import measure_coordinates
+from eval.width_grid import grid
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_every_stage_is_a_grid_that_could_begin(stage, tmp_path):
+    _, arguments = stage.command.parse(stage.argv(tmp_path, 2))
+    arguments.seeds = arguments.seeds[:1]
+    points = grid(arguments, {}, measure_coordinates)
+    axes = (arguments.optimizers, arguments.parametrisations, arguments.widths, arguments.octaves)
+    assert len({point.folder for point in points}) == math.prod(map(len, axes))
+
+
+def test_stages_have_folders_of_their_own():
+    assert len({stage.name for stage in STAGES}) == len(STAGES)
+
+
+def test_prefixes_choose_stages_and_data_are_prepared_once(tmp_path, monkeypatch):
+    calls = []
+    prepare = width_study.data.pystdlib.prepare
+    monkeypatch.setattr(prepare, "main", lambda argv: calls.append("prepare"))
+    for command in {stage.command for stage in STAGES}:
+        monkeypatch.setattr(command, "main", lambda argv: calls.append(argv[1]))
+    main(["decay", "coordinates-raw", "--out", str(tmp_path)])
+    assert calls[0] == "prepare"
+    assert [optimizers.split(",")[0] for optimizers in calls[1:]] == [
+        "dopr-sgd+trace_normalized=false",
+        "adamw+wd_scaling=independent",
+    ]
+
+
+def test_an_unknown_stage_is_an_error_before_any_run(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["widths", "--out", str(tmp_path)])
+    assert "no stage begins with widths" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]

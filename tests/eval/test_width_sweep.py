@@ -1,0 +1,108 @@
+"""The width sweep: its grid, its shards, its wandb sweep, and one tiny sweep from end to end."""
+
+import itertools
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint import load_checkpoint
+from eval.points import train_in
+from eval.update_ratio import measure_update
+from eval.width_grid import grid
+from eval.width_sweep import main, parse, settings_of
+from tests.tiny import argv
+
+ROOT = Path(__file__).parents[2]
+TINY = [
+    "n_layer=1",
+    "n_head=2",
+    "block_size=16",
+    "batch_size=4",
+    "micro_batch_size=4",
+    "eval_batches=1",
+]
+
+
+def command(out, *more, dataset="pystdlib"):
+    words = ["--out", str(out), "--workers", "1", "--steps", "4", *more]
+    return [*words, "--set", f"dataset={dataset}", *TINY]
+
+
+def points(out, *more):
+    _, arguments = parse(command(out, *more))
+    return grid(arguments, settings_of(arguments.steps), measure_update)
+
+
+def test_the_grid_is_every_combination_and_shards_part_it(tmp_path):
+    axes = ["--optimizers", "adamw,dopr-muon", "--widths", "16,32", "--octaves=-1:1"]
+    whole = {point.folder for point in points(tmp_path, *axes)}
+    assert len(whole) == 2 * 2 * 3 * 3 * 2  # with seeds and parametrisations
+    shards = [{p.folder for p in points(tmp_path, *axes, "--shard", f"{i}/5")} for i in range(1, 6)]
+    assert set.union(*shards) == whole
+    assert sum(map(len, shards)) == len(whole)
+
+
+def test_an_octave_is_a_factor_of_two_and_muons_scales_have_rates_of_their_own(tmp_path):
+    axes = ["--widths", "16", "--parametrisations", "mup", "--seeds", "0", "--octaves=0:1"]
+    names = "muon,muon+muon_scale=spectral"
+    found = points(tmp_path, "--optimizers", names, *axes)
+    assert [point.lr for point in found] == [2**-7, 2**-6, 2**-5, 2**-4]
+    assert all(f"--aux_lr={2**-9}" in point.command for point in found)
+
+
+def test_the_agents_of_a_wandb_sweep_run_the_same_points(tmp_path):
+    axes = ["--optimizers", "adamw,dopr-sgd+gamma=1", "--widths", "16,32", "--octaves=-1,0"]
+    main(command(tmp_path, *axes, "--wandb_sweep", str(tmp_path / "sweep.yaml")))
+    sweep = json.loads((tmp_path / "sweep.yaml").read_text())
+    parameters, found = sweep["parameters"], []
+    for values in itertools.product(*(each["values"] for each in parameters.values())):
+        words = sweep["command"][sweep["command"].index("eval.width_sweep") + 1 :]
+        place = words.index("${args}")  # what an agent puts there
+        words[place : place + 1] = [f"--{k}={v}" for k, v in zip(parameters, values, strict=True)]
+        arguments = parse(words)[1]
+        (point,) = grid(arguments, settings_of(arguments.steps), measure_update)
+        assert point.settings["wandb"] == "online"
+        found.append((point.folder, point.command[-6:]))
+    wanted = [(point.folder, point.command[-6:]) for point in points(tmp_path, *axes)]
+    assert len(found) == 48
+    assert sorted(found) == sorted(wanted)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_update_ratio_is_that_of_the_last_step(dataset, tmp_path):
+    changes = {"max_steps": 5, "save_every": 4, "keep_checkpoints": 2, "optimizer": "signum"}
+    changes |= {"lr": 1e-3, "weight_decay": 0, "schedule": "constant", "warmup_steps": 0}
+    assert train_in(tmp_path / "run", ["train.py", *argv(dataset, tmp_path / "run", **changes)])
+    found = measure_update(tmp_path / "run")["update_ratio"]
+    model = load_checkpoint(tmp_path / "run/checkpoints/step-00000004").model
+    names = [key for key in model if ".h." in key and model[key].dim() == 2]
+    sizes = torch.stack([model[key].square().mean().sqrt() for key in names])
+    assert len(names) == 8
+    assert found == pytest.approx((1e-3 / sizes).log().mean().exp().item(), rel=1e-3)  # signs
+
+
+def test_a_sweep_ends_in_a_table_and_two_plots_and_its_runs_are_those_of_the_command(
+    dataset, tmp_path, capsys
+):
+    axes = ["--optimizers", "adamw", "--widths", "16,32", "--octaves=-1:1", "--seeds", "0"]
+    main(command(tmp_path, *axes, dataset=dataset))
+    out = capsys.readouterr().out
+    assert "12 runs, plots and transfer.md in" in out
+    assert (tmp_path / "transfer.md").read_text().count("| adamw | mup |") == 3  # widths, verdict
+    assert {path.name for path in tmp_path.glob("*.png")} == {"transfer.png", "update_ratio.png"}
+    record = json.loads((tmp_path / "runs/adamw-mup-16-0-0/record.json").read_text())
+    words = shlex.split(record["command"].partition(" ")[2].replace("NEW", str(tmp_path / "again")))
+    subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=True, capture_output=True)
+    rows = map(json.loads, (tmp_path / "again/metrics.jsonl").read_text().splitlines())
+    assert [row["loss"] for row in rows if row["kind"] == "val"][-1] == record["val_loss"]
+
+
+def test_a_sweep_too_short_to_measure_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--optimizers", "adamw", "--steps", "2", "--out", str(tmp_path)])
+    assert "--steps=2: must be at least 3" in capsys.readouterr().err

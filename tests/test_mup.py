@@ -1,0 +1,112 @@
+"""muP: nothing changes at the base width, and everywhere else all parts apply the same factors."""
+
+import pytest
+import torch
+import transformers
+
+import train
+from configurator import load_config
+from data.dataset import open_dataset
+from data.loader import val_batches
+from eval.hf import export_hf
+from eval.loss import evaluate
+from eval.run import load_run
+from model import GPT, GPTConfig
+from mup import DECAY, EPS, MATRIX, decay_mult, eps_mult, forward_mults, update_mult
+from settings import Config, ConfigError
+from tests.test_train import losses
+from tests.tiny import SETTINGS, argv, metrics, weights
+
+WIDER = {"mup": True, "mup_base_width": 8}  # the tiny run is 32 wide: m = 4
+OPTIMIZERS = {
+    "adamw": {},
+    "sgd": {"optimizer": "sgd", "lr": 0.1},
+    "signum": {"optimizer": "signum", "lr": 1e-3},
+    "muon": {"optimizer": "muon"},
+    "muon-spectral": {"optimizer": "muon", "muon_scale": "spectral"},
+    "muon-original": {"optimizer": "muon", "muon_scale": "original"},
+    "adamuon": {"optimizer": "adamuon"},
+}
+OPTIMIZERS |= {f"dopr-{name}": {"dopr": True, **each} for name, each in OPTIMIZERS.items()}
+
+
+@pytest.mark.parametrize("role", ["matrix", "embedding", "head", "gain", "bias"])
+@pytest.mark.parametrize("rule", MATRIX)
+def test_every_factor_is_exactly_one_at_the_base_width(rule, role):
+    assert update_mult(rule, role, 1.0) == 1
+    assert {decay_mult(mode, rule, role, 1.0) for mode in ("independent", *DECAY)} == {1}
+    assert {eps_mult(name, 1.0) for name in EPS} == {1}
+    assert {*forward_mults(1.0, 1.0).values()} == {1}
+
+
+@pytest.mark.parametrize("changes", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_at_the_base_width_a_run_is_the_standard_one_bit_for_bit(dataset, tmp_path, changes):
+    changes = changes | {"max_steps": 10, "wandb": "off"}
+    base = {"mup": True, "mup_base_width": 32}
+    assert train.main(argv(dataset, tmp_path / "sp", **changes)) == 0
+    assert train.main(argv(dataset, tmp_path / "mup", **changes, **base)) == 0
+    assert train.main(argv(dataset, tmp_path / "control", **changes, **WIDER)) == 0
+    assert weights(tmp_path / "mup", 10) == weights(tmp_path / "sp", 10)
+    assert losses(tmp_path / "mup") == losses(tmp_path / "sp")
+    assert losses(tmp_path / "control")[0] != losses(tmp_path / "sp")[0]
+
+
+def test_gradients_at_the_base_width_are_the_standard_ones_bit_for_bit():
+    sizes = {"vocab_size": 61, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    x, y = torch.randint(61, (2, 4, 16), generator=torch.Generator().manual_seed(0))
+    found = []
+    for more in ({}, forward_mults(1.0, 1.0), forward_mults(4.0, 4.0)):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(**sizes, **more))
+        model(x, y)[1].backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_training_evaluation_generation_and_export_agree(dataset, tmp_path, tie_weights):
+    out = tmp_path / "run"
+    changes = WIDER | {"tie_weights": tie_weights, "lr": 1e-2, "eval_batches": 0}
+    assert train.main(argv(dataset, out, **changes)) == 0
+    run, data = load_run(out), open_dataset(dataset)
+    assert run.model.config.logits_mult == 1 / 4
+    batches = val_batches(data, batch_size=4, block_size=16)
+    reached = evaluate(run.model, batches, data.tokenizer.token_bytes(), device="cpu")
+    assert reached.loss == metrics(out, "val")[-1]["loss"]
+    x = torch.arange(12)[None]
+    cache = run.model.make_cache(1)
+    steps = torch.cat([run.model.step(x[:, i : i + 1], cache) for i in range(12)], dim=1)
+    with torch.no_grad():
+        torch.testing.assert_close(steps, run.model(x)[0], rtol=0, atol=1e-5)  # order of sums
+        export_hf(run.model, run.tokenizer, tmp_path / "hf")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+        torch.testing.assert_close(theirs(x).logits, run.model(x)[0], rtol=0, atol=1e-5)
+
+
+def test_the_attention_factor_is_of_the_width_of_a_head():
+    sizes = {"n_embd": 64, "n_head": 4, "mup": True, "mup_base_width": 16}
+    assert Config(**sizes).head_mult == 4  # the base has as many heads, of width 4
+    assert Config(**sizes, mup_base_head_dim=16).head_mult == 1  # it has heads as wide as these
+    assert Config(**sizes | {"mup": False}).head_mult == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"wd_scaling": "constant"}, "wd_scaling=constant: means nothing without mup=true"),
+        ({"mup_base_head_dim": 8}, "mup_base_head_dim=8: means nothing without mup=true"),
+        ({"mup": True, "mup_base_head_dim": 0}, "mup_base_head_dim=0: must be at least 1"),
+        ({"mup": True, "mup_base_width": 0}, "mup_base_width=0: must be at least 1"),
+        ({"mup": True, "init_from": "gpt2"}, "its weights were trained without muP"),
+        ({"mup": True, "dopr": True, "optimizer": "sgd", "include": "*attn*"}, "one rule of muP"),
+        ({"mup": True, "wd_scaling": "linear"}, "wd_scaling='linear': must be one of"),
+    ],
+)
+def test_width_rules_that_mean_nothing_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        load_config([f"--{key}={value}" for key, value in changes.items()])
+
+
+def test_the_settings_of_the_tiny_run_are_at_another_width_than_its_base():
+    assert SETTINGS["n_embd"] == 4 * WIDER["mup_base_width"]
