@@ -25,7 +25,7 @@ from eval.points import PointError
 from eval.slopes import grouped, slope, widths_of
 from eval.tables import markdown
 from eval.width_figures import coordinates_figure
-from eval.width_grid import add_axes, grid, run_grid, write_sweep
+from eval.width_grid import add_axes, commands, grid, run_grid, write_sweep
 
 SETTINGS = {  # of train.py
     **{"max_steps": STEPS[-1], "warmup_steps": 0, "schedule": "constant", "weight_decay": 0.0},
@@ -127,7 +127,8 @@ def write_report(out: Path, records: list[Record], command: str) -> tuple[bool, 
     """coordinates.md and the plots; returns what `tables` does."""
     is_good, text = tables(records)
     note = "Slopes of log2 RMS against log2 width; ± is half of the 95 % interval over seeds."
-    write_atomic(out / "coordinates.md", f"# Coordinate check\n\n`{command}`\n\n{note}\n\n{text}\n")
+    head = f"# Coordinate check\n\n{commands(out, command)}\n\n{note}"
+    write_atomic(out / "coordinates.md", f"{head}\n\n{text}\n")
     for (variant, lr), own in grouped(records, "variant", "lr").items():
         save_png(coordinates_figure(own), out / f"coordinates-{variant}-lr{lr:.2g}.png")
     return is_good, text

@@ -130,6 +130,15 @@ def run_grid(points: Sequence[WidthPoint], out: Path, workers: int) -> list[Reco
     return records + twins(records)
 
 
+def commands(out: Path, command: str) -> str:
+    """All commands that worked on a folder, this one among them, as a block of Markdown."""
+    path = out / "commands.txt"
+    there = path.read_text().splitlines() if path.exists() else []
+    lines = [*dict.fromkeys([*there, command])]
+    write_atomic(path, "\n".join(lines) + "\n")
+    return "\n".join(["```sh", *lines, "```"])
+
+
 def is_base(settings: dict[str, Any]) -> bool:
     """Whether muP with these settings is the standard parametrisation."""
     has_its_heads = settings["mup_base_head_dim"] in (

@@ -1,5 +1,7 @@
 """muP over several processes: its factors go by the names of parameters, however they lie."""
 
+from itertools import product
+
 import pytest
 
 from checkpoint import open_checkpoint
@@ -17,8 +19,16 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("parallel", PARALLEL)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+QUICK = {("adamw", "ddp"), ("muon", "fsdp"), ("sgd", "hsdp")}  # the cases of `make test`
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "parallel"),
+    [
+        pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.slow])
+        for case in product(OPTIMIZERS, PARALLEL)
+    ],
+)
 def test_several_processes_train_as_one_away_from_the_base_width(
     gang, dataset, tmp_path, optimizer, parallel
 ):
