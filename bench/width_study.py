@@ -42,10 +42,10 @@ class Stage:
         return [*words, "--set", f"dataset={out / 'bytes'}", *self.settings]
 
 
-def transfer(optimizer: str) -> tuple[Stage, Stage]:
+def transfer(optimizer: str, octaves: str = "-2:2") -> tuple[Stage, Stage]:
     """Sweeps of the rate: of muP around the base's, of sp as far as it is expected to drift."""
     steps, narrow = ("--steps", "100"), ("--widths", "32,64,128")
-    mup = ("--parametrisations", "mup", "--octaves=-2:2", *steps)
+    mup = ("--parametrisations", "mup", f"--octaves={octaves}", *steps)
     sp = ("--parametrisations", "sp", "--octaves=-1:5", *narrow, *steps)
     return (
         Stage(f"transfer-{optimizer}-mup", width_sweep, "transfer", (optimizer,), mup),
@@ -55,7 +55,7 @@ def transfer(optimizer: str) -> tuple[Stage, Stage]:
 
 STAGES = (
     Stage("coordinates", coord_check, "coordinates", (*BASES, *(f"dopr-{each}" for each in BASES))),
-    *transfer("dopr-adamw"),
+    *transfer("dopr-adamw", octaves="-1:3"),
     *transfer("dopr-muon"),
     Stage(
         "decay",

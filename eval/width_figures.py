@@ -113,7 +113,7 @@ def _panels(
     rows: Sequence[str], columns: Sequence[str], sharey: Literal["col", "all"]
 ) -> tuple[Figure, dict]:
     """Axes by (row, column), titled; those of a column have one x-axis."""
-    wide = max(2.2, *(0.09 * len(f"{column}, {NAMES[rows[0]]}") for column in columns))
+    wide = max(2.2, *(0.1 * len(f"{column}, {NAMES[rows[0]]}") for column in columns))
     size = (max(WIDTH, wide * len(columns)), ROW * len(rows) + 0.5)
     figure = Figure(figsize=size, layout="constrained")
     shape = (len(rows), len(columns))
