@@ -42,11 +42,11 @@ class Stage:
         return [*words, "--set", f"dataset={out / 'bytes'}", *self.settings]
 
 
-def transfer(optimizer: str, octaves: str = "-2:2") -> tuple[Stage, Stage]:
-    """Sweeps of the rate: of muP around the base's, of sp as far as it is expected to drift."""
+def transfer(optimizer: str, lowest: int = -2) -> tuple[Stage, Stage]:
+    """Sweeps of five rates under muP, and under sp of six, towards where it should drift."""
     steps, narrow = ("--steps", "100"), ("--widths", "32,64,128")
-    mup = ("--parametrisations", "mup", f"--octaves={octaves}", *steps)
-    sp = ("--parametrisations", "sp", "--octaves=-1:5", *narrow, *steps)
+    mup = ("--parametrisations", "mup", f"--octaves={lowest}:{lowest + 4}", *steps)
+    sp = ("--parametrisations", "sp", f"--octaves={lowest + 1}:{lowest + 6}", *narrow, *steps)
     return (
         Stage(f"transfer-{optimizer}-mup", width_sweep, "transfer", (optimizer,), mup),
         Stage(f"transfer-{optimizer}-sp", width_sweep, "transfer", (optimizer,), sp),
@@ -55,7 +55,7 @@ def transfer(optimizer: str, octaves: str = "-2:2") -> tuple[Stage, Stage]:
 
 STAGES = (
     Stage("coordinates", coord_check, "coordinates", (*BASES, *(f"dopr-{each}" for each in BASES))),
-    *transfer("dopr-adamw", octaves="-1:3"),
+    *transfer("dopr-adamw", lowest=-1),
     *transfer("dopr-muon"),
     Stage(
         "decay",
