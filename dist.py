@@ -9,7 +9,6 @@ agree on. torchrun starts them; with one process every method is the identity, o
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from contextlib import ExitStack, redirect_stdout
 from datetime import timedelta
@@ -18,17 +17,12 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
+from aftermath import ProcessLost, cause_of_loss, is_aftermath
 from placement import blocks, full, gathered, make_mesh, shard
 
 Parallel = Literal["ddp", "fsdp", "hsdp"]
 Result = TypeVar("Result")
 FROM_TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-GRACE_S = 3.0  # that those wait who lost a process, so that its error is the first to be seen
-LOST = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "imed out")
-
-
-class ProcessLost(RuntimeError):
-    """Another process ended, or did not answer in time."""
 
 
 def world_size() -> int:
@@ -118,23 +112,9 @@ class World:
             distributed.barrier()
             distributed.destroy_process_group()
         elif is_aftermath(error):
-            raise ProcessLost(self._cause()) from error
+            raise ProcessLost(cause_of_loss(self._store, self.rank, self.size)) from error
         else:
             self._store.set(f"cause/{self.rank}", f"{type(error).__name__}: {error}")
-
-    def _cause(self) -> str:
-        """Who failed first, as far as can be told: who says so, or else who says nothing."""
-        try:
-            self._store.set(f"alive/{self.rank}", "")
-            time.sleep(GRACE_S)
-            ranks = range(self.size)
-            causes = [rank for rank in ranks if self._store.check([f"cause/{rank}"])]
-            silent = [rank for rank in ranks if not self._store.check([f"alive/{rank}"])]
-            if causes:
-                return f"rank {causes[0]} failed: {self._store.get(f'cause/{causes[0]}').decode()}"
-            return f"rank {', '.join(map(str, silent))} ended or hangs" if silent else "network"
-        except RuntimeError:  # the store was in the process that ended
-            return "rank 0 ended"
 
     # -- the model
 
@@ -262,11 +242,3 @@ class World:
         result = function() if is_first else None
         self.agree(0)
         return result if is_first else function()  # pyright: ignore - it is one
-
-
-def is_aftermath(error: BaseException) -> bool:
-    """Whether this is what a process sees when another one is gone or hangs."""
-    if not isinstance(error, RuntimeError):
-        return False
-    is_network = isinstance(error, distributed.DistError)
-    return is_network or any(text in str(error) for text in LOST)

@@ -48,6 +48,10 @@ class TrainState:
         self.skipped += not is_finite
         self.skipped_in_row = 0 if is_finite else self.skipped_in_row + 1
 
+    def evaluated(self) -> dict[str, nn.Module]:
+        """The weights, and their average if there is one, by the prefix of what is said of them."""
+        return {"": self.model} | ({"ema_": self.ema.module} if self.ema else {})
+
     def save(
         self,
         root: Path,

@@ -21,6 +21,7 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from aftermath import ProcessLost
 from checkpoint import (
     CheckpointError,
     candidates,
@@ -30,11 +31,11 @@ from checkpoint import (
 from configurator import describe, describe_changes, load_config, to_json
 from data.dataset import DataError, Dataset
 from data.loader import Batch, ValBatches, train_batches, val_batches
-from dist import ProcessLost, World, world_problems
+from dist import World, world_problems
 from eval.fold import unfolded_weights
 from eval.hf import load_hf
 from eval.loss import evaluate
-from eval.tasks import open_data, task_of
+from eval.tasks import Task, open_data, task_of
 from eval.ttf import check_fits, grade_model
 from kernels.choice import describe_kernel, triton_problem
 from model import GPT, GPTConfig
@@ -156,9 +157,8 @@ def train(config: Config, world: World, stop: StopRequest) -> int:
                     results = validate(state, validation, dataset, world, autocast, stop)
                     log.val(state.step, results)
                 if task and not stop and state.step % config.ttf_every == 0:
-                    whole = world.whole(model, lambda: GPT(model.config))
-                    grade = grade_model(task, whole, n=config.ttf_episodes, seed=0, world=world)
-                    log.ttf(state.step, task.primary, grade.means())
+                    metrics = grade_rollouts(state, task, world, n=config.ttf_episodes)
+                    log.ttf(state.step, task.primary, metrics)
                 is_due = state.step % config.save_every == 0 and not state.skipped_in_row
                 if stop or is_last or is_due:
                     save()
@@ -313,8 +313,7 @@ def validate(
     """Loss of the weights, and of their average, on the fixed validation set; None if stopped."""
     row: dict[str, Any] = {}
     read = [partial(batches.__getitem__, i) for i in range(len(batches))]
-    averaged = {"ema_": state.ema.module} if state.ema else {}
-    for prefix, model in ({"": state.model} | averaged).items():
+    for prefix, model in state.evaluated().items():
         result = evaluate(
             model,
             (world.together(each, DataError) for each in read),
@@ -328,6 +327,16 @@ def validate(
         if result is None:
             return None
         row |= {prefix + key: value for key, value in asdict(result).items()}
+    return row
+
+
+def grade_rollouts(state: TrainState, task: Task, world: World, *, n: int) -> dict[str, float]:
+    """Metrics of n own rollouts of the weights, and of their average."""
+    row: dict[str, float] = {}
+    for prefix, model in state.evaluated().items():
+        whole = world.whole(model, lambda model=model: GPT(model.config))
+        grade = grade_model(task, whole, n=n, seed=0, world=world)
+        row |= {prefix + name: value for name, value in grade.means().items()}
     return row
 
 

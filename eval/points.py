@@ -113,16 +113,14 @@ def recorded(
 def finished(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     """The record in a folder; None if there is none, or if its model is to be graded again.
 
-    A setting that the record does not know is younger than it; the run had its default.
     Raises PointError if it is of another run than that asked for.
     """
     if not (folder / "record.json").exists():
         return None
-    record, asked = read_record(folder), json.loads(json.dumps(asked))
-    found = {key: FIELDS[key].default for key in asked.keys() & FIELDS.keys()} | record["asked"]
-    if found == asked:
+    record = read_record(folder)
+    if not (other := differences(record["asked"], json.loads(json.dumps(asked)))):
         return record
-    _check_trained_the_same(folder, found, asked)
+    _check_trained_the_same(folder, other)
     return None
 
 
@@ -139,12 +137,24 @@ def read_record(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "record.json").read_text())
 
 
-def _check_trained_the_same(folder: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
-    """PointError if the run in a folder was trained with other settings than these."""
-    other = {key for key in found.keys() | asked.keys() if found.get(key) != asked.get(key)}
-    other -= {key for key in other if key.startswith(GRADING)}
-    if other:
-        was = "; ".join(f"{k} was {found.get(k)}, is {asked.get(k)}" for k in sorted(other))
+def differences(found: dict[str, Any], asked: dict[str, Any]) -> dict[str, str]:
+    """What was asked of a run on disk and is not asked now, or not so: {key: "was .., is .."}.
+
+    A setting that one side does not have, because train.py had none of it then, has its default.
+    """
+    default = {key: field.default for key, field in FIELDS.items()}
+    pairs = {
+        key: (found.get(key, default.get(key)), asked.get(key, default.get(key)))
+        for key in sorted(found.keys() | asked.keys())
+    }
+    return {key: f"was {was}, is {now}" for key, (was, now) in pairs.items() if was != now}
+
+
+def _check_trained_the_same(folder: Path, other: dict[str, str]) -> None:
+    """PointError if the differences of what is in a folder are not of its grading only."""
+    trained = [f"{key} {change}" for key, change in other.items() if not key.startswith(GRADING)]
+    if trained:
+        was = "; ".join(trained)
         raise PointError(f"{folder} holds another run: {was}; delete it or choose another --out")
 
 

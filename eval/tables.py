@@ -40,8 +40,8 @@ def leaderboard_text(
         means = mean_and_half(row.val_loss), mean_and_half(row.primary)
         values = *means, f"{row.median:.4g}"
         versus = row.versus_base
-        compared = ("", "", "") if versus is None else _compared(versus)
-        cells.append([row.variant, f"{row.lr:g}", *values, *compared, str(row.n_diverged or "")])
+        against = ("", "", "") if versus is None else compared(versus)
+        cells.append([row.variant, f"{row.lr:g}", *values, *against, str(row.n_diverged or "")])
     for name, values in references.items():
         cells.append([name, "", *map(mean_and_half, values), "", "", "", "", ""])
     return aligned(cells)
@@ -63,7 +63,8 @@ def mean_and_half(value: Estimate) -> str:
     return f"{value.mean:.4g}" + ("" if math.isnan(half) else f" ± {half:.2g}")
 
 
-def _compared(versus: Paired) -> tuple[str, str, str]:
+def compared(versus: Paired) -> tuple[str, str, str]:
+    """The ratio of errors with its interval, wins, and p where there are enough seeds."""
     wins = f"{versus.wins}/{versus.n_pairs}"
     return (
         " ".join(times(versus.difference)),

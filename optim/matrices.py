@@ -86,6 +86,11 @@ def _holders(param: Any, process_group: ProcessGroup | None) -> tuple[Any, bool,
     return process_group, False, param.dtype
 
 
+def owners_of(shapes: list[tuple[int, ...]], size: int) -> list[int]:
+    """Which of `size` processes orthogonalises each matrix."""
+    return owners([_cost(shape) for shape in shapes], size)
+
+
 def _cost(shape: tuple[int, ...]) -> float:
     """Multiplications of an orthogonalisation, up to a factor."""
     return float(shape[0] * shape[1] * min(shape))
@@ -96,7 +101,7 @@ def _by_copies(
 ) -> list[Tensor]:
     if collective.size == 1:
         return work(matrices)
-    owner = owners([_cost(shape) for shape in shapes], collective.size)
+    owner = owners_of(shapes, collective.size)
     own = [i for i, rank in enumerate(owner) if rank == collective.rank]
     done = work([matrices[i] for i in own])
     sizes = [sum(matrices[i].numel() for i in _of(owner, rank)) for rank in range(collective.size)]
@@ -116,7 +121,7 @@ def _by_copies(
 def _by_rows(
     parts: list[Tensor], shapes: list[tuple[int, ...]], work: Work, collective: Collective
 ) -> list[Tensor]:
-    owner = owners([_cost(shape) for shape in shapes], collective.size)
+    owner = owners_of(shapes, collective.size)
     own = _of(owner, collective.rank)
     bounds = [row_bounds(shape[0], collective.size) for shape in shapes]
     theirs = [i for rank in range(collective.size) for i in _of(owner, rank)]  # as they are sent

@@ -111,9 +111,7 @@ def made_by_owners(
     """
     if collective.size == 1 or not layers:
         return make(layers)
-    owner = dict(
-        zip(layers, owners([_cost(each) for each in layers], collective.size), strict=True)
-    )
+    owner = owners_of(layers, collective.size)
     own = [layer for layer in layers if owner[layer] == collective.rank]
     made, error = {}, None
     try:
@@ -130,6 +128,11 @@ def made_by_owners(
         (layer, Preconditioner(*sent[layer], int(n_failed), bool(is_damped_more)))
         for layer, (n_failed, is_damped_more, _) in outcome.items()
     ]
+
+
+def owners_of(layers: list[Layer], size: int) -> dict[Layer, int]:
+    """Which of `size` processes makes the P of each layer."""
+    return dict(zip(layers, owners([_cost(each) for each in layers], size), strict=True))
 
 
 def _cost(layer: Layer) -> float:
@@ -164,7 +167,7 @@ def _send(
     works, parts = [], []
     for rank in range(collective.size):
         for message in messages(layer for layer in layers if owner[layer] == rank):
-            sizes = [size for each in message for size in _sizes(each)]
+            sizes = [size for each in message for size in sent_sizes(each)]
             if rank == collective.rank:
                 buffer = torch.cat([part for each in message for part in _parts(made[each])])
             else:
@@ -180,7 +183,7 @@ def _send(
     }
 
 
-def _sizes(layer: Layer) -> tuple[int, int, int]:
+def sent_sizes(layer: Layer) -> tuple[int, int, int]:
     """Numbers of P, damping and U in a message."""
     U = layer.directions
     return packed_numel(layer.P.shape), len(layer.damping), 0 if U is None else U.numel()

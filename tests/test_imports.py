@@ -19,7 +19,8 @@ LOWER = {  # part of the house -> the parts that it may import
     "optim": {"kernels", "mup"},
     "data": set(),
     "placement": set(),
-    "dist": {"placement"},
+    "aftermath": set(),
+    "dist": {"aftermath", "placement"},
     "sharded": set(),
     "checkpoint": {"placement", "sharded"},
     "saving": {"checkpoint", "dist", "sharded"},
@@ -28,7 +29,7 @@ LOWER = {  # part of the house -> the parts that it may import
     "eval": {"dist", "sharded", "model", "data", "checkpoint", "optim", "runlog", "settings"}
     | {"configurator", "saving"},
     "train": {"settings", "configurator", "stopping", "runlog", "kernels", "model", "mup", "optim"}
-    | {"dist", "placement", "data", "checkpoint", "state", "resuming", "eval"},
+    | {"aftermath", "dist", "placement", "data", "checkpoint", "state", "resuming", "eval"},
 }
 
 

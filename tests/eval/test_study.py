@@ -11,7 +11,7 @@ import pytest
 
 from eval.compare import main, notes, study_of
 from eval.compare import parse as parse_arguments
-from eval.points import PointError, finished, run_point
+from eval.points import PointError, differences, run_point
 from eval.study import FRESH, GRIDS, _unite, sweep
 from eval.variants import parse_variant
 from optim.build import MATRIX_OPTIMIZERS, OPTIMIZERS
@@ -130,14 +130,6 @@ def test_a_run_in_a_worker_is_the_run_of_the_command(tmp_path):
     assert record["grade"]["metrics"]["accumulated_kl"]["n"] == 4
 
 
-def test_a_record_older_than_a_setting_is_of_a_run_with_its_default(tmp_path):
-    asked = {"lr": 0.5, "mup": False, "mup_base_width": 768}
-    (tmp_path / "record.json").write_text('{"asked": {"lr": 0.5}}')
-    assert finished(tmp_path, asked) == {"asked": {"lr": 0.5}}
-    with pytest.raises(PointError, match="mup was False, is True"):
-        finished(tmp_path, asked | {"mup": True})
-
-
 def test_settings_that_a_run_refuses_end_the_comparison_with_its_message(tmp_path):
     point = study(tmp_path, "--set", "init_from=nowhere", task=TINY).point(
         parse_variant("adamw"), "tuning", 1e-3, 0
@@ -204,6 +196,13 @@ def test_a_record_of_another_run_is_refused_by_name(tmp_path):
     other = replace(point, settings=point.settings | {"max_steps": 6})
     with pytest.raises(PointError, match="max_steps was 5, is 6; delete it or choose another"):
         run_point(other)
+
+
+def test_a_setting_that_train_did_not_have_then_had_its_default():
+    now = {"lr": 0.1, "parallel": "ddp", "gamma": 0.1}
+    assert not differences({"lr": 0.1}, now)
+    assert differences({"lr": 0.1, "gamma": 1.0}, now) == {"gamma": "was 1.0, is 0.1"}
+    assert differences({"lr": 0.1, "retired": 1}, now) == {"retired": "was 1, is None"}
 
 
 def test_fresh_runs_at_a_new_rate_replace_those_at_the_old_one(tmp_path):

@@ -40,6 +40,16 @@ def test_training_records_what_rollouts_cost(graded):
     assert all(row["jeffreys"] > 0 for row in rows)
 
 
+def test_averaged_weights_are_graded_beside_the_weights_as_the_command_does(tmp_path, capsys):
+    settings = SIZES | {"ttf_every": 4, "ttf_episodes": 8, "ema_decay": 0.9}
+    assert train.main(argv(PDFA, tmp_path / "run", **settings)) == 0
+    first, last = metrics(tmp_path / "run", "ttf")
+    assert first["ema_jeffreys"] == first["jeffreys"]
+    assert last["ema_jeffreys"] > last["jeffreys"]  # it lags behind
+    ttf.main([str(tmp_path / "run"), "--episodes", "8", "--ema", "--device", "cpu"])
+    assert f"jeffreys {last['ema_jeffreys']:.4f}" in capsys.readouterr().out
+
+
 def test_grading_while_training_changes_no_weight(graded, tmp_path):
     assert train.main(argv(PDFA, tmp_path / "plain", **SIZES)) == 0
     name = "checkpoints/step-00000004/model.safetensors"

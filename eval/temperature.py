@@ -1,0 +1,154 @@
+"""Does a comparison survive decoding? Every optimizer at its own best temperature.
+
+    python -m eval.temperature out/compare/pdfa-500
+
+A model that is too sharp or too diffuse can be mended when it is sampled, so an optimizer might win
+by its temperature alone. The temperature of each is chosen by the metric that ranks, on the runs of
+the tuning seeds at its learning rate; the fresh runs are then graded at it, on the episodes that
+they had at 1. Trains nothing, but wants the models, in runs/ of the study's folder. What is graded
+is kept; records go to temperature.jsonl there, the table to temperature.md.
+"""
+
+import json
+import shlex
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import CheckpointError, write_atomic
+from data.shards import DataError
+from eval.analysis import (
+    AnalysisError,
+    Record,
+    Row,
+    by_variant,
+    is_finished,
+    leaderboard,
+    load_records,
+    log_error,
+)
+from eval.command import command_parser
+from eval.predictor import GPTPredictor, Predictor
+from eval.record import readable, write_record
+from eval.run import load_run
+from eval.tables import compared, mean_and_half
+from eval.tasks import task_of
+from eval.ttf import grading_code
+
+TEMPERATURES = (0.01, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4)
+COLUMNS = ("optimizer", "T", "at 1", "at T", "error / base's at 1", "at T", "wins", "p")
+
+
+class TemperedPredictor(Predictor):
+    """Another predictor, sampled at a temperature: p^(1/T), renormalised."""
+
+    def __init__(self, own: Predictor, temperature: float) -> None:
+        self.own = own
+        self.temperature = temperature
+
+    def start(self, prompts: Tensor, length: int | None = None) -> Tensor:
+        return self._temper(self.own.start(prompts, length))
+
+    def read(self, tokens: Tensor) -> Tensor:
+        return self._temper(self.own.read(tokens))
+
+    def _temper(self, log_p: Tensor) -> Tensor:  # (B, V)
+        return (log_p / self.temperature).log_softmax(-1)
+
+
+def regrade(study: Path, record: Record, temperature: float) -> Record:
+    """The record of the same model at a temperature; from disk if it was graded before.
+
+    Raises CheckpointError if the model is not there.
+    """
+    if temperature == 1.0 or not is_finished(record):
+        return record | {"temperature": temperature}
+    folder = study / "runs" / f"{record['variant']}-lr{record['lr']:g}-seed{record['seed']}"
+    path = folder / "temperature" / f"{temperature:g}.json"
+    grading = record["grading"] | {"code": grading_code(task_of(record["spec"]))}
+    if path.exists() and (found := json.loads(path.read_text()))["grading"] == grading:
+        return found
+    grade = _grade(folder, temperature, n=grading["n"], seed=grading["seed"])
+    write_record(path, record | {"grade": grade, "grading": grading, "temperature": temperature})
+    return json.loads(path.read_text())
+
+
+def _grade(folder: Path, temperature: float, *, n: int, seed: int) -> dict[str, Any]:
+    run = load_run(folder)
+    predictor = TemperedPredictor(GPTPredictor(run.model), temperature)
+    grade = task_of(run.config["dataset"]).grade(predictor, n=n, seed=seed)
+    return readable(grade, run.tokenizer.decode)
+
+
+def best_temperature(study: Path, records: list[Record]) -> float:
+    """That of the lowest mean log error of these runs of one optimizer; 1 if one diverged."""
+    if not all(map(is_finished, records)):
+        return 1.0
+    error = {
+        t: statistics.mean(log_error(regrade(study, record, t)) for record in records)
+        for t in TEMPERATURES
+    }
+    return min(error, key=error.__getitem__)
+
+
+def tempered(study: Path, records: list[Record]) -> list[Record]:
+    """The fresh records of a study, each at the best temperature of its optimizer."""
+    fresh = by_variant(record for record in records if record["role"] == "fresh")
+    found = []
+    for name, own in tqdm(fresh.items(), unit="optimizer", disable=not sys.stderr.isatty()):
+        at = [r for r in records if r["role"] == "tuning" and r["variant"] == name]
+        temperature = best_temperature(study, [r for r in at if r["lr"] == own[0]["lr"]])
+        found += [regrade(study, record, temperature) for record in own]
+    return found
+
+
+def table(before: list[Record], after: list[Record]) -> str:
+    """Markdown: a line for each optimizer, best at its temperature first."""
+    temperature = {record["variant"]: record["temperature"] for record in after}
+    at_one = {row.variant: row for row in leaderboard(before)}
+    lines = [COLUMNS, ("---",) * len(COLUMNS)]
+    lines += [_cells(at_one[row.variant], row, temperature) for row in leaderboard(after)]
+    return "".join(f"| {' | '.join(each)} |\n" for each in lines)
+
+
+def _cells(before: Row, after: Row, temperature: dict[str, float]) -> tuple[str, ...]:
+    values = mean_and_half(before.primary), mean_and_half(after.primary)
+    ratios = ("", "", "", "")
+    if before.versus_base and after.versus_base:
+        ratios = (compared(before.versus_base)[0], *compared(after.versus_base))
+    return (after.variant, f"{temperature[after.variant]:g}", *values, *ratios)
+
+
+def _records(study: Path) -> list[Record]:
+    """What the study has of transformers. AnalysisError if it has no runs of eval.compare."""
+    records = [record for record in load_records([study]) if record["role"] != "reference"]
+    if not any(record["role"] == "fresh" for record in records) or records[0]["task"] == "lds":
+        raise AnalysisError(f"{study}: no study of sampled rollouts by `python -m eval.compare`")
+    return records
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = command_parser("temperature", __doc__)
+    parser.add_argument("study", type=Path, help="a folder of eval.compare, with its runs/")
+    study = parser.parse_args(argv).study
+    torch.set_num_threads(1)
+    try:
+        records = _records(study)
+        after = tempered(study, records)
+    except (CheckpointError, DataError, OSError, ValueError) as error:
+        parser.exit(2, f"error: {error}\n")
+    text = table([record for record in records if record["role"] == "fresh"], after)
+    command = shlex.join(["python", "-m", "eval.temperature", str(study)])
+    write_atomic(study / "temperature.jsonl", "".join(json.dumps(r) + "\n" for r in after))
+    write_atomic(study / "temperature.md", f"`{command}`\n\n{text}")
+    print(text, end="")
+    print(f"{len(after)} runs at their optimizer's temperature: {study / 'temperature.jsonl'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""bench.scale_model as a command: its files, its tables, its errors."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.scale.tables import percent
+from bench.scale_model import main, placements
+
+RESULTS = Path(__file__).parents[3] / "bench/results"
+FEW = ["--models", "124M", "--placements", "ddp", "--gpus", "1", "8"]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    out = tmp_path_factory.mktemp("scale")
+    assert main([*FEW, "--out", str(out)]) == 0
+    return out
+
+
+def test_the_committed_numbers_are_this_codes(written):
+    committed = json.loads((RESULTS / "scale_model/estimates.json").read_text())
+    found = json.loads((written / "estimates.json").read_text())
+    assert found["hardware"] == committed["hardware"]
+    wanted = [r for r in committed["rows"] if (r["shape"], r["placement"]) == ("124M", "ddp")]
+    assert found["rows"] == [row for row in wanted if row["gpus"] in (1, 8)]
+    assert len(found["rows"]) == 8
+    assert (written / "estimates.png").stat().st_size > 10_000
+
+
+def test_the_tables_show_the_written_numbers(written, capsys):
+    main([*FEW, "--bases", "adamw", "--out", str(written)])
+    rows = json.loads((written / "estimates.json").read_text())["rows"]
+    exact, fast = (percent(row["added"]) for row in rows if row["gpus"] == 8)
+    line = next(row for row in capsys.readouterr().out.splitlines() if "| 124M ddp |" in row)
+    assert line.endswith(f"| {exact} / {fast} |")
+
+
+@pytest.mark.parametrize("name", ["step_overhead_cpu_128.json", "tiny"])
+def test_a_measured_point_is_set_beside_the_model(name, tmp_path, capsys):
+    path = RESULTS / name
+    if name == "tiny":
+        path = tmp_path / "tiny.json"
+        ms, ratio = ({"base": b, "exact": 3 * b, "fast": 2 * b} for b in (4.0, 1.0))
+        row = {"width": 16, "optimizer": "adamw", "inverse": "newton_schulz", "tokens": 32}
+        path.write_text(json.dumps({"rows": [row | {"step_ms": ms, "ratio": ratio}]}))
+    assert main(["--measured", str(path), "--mfu", "0.1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == (2 if name == "tiny" else 4)
+    measured = "measured 12 (3.000)" if name == "tiny" else "measured 324 (1.483)"
+    assert "exact: model" in lines[0]
+    assert lines[0].endswith(measured)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--network", "0", "--gpus", "0"], "network=0, gpus=0: must be above 0"),
+        (["--measured", "no.json"], "no.json is not a result of bench.step_overhead"),
+    ],
+)
+def test_bad_input_is_one_error(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_placements_that_make_no_difference_are_left_out():
+    found = placements(["ddp", "fsdp", "hsdp"], [1, 8, 12, 16], per_node=8)
+    assert [f"{each.parallel} {each.size}" for each in found] == [
+        *("ddp 1", "ddp 8", "ddp 12", "ddp 16", "fsdp 8", "fsdp 12", "fsdp 16", "hsdp 16")
+    ]

@@ -1,0 +1,121 @@
+"""The parts of the cost model against closed forms."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench.scale import network, work
+from bench.scale.hardware import HARDWARE
+from bench.scale.memory import dopr_bytes
+from bench.scale.plan import Call, Placement, refresh_calls, sent_bytes
+from bench.scale.shapes import EXACT, FAST, SHAPES, Shape, gpt, layers
+from bench.scale.step import estimate, refresh_seconds
+from model import GPT
+from optim import ActivationPreconditioner
+
+H100, SMALL = HARDWARE["h100"], SHAPES["124M"]
+FREE = {"memory_rate": math.inf, "host_read": 0.0, "start": 0.0}
+D, L = SMALL.n_embd, SMALL.n_layer
+
+
+def of(placement, mode=FAST, hardware=H100, base="adamw", shape=SMALL):
+    return estimate(shape, placement, base, mode, hardware, least=4096)
+
+
+def test_an_all_reduce_in_a_node_is_a_ring():
+    hardware = replace(H100, start=0, nvlink_hop=0)
+    found = network.seconds(Call("all_reduce", 8 * 10**9), Placement("ddp", 8), hardware)
+    assert found == pytest.approx(2 * 7 / 8 * 8e9 / (450e9 * 0.8))
+
+
+def test_between_nodes_the_slower_wires_count():
+    call, placement = Call("all_gather", 10**9, "shard"), Placement("fsdp", 64)
+    slow = replace(H100, network=1e9, network_fraction=1, start=0, nvlink_hop=0, network_hop=0)
+    assert network.seconds(call, placement, slow) == pytest.approx(63 / 64 / 8)
+    alone = Call("all_reduce", 10**9, "replicate")  # one GPU of a node, on its own network card
+    assert network.seconds(alone, Placement("hsdp", 64), slow) == pytest.approx(2 * 7 / 8)
+
+
+def test_many_processes_reduce_over_a_tree_and_gather_around_a_ring():
+    small, hardware = Call("all_reduce", 0), replace(H100, start=0)
+    tree = network.seconds(small, Placement("ddp", 4096), hardware)
+    assert tree == pytest.approx(2 * (7 * 1.9e-6 + 9 * 4.0e-6))
+    ring = network.seconds(Call("all_gather", 0, "shard"), Placement("fsdp", 4096), hardware)
+    assert ring == pytest.approx(3584 * 1.9e-6 + 511 * 4.0e-6)
+
+
+def test_broadcasts_that_follow_each_other_wait_once_for_the_way_around():
+    calls, placement = 5 * [Call("broadcast", 10**6)], Placement("ddp", 64)
+    one, together = (network.broadcasts(each, placement, H100) for each in (calls[:1], calls))
+    assert together - one == pytest.approx(4 * (14e-6 + 1e6 / 340e9))
+
+
+def test_operations_are_those_of_the_papers_products():
+    hardware = replace(H100, **FREE, tf32=3, apply_fraction=1, bf16=1, gram_fraction=1)
+    alone = Placement("ddp", 1)
+    assert work.apply(SMALL, EXACT, alone, hardware) == 48 * L * D**3
+    assert work.apply(SMALL, FAST, alone, hardware) == 24 * L * D**3
+    batch = work.Batch(SMALL, 8, 1, SMALL.micro_tokens)
+    assert work.gram(SMALL, EXACT, batch, hardware) == 2**16 * 19 * L * D**2
+    assert work.gram(SMALL, FAST, batch, hardware) == 2**13 * 7 * L * D**2
+
+
+def test_inverses_are_shared_by_owners():
+    hardware = replace(H100, **FREE, fp64=1, cholesky_fraction=1, cholesky_half=0)
+    whole = refresh_seconds(SMALL, Placement("ddp", 1), EXACT, hardware)["inverses"]
+    assert whole == pytest.approx(7 / 3 * L * (3 + 64) * D**3)
+    shared = refresh_seconds(SMALL, Placement("ddp", 8), EXACT, hardware)["inverses"]
+    assert shared == pytest.approx(7 / 3 * 2 * 64 * D**3)  # 12 large ones on 8: two for some
+
+
+@pytest.mark.parametrize("mode", [EXACT, FAST, EXACT._replace(inverse="newton_schulz")])
+def test_what_stays_in_memory_is_what_a_real_preconditioner_holds(mode):
+    shape = Shape("small", 2, 2, 128, 8, 64, 16, vocab_size=41)
+    real = ActivationPreconditioner(GPT(gpt(shape).config), **mode.settings(128))
+    held = dopr_bytes(shape, mode, Placement("ddp", 1))["Σ, sums, P, U"]
+    assert held == sum(row["bytes"] for row in real.report() if row["covered"])
+    assert all(layer.sigma.device == torch.device("meta") for layer in layers(shape, mode))
+
+
+def test_a_triangle_of_each_sum_and_inverse_is_sent():
+    calls = refresh_calls(SMALL, EXACT, Placement("ddp", 8)).calls
+    triangles = L * (3 * D * (D + 1) + 4 * D * (4 * D + 1)) // 2
+    sums = sum(call.n_bytes for call in calls if call.kind == "all_reduce")
+    made = sum(call.n_bytes for call in calls if call.kind == "broadcast")
+    assert sums == 4 * triangles + 48 * (2 + 3) * 8
+    assert made == 4 * (triangles + 48)  # and the damping of each
+    assert sent_bytes(calls[0], Placement("ddp", 8)) == 2 * 7 / 8 * 48 * 2 * 8
+
+
+def test_one_gpu_sends_nothing():
+    one = of(Placement("ddp", 1))
+    assert one.base_sent == one.dopr_sent == one.base_s["weights, gradients"] == 0
+    assert {"sums of Σ", "P to all", "agreement"}.isdisjoint(one.dopr_s)
+
+
+def test_rows_that_are_sharded_are_multiplied_where_they_are():
+    hardware = replace(H100, **FREE)
+    whole, shared = (of(Placement(how, 64), EXACT, hardware).dopr_s for how in ("ddp", "fsdp"))
+    assert whole["G P"] == pytest.approx(64 * shared["G P"])
+
+
+@pytest.mark.parametrize("name", ["network", "cholesky_fraction", "apply_fraction", "memory_rate"])
+def test_slower_hardware_takes_longer(name):
+    slower = replace(H100, **{name: getattr(H100, name) / 2})
+    found = [of(Placement("ddp", 64), EXACT, hardware) for hardware in (H100, slower)]
+    fast, slow = (sum(one.base_s.values()) + sum(one.dopr_s.values()) for one in found)
+    assert slow > fast
+
+
+def test_memory_decides_what_fits_and_how_large_micro_batches_are():
+    placement = Placement("ddp", 8)
+    sizes = {"yes": 80e9, "base": 5e9, "no": 1e9}
+    assert {w: of(placement, EXACT, replace(H100, memory=m)).fits for w, m in sizes.items()} == {
+        w: w for w in sizes
+    }
+    tight = of(Placement("fsdp", 8), EXACT, replace(H100, memory=30.5e9))
+    assert tight.fits == "yes"
+    assert tight.dopr_bytes < tight.base_bytes  # micro-batches half as large
+    assert tight.dopr_sent > of(Placement("fsdp", 8), EXACT).dopr_sent  # blocks gathered more often

@@ -1,0 +1,86 @@
+"""The plan on paper is what real processes ask for: every collective, its bytes and its group."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from bench.scale.plan import (
+    Placement,
+    gradient_calls,
+    micro_batch_calls,
+    muon_calls,
+    refresh_calls,
+)
+from bench.scale.shapes import EXACT, Mode, Shape
+from tests.bench.scale.counted import steps
+
+pytestmark = pytest.mark.xdist_group("gang")  # one gang of processes for all of them
+
+TINY = Shape("tiny", 2, 2, 20, 8, 64, 16, vocab_size=41)  # 3 cannot share its rows evenly
+WIDE = Shape("wide", 1, 2, 128, 8, 64, 16, vocab_size=41)  # wide enough to be deflated
+LAZY = Mode("lazy", 3, 3, 2, blocks_of_width=True)
+DEFLATED = Mode("deflated", inverse="newton_schulz")
+PLACEMENTS = {
+    "ddp": Placement("ddp", 2),
+    "fsdp": Placement("fsdp", 3),
+    "hsdp": Placement("hsdp", 4, 2),
+}
+
+
+def counted(gang, shape, placement, base, mode, n):
+    """As `steps`, of the process that sends or receives most."""
+    found = gang.run(placement.size, steps, shape, placement, base, mode, n)
+    return [[max(each) for each in zip(*part, strict=True)] for part in zip(*found, strict=True)]
+
+
+def on_paper(calls, placement):
+    return [(call.kind, call.n_bytes, placement.ranks(call.over)) for call in calls]
+
+
+@pytest.mark.parametrize("base", ["adamw", "muon"])
+@pytest.mark.parametrize("how", PLACEMENTS)
+def test_a_step_with_a_refresh_asks_for_what_is_planned(gang, how, base):
+    placement = PLACEMENTS[how]
+    first, last, end = counted(gang, TINY, placement, base, EXACT, 3)
+    micro = on_paper(micro_batch_calls(TINY, placement), placement)
+    gradients = on_paper(gradient_calls(TINY, placement), placement)
+    assert Counter(first) == Counter(micro)
+    assert Counter(last) == Counter(micro + gradients)
+    wanted = refresh_calls(TINY, EXACT, placement).calls
+    wanted += muon_calls(TINY, placement) if base == "muon" else []
+    assert end == on_paper(wanted, placement)
+
+
+@pytest.mark.parametrize("n", [3, 4])
+def test_blocks_are_smaller_and_only_a_refresh_sends_them(gang, n):
+    placement = PLACEMENTS["ddp"]
+    *_, end = counted(gang, TINY, placement, "adamw", LAZY, n)
+    wanted = refresh_calls(TINY, LAZY, placement).calls if n == 4 else []
+    assert end == on_paper(wanted, placement)
+
+
+def test_directions_travel_with_their_inverse(gang):
+    placement = PLACEMENTS["ddp"]
+    *_, end = counted(gang, WIDE, placement, "adamw", DEFLATED, 1)
+    plain = refresh_calls(WIDE, EXACT, placement)
+    wanted = refresh_calls(WIDE, DEFLATED, placement)
+    assert end == on_paper(wanted.calls, placement)
+    columns = 16 * 4 * (3 * WIDE.n_embd + 4 * WIDE.n_embd)  # of fp32 U, of all four inputs
+    more = [a.n_bytes - b.n_bytes for a, b in zip(wanted.made, plain.made, strict=True)]
+    assert sum(more) == columns
+
+
+def test_without_dopr_adamw_sends_nothing_but_gradients(gang):
+    placement = PLACEMENTS["fsdp"]
+    *_, end = counted(gang, TINY, placement, "adamw", None, 1)
+    assert end == []
+
+
+def test_gradients_that_fill_several_buckets_are_sent_in_several(gang):
+    placement = PLACEMENTS["ddp"]
+    shape = replace(WIDE, n_layer=4)
+    _, last, _ = counted(gang, shape, placement, "adamw", None, 3)
+    wanted = on_paper(gradient_calls(shape, placement), placement)
+    assert len(wanted) > 1
+    assert last == wanted

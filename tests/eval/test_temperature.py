@@ -1,0 +1,93 @@
+"""A comparison at each optimizer's own temperature, on models that were trained before."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from eval import compare, temperature
+from eval.points import run_point
+from eval.predictor import Predictor
+from eval.temperature import TemperedPredictor, best_temperature, regrade, table
+from tests.eval.studies import SEEDS, fresh, graded, write_study
+
+TINY = "pdfa,states=4,alphabet=4,horizon=8,n_documents=64"
+
+
+class Fixed(Predictor):
+    """Says the same whatever it reads."""
+
+    log_p = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log()
+
+    def start(self, prompts, length=None):
+        return self.log_p
+
+    def read(self, tokens):
+        return self.log_p
+
+
+@pytest.mark.parametrize("T", [0.01, 0.5, 1.0, 2.0])
+def test_a_temperature_is_a_power_of_the_probabilities(T):
+    tempered = TemperedPredictor(Fixed(), T)
+    p = Fixed.log_p.exp() ** (1 / T)
+    wanted = p / p.sum()
+    for found in (tempered.start(torch.zeros(1, 1)), tempered.read(torch.zeros(1, 1))):
+        torch.testing.assert_close(found.exp(), wanted, rtol=1e-9, atol=1e-30)
+
+
+def test_the_temperature_of_the_lowest_error_on_the_tuning_seeds_is_chosen(monkeypatch, tmp_path):
+    def regraded(study, record, T):  # seed 0 wants 0.8, seed 1 rather 1.0
+        error = math.exp(2 * abs(T - 0.8) if record["seed"] == 0 else abs(T - 1))
+        return graded("adamw", record["seed"], error)
+
+    monkeypatch.setattr(temperature, "regrade", regraded)
+    runs = [graded("adamw", seed, 1.0) for seed in (0, 1)]
+    assert best_temperature(tmp_path, runs) == 0.8
+    assert best_temperature(tmp_path, [*runs, graded("adamw", 2, None)]) == 1.0
+
+
+def test_the_table_compares_at_one_and_at_the_temperatures():
+    before = [*fresh("adamw", [4.0, 4.0, 4.0]), *fresh("dopr-adamw", [2.0, 2.0, 2.0])]
+    after = [*fresh("adamw", [2.0, 2.0, 2.0], temperature=0.8)]
+    after += fresh("dopr-adamw", [2.0, 2.0, 2.0], temperature=1.0)
+    lines = table(before, after).splitlines()
+    (row,) = [line for line in lines if line.startswith("| dopr-adamw")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1:4] == ["1", "2 ± 0", "2 ± 0"]
+    assert cells[4].startswith("× 0.5")
+    assert cells[5].startswith("× 1")
+    assert f"0/{len(SEEDS)}" in cells
+
+
+def test_trained_models_are_graded_at_their_temperature_once(tmp_path, capsys):
+    out = tmp_path / "study"
+    command = f"--task {TINY} --optimizers adamw --steps 10 --episodes 16 --out {out}"
+    study = compare.study_of(compare.parse(command.split())[1])
+    seeds = {"tuning": (0,), "fresh": (200, 201)}
+    points = [study.point(study.variants[0], role, 1e-2, s) for role in seeds for s in seeds[role]]
+    lines = [json.dumps(run_point(point)) + "\n" for point in points]
+    (out / "records.jsonl").write_text("".join(lines))
+    temperature.main([str(out)])
+    rows = [json.loads(line) for line in (out / "temperature.jsonl").read_text().splitlines()]
+    assert [row["seed"] for row in rows] == [200, 201]
+    kept = sorted((out / "runs").glob("*/temperature/*.json"))
+    stamps = [path.stat().st_mtime_ns for path in kept]
+    temperature.main([str(out)])
+    assert kept
+    assert [path.stat().st_mtime_ns for path in kept] == stamps
+    assert "2 runs at their optimizer's temperature" in capsys.readouterr().out
+    study_row = json.loads((out / "records.jsonl").read_text().splitlines()[0])
+    hot, cold = (regrade(out, study_row, T)["grade"]["metrics"] for T in (1.4, 0.5))
+    assert cold["overconfidence"]["mean"] > hot["overconfidence"]["mean"]
+
+
+def test_folders_without_models_or_without_a_study_are_one_error(tmp_path, capsys):
+    runs = [graded("adamw", 0, 1.0, role="tuning"), *fresh("adamw", [1.0, 2.0, 3.0])]
+    lds = [{**each, "task": "lds"} for each in runs]
+    for name, rows, message in (("a", runs, "no checkpoint"), ("b", lds, "no study of sampled")):
+        folder = write_study(tmp_path / name, rows)
+        with pytest.raises(SystemExit) as exit:
+            temperature.main([str(folder)])
+        assert exit.value.code == 2
+        assert message in capsys.readouterr().err
