@@ -51,7 +51,7 @@ bench-gpu: setup-dev   ## the kernels and GPT-2 124M on a GPU, into bench/result
 study: setup           ## the rollout study of LOG.md; hours of CPU, continues where it was stopped
 	$(PY) -m bench.rollout_study
 
-width-study: setup     ## muP's coordinate checks and sweeps of LOG.md; hours of CPU, continues, too
+width-study: setup     ## muP's coordinate checks and sweeps of LOG.md; two hours of a core, continues, too
 	$(PY) -m bench.width_study
 
 clean:

@@ -189,10 +189,6 @@ def _mup_problems(config: Config) -> list[str]:
         value = getattr(config, key)
         if not config.mup and value != FIELDS[key].default:
             problems.append(f"{key}={value}: means nothing without mup=true")
-    if config.mup and config.init_from:
-        problems.append(
-            f"init_from={config.init_from}: its weights were trained without muP; use mup=false"
-        )
     if config.mup and config.dopr and config.optimizer == "sgd":
         problems += [
             f"{key}={getattr(config, key)}: sgd has one rule of muP for all matrices; take it out"

@@ -32,6 +32,7 @@ from configurator import describe, describe_changes, load_config, to_json
 from data.dataset import DataError, Dataset
 from data.loader import Batch, ValBatches, train_batches, val_batches
 from dist import World, world_problems
+from eval.fold import unfolded_weights
 from eval.hf import load_hf
 from eval.loss import evaluate
 from eval.tasks import Task, open_data, task_of
@@ -262,7 +263,7 @@ def build_model(config: Config, dataset: Dataset, *, is_new: bool) -> GPT:
     model = GPT(GPTConfig(vocab_size=dataset.tokenizer.n_vocab, **shape, **mults))
     if config.init_from and is_new:
         try:
-            weights = load_hf(config.init_from).state_dict()
+            weights = unfolded_weights(load_hf(config.init_from).state_dict(), model.config)
         except (ValueError, OSError) as error:
             raise ConfigError(f"init_from={config.init_from}: {error}") from error
         load_into(model, weights, Path(config.init_from))

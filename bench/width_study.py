@@ -1,10 +1,10 @@
-"""The width studies of LOG.md: hours of CPU, continue where they were stopped.
+"""The width studies of LOG.md: two hours of a CPU core, continue where they were stopped.
 
     python -m bench.width_study                   everything
-    python -m bench.width_study coordinates       the stages whose names begin like this
+    python -m bench.width_study transfer          the stages whose names begin like this
 
-A stage is one command of eval.coord_check or eval.width_sweep, in a folder of its own under --out,
-on the bytes of the interpreter's own library.
+A stage is one command of eval.coord_check or eval.width_sweep, on the bytes of the interpreter's
+own library. Stages of one folder add to each other.
 """
 
 import argparse
@@ -18,44 +18,66 @@ import data.pystdlib.prepare
 from bench.rollout_study import chosen
 from eval import coord_check, width_sweep
 
-MATRIX = ("muon", "muon+muon_scale=spectral", "muon+muon_scale=original", "adamuon")
-BASES = ("adamw", "signum", "sgd", *MATRIX)
+MUON = ("muon", "muon+muon_scale=spectral", "muon+muon_scale=original", "adamuon")
+BASES = ("adamw", "signum", "sgd", *MUON)
 RAW = "dopr-sgd+trace_normalized=false"
 MODES = ("independent", "constant")  # of weight decay
-DECAY = 6.0  # at rate 2^-10, η λ steps is 3.5 after 600: updates have settled
+DECAY = 9.0  # at rate 2^-9, η λ steps is 3.5 after 200: updates have settled
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command; its name is that of its folder."""
+    """One command. The folder is under --out; `settings` are train.py's."""
 
     name: str
     command: ModuleType
+    folder: str
     optimizers: tuple[str, ...]
-    arguments: tuple[str, ...]
-    settings: tuple[str, ...] = ()  # of train.py
+    arguments: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
 
     def argv(self, out: Path, workers: int) -> list[str]:
         words = ["--optimizers", ",".join(self.optimizers), *self.arguments]
-        words += ["--seeds", "0,1,2", "--workers", str(workers), "--out", str(out / self.name)]
+        words += ["--seeds", "0,1,2", "--workers", str(workers), "--out", str(out / self.folder)]
         return [*words, "--set", f"dataset={out / 'bytes'}", *self.settings]
 
 
+def transfer(optimizer: str, lowest: int = -2) -> tuple[Stage, Stage]:
+    """Sweeps of five rates under muP, and under sp of six, towards where it should drift."""
+    steps, narrow = ("--steps", "100"), ("--widths", "32,64,128")
+    mup = ("--parametrisations", "mup", f"--octaves={lowest}:{lowest + 4}", *steps)
+    sp = ("--parametrisations", "sp", f"--octaves={lowest + 1}:{lowest + 6}", *narrow, *steps)
+    return (
+        Stage(f"transfer-{optimizer}-mup", width_sweep, "transfer", (optimizer,), mup),
+        Stage(f"transfer-{optimizer}-sp", width_sweep, "transfer", (optimizer,), sp),
+    )
+
+
 STAGES = (
-    Stage("coordinates", coord_check, (*BASES, *(f"dopr-{each}" for each in BASES)), ()),
-    Stage("coordinates-untied", coord_check, ("adamw", "dopr-muon"), (), ("tie_weights=false",)),
-    Stage("coordinates-raw", coord_check, (RAW,), ("--octaves=-4",)),
-    Stage("transfer-dopr-adamw", width_sweep, ("dopr-adamw",), ("--octaves=-3:5",)),
-    Stage("transfer-dopr-muon", width_sweep, ("dopr-muon",), ("--octaves=-4:4",)),
-    Stage("transfer-adamw", width_sweep, ("adamw",), ("--octaves=-3:4",)),
-    Stage("transfer-muon", width_sweep, ("muon",), ("--octaves=-4:4",)),
+    Stage("coordinates", coord_check, "coordinates", (*BASES, *(f"dopr-{each}" for each in BASES))),
+    *transfer("dopr-adamw", lowest=-1),
+    *transfer("dopr-muon"),
     Stage(
         "decay",
         width_sweep,
-        tuple(f"{name}+wd_scaling={mode}" for name in ("adamw", "dopr-adamw") for mode in MODES),
-        ("--parametrisations", "mup", "--octaves=0", "--steps", "600"),
+        "decay",
+        tuple(
+            f"{name}+wd_scaling={mode}" for name in ("adamw", "fast-dopr-adamw") for mode in MODES
+        ),
+        ("--parametrisations", "mup", "--octaves=1", "--steps", "200"),
         (f"weight_decay={DECAY}", "schedule=constant"),
     ),
+    Stage(
+        "wide-coordinates",
+        coord_check,
+        "wide-coordinates",
+        ("adamw", "dopr-adamw", "dopr-muon"),
+        ("--widths", "128,256,512"),
+    ),
+    Stage("untied", coord_check, "untied", ("adamw", "dopr-muon"), (), ("tie_weights=false",)),
+    Stage("raw", coord_check, "raw", (RAW,), ("--octaves=-4",)),
+    *transfer("adamw"),
+    *transfer("muon"),
 )
 
 

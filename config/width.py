@@ -19,5 +19,5 @@ min_lr_ratio = 0.1
 weight_decay = 0.1
 
 eval_every = 1_000_000  # before the first step and after the last
-eval_batches = 32
+eval_batches = 16
 keep_checkpoints = 2

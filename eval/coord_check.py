@@ -25,7 +25,7 @@ from eval.points import PointError
 from eval.slopes import grouped, slope, widths_of
 from eval.tables import markdown
 from eval.width_figures import coordinates_figure
-from eval.width_grid import add_axes, grid, run_grid, write_sweep
+from eval.width_grid import add_axes, commands, grid, run_grid, write_sweep
 
 SETTINGS = {  # of train.py
     **{"max_steps": STEPS[-1], "warmup_steps": 0, "schedule": "constant", "weight_decay": 0.0},
@@ -41,7 +41,9 @@ HIDDEN = ("qkv", "attention out", "fc", "mlp out", "residual")
 FIRST = ("embedding", "qkv", "fc")  # at t = 0
 MAX_FIRST, MAX_LOGITS = 0.05, 0.20
 MAX_CHANGE = {"from 128": 0.10, "": 0.15}  # narrow models are further from the limit
-MIN_CONTROL = 0.5  # of a hidden slope of sp at t = 1
+FIRST_CONTROL = ("qkv", "fc")  # at t = 0, of sp: √d entries of a fixed size are summed
+ROOT_OF_WIDTH, NEAR = 0.5, 0.1
+MIN_CONTROL = 0.5  # of the largest hidden slope of sp at t = 1, and of its logits in the end
 Slopes = dict[tuple[str, int], Estimate]  # by kind and t
 
 
@@ -68,16 +70,28 @@ def problems(slopes: Slopes, narrowest: int) -> list[str]:
     ]
 
 
-def control_fails(slopes: Slopes) -> bool:
-    """Whether the standard parametrisation is told from muP: a hidden slope is large at t = 1."""
-    return max(slopes[kind, 1].mean for kind in HIDDEN) >= MIN_CONTROL
+def missing(slopes: Slopes) -> list[str]:
+    """What tells a width rule from none and is not there in sp, in words: it has to fail each."""
+    last = STEPS[-1]
+    hidden = max(slopes[kind, 1].mean for kind in HIDDEN)
+    found = [
+        f"{kind} t=0: {slopes[kind, 0].mean:+.2f}, wanted {ROOT_OF_WIDTH:g} ± {NEAR:g}"
+        for kind in FIRST_CONTROL
+        if not abs(slopes[kind, 0].mean - ROOT_OF_WIDTH) <= NEAR
+    ]
+    wanted = {f"hidden t=1: at most {hidden:+.2f}": hidden}
+    wanted[f"logits t={last}: {slopes['logits', last].mean:+.2f}"] = slopes["logits", last].mean
+    found += [
+        f"{what}, wanted {MIN_CONTROL:g}" for what, is_ in wanted.items() if not is_ >= MIN_CONTROL
+    ]
+    return found
 
 
 def verdict(parametrisation: str, slopes: Slopes, narrowest: int) -> tuple[bool, str]:
     """Whether it is as it should be, and in words."""
     if parametrisation == "sp":
-        fails = control_fails(slopes)
-        return fails, "fails, as it should" if fails else "PASSES, as a control should not"
+        found = missing(slopes)
+        return not found, "PASSES: " + "; ".join(found) if found else "fails, as it should"
     found = problems(slopes, narrowest)
     return not found, "FAILS: " + "; ".join(found) if found else "passes"
 
@@ -113,7 +127,8 @@ def write_report(out: Path, records: list[Record], command: str) -> tuple[bool, 
     """coordinates.md and the plots; returns what `tables` does."""
     is_good, text = tables(records)
     note = "Slopes of log2 RMS against log2 width; ± is half of the 95 % interval over seeds."
-    write_atomic(out / "coordinates.md", f"# Coordinate check\n\n`{command}`\n\n{note}\n\n{text}\n")
+    head = f"# Coordinate check\n\n{commands(out, command)}\n\n{note}"
+    write_atomic(out / "coordinates.md", f"{head}\n\n{text}\n")
     for (variant, lr), own in grouped(records, "variant", "lr").items():
         save_png(coordinates_figure(own), out / f"coordinates-{variant}-lr{lr:.2g}.png")
     return is_good, text

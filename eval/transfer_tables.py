@@ -80,14 +80,15 @@ def verdict_row(
     ratio = slope(at_lr, lambda record: record.get("update_ratio"))
     worse, n = steps_where_wider_is_worse(records, lr, settings["warmup_steps"])
     octaves = math.log2(max(losses) / min(losses))
+    has_sweep = max(map(len, losses.values())) > 1
     settled = lr * settings["weight_decay"] * settings["max_steps"]
     return [
-        f"{moved:+.2f} over {max(losses) / min(losses):g}x",
+        "unknown" if math.isnan(moved) else f"{moved:+.2f} over {max(losses) / min(losses):g}x",
         f"{cost:.2%}",
         ratio_text(ratio, settings["wd_scaling"], settled, is_mup=settings["mup"]),
         f"{settled:.2g}",
         f"{worse}/{n}",
-        judge(moved, cost, octaves, is_mup=settings["mup"]),
+        judge(moved, cost, octaves, is_mup=settings["mup"]) if has_sweep else "one lr, no sweep",
     ]
 
 

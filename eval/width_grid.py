@@ -22,7 +22,7 @@ from eval.widths import PARAMETRISATIONS, WidthPoint, run_width_point
 AXES = ("optimizers", "parametrisations", "widths", "octaves", "seeds")
 OF_THE_GRID = {
     *("optimizer", "dopr", "lr", "seed", "n_embd", "mup", "out_dir", "resume", "init_from"),
-    *("max_steps", "save_every", "keep_checkpoints"),
+    *("max_steps", "save_every", "keep_checkpoints", "checkpoint_format"),
 }
 
 
@@ -71,6 +71,7 @@ def grid(
 ) -> list[WidthPoint]:
     """The points that the command line asks for, the narrow ones first.
 
+    Where both parametrisations are wanted, one run at the base width stands for both.
     Raises ValueError, or ConfigError, if one of them could not be trained; PointError if its folder
     holds a record of other settings.
     """
@@ -92,10 +93,15 @@ def grid(
             *axes, arguments.octaves, arguments.seeds
         )
     ]
+    has_both = {*PARAMETRISATIONS} <= {*arguments.parametrisations}
+    kept = []
     for point in points:
-        finished(point.folder, point.asked())
+        asked = point.asked()
+        finished(point.folder, asked)
+        if not (has_both and point.parametrisation == "sp" and is_base(asked)):
+            kept.append(point)
     part, parts = arguments.shard
-    return points[part - 1 :: parts]
+    return kept[part - 1 :: parts]
 
 
 def changes_of(pairs: Iterable[str]) -> dict[str, str]:
@@ -108,7 +114,10 @@ def changes_of(pairs: Iterable[str]) -> dict[str, str]:
 
 
 def run_grid(points: Sequence[WidthPoint], out: Path, workers: int) -> list[Record]:
-    """Run what is not finished; every record of the folder, also written to records.jsonl."""
+    """Run what is not finished; every record of the folder, also written to records.jsonl.
+
+    Those of muP at the base width are returned as those of sp, too, if sp ran at other widths.
+    """
     try:
         with Runner(str(out), workers, run_width_point, _line, len(points)) as runner:
             runner.run(points)
@@ -118,7 +127,44 @@ def run_grid(points: Sequence[WidthPoint], out: Path, workers: int) -> list[Reco
         out.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(record) + "\n" for record in records)
         write_atomic(out / "records.jsonl", lines)
-    return records
+    return records + twins(records)
+
+
+def commands(out: Path, command: str) -> str:
+    """All commands that worked on a folder, this one among them, as a block of Markdown."""
+    path = out / "commands.txt"
+    there = path.read_text().splitlines() if path.exists() else []
+    lines = [*dict.fromkeys([*there, command])]
+    write_atomic(path, "\n".join(lines) + "\n")
+    return "\n".join(["```sh", *lines, "```"])
+
+
+def is_base(settings: dict[str, Any]) -> bool:
+    """Whether muP with these settings is the standard parametrisation."""
+    has_its_heads = settings["mup_base_head_dim"] in (
+        None,
+        settings["n_embd"] // settings["n_head"],
+    )
+    return settings["n_embd"] == settings["mup_base_width"] and has_its_heads
+
+
+def twins(records: Sequence[Record]) -> list[Record]:
+    """The records of muP at its base width as those of sp, which they are bit for bit.
+
+    Of optimizers that sp ran with; without those that sp has itself.
+    """
+    there = {(r["variant"], r["width"], r["lr"], r["seed"]) for r in records if _is_sp(r)}
+    with_sp = {variant for variant, *_ in there}
+    return [
+        record | {"parametrisation": "sp", "settings": record["settings"] | {"mup": False}}
+        for record in records
+        if not _is_sp(record) and is_base(record["settings"]) and record["variant"] in with_sp
+        if (record["variant"], record["width"], record["lr"], record["seed"]) not in there
+    ]
+
+
+def _is_sp(record: Record) -> bool:
+    return record["parametrisation"] == "sp"
 
 
 def _key(record: Record) -> tuple[Any, ...]:

@@ -21,7 +21,7 @@ from eval.points import PointError
 from eval.transfer_tables import tables
 from eval.update_ratio import measure_update
 from eval.width_figures import ratio_figure, transfer_figure
-from eval.width_grid import add_axes, grid, run_grid, write_sweep
+from eval.width_grid import add_axes, commands, grid, run_grid, write_sweep
 
 
 def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -54,8 +54,9 @@ def main(argv: list[str]) -> None:
         parser.exit(2, f"error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"stopped; the same command goes on in {arguments.out}\n")
-    command, text = shlex.join(["python", "-m", "eval.width_sweep", *argv]), tables(records)
-    write_atomic(arguments.out / "transfer.md", f"# Width sweep\n\n`{command}`\n\n{text}\n")
+    text = tables(records)
+    done = commands(arguments.out, shlex.join(["python", "-m", "eval.width_sweep", *argv]))
+    write_atomic(arguments.out / "transfer.md", f"# Width sweep\n\n{done}\n\n{text}\n")
     save_png(transfer_figure(records), arguments.out / "transfer.png")
     save_png(ratio_figure(records), arguments.out / "update_ratio.png")
     print(text)

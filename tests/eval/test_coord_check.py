@@ -60,10 +60,20 @@ def test_wide_models_have_a_stricter_bar():
 def test_the_control_must_fail():
     flat = [row | {"parametrisation": "sp"} for row in sized({})]
     assert tables(flat)[0] is False
-    assert "PASSES, as a control should not" in tables(flat)[1]
-    steep = [row | {"parametrisation": "sp"} for row in sized({("mlp out", 1): 0.6})]
+    assert "PASSES: qkv t=0: +0.00, wanted 0.5 ± 0.1" in tables(flat)[1]
+    slopes = {("qkv", 0): 0.45, ("fc", 0): 0.55, ("mlp out", 1): 0.6, ("logits", 8): 0.5}
+    steep = [row | {"parametrisation": "sp"} for row in sized(slopes)]
     assert tables(steep)[0] is True
     assert "fails, as it should" in tables(steep)[1]
+
+
+@pytest.mark.parametrize("spared", [("qkv", 0), ("fc", 0), ("mlp out", 1), ("logits", 8)])
+def test_the_control_must_fail_every_check(spared):
+    slopes = {("qkv", 0): 0.5, ("fc", 0): 0.5, ("mlp out", 1): 0.6, ("logits", 8): 0.6}
+    good, text = verdict("sp", slopes_of(sized(slopes | {spared: 0.3})), 32)
+    assert not good
+    assert text.startswith("PASSES: ")
+    assert text.count("wanted") == 1
 
 
 def test_the_tables_report_what_preconditioning_did_to_gradients():
@@ -104,6 +114,7 @@ def test_the_command_checks_a_tiny_model_tells_the_control_and_continues(dataset
     axes = ["--optimizers", "dopr-muon", "--parametrisations"]
     main(command(dataset, tmp_path, *axes, "sp"))
     first = (tmp_path / "runs/dopr-muon-sp-16-0-0/record.json").read_text()
+    assert "| dopr-muon | sp | 0.0078 | 16 to 32 | 1 |" in capsys.readouterr().out
     main(command(dataset, tmp_path, *axes, "sp,mup"))
     assert (tmp_path / "runs/dopr-muon-sp-16-0-0/record.json").read_text() == first
     rows = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
@@ -113,7 +124,6 @@ def test_the_command_checks_a_tiny_model_tells_the_control_and_continues(dataset
     at_base = [row for row in rows if row["width"] == 32]
     assert at_base[0]["coordinates"] == at_base[1]["coordinates"]  # muP is SP there
     assert set(at_base[0]["ap"]) == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
-    assert "fails, as it should" in capsys.readouterr().out
     assert not [*tmp_path.glob("runs/*/checkpoints")]
     assert {path.suffix for path in tmp_path.glob("coordinates*")} == {".md", ".png"}
 

@@ -106,6 +106,12 @@ def test_the_tables_say_that_muP_transfers_and_that_sp_drifts():
     assert "| adamw | sp | 256 | -10.00 | 3.0000 | 15.00% | 0.00% |" in text
 
 
+def test_one_rate_is_no_sweep():
+    text = tables([each for each in sweep(0.0) if each["lr"] == 2**-10])
+    assert "| adamw | mup | unknown | 0.00% |" in text
+    assert "one lr, no sweep" in text
+
+
 def test_the_update_ratio_is_judged_once_it_has_settled():
     flat, falling = over_seeds([0.05]), over_seeds([-0.5])
     assert ratio_text(flat, "independent", 5.0, is_mup=True).endswith("(passes)")

@@ -13,8 +13,9 @@ import torch
 from checkpoint import load_checkpoint
 from eval.points import train_in
 from eval.update_ratio import measure_update
-from eval.width_grid import grid
+from eval.width_grid import grid, twins
 from eval.width_sweep import main, parse, settings_of
+from tests.eval.width_records import record
 from tests.tiny import argv
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +46,22 @@ def test_the_grid_is_every_combination_and_shards_part_it(tmp_path):
     shards = [{p.folder for p in points(tmp_path, *axes, "--shard", f"{i}/5")} for i in range(1, 6)]
     assert set.union(*shards) == whole
     assert sum(map(len, shards)) == len(whole)
+
+
+def test_one_run_at_the_base_width_stands_for_both_parametrisations(tmp_path):
+    axes = ["--optimizers", "adamw", "--widths", "128,256", "--octaves=0", "--seeds", "0"]
+    assert [(p.parametrisation, p.width) for p in points(tmp_path, *axes)] == [
+        *(("sp", 128), ("mup", 128), ("mup", 256))
+    ]
+    alone = points(tmp_path, *axes, "--parametrisations", "sp")
+    assert [(p.parametrisation, p.width) for p in alone] == [("sp", 128), ("sp", 256)]
+    settings = {"n_head": 4, "mup_base_head_dim": None}
+    mup = [record(width, 0.5, settings=settings | {"n_embd": width}) for width in (128, 256)]
+    sp = record(128, 0.5, settings=settings | {"n_embd": 128, "mup": False})
+    (twin,) = twins([*mup, sp])
+    assert (twin["parametrisation"], twin["width"], twin["settings"]["mup"]) == ("sp", 256, False)
+    assert twins([*mup, sp, twin]) == []
+    assert twins(mup) == []
 
 
 def test_an_octave_is_a_factor_of_two_and_muons_scales_have_rates_of_their_own(tmp_path):
