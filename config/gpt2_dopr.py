@@ -14,9 +14,8 @@ lr = 2e-3  # with muon_scale = match_rms
 aux_lr = 6e-4
 weight_decay = 0.1
 eval_batches = 20  # 10M tokens
-# DoPr, fast mode. Exact mode (the defaults, the paper's) would add a third to a step (on paper, see
-# bench/scale_model.py), and was better in some small runs, not in all (LOG.md): where it can be
-# paid for, take these lines out except the first two.
+# DoPr, fast mode. Exact mode (take out the lines after gamma) would add a third to a step on paper
+# (bench/scale_model.py) and was better in some small runs, not in all (LOG.md).
 dopr = True
 gamma = 0.1
 sigma_beta = 0.95
