@@ -128,8 +128,8 @@ def _graded(point: Point) -> dict[str, Any]:
     """The record of a model that is trained now, or of one that needs no training."""
     task = point.task
     if point.role == "reference" and isinstance(task, OracleTask | Lds):
-        return _refer(point, task)
-    return _imitate(point, task) if isinstance(task, Lds) else _train_and_grade(point, task)
+        return _reference_record(point, task)
+    return _policy_record(point, task) if isinstance(task, Lds) else _train_and_grade(point, task)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def _diverged(point: Point, task: Task) -> dict[str, Any]:
     )
 
 
-def _imitate(point: Point, lds: Lds) -> dict[str, Any]:
+def _policy_record(point: Point, lds: Lds) -> dict[str, Any]:
     """A linear policy trained and graded in closed form, without train.py."""
     steps = point.settings["max_steps"]
     grade = grade_policy(lds, train_variant(lds, point.settings, point.lr, point.seed, steps))
@@ -219,7 +219,7 @@ def _imitate(point: Point, lds: Lds) -> dict[str, Any]:
     )
 
 
-def _refer(point: Point, task: OracleTask | Lds) -> dict[str, Any]:
+def _reference_record(point: Point, task: OracleTask | Lds) -> dict[str, Any]:
     """A row without an optimizer: what is possible, or what is worth nothing."""
     grade = grade_reference(task, point.variant, n=point.n, seed=point.grading_seed)
     sizes = {"batch_size": 0, "block_size": 0}

@@ -182,7 +182,7 @@ def _unite(path: Path, records: Collection[Record]) -> list[Record]:
     lines = path.read_text().splitlines() if path.exists() else []
     rates = {row["variant"]: row["lr"] for row in records if row["role"] == "fresh"}
     there = [row for row in map(json.loads, lines) if not _is_stale(row, rates)]
-    rows = [*there, *map(_lean, records)]
+    rows = [*there, *map(_without_curves, records)]
     united = {(row["variant"], row["lr"], row["seed"]): row for row in rows}
     records = [united[key] for key in sorted(united)]
     write_atomic(path, "".join(json.dumps(record) + "\n" for record in records))
@@ -193,7 +193,7 @@ def _is_stale(row: Record, rates: dict[str, float]) -> bool:
     return row["role"] == "fresh" and row["lr"] != rates.get(row["variant"], row["lr"])
 
 
-def _lean(record: Record) -> Record:
+def _without_curves(record: Record) -> Record:
     """Tuning runs keep their numbers, not their curves and samples (they are in runs/)."""
     if record["role"] != "tuning" or record["grade"] is None:
         return record

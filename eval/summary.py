@@ -1,6 +1,5 @@
 """One table of what runs reached: `python -m eval.summary out/run1 out/run2 ...`"""
 
-import argparse
 import json
 import statistics
 import sys
@@ -8,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.command import command_parser
 from eval.tables import aligned
 
 COLUMNS = ("run", "optimizer", "steps", "val loss", "bits/byte", "tokens/s")
@@ -57,7 +57,7 @@ def _number(value: float | None) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.summary", description=__doc__)
+    parser = command_parser("summary", __doc__)
     parser.add_argument("out_dir", type=Path, nargs="+")
     try:
         print(table([summarize(path) for path in parser.parse_args(argv).out_dir]))
