@@ -7,6 +7,7 @@ from pathlib import Path
 from checkpoint import Checkpoint, CheckpointError, candidates, newest_good, open_checkpoint
 from data.dataset import Dataset
 from dist import World
+from model import GPTConfig
 from settings import Config, ConfigError
 
 
@@ -63,6 +64,21 @@ def _find_checkpoint(config: Config, dataset: Dataset) -> Checkpoint | None:
     if found.manifest["dataset_sha256"] != fingerprint(dataset):
         print(f"warning: {dataset.dir} is not the data that {found.path} was trained on")
     return found
+
+
+def check_same_function(found: Checkpoint, config: GPTConfig) -> None:
+    """CheckpointError if a checkpoint's weights, though they fit, would compute something else."""
+    saved = GPTConfig(**found.manifest["model"])
+    changed = [
+        f"{key} was {getattr(saved, key):g}, is {getattr(config, key):g}"
+        for key in ("n_head", "attention_mult", "logits_mult")
+        if getattr(saved, key) != getattr(config, key)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"checkpoint {found.path} is of another function of the same weights: "
+            f"{'; '.join(changed)}; give n_head, mup, mup_base_width and mup_base_head_dim as then"
+        )
 
 
 def fingerprint(dataset: Dataset) -> str:
