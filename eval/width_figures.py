@@ -133,7 +133,7 @@ def _label(axes: dict, x: str, y: str) -> None:
 
 
 def _line(ax: Axes, points: Iterable[tuple[int, float | None]], colour: str) -> None:
-    """Geometric mean over the seeds of each width, and every seed as a dot; without what is none."""
+    """Geometric mean over the seeds of each width, every seed as a dot; without missing values."""
     sizes: dict[int, list[float]] = {}
     for width, value in points:
         if value:  # it has a logarithm
