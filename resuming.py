@@ -3,11 +3,11 @@
 import hashlib
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from checkpoint import Checkpoint, CheckpointError, candidates, newest_good, open_checkpoint
 from data.dataset import Dataset
 from dist import World
-from model import GPTConfig
 from settings import Config, ConfigError
 
 
@@ -66,13 +66,16 @@ def _find_checkpoint(config: Config, dataset: Dataset) -> Checkpoint | None:
     return found
 
 
-def check_same_function(found: Checkpoint, config: GPTConfig) -> None:
-    """CheckpointError if a checkpoint's weights, though they fit, would compute something else."""
-    saved = GPTConfig(**found.manifest["model"])
+def check_same_function(found: Checkpoint, model: dict[str, Any]) -> None:
+    """CheckpointError if a checkpoint's weights, though they fit, would compute something else.
+
+    model: the settings of the model that they are for, as in the checkpoint's manifest.
+    """
+    saved = {"attention_mult": 1.0, "logits_mult": 1.0} | found.manifest["model"]
     changed = [
-        f"{key} was {getattr(saved, key):g}, is {getattr(config, key):g}"
+        f"{key} was {saved[key]:g}, is {model[key]:g}"
         for key in ("n_head", "attention_mult", "logits_mult")
-        if getattr(saved, key) != getattr(config, key)
+        if saved[key] != model[key]
     ]
     if changed:
         raise CheckpointError(

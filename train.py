@@ -104,7 +104,7 @@ def train(config: Config, world: World, stop: StopRequest) -> int:
     # -- resume: from here on, `state` is all that changes
     state = TrainState(model, optimizers, preconditioner, ema)
     if resumed:
-        check_same_function(resumed, model.config)
+        check_same_function(resumed, asdict(model.config))
         state.restore(resumed)
         print(f"resumed {resumed.path} at step {state.step}")
         print(describe_changes(resumed.manifest["config"], config), end="")

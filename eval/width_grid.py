@@ -17,6 +17,7 @@ from checkpoint import write_atomic
 from eval.analysis import Record
 from eval.points import PointError, differences, finished, read_record
 from eval.runner import Runner
+from eval.tasks import open_data
 from eval.variants import check_names, parse_variant
 from eval.widths import PARAMETRISATIONS, WidthPoint, run_width_point
 from settings import FIELDS
@@ -124,7 +125,8 @@ def _check_alike(points: Iterable[WidthPoint], out: Path) -> None:
     asked = {point.variant.name: point.asked() for point in points}
     for path in out.glob("runs/*/record.json"):
         record = read_record(path.parent)
-        other = differences(record["asked"], asked.get(record.get("variant"), record["asked"]))
+        now = asked[record["variant"]] if record.get("variant") in asked else record["asked"]
+        other = differences(record["asked"], now)
         if was := [f"{key} {change}" for key, change in other.items() if key not in OF_A_POINT]:
             raise PointError(
                 f"{path.parent} differs from what is asked: {'; '.join(was)}; choose another --out"
@@ -144,7 +146,10 @@ def run_grid(points: Sequence[WidthPoint], out: Path, workers: int) -> list[Reco
     """Run what is not finished; every record of the folder, also written to records.jsonl.
 
     Those of muP at the base width are returned as those of sp, too, if sp ran at other widths.
+    Raises DataError before any run if there are no data.
     """
+    for dataset in {point.asked()["dataset"] for point in points}:
+        open_data(dataset)
     try:
         with Runner(str(out), workers, run_width_point, _line, len(points)) as runner:
             runner.run(points)

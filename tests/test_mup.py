@@ -16,6 +16,7 @@ from eval.loss import evaluate
 from eval.run import load_run
 from model import GPT, GPTConfig
 from mup import DECAY, EPS, MATRIX, decay_mult, eps_mult, forward_mults, update_mult
+from optim.build import build_optimizers
 from settings import Config, ConfigError
 from tests.test_train import losses
 from tests.tiny import SETTINGS, argv, metrics, weights
@@ -100,6 +101,15 @@ def test_a_run_trains_with_the_factors_of_its_settings(dataset, tmp_path, mode, 
         key = f"transformer.{name}.weight"
         moved = (after[key] - (1 - share) * before[key]).abs().max().item()
         assert moved == pytest.approx(eta, rel=1e-5)  # a sign
+
+
+@pytest.mark.parametrize(("dopr", "exponent"), [(False, 0), (True, 0.8)])
+def test_a_runs_optimizers_know_of_preconditioning(dopr, exponent):
+    config = Config(**WIDER, n_embd=32, n_head=2, optimizer="sgd", lr=0.5, dopr=dopr)
+    model = GPT(GPTConfig(vocab_size=61, block_size=16, n_layer=1, n_head=2, n_embd=32))
+    (optimizer,) = build_optimizers(model, **train.optimizer_settings(config))
+    rates = {group["role"]: group["lr"] for group in optimizer.param_groups}
+    assert rates["matrix"] == 0.5 * 4**exponent
 
 
 @pytest.mark.parametrize("tie_weights", [True, False])

@@ -177,6 +177,14 @@ def test_runs_of_other_settings_do_not_mix_with_those_of_other_widths(dataset, t
     assert "beta2 was 0.5, is 0.95" in message
 
 
+def test_data_that_are_not_there_are_one_message_before_any_run(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(command("nowhere", tmp_path, "--optimizers", "adamw"))
+    assert exit.value.code == 2
+    assert "dataset 'nowhere': neither a folder nor" in capsys.readouterr().err
+    assert not [*tmp_path.glob("runs/*")]
+
+
 def test_a_run_that_was_stopped_is_not_continued_with_other_settings(dataset, tmp_path, capsys):
     folder = tmp_path / "runs/adamw-mup-16-0-0"
     folder.mkdir(parents=True)
