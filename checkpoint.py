@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,12 +164,15 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Replace `path` by a file with `text`, or leave it as it was."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text)
-    fsync(partial)
-    partial.replace(path)
-    fsync(path.parent)
+    """Replace `path` by a file with `text`, or leave it as it was; several writers may try."""
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        partial.write_text(text)
+        fsync(partial)
+        partial.replace(path)
+        fsync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

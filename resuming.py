@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from checkpoint import Checkpoint, CheckpointError, candidates, newest_good, open_checkpoint
 from data.dataset import Dataset
@@ -63,6 +64,24 @@ def _find_checkpoint(config: Config, dataset: Dataset) -> Checkpoint | None:
     if found.manifest["dataset_sha256"] != fingerprint(dataset):
         print(f"warning: {dataset.dir} is not the data that {found.path} was trained on")
     return found
+
+
+def check_same_function(found: Checkpoint, model: dict[str, Any]) -> None:
+    """CheckpointError if a checkpoint's weights, though they fit, would compute something else.
+
+    model: the settings of the model that they are for, as in the checkpoint's manifest.
+    """
+    saved = {"attention_mult": 1.0, "logits_mult": 1.0} | found.manifest["model"]
+    changed = [
+        f"{key} was {saved[key]:g}, is {model[key]:g}"
+        for key in ("n_head", "attention_mult", "logits_mult")
+        if saved[key] != model[key]
+    ]
+    if changed:
+        raise CheckpointError(
+            f"checkpoint {found.path} is of another function of the same weights: "
+            f"{'; '.join(changed)}; give n_head, mup, mup_base_width and mup_base_head_dim as then"
+        )
 
 
 def fingerprint(dataset: Dataset) -> str:

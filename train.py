@@ -45,7 +45,7 @@ from optim.build import MATRIX_OPTIMIZERS, build_optimizers, describe_groups
 from optim.schedule import lr_scale
 from optim.statistics import settings_problems
 from placement import full
-from resuming import check_agreement, find_checkpoint, fingerprint
+from resuming import check_agreement, check_same_function, find_checkpoint, fingerprint
 from runlog import RunLog, environment, mfu
 from settings import Config, ConfigError
 from state import TrainState
@@ -104,6 +104,7 @@ def train(config: Config, world: World, stop: StopRequest) -> int:
     # -- resume: from here on, `state` is all that changes
     state = TrainState(model, optimizers, preconditioner, ema)
     if resumed:
+        check_same_function(resumed, asdict(model.config))
         state.restore(resumed)
         print(f"resumed {resumed.path} at step {state.step}")
         print(describe_changes(resumed.manifest["config"], config), end="")

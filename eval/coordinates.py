@@ -37,13 +37,16 @@ def measure_coordinates(folder: Path) -> dict[str, dict[str, Any]]:
         coordinates  {kind: {t: RMS of the activations at t = 0, of their change since then after}}
         ap           {layer: ‖M‖ / ‖G‖ of activation preconditioning in the first step}
 
-    Both are geometric means over layers or matrices of a kind.
+    Both are geometric means over layers or matrices of a kind. Nothing of a run without a
+    checkpoint of each of STEPS: train.py skipped one, whose gradients were not finite.
     """
+    paths = {t: folder / f"checkpoints/step-{t:08d}" for t in STEPS}
+    if not all(path.exists() for path in paths.values()):
+        return {}
     settings = json.loads((folder / "config.json").read_text())
     block_size = settings["block_size"]
     data = open_data(settings["dataset"])
     x, _ = next(iter(val_batches(data, batch_size=PROBES, block_size=block_size)))
-    paths = {t: folder / f"checkpoints/step-{t:08d}" for t in STEPS}
     found = {t: activations(run_of(open_checkpoint(path)).model, x) for t, path in paths.items()}
     changes = {t: {k: _change(found[t][k], found[0][k], t) for k in found[0]} for t in STEPS}
     return {

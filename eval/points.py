@@ -113,15 +113,13 @@ def recorded(
 def finished(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     """The record in a folder; None if there is none, or if its model is to be graded again.
 
-    Raises PointError if it is of another run than that asked for.
+    Raises PointError if it, or a run that was stopped there, is another than that asked for.
     """
-    if not (folder / "record.json").exists():
-        return None
-    record = read_record(folder)
-    if not (other := differences(record["asked"], json.loads(json.dumps(asked)))):
-        return record
+    asked = json.loads(json.dumps(asked))
+    record = read_record(folder) if (folder / "record.json").exists() else None
+    other = differences(record["asked"] if record else _begun(folder) or asked, asked)
     _check_trained_the_same(folder, other)
-    return None
+    return None if other else record
 
 
 def _graded(point: Point) -> dict[str, Any]:
@@ -135,6 +133,13 @@ def _graded(point: Point) -> dict[str, Any]:
 def read_record(folder: Path) -> dict[str, Any]:
     """What a finished point left."""
     return json.loads((folder / "record.json").read_text())
+
+
+def _begun(folder: Path) -> dict[str, Any]:
+    """What makes the model that train.py began in a folder; empty if there is none."""
+    path = folder / "config.json"
+    settings = json.loads(path.read_text()) if path.exists() else {}
+    return {key: value for key, value in settings.items() if key not in RUN_ONLY}
 
 
 def differences(found: dict[str, Any], asked: dict[str, Any]) -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+
 from eval.analysis import Record
 from eval.intervals import Estimate
 from eval.slopes import grouped, slope, widths_of
@@ -19,6 +21,7 @@ from eval.transfer import (
 
 MAX_SHIFT, MAX_REGRET = 1.0, 0.01  # octaves over all widths, share of the loss: muP
 MIN_SHIFT, MIN_REGRET = 2 / 3, 0.03  # octaves a doubling, share: sp, the control
+MIN_OCTAVES = 2  # of width, between the narrowest and the widest: with less the bars mean nothing
 RATIOS = {"independent": (0.0, 0.2), "constant": (-0.5, 0.25)}  # slope of ‖ΔW‖/‖W‖, and how near
 SETTLED = 3.0  # η λ steps after which updates are in equilibrium with decay
 
@@ -74,8 +77,8 @@ def verdict_row(
 ) -> list[str]:
     """Shift, regret, update ratio at the shared rate, steps where wider is worse, verdict."""
     lr, settings = tuned(losses[home]), records[0]["settings"]
-    moved = shift(optima)
-    cost = max(regret(each, lr) for each in losses.values())
+    moved, is_known = shift(optima), all(best.kind != "edge" for best in optima.values())
+    cost = float(np.max([regret(each, lr) for each in losses.values()]))  # NaN if one is
     at_lr = [record for record in records if record["lr"] == lr]
     ratio = slope(at_lr, lambda record: record.get("update_ratio"))
     worse, n = steps_where_wider_is_worse(records, lr, settings["warmup_steps"])
@@ -84,18 +87,27 @@ def verdict_row(
     settled = lr * settings["weight_decay"] * settings["max_steps"]
     return [
         "unknown" if math.isnan(moved) else f"{moved:+.2f} over {max(losses) / min(losses):g}x",
-        f"{cost:.2%}",
+        "unknown" if math.isnan(cost) else f"{cost:.2%}",
         ratio_text(ratio, settings["wd_scaling"], settled, is_mup=settings["mup"]),
         f"{settled:.2g}",
         f"{worse}/{n}",
-        judge(moved, cost, octaves, is_mup=settings["mup"]) if has_sweep else "one lr, no sweep",
+        judge(moved if is_known else math.nan, cost, octaves, is_mup=settings["mup"])
+        if has_sweep
+        else "one lr, no sweep",
     ]
 
 
 def judge(moved: float, cost: float, octaves: float, *, is_mup: bool) -> str:
-    """muP has to hold the rate; the control has to lose it. NaN where the data decide nothing."""
-    if math.isnan(moved) or math.isnan(cost):
+    """muP has to hold the rate; the control has to lose it. NaN where the data decide nothing.
+
+    moved: over all widths, which are `octaves` apart; NaN if an optimum is at the edge of its grid.
+    """
+    if octaves < MIN_OCTAVES:
+        return f"open: less than {2**MIN_OCTAVES}x of width"
+    if math.isnan(moved):
         return "open: an optimum is at the edge of the grid"
+    if math.isnan(cost):
+        return "open: the lr did not run at every width"
     if is_mup:
         return (
             "transfers" if abs(moved) <= MAX_SHIFT and cost <= MAX_REGRET else "DOES NOT TRANSFER"

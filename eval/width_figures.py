@@ -132,11 +132,12 @@ def _label(axes: dict, x: str, y: str) -> None:
         ax.set_ylabel(y if spec.is_first_col() else "")
 
 
-def _line(ax: Axes, points: Iterable[tuple[int, float]], colour: str) -> None:
-    """Geometric mean over the seeds of each width, and every seed as a dot."""
+def _line(ax: Axes, points: Iterable[tuple[int, float | None]], colour: str) -> None:
+    """Geometric mean over the seeds of each width, every seed as a dot; without missing values."""
     sizes: dict[int, list[float]] = {}
     for width, value in points:
-        sizes.setdefault(width, []).append(value)
+        if value:  # it has a logarithm
+            sizes.setdefault(width, []).append(value)
     means = {width: math.exp(np.mean(np.log(sizes[width]))) for width in sorted(sizes)}
     if not means:
         return

@@ -1,8 +1,9 @@
 """The grid of a width study: its axes on the command line, its shards, its records.
 
 Points lie in --out/runs, their records also in --out/records.jsonl. The same command continues
-there; other optimizers, widths, rates and seeds are added to what is there. Shards (`--shard 1/8`),
-agents of a wandb sweep and plain commands may work on one folder.
+there; other optimizers, widths, rates and seeds are added to what is there. Shards (`--shard 1/8`)
+and agents of a wandb sweep may work on one folder at a time. Where several end at once, the tables
+may be of all but the last runs: the command without --shard makes them again.
 """
 
 import argparse
@@ -14,12 +15,15 @@ from typing import Any
 
 from checkpoint import write_atomic
 from eval.analysis import Record
-from eval.points import finished
+from eval.points import PointError, differences, finished, read_record
 from eval.runner import Runner
+from eval.tasks import open_data
 from eval.variants import check_names, parse_variant
 from eval.widths import PARAMETRISATIONS, WidthPoint, run_width_point
+from settings import FIELDS
 
 AXES = ("optimizers", "parametrisations", "widths", "octaves", "seeds")
+OF_A_POINT = {"mup", "n_embd", "lr", "seed"}  # what differs between the points of an optimizer
 OF_THE_GRID = {
     *("optimizer", "dopr", "lr", "seed", "n_embd", "mup", "out_dir", "resume", "init_from"),
     *("max_steps", "save_every", "keep_checkpoints", "checkpoint_format"),
@@ -30,7 +34,7 @@ def add_axes(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     """The arguments that both commands have; `defaults` of out and octaves."""
     add = parser.add_argument
     add("--optimizers", type=words, required=True, help="comma-separated; see eval/variants.py")
-    add("--parametrisations", type=words, default=[*PARAMETRISATIONS], help="sp,mup")
+    add("--parametrisations", type=kinds, default=[*PARAMETRISATIONS], help="sp,mup")
     add("--widths", type=numbers, default=[32, 64, 128, 256], help="n_embd: 32,64 or so")
     add("--octaves", type=numbers, metavar="A:B or A,B,...", help="log2 of lr over RATES[optimizer]"
         " (eval/widths.py), written --octaves=-3:4")  # fmt: skip
@@ -46,15 +50,24 @@ def add_axes(parser: argparse.ArgumentParser, **defaults: Any) -> None:
 
 
 def words(text: str) -> list[str]:
-    return text.split(",")
+    return [*dict.fromkeys(text.split(","))]
+
+
+def kinds(text: str) -> list[str]:
+    found = words(text)
+    if unknown := [kind for kind in found if kind not in PARAMETRISATIONS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r}: wants {' or '.join(PARAMETRISATIONS)}")
+    return found
 
 
 def numbers(text: str) -> list[int]:
-    """`1,2,5`, or `-4:3` for all from -4 to 3."""
-    if ":" in text:
-        first, last = map(int, text.split(":"))
-        return [*range(first, last + 1)]
-    return [*map(int, text.split(","))]
+    """`1,2,5`, or `-4:3` for all from -4 to 3; each once. ValueError if there is none."""
+    if ":" not in text:
+        return [*dict.fromkeys(map(int, text.split(",")))]
+    first, last = map(int, text.split(":"))
+    if first > last:
+        raise ValueError
+    return [*range(first, last + 1)]
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -72,8 +85,8 @@ def grid(
     """The points that the command line asks for, the narrow ones first.
 
     Where both parametrisations are wanted, one run at the base width stands for both.
-    Raises ValueError, or ConfigError, if one of them could not be trained; PointError if its folder
-    holds a record of other settings.
+    Raises ValueError, or ConfigError, if one of them could not be trained, or if a shard would be
+    empty; PointError if there is a run of other settings.
     """
     variants = map(parse_variant, arguments.optimizers)
     settings = settings | changes_of(arguments.set)
@@ -100,8 +113,24 @@ def grid(
         finished(point.folder, asked)
         if not (has_both and point.parametrisation == "sp" and is_base(asked)):
             kept.append(point)
+    _check_alike(points, arguments.out)
     part, parts = arguments.shard
+    if part > len(kept):
+        raise ValueError(f"--shard {part}/{parts}: is empty, the grid has {len(kept)} points")
     return kept[part - 1 :: parts]
+
+
+def _check_alike(points: Iterable[WidthPoint], out: Path) -> None:
+    """PointError if --out has runs of these optimizers that differ in more than the axes."""
+    asked = {point.variant.name: point.asked() for point in points}
+    for path in out.glob("runs/*/record.json"):
+        record = read_record(path.parent)
+        now = asked[record["variant"]] if record.get("variant") in asked else record["asked"]
+        other = differences(record["asked"], now)
+        if was := [f"{key} {change}" for key, change in other.items() if key not in OF_A_POINT]:
+            raise PointError(
+                f"{path.parent} differs from what is asked: {'; '.join(was)}; choose another --out"
+            )
 
 
 def changes_of(pairs: Iterable[str]) -> dict[str, str]:
@@ -117,7 +146,10 @@ def run_grid(points: Sequence[WidthPoint], out: Path, workers: int) -> list[Reco
     """Run what is not finished; every record of the folder, also written to records.jsonl.
 
     Those of muP at the base width are returned as those of sp, too, if sp ran at other widths.
+    Raises DataError before any run if there are no data.
     """
+    for dataset in {point.asked()["dataset"] for point in points}:
+        open_data(dataset)
     try:
         with Runner(str(out), workers, run_width_point, _line, len(points)) as runner:
             runner.run(points)
@@ -192,6 +224,7 @@ def write_sweep(command: str, arguments: argparse.Namespace, more: Sequence[str]
     fixed += ["--set", "wandb=online", *arguments.set]
     content = {
         "program": command,
+        "project": changes_of(arguments.set).get("wandb_project", FIELDS["wandb_project"].default),
         "method": "grid",
         "metric": {"name": "val/loss", "goal": "minimize"},
         "parameters": {axis: {"values": getattr(arguments, axis)} for axis in AXES},

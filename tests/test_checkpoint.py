@@ -171,3 +171,17 @@ def test_a_failed_save_keeps_the_one_before_and_leaves_no_debris(tmp_path, monke
 def test_a_folder_without_a_checkpoint_says_what_was_wanted(tmp_path):
     with pytest.raises(ck.CheckpointError, match="wanted a run's out_dir"):
         ck.open_checkpoint(tmp_path)
+
+
+def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path, monkeypatch):
+    path, fsync = tmp_path / "records.jsonl", ck.fsync
+
+    def other_writes_meanwhile(file):
+        monkeypatch.setattr(ck, "fsync", fsync)
+        ck.write_atomic(path, "second")
+        fsync(file)
+
+    monkeypatch.setattr(ck, "fsync", other_writes_meanwhile)
+    ck.write_atomic(path, "first")
+    assert path.read_text() == "first"
+    assert [*tmp_path.iterdir()] == [path]

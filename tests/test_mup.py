@@ -1,10 +1,13 @@
 """muP: nothing changes at the base width, and everywhere else all parts apply the same factors."""
 
+import math
+
 import pytest
 import torch
 import transformers
 
 import train
+from checkpoint import load_checkpoint
 from configurator import load_config
 from data.dataset import open_dataset
 from data.loader import val_batches
@@ -13,6 +16,7 @@ from eval.loss import evaluate
 from eval.run import load_run
 from model import GPT, GPTConfig
 from mup import DECAY, EPS, MATRIX, decay_mult, eps_mult, forward_mults, update_mult
+from optim.build import build_optimizers
 from settings import Config, ConfigError
 from tests.test_train import losses
 from tests.tiny import SETTINGS, argv, metrics, weights
@@ -64,6 +68,50 @@ def test_gradients_at_the_base_width_are_the_standard_ones_bit_for_bit():
     assert not torch.equal(found[0], found[2])
 
 
+def test_the_models_factors_are_those_of_the_table():
+    d, d_base = 64, 16  # of a head: qᵀk √d_base / d
+    found = forward_mults(9.0, d / d_base)
+    assert found["attention_mult"] / math.sqrt(d) == math.sqrt(d_base) / d
+    assert found["init_mult"] == pytest.approx(1 / 3)
+    assert found["logits_mult"] == pytest.approx(1 / 9)
+
+
+def test_all_hidden_matrices_start_smaller_in_wider_models_and_nothing_else_does():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "block_size": 128, "n_layer": 2, "n_head": 2, "n_embd": 128}
+    model = GPT(GPTConfig(**sizes, tie_weights=False, init_mult=0.25))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            wanted = 0.02 * (0.25 if ".h." in name else 1) / (2 if "c_proj" in name else 1)
+            assert parameter.std().item() == pytest.approx(wanted, rel=0.03)  # 1/√(2·128²)
+
+
+@pytest.mark.parametrize(("mode", "decay"), [("independent", 0.5), ("constant", 0.5 / 16)])
+def test_a_run_trains_with_the_factors_of_its_settings(dataset, tmp_path, mode, decay):
+    mup = {"mup": True, "mup_base_width": 2, "mup_base_head_dim": 4, "wd_scaling": mode}  # m = 16
+    changes = {"optimizer": "signum", "lr": 0.25, "weight_decay": 0.5 / 0.25, "save_every": 1}
+    changes |= {"max_steps": 1, "warmup_steps": 0, "schedule": "constant"}
+    assert train.main(argv(dataset, tmp_path, **mup, **changes)) == 0
+    config = load_run(tmp_path).model.config
+    assert (config.init_mult, config.attention_mult, config.logits_mult) == (1 / 4, 1 / 2, 1 / 16)
+    before, after = (
+        load_checkpoint(tmp_path / f"checkpoints/step-{step:08d}").model for step in (0, 1)
+    )
+    for name, eta, share in (("h.1.mlp.c_proj", 0.25 / 16, decay), ("wte", 0.25, 0.5)):
+        key = f"transformer.{name}.weight"
+        moved = (after[key] - (1 - share) * before[key]).abs().max().item()
+        assert moved == pytest.approx(eta, rel=1e-5)  # a sign
+
+
+@pytest.mark.parametrize(("dopr", "exponent"), [(False, 0), (True, 0.8)])
+def test_a_runs_optimizers_know_of_preconditioning(dopr, exponent):
+    config = Config(**WIDER, n_embd=32, n_head=2, optimizer="sgd", lr=0.5, dopr=dopr)
+    model = GPT(GPTConfig(vocab_size=61, block_size=16, n_layer=1, n_head=2, n_embd=32))
+    (optimizer,) = build_optimizers(model, **train.optimizer_settings(config))
+    rates = {group["role"]: group["lr"] for group in optimizer.param_groups}
+    assert rates["matrix"] == 0.5 * 4**exponent
+
+
 @pytest.mark.parametrize("tie_weights", [True, False])
 def test_training_evaluation_generation_and_export_agree(dataset, tmp_path, tie_weights):
     out = tmp_path / "run"
@@ -109,6 +157,21 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(dataset, tmp_path, c
     for steps in (5, 12):
         assert train.main(argv(dataset, tmp_path / "parts", **changes, max_steps=steps)) == 0
     assert weights(tmp_path / "parts", 12) == weights(tmp_path / "whole", 12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mup": False}, "logits_mult was 0.25, is 1"),
+        (WIDER | {"mup_base_width": 16}, "logits_mult was 0.25, is 0.5"),
+        (WIDER | {"mup_base_head_dim": 16}, "attention_mult was 0.5, is 1; give"),
+        (WIDER | {"n_head": 4}, "n_head was 2, is 4"),
+    ],
+)
+def test_weights_are_not_resumed_as_another_function(dataset, tmp_path, capsys, changes, message):
+    assert train.main(argv(dataset, tmp_path, **WIDER, max_steps=3)) == 0
+    assert train.main(argv(dataset, tmp_path, **changes)) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_the_attention_factor_is_of_the_width_of_a_head():

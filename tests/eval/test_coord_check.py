@@ -67,6 +67,19 @@ def test_the_control_must_fail():
     assert "fails, as it should" in tables(steep)[1]
 
 
+def test_a_kind_without_a_slope_is_no_failing_control():
+    slopes = {("qkv", 0): 0.5, ("fc", 0): 0.5, ("mlp out", 1): 0.6, ("logits", 8): 0.6}
+    rows = sized(slopes)
+    del rows[0]["coordinates"]["residual"]
+    assert not verdict("sp", slopes_of(rows), 32)[0]
+
+
+def test_one_width_is_neither_a_pass_nor_a_failure():
+    good, text = tables([row for row in sized({}) if row["width"] == 64])
+    assert good
+    assert "open: one width has no slope" in text
+
+
 @pytest.mark.parametrize("spared", [("qkv", 0), ("fc", 0), ("mlp out", 1), ("logits", 8)])
 def test_the_control_must_fail_every_check(spared):
     slopes = {("qkv", 0): 0.5, ("fc", 0): 0.5, ("mlp out", 1): 0.6, ("logits", 8): 0.6}
@@ -92,7 +105,9 @@ def test_activations_are_those_of_every_layer():
 
 
 def test_the_figure_has_a_panel_a_kind():
-    assert len(coordinates_figure(sized({})).axes) == len(KINDS) + 1
+    rows = sized({})
+    rows[0]["coordinates"]["fc"]["1"] = None  # it was not finite
+    assert len(coordinates_figure(rows).axes) == len(KINDS) + 1
 
 
 TINY = [
@@ -140,13 +155,57 @@ def test_another_setting_in_the_same_folder_is_refused_before_any_run(dataset, t
 
 
 @pytest.mark.parametrize(
+    ("more", "code"), [([], 1), (["--widths", "16"], 0), (["--shard", "1/2"], 0)]
+)
+def test_only_a_whole_grid_can_fail(dataset, tmp_path, monkeypatch, more, code):
+    flat = [row | {"parametrisation": "sp"} for row in sized({})]  # a control that passes
+    monkeypatch.setattr("eval.coord_check.run_grid", lambda *_: flat)
+    assert main(command(dataset, tmp_path, "--optimizers", "adamw", *more)) == code
+
+
+def test_runs_of_other_settings_do_not_mix_with_those_of_other_widths(dataset, tmp_path, capsys):
+    asked = [{"variant": each, "asked": {"n_embd": 64, "beta2": 0.5}} for each in ("adamw", "muon")]
+    for record in asked:
+        folder = tmp_path / "runs" / record["variant"]
+        folder.mkdir(parents=True)
+        (folder / "record.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit) as exit:
+        main(command(dataset, tmp_path, "--optimizers", "adamw"))
+    assert exit.value.code == 2
+    message = capsys.readouterr().err
+    assert "runs/adamw differs from what is asked: " in message
+    assert "beta2 was 0.5, is 0.95" in message
+
+
+def test_data_that_are_not_there_are_one_message_before_any_run(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(command("nowhere", tmp_path, "--optimizers", "adamw"))
+    assert exit.value.code == 2
+    assert "dataset 'nowhere': neither a folder nor" in capsys.readouterr().err
+    assert not [*tmp_path.glob("runs/*")]
+
+
+def test_a_run_that_was_stopped_is_not_continued_with_other_settings(dataset, tmp_path, capsys):
+    folder = tmp_path / "runs/adamw-mup-16-0-0"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"weight_decay": 0.5, "out_dir": "elsewhere"}')
+    with pytest.raises(SystemExit) as exit:
+        main(command(dataset, tmp_path, "--optimizers", "adamw"))
+    assert exit.value.code == 2
+    assert "weight_decay was 0.5, is 0.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--optimizers", "adam"], "NAME one of"),
         (["--optimizers", "adamw+mup=true"], "mup is fixed here"),
         (["--optimizers", "adamw", "--widths", "15"], "must be divisible by n_head=2"),
         (["--optimizers", "adamw", "--shard", "3/2"], "argument --shard"),
+        (["--optimizers", "adamw", "--shard", "5/5"], "is empty, the grid has 3 points"),
         (["--optimizers", "adamw", "--widths", "wide"], "argument --widths"),
+        (["--optimizers", "adamw", "--octaves=2:1"], "argument --octaves"),
+        (["--optimizers", "adamw", "--parametrisations", "muP"], "'muP': wants sp or mup"),
     ],
 )
 def test_mistakes_are_one_message(dataset, tmp_path, capsys, more, message):
@@ -160,4 +219,5 @@ def test_mistakes_are_one_message(dataset, tmp_path, capsys, more, message):
 def test_numbers_are_lists_or_ranges():
     assert numbers("32,64") == [32, 64]
     assert numbers("-2:1") == [-2, -1, 0, 1]
+    assert numbers("2,1,2") == [2, 1]  # a point twice would be two runs in one folder
     assert WIDTHS == tuple(numbers("32,64,128,256"))

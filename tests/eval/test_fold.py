@@ -14,13 +14,14 @@ X = torch.randint(61, (3, 16), generator=torch.Generator().manual_seed(0))
 
 
 def mup_model(m: float, **changes) -> GPT:
-    """A model whose every weight and bias has an effect."""
+    """A model whose every weight and bias has an effect, attention's above all."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SIZES, **changes, **forward_mults(m, m)))
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter) / 5
-            parameter.add_(noise) if parameter.dim() == 1 else parameter.mul_(5)
+            larger = 40 if "c_attn" in name else 5  # attention is far from uniform
+            parameter.add_(noise) if parameter.dim() == 1 else parameter.mul_(larger)
     return model.eval()
 
 

@@ -88,7 +88,8 @@ def test_steps_at_which_the_wider_model_is_worse_are_counted_after_warmup():
         (-2.5, 0.08, False, "drifts, as a control should"),
         (-1.0, 0.08, False, "DOES NOT DRIFT"),
         (-2.5, 0.01, False, "DOES NOT DRIFT"),
-        (math.nan, 0.01, True, "open"),
+        (math.nan, 0.01, True, "open: an optimum is at the edge"),
+        (0.0, math.nan, True, "open: the lr did not run at every width"),
     ],
 )
 def test_verdicts_follow_the_bars(moved, cost, is_mup, words):
@@ -104,6 +105,25 @@ def test_the_tables_say_that_muP_transfers_and_that_sp_drifts():
     assert "transfers" in text
     assert "drifts, as a control should" in text
     assert "| adamw | sp | 256 | -10.00 | 3.0000 | 15.00% | 0.00% |" in text
+
+
+@pytest.mark.parametrize("widths", [(256,), (128, 256)])
+def test_a_narrow_range_of_widths_has_no_verdict(widths):
+    text = tables([each for each in sweep(0.0) if each["width"] in widths])
+    assert "open: less than 4x of width" in text
+
+
+def test_an_optimum_at_the_edge_of_any_width_leaves_it_open():
+    assert "| transfers |" in tables(sweep(0.0))
+    cut = [each for each in sweep(0.0) if each["width"] != 64 or each["lr"] <= 2**-10]
+    assert "| +0.00 over 8x | 0.00% |" in tables(cut)
+    assert "open: an optimum is at the edge of the grid" in tables(cut)
+
+
+def test_a_shared_rate_that_one_width_lacks_has_no_regret():
+    cut = [each for each in sweep(0.0) if each["width"] != 64 or each["lr"] != 2**-10]
+    assert "| +0.00 over 8x | unknown |" in tables(cut)
+    assert "open: the lr did not run at every width" in tables(cut)
 
 
 def test_one_rate_is_no_sweep():

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from checkpoint import load_checkpoint
+from eval.coordinates import measure_coordinates
 from eval.points import train_in
 from eval.update_ratio import measure_update
 from eval.width_grid import grid, twins
@@ -86,6 +87,7 @@ def test_the_agents_of_a_wandb_sweep_run_the_same_points(tmp_path):
         assert point.settings["wandb"] == "online"
         found.append((point.folder, point.command[-6:]))
     wanted = [(point.folder, point.command[-6:]) for point in points(tmp_path, *axes)]
+    assert sweep["project"] == "dopr"
     assert len(found) == 48
     assert sorted(found) == sorted(wanted)
     assert not (tmp_path / "runs").exists()
@@ -101,6 +103,14 @@ def test_the_update_ratio_is_that_of_the_last_step(dataset, tmp_path):
     sizes = torch.stack([model[key].square().mean().sqrt() for key in names])
     assert len(names) == 8
     assert found == pytest.approx((1e-3 / sizes).log().mean().exp().item(), rel=1e-3)  # signs
+
+
+def test_a_run_whose_last_steps_were_skipped_has_no_ratio_and_no_coordinates(dataset, tmp_path):
+    changes = {"optimizer": "sgd", "lr": 1e30, "schedule": "constant", "warmup_steps": 0}
+    changes |= {"max_steps": 8, "save_every": 1, "keep_checkpoints": 9, "grad_clip": 0}
+    assert train_in(tmp_path, ["train.py", *argv(dataset, tmp_path, **changes)])
+    assert measure_update(tmp_path) == {"update_ratio": None}
+    assert measure_coordinates(tmp_path) == {}
 
 
 def test_a_sweep_ends_in_a_table_and_two_plots_and_its_runs_are_those_of_the_command(
