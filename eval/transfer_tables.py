@@ -1,6 +1,7 @@
 """What a width sweep found, as tables in Markdown: every width, and a verdict an optimizer."""
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -18,12 +19,13 @@ from eval.transfer import (
     steps_where_wider_is_worse,
     tuned,
 )
+from optim.schedule import lr_scale
 
 MAX_SHIFT, MAX_REGRET = 1.0, 0.01  # octaves over all widths, share of the loss: muP
 MIN_SHIFT, MIN_REGRET = 2 / 3, 0.03  # octaves a doubling, share: sp, the control
 MIN_OCTAVES = 2  # of width, between the narrowest and the widest: with less the bars mean nothing
 RATIOS = {"independent": (0.0, 0.2), "constant": (-0.5, 0.25)}  # slope of ‖ΔW‖/‖W‖, and how near
-SETTLED = 3.0  # η λ steps after which updates are in equilibrium with decay
+SETTLED = 3.0  # η λ, summed over steps, after which updates are in equilibrium with decay
 
 
 def tables(records: list[Record]) -> str:
@@ -84,7 +86,7 @@ def verdict_row(
     worse, n = steps_where_wider_is_worse(records, lr, settings["warmup_steps"])
     octaves = math.log2(max(losses) / min(losses))
     has_sweep = max(map(len, losses.values())) > 1
-    settled = lr * settings["weight_decay"] * settings["max_steps"]
+    settled = lr * settings["weight_decay"] * steps_at_peak(settings)
     return [
         "unknown" if math.isnan(moved) else f"{moved:+.2f} over {max(losses) / min(losses):g}x",
         "unknown" if math.isnan(cost) else f"{cost:.2%}",
@@ -114,6 +116,13 @@ def judge(moved: float, cost: float, octaves: float, *, is_mup: bool) -> str:
         )
     drifts = abs(moved) >= MIN_SHIFT * octaves and cost >= MIN_REGRET
     return "drifts, as a control should" if drifts else "DOES NOT DRIFT"
+
+
+def steps_at_peak(settings: dict[str, Any]) -> float:
+    """The steps at the peak rate that move as much as those of the schedule do."""
+    keys = ("schedule", "warmup_steps", "max_steps", "min_lr_ratio")
+    schedule = {key: settings[key] for key in keys}
+    return sum(lr_scale(step, **schedule) for step in range(settings["max_steps"]))
 
 
 def ratio_text(ratio: Estimate, scaling: str, settled: float, *, is_mup: bool) -> str:

@@ -13,7 +13,7 @@ from eval.transfer import (
     steps_where_wider_is_worse,
     tuned,
 )
-from eval.transfer_tables import judge, ratio_text, tables
+from eval.transfer_tables import judge, ratio_text, steps_at_peak, tables
 from eval.width_figures import ratio_figure, transfer_figure
 from tests.eval.width_records import WIDTHS, record, sweep
 
@@ -139,6 +139,13 @@ def test_the_update_ratio_is_judged_once_it_has_settled():
     assert ratio_text(falling, "constant", 5.0, is_mup=True).endswith("(passes)")
     assert ratio_text(flat, "constant", 5.0, is_mup=True).endswith("(FAILS)")
     assert ratio_text(flat, "constant", 0.1, is_mup=True) == "+0.05"
+
+
+def test_steps_of_warm_up_and_decay_count_for_what_they_move():
+    settings = {"schedule": "constant", "warmup_steps": 0, "max_steps": 50, "min_lr_ratio": 0.0}
+    assert steps_at_peak(settings) == 50
+    assert steps_at_peak(settings | {"warmup_steps": 9}) == pytest.approx(50 - 4.5)
+    assert steps_at_peak(settings | {"schedule": "cosine"}) == pytest.approx(25.5)
 
 
 def test_the_figures_have_a_panel_a_variant_and_a_line_a_width():
