@@ -1,9 +1,13 @@
 """Fixtures that several parts share."""
 
 import pytest
+from hypothesis import settings
 
 from tests.processes import Gang
 from tests.tiny import write_dataset
+
+settings.register_profile("patient", deadline=None)  # a busy machine is slow
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")

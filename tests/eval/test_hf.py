@@ -210,7 +210,7 @@ PIECES = st.sampled_from(["the cat", " sat", "  ", "\n\n", "\r\n", "'ll", "123",
 ANY_TEXT = st.lists(st.text() | PIECES | st.text("ab \n")).map("".join)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(text=ANY_TEXT)
 def test_the_exported_tokenizer_gives_our_ids_and_our_text(both, text):
     ours, theirs = both
@@ -227,7 +227,7 @@ def test_the_exported_tokenizer_knows_the_end_of_text(both):
     assert theirs.decode([ours.eot], skip_special_tokens=True) == ""
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(text=st.text("ab", max_size=80), corpus=st.text("ab", min_size=60, max_size=60))
 def test_merges_of_the_same_letters_happen_in_the_same_order(text, corpus):
     ours = train_bpe([corpus * 3], 257 + 4)

@@ -43,7 +43,7 @@ def test_the_preconditioned_gradient_equals_a_float64_solve_at_width_1024(p):
     assert relative_error(G @ X, G.double() @ exact_inverse_root(A, p)) < 1e-5
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     d=st.integers(1, 45),
     n=st.integers(1, 60),

@@ -36,7 +36,7 @@ def sampled_positions(T, stride, offset):
     return counts.reshape(B, T)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     B=st.integers(1, 4),
     T=st.integers(1, 13),

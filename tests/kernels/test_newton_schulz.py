@@ -82,7 +82,7 @@ def test_zero_matrices_give_zeros_beside_others_in_a_batch():
     assert torch.equal(got[2], orthogonalize(G[2]))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(m=st.integers(1, 17), n=st.integers(1, 17), wide=st.booleans())
 def test_a_batch_equals_its_matrices_one_by_one_and_transposition_commutes(m, n, wide):
     G = torch.randn(2, 3, m, n, generator=torch.Generator().manual_seed(m * n))
@@ -181,7 +181,7 @@ def test_tf32_that_was_set_by_backend_is_off_inside_and_restored_after(name):
         backend.fp32_precision = before
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(d=st.integers(1, 20), scale=st.floats(1e-18, 1e18), seed=st.integers(0, 5))
 def test_the_upper_bound_holds_and_is_below_the_trace(d, scale, seed):
     Z = torch.randn(d + 3, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

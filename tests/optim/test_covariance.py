@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.newton_schulz import upper_bound
@@ -19,7 +19,6 @@ from optim.covariance import (
 from tests.optim.models import randn, relative_error
 
 
-@settings(deadline=None)
 @given(beta=st.floats(0, 0.999), n=st.integers(1, 30))
 def test_the_average_is_a_bias_corrected_ema(beta, n):
     batches = randn(n, 3, 3, seed=n, dtype=torch.float64)
@@ -49,7 +48,6 @@ def test_a_diagonal_root_raised_to_p_inverts(p):
     torch.testing.assert_close(root**p * (sigma + damping), torch.ones(3))
 
 
-@settings(deadline=None)
 @given(blocks=st.integers(1, 4), b=st.integers(1, 5), d_out=st.integers(1, 6))
 def test_blocks_multiply_like_one_block_diagonal_matrix(blocks, b, d_out):
     G, P = randn(d_out, blocks * b, seed=b), randn(blocks, b, b, seed=blocks)
