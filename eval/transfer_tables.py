@@ -63,9 +63,14 @@ def width_rows(losses: dict[int, Losses], optima: dict[int, Optimum], home: int)
     rates = [tuned(losses[min(losses)]), tuned(losses[home])]
     return [
         [str(width), shown(optima[width]), f"{optima[width].loss:.4f}"]
-        + [f"{regret(each, lr):.2%}" for lr in rates]
+        + [percent(regret(each, lr)) for lr in rates]
         for width, each in losses.items()
     ]
+
+
+def percent(cost: float) -> str:
+    """A regret; unknown where the rate did not run."""
+    return "unknown" if math.isnan(cost) else f"{cost:.2%}"
 
 
 def shown(best: Optimum) -> str:
@@ -89,7 +94,7 @@ def verdict_row(
     settled = lr * settings["weight_decay"] * steps_at_peak(settings)
     return [
         "unknown" if math.isnan(moved) else f"{moved:+.2f} over {max(losses) / min(losses):g}x",
-        "unknown" if math.isnan(cost) else f"{cost:.2%}",
+        percent(cost),
         ratio_text(ratio, settings["wd_scaling"], settled, is_mup=settings["mup"]),
         f"{settled:.2g}",
         f"{worse}/{n}",
