@@ -38,6 +38,15 @@ def test_a_failed_run_ends_those_of_the_other_optimizers(tmp_path):
     assert not [*tmp_path.glob("runs/adamw*/record.json")]
 
 
+@pytest.fixture
+def interruptible():
+    """Processes that start here heed SIGINT, also where a shell in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_stopped_study_leaves_no_process(tmp_path, signum, code):
     command = ["--task", TINY, "--steps", "1000000", "--optimizers", "adamw,sgd"]
