@@ -75,8 +75,7 @@ def save_sharded(
 
     Every process writes what it holds of the tensors, so that they need not fit anywhere whole.
     """
-    partial = root / f"step-{step:08d}.tmp"
-    with _written(root, step, world):
+    with _written(root, step, world) as partial:
         whole = {"model": dict(model), "ema": ema and dict(ema), "train": train}
         marked = sharded.write(partial / sharded.FOLDER, whole, is_alone=world.size == 1)
         facts = {**manifest, "step": step, "format": "sharded"}

@@ -7,13 +7,13 @@ A stage is one command of eval.compare, in a folder of its own under --out. The 
 and the ablations get a page each, and are a family each: a star stands for p below 0.05 / its size.
 """
 
-import argparse
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import ClassVar
 
+from bench.stages import chosen, run
 from eval import compare, report
 from eval.variants import parse_variant
 
@@ -35,6 +35,7 @@ class Stage:
     steps: int
     optimizers: tuple[str, ...]
     seeds: int = 8
+    command: ClassVar[ModuleType] = compare
 
     def argv(self, out: Path, workers: int) -> list[str]:
         words = ["--task", self.task, "--steps", self.steps, "--seeds", self.seeds]
@@ -80,22 +81,10 @@ ABLATIONS = tuple(
 )
 
 
-def chosen(stages: tuple[Any, ...], prefixes: list[str]) -> list[Any]:
-    """The stages whose names begin with one of these; all if there are none."""
-    return [each for each in stages if each.name.startswith(tuple(prefixes or [""]))]
-
-
 def planned(stages: tuple[Stage, ...]) -> int:
     """Comparisons of an optimizer with its base; each is one of the family that LOG.md fixes."""
     names = [name for stage in stages for name in stage.optimizers]
     return sum(parse_variant(name).base != name for name in names)
-
-
-def run(stages: list[Stage], out: Path, workers: int) -> None:
-    for stage in stages:
-        argv = stage.argv(out, workers)
-        print(shlex.join(["python", "-m", "eval.compare", *argv]), flush=True)
-        compare.main(argv)
 
 
 def write_page(stages: tuple[Stage, ...], out: Path, page: str) -> None:
@@ -106,19 +95,10 @@ def write_page(stages: tuple[Stage, ...], out: Path, page: str) -> None:
 
 
 def main(argv: list[str]) -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "bench.rollout_study", None, __doc__, formatter_class=formatter
-    )
-    parser.add_argument("stages", nargs="*", help="; ".join(s.name for s in STAGES + ABLATIONS))
-    parser.add_argument("--out", type=Path, default=Path("out/study"))
-    parser.add_argument("--workers", type=int, default=2, help="runs side by side")
-    arguments = parser.parse_args(argv)
-    if not (stages := chosen(STAGES + ABLATIONS, arguments.stages)):
-        parser.error(f"no stage begins with {', '.join(arguments.stages)}")
-    run(stages, arguments.out, arguments.workers)
-    write_page(STAGES, arguments.out, "page")
-    write_page(ABLATIONS, arguments.out, "page-ablations")
+    stages, asked = chosen(argv, STAGES + ABLATIONS, "bench.rollout_study", __doc__, "out/study")
+    run(stages, asked.out, asked.workers)
+    write_page(STAGES, asked.out, "page")
+    write_page(ABLATIONS, asked.out, "page-ablations")
 
 
 if __name__ == "__main__":

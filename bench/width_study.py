@@ -7,15 +7,13 @@ A stage is one command of eval.coord_check or eval.width_sweep, on the bytes of 
 own library. Stages of one folder add to each other.
 """
 
-import argparse
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import data.pystdlib.prepare
-from bench.rollout_study import chosen
+from bench.stages import chosen, run
 from eval import coord_check, width_sweep
 
 MUON = ("muon", "muon+muon_scale=spectral", "muon+muon_scale=original", "adamuon")
@@ -88,19 +86,9 @@ def prepare(folder: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("bench.width_study", None, __doc__, formatter_class=formatter)
-    parser.add_argument("stages", nargs="*", help="; ".join(stage.name for stage in STAGES))
-    parser.add_argument("--out", type=Path, default=Path("out/width"))
-    parser.add_argument("--workers", type=int, default=2, help="runs side by side")
-    arguments = parser.parse_args(argv)
-    if not (stages := chosen(STAGES, arguments.stages)):
-        parser.error(f"no stage begins with {', '.join(arguments.stages)}")
-    prepare(arguments.out / "bytes")
-    for stage in stages:
-        words = stage.argv(arguments.out, arguments.workers)
-        print(shlex.join(["python", "-m", stage.command.__name__, *words]), flush=True)
-        stage.command.main(words)
+    stages, asked = chosen(argv, STAGES, "bench.width_study", __doc__, "out/width")
+    prepare(asked.out / "bytes")
+    run(stages, asked.out, asked.workers)
 
 
 if __name__ == "__main__":

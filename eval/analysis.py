@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,7 @@ def _last(graded: list[Path]) -> list[str]:
 
 def groups(records: Iterable[Record]) -> dict[tuple[str, int], list[Record]]:
     """Records that may be compared: the same task and training length."""
-    found: dict[tuple[str, int], list[Record]] = defaultdict(list)
-    for record in records:
-        found[record["task"], record["steps"]].append(record)
-    return dict(sorted(found.items()))
+    return dict(sorted(grouped(records, itemgetter("task", "steps")).items()))
 
 
 def primary(record: Record) -> float:
@@ -223,7 +221,12 @@ def _mean(value: Callable[[Record], float], records: list[Record]) -> float:
 
 
 def by_variant(records: Iterable[Record]) -> dict[str, list[Record]]:
-    found: dict[str, list[Record]] = defaultdict(list)
+    return grouped(records, itemgetter("variant"))
+
+
+def grouped(records: Iterable[Record], key: Callable[[Record], Any]) -> dict[Any, list[Record]]:
+    """The records of each value of `key`, in order of appearance."""
+    found: dict[Any, list[Record]] = defaultdict(list)
     for record in records:
-        found[record["variant"]].append(record)
+        found[key(record)].append(record)
     return dict(found)

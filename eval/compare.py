@@ -25,7 +25,7 @@ from eval.remarks import on_matched, on_ranks
 from eval.study import DEFAULT_GRID, GRIDS, Study, compare
 from eval.tables import leaderboard_text, matched_text
 from eval.tasks import TASKS, Task, parse_task
-from eval.variants import OF_THE_STUDY, Variant, check_names, parse_variant
+from eval.variants import OF_THE_STUDY, Variant, parse_changes, parse_variant
 
 
 def summary(records: list[Record]) -> str:
@@ -96,14 +96,10 @@ def variants_of(task: Task | Lds, names: list[str]) -> tuple[Variant, ...]:
 
 
 def changes_of(task: Task | Lds, pairs: list[str]) -> dict[str, str]:
-    """The settings of --set. ValueError if one is unknown, or fixed by the study."""
-    if wrong := [pair for pair in pairs if "=" not in pair]:
-        raise ValueError(f"--set {wrong[0]}: wants KEY=VALUE")
+    """The settings of --set. ValueError if one is unknown, fixed here, or none of `lds`."""
     if pairs and isinstance(task, Lds):
         raise ValueError("--set: task lds has no such settings; see `optimizer+gamma=0.1`")
-    changes = dict(pair.split("=", 1) for pair in pairs)
-    check_names(changes, OF_THE_STUDY, "--set")
-    return changes
+    return parse_changes(pairs, OF_THE_STUDY)
 
 
 def training(task: Task | Lds, steps: int, tokens_per_step: int) -> dict[str, Any]:

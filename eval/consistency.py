@@ -1,11 +1,10 @@
 """May these records share a leaderboard? One run an optimizer and seed, all with the same means."""
 
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from eval.analysis import AnalysisError, Record, is_reported
+from eval.analysis import AnalysisError, Record, by_variant, grouped, is_reported
 
 Key = tuple[Any, ...]
 MEANS: dict[str, Callable[[Record], Any]] = {  # what is the same for all that are compared
@@ -27,7 +26,7 @@ def check(records: Iterable[Record]) -> None:
     many episodes. Single runs are told apart by their folders. References are exempt.
     """
     reported = list(filter(is_reported, records))
-    for board in _grouped(reported, _board).values():
+    for board in grouped(reported, _board).values():
         _check_repeated(board)
         _check_rates([record for record in board if record["role"] == "fresh"])
         _check_means(board)
@@ -43,7 +42,7 @@ def _check_repeated(board: list[Record]) -> None:
         folder = record["settings"]["out_dir"] if record["role"] == "single" else ""
         return record["variant"], record["seed"], folder
 
-    for (variant, seed, _), runs in _grouped(board, run).items():
+    for (variant, seed, _), runs in grouped(board, run).items():
         if len(runs) > 1:
             raise AnalysisError(
                 f"{_name(board)}, {variant}, seed {seed}: {len(runs)} reported records, lr "
@@ -53,7 +52,7 @@ def _check_repeated(board: list[Record]) -> None:
 
 
 def _check_rates(board: list[Record]) -> None:
-    for variant, runs in _grouped(board, lambda record: record["variant"]).items():
+    for variant, runs in by_variant(board).items():
         if len({record["lr"] for record in runs}) > 1:
             raise AnalysisError(
                 f"{_name(board)}, {variant}: fresh runs at more than one learning rate, "
@@ -65,20 +64,13 @@ def _check_rates(board: list[Record]) -> None:
 def _check_means(board: list[Record]) -> None:
     for what, value in MEANS.items():
         known = [record for record in board if value(record) is not None]
-        found = {each: _names(runs) for each, runs in _grouped(known, value).items()}
+        found = {each: _names(runs) for each, runs in grouped(known, value).items()}
         if len(found) > 1:
             differing = "; ".join(f"{each} ({names})" for each, names in sorted(found.items()))
             raise AnalysisError(
                 f"{_name(board)}: runs of different {what} do not share a leaderboard: "
                 f"{differing}; report them apart, or run them again alike"
             )
-
-
-def _grouped(records: Iterable[Record], key: Callable[[Record], Any]) -> dict[Any, list[Record]]:
-    found: dict[Any, list[Record]] = defaultdict(list)
-    for record in records:
-        found[key(record)].append(record)
-    return dict(found)
 
 
 def _name(board: list[Record]) -> str:

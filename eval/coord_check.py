@@ -13,19 +13,20 @@ import argparse
 import shlex
 import sys
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 
 from checkpoint import write_atomic
 from data.shards import DataError
-from eval.analysis import Record
+from eval.analysis import Record, grouped
 from eval.command import command_parser
 from eval.coordinates import KINDS, STEPS, measure_coordinates
 from eval.intervals import Estimate
 from eval.looks import save_png
 from eval.points import PointError
-from eval.slopes import grouped, slope, widths_of
+from eval.slopes import slope, widths_of
 from eval.tables import markdown
 from eval.width_figures import coordinates_figure
 from eval.width_grid import add_axes, commands, grid, run_grid, write_sweep
@@ -104,7 +105,8 @@ def tables(records: list[Record]) -> tuple[bool, str]:
     """Whether all is as it should be; verdicts and slopes in Markdown."""
     verdicts, rows, ratios = [], [], []
     is_good = True
-    for (variant, kind, lr), own in grouped(records, "variant", "parametrisation", "lr").items():
+    runs = grouped(records, itemgetter("variant", "parametrisation", "lr"))
+    for (variant, kind, lr), own in runs.items():
         slopes, widths, name = slopes_of(own), widths_of(own), [variant, kind, f"{lr:.2g}"]
         good, text = verdict(kind, slopes, widths[0]) if len(widths) > 1 else (True, ONE_WIDTH)
         is_good &= good
@@ -133,7 +135,7 @@ def write_report(out: Path, records: list[Record], command: str) -> tuple[bool, 
     note = "Slopes of log2 RMS against log2 width; ± is half of the 95 % interval over seeds."
     head = f"# Coordinate check\n\n{commands(out, command)}\n\n{note}"
     write_atomic(out / "coordinates.md", f"{head}\n\n{text}\n")
-    for (variant, lr), own in grouped(records, "variant", "lr").items():
+    for (variant, lr), own in grouped(records, itemgetter("variant", "lr")).items():
         save_png(coordinates_figure(own), out / f"coordinates-{variant}-lr{lr:.2g}.png")
     return is_good, text
 

@@ -76,12 +76,21 @@ class Point:
         if isinstance(self.task, Lds):
             load_config([*self.command[1:], "--warmup_steps=0"], _dopr_problems)  # it has none
             return {**self.settings, "lr": self.lr, "seed": self.seed, "spec": self.task.spec}
-        config, _ = load_config(self.command[1:], _dopr_problems)
-        return {key: value for key, value in asdict(config).items() if key not in RUN_ONLY}
+        return trained(self.command)
+
+
+def trained(command: list[str]) -> dict[str, Any]:
+    """What makes the model of `python train.py ...`. ConfigError if it would refuse."""
+    config, _ = load_config(command[1:], _dopr_problems)
+    return _of_the_model(asdict(config))
 
 
 def _dopr_problems(settings: dict[str, Any]) -> list[str]:
     return settings_problems(settings) if settings["dopr"] else []
+
+
+def _of_the_model(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in RUN_ONLY}
 
 
 def run_point(point: Point) -> dict[str, Any]:
@@ -138,8 +147,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 def _begun(folder: Path) -> dict[str, Any]:
     """What makes the model that train.py began in a folder; empty if there is none."""
     path = folder / "config.json"
-    settings = json.loads(path.read_text()) if path.exists() else {}
-    return {key: value for key, value in settings.items() if key not in RUN_ONLY}
+    return _of_the_model(json.loads(path.read_text())) if path.exists() else {}
 
 
 def differences(found: dict[str, Any], asked: dict[str, Any]) -> dict[str, str]:

@@ -12,7 +12,7 @@ command, environment, seconds, settings  how to make it again, and where it was 
 import json
 import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,11 @@ def readable(grade: Grade, decode: Callable[[Sequence[int]], str]) -> dict[str, 
     content = grade.to_json()
     samples = [{key: decode(ids) for key, ids in sample.items()} for sample in grade.samples]
     return content | {"samples": samples}
+
+
+def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """A line of JSON each, atomically."""
+    write_atomic(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:

@@ -3,21 +3,11 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
 
 from eval.analysis import Record
 from eval.intervals import Estimate, over_seeds
-
-
-def grouped(records: Iterable[Record], *keys: str) -> dict[Any, list[Record]]:
-    """The records of each combination of values that these keys have, in order of appearance."""
-    found: dict[Any, list[Record]] = defaultdict(list)
-    for record in records:
-        values = tuple(record[key] for key in keys)
-        found[values if len(keys) > 1 else values[0]].append(record)
-    return dict(found)
 
 
 def widths_of(records: Iterable[Record]) -> list[int]:

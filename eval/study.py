@@ -18,6 +18,7 @@ from checkpoint import write_atomic
 from eval.analysis import Record, primary, val_loss
 from eval.lds import Lds
 from eval.points import Point, PointError, run_point
+from eval.record import write_records
 from eval.reference import references_of
 from eval.runner import Runner
 from eval.tasks import Task
@@ -56,7 +57,7 @@ class Study:
         has_aux = variant.optimizer in MATRIX_OPTIMIZERS and "aux_lr" not in self.settings
         aux = {"aux_lr": AUX_LR} if has_aux and isinstance(self.task, Task) else {}
         return Point(
-            folder=self.out / "runs" / f"{variant.name}-lr{lr:g}-seed{seed}",
+            folder=run_folder(self.out, variant.name, lr, seed),
             task=replace(self.task, instance=seed) if has_instances else self.task,
             variant=variant.name,
             base=variant.base,
@@ -114,6 +115,11 @@ class Study:
                 self.point(variant, "tuning", first_rates(variant.optimizer)[0], 0).asked()
             except ValueError as error:
                 raise ValueError(f"{variant.name}: {error}") from error
+
+
+def run_folder(out: Path, variant: str, lr: float, seed: int) -> Path:
+    """Where a study in `out` keeps one run."""
+    return out / "runs" / f"{variant}-lr{lr:g}-seed{seed}"
 
 
 def _line(record: Record) -> str:
@@ -185,7 +191,7 @@ def _unite(path: Path, records: Collection[Record]) -> list[Record]:
     rows = [*there, *map(_without_curves, records)]
     united = {(row["variant"], row["lr"], row["seed"]): row for row in rows}
     records = [united[key] for key in sorted(united)]
-    write_atomic(path, "".join(json.dumps(record) + "\n" for record in records))
+    write_records(path, records)
     return records
 
 

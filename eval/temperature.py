@@ -34,9 +34,10 @@ from eval.analysis import (
 )
 from eval.command import command_parser
 from eval.predictor import GPTPredictor, Predictor
-from eval.record import readable, write_record
+from eval.record import readable, write_record, write_records
 from eval.run import load_run
-from eval.tables import compared, mean_and_half
+from eval.study import run_folder
+from eval.tables import compared, markdown, mean_and_half
 from eval.tasks import task_of
 from eval.ttf import grading_code
 
@@ -68,7 +69,7 @@ def regrade(study: Path, record: Record, temperature: float) -> Record:
     """
     if temperature == 1.0 or not is_finished(record):
         return record | {"temperature": temperature}
-    folder = study / "runs" / f"{record['variant']}-lr{record['lr']:g}-seed{record['seed']}"
+    folder = run_folder(study, record["variant"], record["lr"], record["seed"])
     path = folder / "temperature" / f"{temperature:g}.json"
     grading = record["grading"] | {"code": grading_code(task_of(record["spec"]))}
     if path.exists() and (found := json.loads(path.read_text()))["grading"] == grading:
@@ -111,9 +112,8 @@ def table(before: list[Record], after: list[Record]) -> str:
     """Markdown: a line for each optimizer, best at its temperature first."""
     temperature = {record["variant"]: record["temperature"] for record in after}
     at_one = {row.variant: row for row in leaderboard(before)}
-    lines = [COLUMNS, ("---",) * len(COLUMNS)]
-    lines += [_cells(at_one[row.variant], row, temperature) for row in leaderboard(after)]
-    return "".join(f"| {' | '.join(each)} |\n" for each in lines)
+    rows = [_cells(at_one[row.variant], row, temperature) for row in leaderboard(after)]
+    return markdown(COLUMNS, rows)
 
 
 def _cells(before: Row, after: Row, temperature: dict[str, float]) -> tuple[str, ...]:
@@ -144,9 +144,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.exit(2, f"error: {error}\n")
     text = table([record for record in records if record["role"] == "fresh"], after)
     command = shlex.join(["python", "-m", "eval.temperature", str(study)])
-    write_atomic(study / "temperature.jsonl", "".join(json.dumps(r) + "\n" for r in after))
-    write_atomic(study / "temperature.md", f"`{command}`\n\n{text}")
-    print(text, end="")
+    write_records(study / "temperature.jsonl", after)
+    write_atomic(study / "temperature.md", f"`{command}`\n\n{text}\n")
+    print(text)
     print(f"{len(after)} runs at their optimizer's temperature: {study / 'temperature.jsonl'}")
 
 

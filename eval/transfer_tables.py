@@ -1,13 +1,14 @@
 """What a width sweep found, as tables in Markdown: every width, and a verdict an optimizer."""
 
 import math
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
-from eval.analysis import Record
+from eval.analysis import Record, grouped
 from eval.intervals import Estimate
-from eval.slopes import grouped, slope, widths_of
+from eval.slopes import slope, widths_of
 from eval.tables import markdown
 from eval.transfer import (
     Losses,
@@ -31,7 +32,7 @@ SETTLED = 3.0  # η λ, summed over steps, after which updates are in equilibriu
 def tables(records: list[Record]) -> str:
     """The widths, the verdicts, and what they are measured by."""
     rows, verdicts = [], []
-    for (variant, kind), own in grouped(records, "variant", "parametrisation").items():
+    for (variant, kind), own in grouped(records, itemgetter("variant", "parametrisation")).items():
         losses = {width: each for width, each in losses_by_width(own).items() if each}
         if losses:
             optima = {width: optimum(each) for width, each in losses.items()}

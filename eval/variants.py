@@ -66,6 +66,15 @@ def parse_variant(name: str) -> Variant:
     return Variant(name, optimizer, tuple(settings.items()))
 
 
+def parse_changes(pairs: Iterable[str], refused: set[str]) -> dict[str, str]:
+    """The settings of --set. ValueError if one is unknown, or one of `refused`."""
+    if wrong := [pair for pair in pairs if "=" not in pair]:
+        raise ValueError(f"--set {wrong[0]}: wants KEY=VALUE")
+    changes = dict(pair.split("=", 1) for pair in pairs)
+    check_names(changes, refused, "--set")
+    return changes
+
+
 def check_names(keys: Iterable[str], refused: set[str], where: str) -> None:
     """ValueError if a key is no setting of train.py, or one of `refused`."""
     for key in keys:

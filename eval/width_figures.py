@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import Literal
 
 import numpy as np
@@ -10,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from eval.analysis import Record
+from eval.analysis import Record, grouped
 from eval.coordinates import KINDS, STEPS
 from eval.looks import GREY, INK, STYLE, WIDTH, legend_on_top, logarithmic
-from eval.slopes import grouped, widths_of
+from eval.slopes import widths_of
 from eval.transfer import losses_by_width, optimum, shift
 
 ROW = 2.5  # inches
@@ -23,7 +24,7 @@ NAMES = {"sp": "SP", "mup": "muP"}
 
 def coordinates_figure(records: list[Record]) -> Figure:
     """Of one optimizer and rate: a row a parametrisation, a column a kind, a line a t."""
-    found = grouped(records, "parametrisation")
+    found = grouped(records, itemgetter("parametrisation"))
     with rc_context(STYLE):
         figure, axes = _panels(_known(found), [*KINDS, "logits"], sharey="col")
         colours = _shades(STEPS)
@@ -44,7 +45,7 @@ def _when(t: int) -> str:
 
 def transfer_figure(records: list[Record]) -> Figure:
     """Loss against rate: a row a parametrisation, a column an optimizer, a line a width."""
-    groups, widths = grouped(records, "parametrisation", "variant"), widths_of(records)
+    groups, widths = grouped(records, itemgetter("parametrisation", "variant")), widths_of(records)
     with rc_context(STYLE):
         figure, axes = _grid_of(groups)
         colours, lows = _shades(widths), [math.inf]
@@ -81,7 +82,7 @@ def _note_shift(ax: Axes, losses: dict[int, dict[float, float]]) -> None:
 
 def ratio_figure(records: list[Record]) -> Figure:
     """Update over weight against width: rows and columns as there, a line a rate."""
-    groups = grouped(records, "parametrisation", "variant")
+    groups = grouped(records, itemgetter("parametrisation", "variant"))
     rates = sorted({record["lr"] for record in records})
     with rc_context(STYLE):
         figure, axes = _grid_of(groups)

@@ -9,16 +9,17 @@ may be of all but the last runs: the command without --shard makes them again.
 import argparse
 import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from checkpoint import write_atomic
 from eval.analysis import Record
 from eval.points import PointError, differences, finished, read_record
+from eval.record import write_records
 from eval.runner import Runner
 from eval.tasks import open_data
-from eval.variants import check_names, parse_variant
+from eval.variants import parse_changes, parse_variant
 from eval.widths import PARAMETRISATIONS, WidthPoint, run_width_point
 from settings import FIELDS
 
@@ -89,7 +90,7 @@ def grid(
     empty; PointError if there is a run of other settings.
     """
     variants = map(parse_variant, arguments.optimizers)
-    settings = settings | changes_of(arguments.set)
+    settings = settings | parse_changes(arguments.set, OF_THE_GRID)
     axes = (arguments.widths, variants, arguments.parametrisations)
     points = [
         WidthPoint(
@@ -107,22 +108,21 @@ def grid(
         )
     ]
     has_both = {*PARAMETRISATIONS} <= {*arguments.parametrisations}
-    kept = []
+    kept, asked_of = [], {}
     for point in points:
-        asked = point.asked()
+        asked_of[point.variant.name] = asked = point.asked()
         finished(point.folder, asked)
         if not (has_both and point.parametrisation == "sp" and is_base(asked)):
             kept.append(point)
-    _check_alike(points, arguments.out)
+    _check_alike(asked_of, arguments.out)
     part, parts = arguments.shard
     if part > len(kept):
         raise ValueError(f"--shard {part}/{parts}: is empty, the grid has {len(kept)} points")
     return kept[part - 1 :: parts]
 
 
-def _check_alike(points: Iterable[WidthPoint], out: Path) -> None:
-    """PointError if --out has runs of these optimizers that differ in more than the axes."""
-    asked = {point.variant.name: point.asked() for point in points}
+def _check_alike(asked: dict[str, dict[str, Any]], out: Path) -> None:
+    """PointError if --out has runs of these variants that differ in more than the axes."""
     for path in out.glob("runs/*/record.json"):
         record = read_record(path.parent)
         now = asked[record["variant"]] if record.get("variant") in asked else record["asked"]
@@ -131,15 +131,6 @@ def _check_alike(points: Iterable[WidthPoint], out: Path) -> None:
             raise PointError(
                 f"{path.parent} differs from what is asked: {'; '.join(was)}; choose another --out"
             )
-
-
-def changes_of(pairs: Iterable[str]) -> dict[str, str]:
-    """The settings of --set. ValueError if one is unknown, or set by the grid."""
-    if wrong := [pair for pair in pairs if "=" not in pair]:
-        raise ValueError(f"--set {wrong[0]}: wants KEY=VALUE")
-    changes = dict(pair.split("=", 1) for pair in pairs)
-    check_names(changes, OF_THE_GRID, "--set")
-    return changes
 
 
 def run_grid(points: Sequence[WidthPoint], out: Path, workers: int) -> list[Record]:
@@ -154,11 +145,10 @@ def run_grid(points: Sequence[WidthPoint], out: Path, workers: int) -> list[Reco
         with Runner(str(out), workers, run_width_point, _line, len(points)) as runner:
             runner.run(points)
     finally:
-        records = [json.loads(path.read_text()) for path in out.glob("runs/*/record.json")]
+        records = [read_record(path.parent) for path in out.glob("runs/*/record.json")]
         records.sort(key=_key)
         out.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        write_atomic(out / "records.jsonl", lines)
+        write_records(out / "records.jsonl", records)
     return records + twins(records)
 
 
@@ -222,9 +212,10 @@ def write_sweep(command: str, arguments: argparse.Namespace, more: Sequence[str]
     """
     fixed = [f"--out={arguments.out}", "--workers=1", *more]
     fixed += ["--set", "wandb=online", *arguments.set]
+    changes = parse_changes(arguments.set, OF_THE_GRID)
     content = {
         "program": command,
-        "project": changes_of(arguments.set).get("wandb_project", FIELDS["wandb_project"].default),
+        "project": changes.get("wandb_project", FIELDS["wandb_project"].default),
         "method": "grid",
         "metric": {"name": "val/loss", "goal": "minimize"},
         "parameters": {axis: {"values": getattr(arguments, axis)} for axis in AXES},

@@ -3,18 +3,15 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configurator import load_config
 from eval.analysis import Record
-from eval.points import recorded, train_in
+from eval.points import recorded, train_in, trained
 from eval.record import train_command
 from eval.run import ENVIRONMENT
 from eval.variants import Variant
-from optim.statistics import settings_problems
-from settings import RUN_ONLY
 
 PARAMETRISATIONS = {"sp": {"mup": False}, "mup": {"mup": True}}
 RATES = {  # octave 0: near the best rate at width 256, the base
@@ -59,10 +56,7 @@ class WidthPoint:
 
     def asked(self) -> dict[str, Any]:
         """Every number that makes the record what it is. ConfigError if train.py would refuse."""
-        config, _ = load_config(
-            self.command[1:], lambda values: settings_problems(values) if values["dopr"] else []
-        )
-        return {key: value for key, value in asdict(config).items() if key not in RUN_ONLY}
+        return trained(self.command)
 
 
 def run_width_point(point: WidthPoint) -> None:

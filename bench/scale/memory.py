@@ -39,9 +39,8 @@ def base_bytes(shape: Shape, placement: Placement, base: str, batch: Batch) -> d
 def muon_bytes(shape: Shape, placement: Placement) -> float:
     """optim/matrices.py: under DDP the gathered results, as many buffers as GPUs; else an owner's
     matrices before and after, and the rows of all that are here."""
-    most = 0.0
+    most, size = 0.0, placement.owners
     for shapes, _ in matrices(shape):
-        size = placement.size if placement.shards == 1 else placement.shards
         largest = max(owned_numel(tuple(shapes), size).values())
         everything = sum(rows * columns for rows, columns in shapes)
         if placement.shards == 1:

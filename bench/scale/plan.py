@@ -37,6 +37,11 @@ class Placement(NamedTuple):
     def copies(self) -> int:
         return self.size // self.shards
 
+    @property
+    def owners(self) -> int:
+        """GPUs that share the matrices of optim/matrices.py."""
+        return self.size if self.shards == 1 else self.shards
+
     def ranks(self, over: Over) -> int:
         return {"all": self.size, "shard": self.shards, "replicate": self.copies}[over]
 
@@ -58,8 +63,8 @@ def sent_bytes(call: Call, placement: Placement) -> float:
     n = placement.ranks(call.over)
     if n == 1:
         return 0.0
-    share = {"all_reduce": 2 * (n - 1) / n, "broadcast": (n - 1) / n}
-    return call.n_bytes * share.get(call.kind, (n - 1) / n)
+    rounds = 2 if call.kind == "all_reduce" else 1
+    return call.n_bytes * rounds * (n - 1) / n
 
 
 # -- DoPr
@@ -113,7 +118,7 @@ def packed_bytes(covered: Iterable[Layer]) -> int:
 
 def muon_calls(shape: Shape, placement: Placement) -> list[Call]:
     """optim/matrices.py: gathered from owners, or rows to the owners and back; of every group."""
-    size = placement.size if placement.shards == 1 else placement.shards
+    size = placement.owners
     if size == 1:
         return []
     calls = []

@@ -50,7 +50,7 @@ SHAPES = {
 
 
 class Mode(NamedTuple):
-    """Settings of DoPr; `block_width` in widths of the model, None: dense."""
+    """Settings of DoPr; `blocks_of_width`: Σ in blocks as wide as the model, else dense."""
 
     name: str
     refresh_every: int = 1

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from bench.scale.hardware import Hardware
 from bench.scale.plan import Placement
 from bench.scale.shapes import SHAPES, Mode
 from bench.scale.step import Estimate, estimate
+from eval.tables import markdown
 
 POINTS = (  # where the sensitivity is shown: model, placement, GPUs, mode
     ("124M", "ddp", 8, 0),
@@ -28,11 +28,6 @@ KNOBS = {
     "speed of forward, backward": ("mfu",),
     "tokens": (),
 }
-
-
-def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def percent(share: float) -> str:

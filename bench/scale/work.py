@@ -54,8 +54,7 @@ def update(shape: Shape, placement: Placement, base: str, hardware: Hardware) ->
 
 def orthogonalisation(shape: Shape, placement: Placement, hardware: Hardware) -> float:
     """Muon's Newton-Schulz, of the process that has most of it; symmetric products are halved."""
-    size = placement.size if placement.shards == 1 else placement.shards
-    longest = 0.0
+    size, longest = placement.owners, 0.0
     for shapes, blocks in matrices(shape):
         load = [0.0] * size
         for (rows, columns), rank in zip(shapes, owners_of(shapes, size), strict=True):
