@@ -11,7 +11,6 @@ the iterations missed.
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor
 from bench.timing import facts, write_rows
 from data.dataset import open_dataset
 from data.loader import train_batches
+from eval.command import command_parser
 from kernels.cholesky import WANTED_ERROR
 from kernels.deflation import NARROWEST, deflate, deflated_spread, first_directions, restore
 from kernels.gram import mirror_
@@ -39,8 +39,10 @@ def statistics(width: int, layers: int, steps: int) -> Iterator[tuple[str, Tenso
     """(name, Σ (d, d), G (d_out, d)) of every layer that is wide enough, as training goes on."""
     torch.manual_seed(0)
     dataset = open_dataset("pystdlib")
-    shape = {"n_layer": layers, "n_head": width // 32, "n_embd": width, "block_size": 128}
-    model = GPT(GPTConfig(vocab_size=dataset.tokenizer.n_vocab, bias=False, **shape))
+    shape: dict[str, Any] = {"n_layer": layers, "n_head": width // 32, "n_embd": width}
+    model = GPT(
+        GPTConfig(vocab_size=dataset.tokenizer.n_vocab, block_size=128, bias=False, **shape)
+    )
     numbers = {"optimizer": "muon", "lr": 1e-2, "aux_lr": 4e-3, "weight_decay": 0.1, "beta1": 0.9}
     optimizers = build_optimizers(model, beta2=0.95, eps=1e-8, momentum=0.95, **numbers)
     preconditioner = ActivationPreconditioner(model, gamma=0.1).attach(*optimizers)
@@ -52,6 +54,7 @@ def statistics(width: int, layers: int, steps: int) -> Iterator[tuple[str, Tenso
         for layer in preconditioner.layers:
             if layer.covered.d_in >= NARROWEST and (step < 3 or step % 10 == 0):
                 sigma = (layer.capture.gram / layer.capture.count)[0]
+                assert layer.covered.weight.grad is not None
                 yield layer.name, sigma, layer.covered.weight.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
@@ -104,9 +107,7 @@ def measured(sigma: Tensor, G: Tensor, gamma: float, U: Tensor) -> dict[str, flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("deflation", __doc__, "bench")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=41)

@@ -8,7 +8,6 @@ truncation of the distribution. Reported: median tokens per second, and the medi
 the ratio within a round, with its quartiles; the order within a round alternates.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -22,6 +21,7 @@ import torch
 import transformers
 
 from data.tokenizer import byte_tokenizer
+from eval.command import command_parser
 from eval.hf import export_hf
 from model import GPT, GPTConfig
 from runlog import environment
@@ -40,7 +40,7 @@ def make_pair(size: str) -> dict[str, Generate]:
     model = GPT(GPTConfig(**SIZES[size], bias=False)).eval()
     with tempfile.TemporaryDirectory() as folder:
         export_hf(model, byte_tokenizer(), folder)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     theirs.generation_config.eos_token_id = None  # as many tokens as were asked for
 
     def ours(prompts: list[list[int]], n: int, greedy: bool) -> list[list[int]]:
@@ -87,7 +87,7 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_parser("generation", __doc__, "bench")
     parser.add_argument("--sizes", choices=SIZES, nargs="+", default=list(SIZES))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--rounds", type=int, default=9, help="a third of them at size gpt2")

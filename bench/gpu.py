@@ -9,13 +9,14 @@ longer is reported and the others run; what was measured until then is in its fi
 logic of every stage in Triton's interpreter, without a GPU.
 """
 
-import argparse
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+from eval.command import command_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 590
@@ -86,9 +87,7 @@ def run(name: str, out: Path, *, tiny: bool) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("gpu", __doc__, "bench")
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--out", type=Path, help="a folder: bench/results, or if tiny out/gpu_tiny")
     parser.add_argument("--tiny", action="store_true", help="the logic alone, on any machine")

@@ -11,7 +11,6 @@ of torch.
 
 from __future__ import annotations
 
-import argparse
 import re
 import subprocess
 import sys
@@ -20,10 +19,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import triton
+import triton.knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from eval.command import command_parser
 from kernels import _triton_apply, _triton_gram, _triton_symmetric
 from kernels._triton_tiles import Config
 
@@ -144,9 +144,7 @@ def usage(variant: Variant, arch: int) -> Usage:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("kernel_report", __doc__, "bench")
     parser.add_argument("--archs", type=int, nargs="+", choices=SHARED_LIMIT, default=[80, 90])
     parser.add_argument("--kernels", default="", help="only those whose name contains this")
     arguments = parser.parse_args()

@@ -10,10 +10,9 @@ matrices anywhere, in Triton's interpreter (TRITON_INTERPRET=1) without a GPU.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bench.timing import compared, facts, interleaved, write_rows
+from eval.command import command_parser
 from kernels import _triton_apply, _triton_gram, _triton_newton_schulz, gram, newton_schulz
 from kernels.cholesky import dense_inverse_root
 from kernels.deflation import N_DIRECTIONS, deflate, deflated_spread, restore
@@ -59,7 +59,7 @@ class Case(NamedTuple):
     """One piece of work, its contenders, and what they should give, in float64."""
 
     name: str
-    contenders: dict[str, Callable[[], Tensor]]
+    contenders: Mapping[str, Callable[[], Tensor]]
     exact: Callable[[], Tensor]
 
 
@@ -214,9 +214,7 @@ def shown(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("kernels", __doc__, "bench")
     parser.add_argument("operations", nargs="*", metavar="OPERATION", help=", ".join(CASES))
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=5.0, help="of a case, about")

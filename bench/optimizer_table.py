@@ -8,7 +8,6 @@ fast DoPr, one setting changed at a time. Every run is `train.py` in a process o
 ones are not run again.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from eval.command import command_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "bias": False}
@@ -115,7 +116,7 @@ def markdown(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_parser("optimizer_table", __doc__, "bench")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, a thread each")
     arguments = parser.parse_args()

@@ -11,7 +11,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import ClassVar
 
 from bench.stages import chosen, run
 from eval import compare, report
@@ -35,7 +34,10 @@ class Stage:
     steps: int
     optimizers: tuple[str, ...]
     seeds: int = 8
-    command: ClassVar[ModuleType] = compare
+
+    @property
+    def command(self) -> ModuleType:
+        return compare
 
     def argv(self, out: Path, workers: int) -> list[str]:
         words = ["--task", self.task, "--steps", self.steps, "--seeds", self.seeds]
@@ -95,7 +97,7 @@ def write_page(stages: tuple[Stage, ...], out: Path, page: str) -> None:
 
 
 def main(argv: list[str]) -> None:
-    stages, asked = chosen(argv, STAGES + ABLATIONS, "bench.rollout_study", __doc__, "out/study")
+    stages, asked = chosen(argv, STAGES + ABLATIONS, "rollout_study", __doc__, "out/study")
     run(stages, asked.out, asked.workers)
     write_page(STAGES, asked.out, "page")
     write_page(ABLATIONS, asked.out, "page-ablations")

@@ -25,6 +25,7 @@ from bench.scale.plan import Placement
 from bench.scale.shapes import EXACT, FAST, SHAPES, Mode, Shape
 from bench.scale.step import Estimate, estimate
 from bench.scale.tables import details, overview, sensitivity
+from eval.command import command_parser
 from eval.looks import save_png
 from optim.statistics import INVERSES
 
@@ -50,9 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("scale_model", __doc__, "bench")
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=[*SHAPES])
     parser.add_argument("--placements", nargs="+", choices=PLACEMENTS, default=[*PLACEMENTS])
     parser.add_argument("--bases", nargs="+", choices=BASES, default=[*BASES])

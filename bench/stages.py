@@ -7,6 +7,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol, TypeVar
 
+from eval.command import command_parser
+
 
 class Stage(Protocol):
     """One command, in a folder under `out`."""
@@ -15,7 +17,7 @@ class Stage(Protocol):
     def name(self) -> str: ...
 
     @property
-    def command(self) -> ModuleType: ...
+    def command(self) -> ModuleType: ...  # has a main(argv)
 
     def argv(self, out: Path, workers: int) -> list[str]: ...
 
@@ -24,15 +26,13 @@ S = TypeVar("S", bound=Stage)
 
 
 def chosen(
-    argv: Sequence[str], stages: Sequence[S], module: str, about: str | None, out: str
+    argv: Sequence[str], stages: Sequence[S], name: str, about: str | None, out: str
 ) -> tuple[list[S], argparse.Namespace]:
     """The stages whose names begin as asked, all if none is asked; --out and --workers.
 
     about: the help, a docstring. out: the default. SystemExit if no stage begins so.
     """
-    parser = argparse.ArgumentParser(
-        f"python -m {module}", None, about, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(name, about, "bench")
     parser.add_argument("stages", nargs="*", help="; ".join(stage.name for stage in stages))
     parser.add_argument("--out", type=Path, default=Path(out))
     parser.add_argument("--workers", type=int, default=2, help="runs side by side")

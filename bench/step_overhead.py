@@ -9,14 +9,14 @@ Reported: median over rounds of the mean step time, and its ratio to the base's;
 memory that a variant holds during a round, its weights and optimizer state included.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from bench.timing import compared, facts, milliseconds, write_rows
-from kernels.choice import KERNELS
+from eval.command import command_parser
+from kernels.choice import KERNELS, Kernel
 from model import GPT, GPTConfig
 from optim import ActivationPreconditioner
 from optim.build import OPTIMIZERS, build_optimizers
@@ -60,16 +60,25 @@ class Variant:
     """Training of a fresh GPT, step by step."""
 
     def __init__(
-        self, preset: Preset, width: int, optimizer: str, dopr: dict[str, Any] | None, kernel: str
+        self,
+        preset: Preset,
+        width: int,
+        optimizer: str,
+        dopr: dict[str, Any] | None,
+        kernel: Kernel,
     ) -> None:
         torch.manual_seed(0)
         self.refresh_every, before = preset.refresh_every, allocated()
-        shape = {"n_layer": preset.n_layer, "block_size": preset.block_size, "n_embd": width}
+        shape: dict[str, Any] = {
+            "n_layer": preset.n_layer,
+            "block_size": preset.block_size,
+            "n_embd": width,
+        }
         shape |= {"n_head": width // preset.head_width, "vocab_size": preset.vocab_size}
         self.model = GPT(GPTConfig(bias=False, **shape)).to(DEVICE)
         numbers = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "momentum": 0.95}
-        numbers |= {"optimizer": optimizer, "kernel": kernel}
-        self.optimizers = build_optimizers(self.model, lr=1e-3, **numbers)
+        chosen: dict[str, Any] = {"optimizer": optimizer, "kernel": kernel}
+        self.optimizers = build_optimizers(self.model, lr=1e-3, **numbers, **chosen)
         if dopr is not None:
             preconditioner = ActivationPreconditioner(self.model, kernel=kernel, **dopr)
             preconditioner.attach(*self.optimizers)
@@ -107,7 +116,7 @@ def allocated() -> int:
 
 
 def measure(
-    preset: Preset, width: int, optimizer: str, *, inverse: str, kernel: str, rounds: int
+    preset: Preset, width: int, optimizer: str, *, inverse: str, kernel: Kernel, rounds: int
 ) -> dict[str, Any]:
     """One row of the result: step times of every mode, and their memory in MiB."""
     variants = {
@@ -131,9 +140,7 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("step_overhead", __doc__, "bench")
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--widths", type=int, nargs="+", help="instead of the preset's")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=["adamw", "muon"])

@@ -7,7 +7,7 @@ import math
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def milliseconds(work: Work, device: torch.device, repeats: int = 1) -> float:
 
 
 def interleaved(
-    contenders: dict[str, Work], device: torch.device, *, rounds: int, seconds: float
+    contenders: Mapping[str, Work], device: torch.device, *, rounds: int, seconds: float
 ) -> dict[str, list[float]]:
     """Milliseconds of every contender in every round, at least three rounds, then `seconds`.
 
@@ -77,7 +77,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         drivers = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
         found |= {"driver": drivers[0], "cuda": torch.version.cuda}
     try:
-        import triton
+        import triton.knobs
     except ImportError:
         return found | {"triton": None}
     interpreted = " interpreted" if triton.knobs.runtime.interpret else ""

@@ -8,7 +8,6 @@ its own. A run's figure is the median of the step times that it reports, data lo
 Without --nanogpt only our side is measured.
 """
 
-import argparse
 import json
 import os
 import pickle
@@ -23,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from eval.command import command_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12}
@@ -88,7 +89,7 @@ def run_nanogpt(folder: Path, steps: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_parser("train_throughput", __doc__, "bench")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=300)

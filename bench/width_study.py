@@ -86,7 +86,7 @@ def prepare(folder: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    stages, asked = chosen(argv, STAGES, "bench.width_study", __doc__, "out/width")
+    stages, asked = chosen(argv, STAGES, "width_study", __doc__, "out/width")
     prepare(asked.out / "bytes")
     run(stages, asked.out, asked.workers)
 

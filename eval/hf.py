@@ -5,7 +5,6 @@
 writes a folder that `AutoModelForCausalLM.from_pretrained(DIR)` and `AutoTokenizer` load directly.
 """
 
-import argparse
 import json
 import re
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from checkpoint import CheckpointError
 from data.tokenizer import END_OF_TEXT, Tokenizer
+from eval.command import command_parser
 from eval.fold import folded_weights
 from eval.run import load_run
 from model import GPT, GPTConfig
@@ -228,7 +228,7 @@ def _to_json(content: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m eval.hf", description=__doc__)
+    parser = command_parser("hf", __doc__)
     parser.add_argument("command", choices=["export"])
     parser.add_argument("run", help="an out_dir, or one checkpoint's folder")
     parser.add_argument("directory", help="the folder to write")

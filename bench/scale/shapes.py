@@ -104,7 +104,7 @@ def matrices(shape: Shape) -> list[tuple[list[tuple[int, ...]], int]]:
 def units(shape: Shape) -> tuple[list[list[Tensor]], list[Tensor]]:
     """What FSDP2 gathers together: the parameters of each block, and all others."""
     model = gpt(shape)
-    repeated = [list(block.parameters()) for block in blocks(model)]
+    repeated: list[list[Tensor]] = [list(block.parameters()) for block in blocks(model)]
     held = {param for block in repeated for param in block}
     return repeated, [param for param in model.parameters() if param not in held]
 
