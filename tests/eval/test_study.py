@@ -150,7 +150,7 @@ def test_settings_that_a_run_refuses_end_the_comparison_with_its_message(tmp_pat
         (["--task", "pdfa", "--optimizers", "adamw", "--set", "n_hed=2"], "did you mean 'n_head'"),
         (["--task", "pdfa", "--optimizers", "adamw", "--set", "lr=2"], "lr is fixed here"),
         (["--task", "pdfa", "--optimizers", "adamw", "--set", "n_head=3"], "divisible by n_head=3"),
-        (["--task", "pdfa", "--optimizers", "adamw", "--set", "block_size=8"], "block_size is fixed"),
+        (["--task", "pdfa", "--optimizers", "adamw", "--set", "block_size=8"], "is fixed here"),
         (["--task", "pdfa", "--optimizers", "dopr-sgd+gamma=-1"], "gamma=-1"),
         (["--task", "pdfa", "--optimizers", "adamw,sgd,adamw"], "adamw is there more than once"),
         (["--task", "lds", "--optimizers", "adamw", "--set", "gamma=1"], "optimizer+gamma"),
