@@ -29,7 +29,7 @@ def episodes(error, nll=None, entropy=None, alive=None, **outcomes) -> Rollout:
     tables = [torch.tensor(rows, dtype=torch.float64) for rows in given]
     scores = {name: torch.tensor(each).double() for name, each in outcomes.items()}
     tokens = torch.zeros(tables[0].shape, dtype=torch.int64)
-    return Rollout(tokens, tables[0], 2 * tables[0], *tables[1:], scores, alive)
+    return Rollout(tokens, tables[0], 2 * tables[0], *tables[1:], outcomes=scores, alive=alive)
 
 
 @pytest.fixture
