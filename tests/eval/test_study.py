@@ -182,6 +182,19 @@ def test_other_optimizers_and_seeds_are_added_to_those_in_the_folder(tmp_path):
     assert len(protocol["command"].splitlines()) == 2
 
 
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "no protocol"), ("{}", "lacks command, fresh_seeds, n, ")]
+)
+def test_a_damaged_protocol_is_named_and_left_as_it_is(tmp_path, content, message):
+    damaged = study(tmp_path)
+    path = damaged.out / "protocol.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"protocol\.json: .*{message}"):
+        damaged.begin("")
+    assert path.read_text() == content
+
+
 def test_a_variant_with_another_meaning_is_refused(tmp_path):
     first = study(tmp_path)
     first.begin("first")
