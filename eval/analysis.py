@@ -54,7 +54,7 @@ class Row:
 def load_records(paths: Iterable[Path]) -> list[Record]:
     """Records of study folders (records.jsonl) and of graded runs (ttf/*.json, the last step).
 
-    Raises AnalysisError for a folder that has neither.
+    Raises AnalysisError for a folder that has neither, or something that is no JSON.
     """
     records: list[Record] = []
     for path in paths:
@@ -65,7 +65,10 @@ def load_records(paths: Iterable[Path]) -> list[Record]:
                 "or run `python -m eval.compare`"
             )
         lines = study.read_text().splitlines() if study.exists() else _last(graded)
-        records += map(json.loads, lines)
+        try:
+            records += map(json.loads, lines)
+        except json.JSONDecodeError as error:
+            raise AnalysisError(f"{path}: not JSON, a record of it ({error})") from None
     return records
 
 

@@ -99,7 +99,7 @@ def changes_of(task: Task | Lds, pairs: list[str]) -> dict[str, str]:
     """The settings of --set. ValueError if one is unknown, fixed here, or none of `lds`."""
     if pairs and isinstance(task, Lds):
         raise ValueError("--set: task lds has no such settings; see `optimizer+gamma=0.1`")
-    return parse_changes(pairs, OF_THE_STUDY)
+    return parse_changes(pairs, OF_THE_STUDY | {"block_size"})  # that of an episode
 
 
 def training(task: Task | Lds, steps: int, tokens_per_step: int) -> dict[str, Any]:

@@ -5,11 +5,28 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from eval.analysis import AnalysisError, Record, by_variant, grouped, is_reported
+from eval.variants import OF_THE_MODEL
 
 Key = tuple[Any, ...]
+
+
+def model_of(record: Record) -> str | None:
+    """The settings of the model, in words; None for single runs, whose models may differ."""
+    settings = record.get("settings", {}) if record["role"] == "fresh" else {}
+    known = sorted(settings.keys() & OF_THE_MODEL)
+    return ", ".join(f"{key}={settings[key]}" for key in known) or None
+
+
+def _of_the_grading(key: str) -> Callable[[Record], Any]:
+    return lambda record: (record.get("grading") or {}).get(key)  # none on lds
+
+
 MEANS: dict[str, Callable[[Record], Any]] = {  # what is the same for all that are compared
     "tokens of training": lambda record: record["tokens"],
-    "graded episodes": lambda record: (record.get("grading") or {}).get("n"),  # none on lds
+    "models": model_of,
+    "graded episodes": _of_the_grading("n"),
+    "seeds of the episodes": _of_the_grading("seed"),
+    "versions of the grading code": _of_the_grading("code"),
 }
 
 
@@ -22,8 +39,9 @@ def check(records: Iterable[Record]) -> None:
     """AnalysisError for reported records that must not be pooled or compared, by name.
 
     A run of the same task, knobs, length, optimizer and seed may be there once; an optimizer has
-    one learning rate; all that stand on one leaderboard saw as many tokens and were graded on as
-    many episodes. Single runs are told apart by their folders. References are exempt.
+    one learning rate; all that stand on one leaderboard have the same model, saw as many tokens,
+    and were graded on the same episodes by the same code. Single runs are told apart by their
+    folders, and their models may differ. References are exempt.
     """
     reported = list(filter(is_reported, records))
     for board in grouped(reported, _board).values():

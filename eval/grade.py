@@ -57,9 +57,9 @@ def oracle_grade(data: Rollout, own: Rollout, n_samples: int = 4) -> Grade:
     """Compare episodes that the oracle decided with episodes that the model decided."""
     weights = bootstrap_weights(len(own.tokens))  # (R, B)
     curves = {"A": _per_episode(weights, data.error).cumsum(1)}  # (R, H)
-    if _has_ends(data, own):
-        curves["survival"] = _alive_share(weights, own.error)
-        curves["data_survival"] = _alive_share(weights, data.error)
+    if own.alive is not None and data.alive is not None:
+        curves["survival"] = _share(weights, own.alive)
+        curves["data_survival"] = _share(weights, data.alive)
     else:
         curves["B"] = _per_episode(weights, own.error).cumsum(1)
         with np.errstate(invalid="ignore"):  # both are infinite where the model rules tokens out
@@ -71,7 +71,7 @@ def oracle_grade(data: Rollout, own: Rollout, n_samples: int = 4) -> Grade:
         "val_kl": _mean(weights, data.error),
         "overconfidence": _mean(weights, data.nll) - _mean(weights, data.entropy),
         **_of_sequences({name: each[:, -1] for name, each in curves.items()}),
-        **_drift(weights, data, own),
+        **({} if own.alive is not None else _drift(weights, data, own)),
         **{name: _mean(weights, each[:, None]) for name, each in own.outcomes.items()},
         **{f"data_{name}": _mean(weights, each[:, None]) for name, each in data.outcomes.items()},
     }
@@ -96,15 +96,8 @@ def _of_sequences(last: dict[str, np.ndarray]) -> dict[str, np.ndarray]:  # (R,)
     return found
 
 
-def _has_ends(data: Rollout, own: Rollout) -> bool:
-    """Whether an episode ended before its horizon."""
-    return bool(data.error.isnan().any() or own.error.isnan().any())
-
-
 def _drift(weights: np.ndarray, data: Rollout, own: Rollout) -> dict[str, np.ndarray]:
-    """Nothing where episodes end: late steps would be those of the stragglers."""
-    if _has_ends(data, own):
-        return {}
+    """None where episodes end: late steps would be those of the stragglers."""
     return {"entropy_drift": entropy_drift(weights, data.nll, own.entropy)}
 
 
@@ -149,9 +142,9 @@ def _mean(weights: np.ndarray, values: Tensor) -> np.ndarray:  # (R,)
         return total.sum(1) / count.sum(1)
 
 
-def _alive_share(weights: np.ndarray, values: Tensor) -> np.ndarray:  # (R, H)
-    """The share of episodes that are under way at each step."""
-    return weights @ (~values.isnan()).double().cpu().numpy() / weights.sum(1, keepdims=True)
+def _share(weights: np.ndarray, alive: Tensor) -> np.ndarray:  # (R, H)
+    """The share of episodes that are under way after each decision."""
+    return weights @ alive.double().numpy() / weights.sum(1, keepdims=True)
 
 
 def _alive(values: Tensor) -> list[int]:

@@ -18,10 +18,13 @@ def rank_agreement(records: Sequence[Record]) -> tuple[float, int] | None:
     """Kendall's tau between the orders by mean teacher-forced and by mean rollout error, both as
     logarithms, and the number of optimizers; None for fewer than MIN_RANKED.
 
-    Optimizers with a diverged run are left out: their means are over other seeds.
+    Optimizers with a diverged run are left out, and those that lack a seed of the others: their
+    means are over other seeds, of which each draws another instance of the task.
     """
     runs = by_variant(filter(is_reported, records)).values()
-    means = [_means(own) for own in runs if all(map(is_finished, own))]
+    finished = [own for own in runs if all(map(is_finished, own))]
+    most = max(map(len, finished), default=0)
+    means = [_means(own) for own in finished if len(own) == most]
     known = [pair for pair in means if all(map(math.isfinite, pair))]
     if len(known) < MIN_RANKED:
         return None

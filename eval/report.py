@@ -110,6 +110,7 @@ def _content(section: Section, protocols: list[dict[str, Any]], out: Path) -> di
         "seeds": sorted({r["seed"] for r in section.records if r["role"] != "tuning"}),
         "colours": {look.base: look.colour for look in looks(section.records).values()},
         "figures": _figures(section, out),
+        "curves": {name for r in section.records if r["grade"] for name in r["grade"]["curves"]},
         "references": details.reference_rows(section),
         "ranks": on_ranks(section.records),
         "matched": details.matched_table(section),

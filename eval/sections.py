@@ -6,7 +6,7 @@ the first have intervals over seeds and the second over the episodes of one run.
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from eval.analysis import Record, groups, is_finished, is_reported
 from eval.board import Entry, entries
@@ -42,6 +42,7 @@ class Section:
     task: str
     steps: int
     knobs: str  # the task's specification without its instance
+    apart: str  # of these, what another section of the task has otherwise
     is_study: bool
     records: list[Record]  # of optimizers
     references: list[Record]  # of nobody: the oracle, the uniform model
@@ -53,6 +54,11 @@ class Section:
     @property
     def n_comparisons(self) -> int:
         return sum(entry.variant != entry.base for entry in self.entries)
+
+    @property
+    def name(self) -> str:
+        """The task, with what tells it from others: "lds, excitation=1"."""
+        return ", ".join(filter(None, [self.task, self.apart]))
 
     @property
     def error_on_data(self) -> str:
@@ -80,7 +86,15 @@ def make_sections(records: Sequence[Record], n_planned: int = 0) -> list[Section
     ]
     n_here = sum(_n_comparisons(own) for is_study, own in found if is_study)
     family = family_of(n_here, n_planned)
-    return [_section(own, is_study=is_study, family=family) for is_study, own in found]
+    sections = [_section(own, is_study=is_study, family=family) for is_study, own in found]
+    return [replace(each, apart=_apart(each, sections)) for each in sections]
+
+
+def _apart(section: Section, sections: Sequence[Section]) -> str:
+    """The knobs that not all sections of the same task have alike."""
+    all_knobs = [each.knobs.split(",") for each in sections if each.task == section.task]
+    own = section.knobs.split(",")
+    return ", ".join(knob for knob in own if not all(knob in knobs for knobs in all_knobs))
 
 
 def _alike(records: Iterable[Record]) -> list[list[Record]]:
@@ -104,6 +118,7 @@ def _section(group: list[Record], *, is_study: bool, family: Family) -> Section:
         task=group[0]["task"],
         steps=group[0]["steps"],
         knobs=knobs_of(group[0]["spec"]),
+        apart="",
         is_study=is_study,
         records=own,
         references=[record for record in group if record["role"] == "reference"],

@@ -90,7 +90,7 @@ class Study:
         variants = {variant.name: dict(variant.settings) for variant in self.variants}
         found = {**fixed, "variants": {}, "fresh_seeds": [], "command": ""}
         if path.exists():
-            found = json.loads(path.read_text())
+            found = _protocol(path, wanted=found)
         there = found["variants"]
         changed = [key for key in fixed if found.get(key) != fixed[key]]
         changed += [name for name in variants if there.get(name, variants[name]) != variants[name]]
@@ -115,6 +115,17 @@ class Study:
                 self.point(variant, "tuning", first_rates(variant.optimizer)[0], 0).asked()
             except ValueError as error:
                 raise ValueError(f"{variant.name}: {error}") from error
+
+
+def _protocol(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """What a study was before. ValueError: it is no protocol."""
+    try:
+        found = json.loads(path.read_text())
+        if lacks := wanted.keys() - found.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(lacks))}")
+    except ValueError as error:
+        raise ValueError(f"{path}: no protocol ({error}); use another --out") from None
+    return found
 
 
 def run_folder(out: Path, variant: str, lr: float, seed: int) -> Path:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, write_atomic
+from checkpoint import CheckpointError, open_checkpoint, write_atomic
 from data.shards import DataError
 from eval.analysis import (
     AnalysisError,
@@ -35,11 +35,11 @@ from eval.analysis import (
 from eval.command import command_parser
 from eval.predictor import GPTPredictor, Predictor
 from eval.record import readable, write_record, write_records
-from eval.run import load_run
+from eval.run import run_of
 from eval.study import run_folder
 from eval.tables import compared, markdown, mean_and_half
 from eval.tasks import task_of
-from eval.ttf import grading_code
+from eval.ttf import grading_code, weights_of
 
 TEMPERATURES = (0.01, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4)
 COLUMNS = ("optimizer", "T", "at 1", "at T", "error / base's at 1", "at T", "wins", "p")
@@ -63,36 +63,48 @@ class TemperedPredictor(Predictor):
 
 
 def regrade(study: Path, record: Record, temperature: float) -> Record:
-    """The record of the same model at a temperature; from disk if it was graded before.
+    """The record of the same model at a temperature, graded by the code that is here now; from
+    disk if that was done before.
 
-    Raises CheckpointError if the model is not there.
+    Raises CheckpointError if the model is not there, or is not the one of the record.
     """
-    if temperature == 1.0 or not is_finished(record):
+    grading = (record.get("grading") or {}) | {"code": grading_code(task_of(record["spec"]))}
+    as_it_is = temperature == 1.0 and record.get("grading") == grading
+    if as_it_is or not is_finished(record):
         return record | {"temperature": temperature}
     folder = run_folder(study, record["variant"], record["lr"], record["seed"])
     path = folder / "temperature" / f"{temperature:g}.json"
-    grading = record["grading"] | {"code": grading_code(task_of(record["spec"]))}
     if path.exists() and (found := json.loads(path.read_text()))["grading"] == grading:
         return found
-    grade = _grade(folder, temperature, n=grading["n"], seed=grading["seed"])
+    grade = _grade(folder, temperature, grading)
     write_record(path, record | {"grade": grade, "grading": grading, "temperature": temperature})
     return json.loads(path.read_text())
 
 
-def _grade(folder: Path, temperature: float, *, n: int, seed: int) -> dict[str, Any]:
-    run = load_run(folder)
+def _grade(folder: Path, temperature: float, grading: dict[str, Any]) -> dict[str, Any]:
+    found = open_checkpoint(folder)
+    if weights_of(found) != grading["checkpoint"]:
+        raise CheckpointError(
+            f"{found.path} is not the model of the study's record: it was trained again; "
+            "run the study's command, which grades it, first"
+        )
+    run = run_of(found)
     predictor = TemperedPredictor(GPTPredictor(run.model), temperature)
-    grade = task_of(run.config["dataset"]).grade(predictor, n=n, seed=seed)
+    task = task_of(run.config["dataset"])
+    grade = task.grade(predictor, n=grading["n"], seed=grading["seed"])
     return readable(grade, run.tokenizer.decode)
 
 
 def best_temperature(study: Path, records: list[Record]) -> float:
-    """That of the lowest mean log error of these runs of one optimizer; 1 if one diverged."""
+    """That of the lowest mean log error of these runs of one optimizer; 1 if one diverged.
+
+    Of equal ones the nearest to 1, so that what has no effect is not chosen.
+    """
     if not all(map(is_finished, records)):
         return 1.0
     error = {
         t: statistics.mean(log_error(regrade(study, record, t)) for record in records)
-        for t in TEMPERATURES
+        for t in sorted(TEMPERATURES, key=lambda t: abs(t - 1))
     }
     return min(error, key=error.__getitem__)
 

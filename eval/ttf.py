@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, candidates, open_checkpoint
+from checkpoint import Checkpoint, CheckpointError, candidates, open_checkpoint
 from data.files import sha256_of
 from data.shards import DataError
 from dist import World
@@ -79,9 +79,7 @@ def grade_checkpoint(
     target = out_dir / "ttf" / (f"{name}-ema.json" if ema else f"{name}.json")
     task = task_of(found.manifest["config"]["dataset"])
     grading = {"n": n, "seed": seed, "spec": task.spec, "device": str(device)}
-    files = json.dumps(found.manifest["files"], sort_keys=True)  # with their hashes
-    grading |= {"checkpoint": hashlib.sha256(files.encode()).hexdigest(), "ema": ema}
-    grading |= {"code": grading_code(task)}
+    grading |= {"checkpoint": weights_of(found), "ema": ema, "code": grading_code(task)}
     if target.exists() and (record := json.loads(target.read_text()))["grading"] == grading:
         return record
     run = run_of(found, device=device, ema=ema)
@@ -104,6 +102,12 @@ def grade_checkpoint(
         record["variant"] += AVERAGED
     write_record(target, record)
     return record
+
+
+def weights_of(found: Checkpoint) -> str:
+    """A hash that changes with what is in a checkpoint."""
+    files = json.dumps(found.manifest["files"], sort_keys=True)  # with their hashes
+    return hashlib.sha256(files.encode()).hexdigest()
 
 
 def grading_code(task: Task | Lds) -> str:

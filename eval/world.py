@@ -7,7 +7,7 @@ lives through the very same episodes, and its test-time feedback gap is zero, no
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class World(ABC):
     """B episodes under way. All randomness that is not a decision is drawn at the beginning."""
 
     prompts: Tensor  # (B, P) int64: what is given before the first decision
+    can_end: ClassVar[bool] = False  # whether an episode may end before its horizon
 
     @abstractmethod
     def oracle(self) -> Tensor:  # (B, V) float64
@@ -42,7 +43,10 @@ class World(ABC):
 
 @dataclass(frozen=True)
 class Rollout:
-    """B episodes of H decisions; NaN where an episode had ended before."""
+    """B episodes of H decisions; NaN where an episode had ended before.
+
+    alive: episodes under way after each decision; None in a world where no episode ends.
+    """
 
     tokens: Tensor  # (B, H) int64, the decisions
     error: Tensor  # (B, H) q = KL(oracle ‖ model) before each decision, nats
@@ -50,6 +54,7 @@ class Rollout:
     nll: Tensor  # (B, H) -log p_model(decision), nats
     entropy: Tensor  # (B, H) of the model's distribution, nats
     outcomes: dict[str, Tensor]  # (B,) each
+    alive: Tensor | None = None  # (B, H) bool
 
 
 @torch.no_grad()
@@ -59,6 +64,7 @@ def rollout(world: World, predictor: Predictor, uniforms: Tensor, actor: Actor) 
     uniforms: (B, H) float64 in [0, 1), one a decision.
     """
     columns: list[tuple[Tensor, ...]] = []
+    alive: list[Tensor] = []
     answer = world.prompts
     log_p = predictor.start(answer).cpu()
     for t, u in enumerate(uniforms.unbind(1)):
@@ -71,9 +77,11 @@ def rollout(world: World, predictor: Predictor, uniforms: Tensor, actor: Actor) 
         graded = torch.stack([kl(q, log_p), kl(p, q.log()), nll, entropy])  # (4, B)
         columns.append((token, graded.masked_fill(world.has_ended(), torch.nan)))
         answer = torch.cat([token[:, None], world.step(token)], dim=1)
+        alive.append(~world.has_ended())
     tokens = torch.stack([token for token, _ in columns], dim=1)
     error, reverse, nll, entropy = torch.stack([graded for _, graded in columns], dim=2)
-    return Rollout(tokens, error, reverse, nll, entropy, world.outcomes())
+    under_way = torch.stack(alive, dim=1) if world.can_end else None
+    return Rollout(tokens, error, reverse, nll, entropy, world.outcomes(), under_way)
 
 
 def decide(log_p: Tensor, choice: Tensor) -> tuple[Tensor, ...]:

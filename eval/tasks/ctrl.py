@@ -141,6 +141,8 @@ class Ctrl(OracleTask):
 class CtrlWorld(World):
     """n pendulums. A token that is no action counts as u = 0, and as illegal."""
 
+    can_end = True
+
     def __init__(
         self, plant: Plant, angles: Bins, actions: Bins, start: Tensor, pushes: Tensor
     ) -> None:

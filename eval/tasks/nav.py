@@ -102,6 +102,8 @@ class NavWorld(World):
     G must be more than the decisions to come. Who has ended stays where the last edge led.
     """
 
+    can_end = True
+
     def __init__(self, graph: Graph, held_out: Tensor, stops: Tensor) -> None:
         self.graph, self.held_out, self.stops = graph, held_out, stops
         N, self.place = len(graph.successors), stops[:, 0]

@@ -151,3 +151,9 @@ def test_records_come_from_studies_and_from_graded_runs(tmp_path):
 def test_a_folder_without_grades_is_an_error_that_says_what_to_run(tmp_path):
     with pytest.raises(AnalysisError, match=r"python -m eval\.ttf"):
         load_records([tmp_path])
+
+
+def test_a_record_that_was_cut_short_is_an_error_that_names_its_folder(tmp_path):
+    (tmp_path / "records.jsonl").write_text('{"task": "pdfa"')
+    with pytest.raises(AnalysisError, match=f"{tmp_path.name}: not JSON"):
+        load_records([tmp_path])

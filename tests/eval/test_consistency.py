@@ -43,10 +43,14 @@ def test_a_stale_record_is_an_error_of_the_page_and_of_the_terminal(tmp_path, ca
     [
         ({"tokens": 9}, r"different tokens of training .*: 9 \(muon\); 512000 \(adamw\)"),
         ({"grading": {"n": 16}}, r"different graded episodes .*: 8 \(adamw\); 16 \(muon\)"),
+        ({"grading": {"n": 8, "seed": 1}}, r"different seeds of the episodes .*1 \(muon\)"),
+        ({"grading": {"n": 8, "seed": 0, "code": "b"}}, r"different versions of the grading code"),
+        ({"settings": {"n_embd": 128}}, r"different models .*: n_embd=128 \(muon\)"),
     ],
 )
 def test_runs_of_other_means_do_not_share_a_leaderboard(changes, message):
-    rows = [graded("adamw", 0, 1.0), graded("muon", 0, 1.0, **changes)]
+    usual = {"grading": {"n": 8, "seed": 0, "code": "a"}, "settings": {"n_embd": 64}}
+    rows = [graded("adamw", 0, 1.0, **usual), graded("muon", 0, 1.0, **usual | changes)]
     with pytest.raises(AnalysisError, match=message):
         check(rows)
     check([rows[0], rows[1] | {"steps": 600}])  # other lengths have boards of their own
@@ -56,6 +60,7 @@ def test_runs_of_other_means_do_not_share_a_leaderboard(changes, message):
 def test_single_runs_are_told_apart_by_their_folders():
     runs = [graded("adamw", 0, 1.0, role="single", settings={"out_dir": name}) for name in "ab"]
     check(runs)
+    check([runs[0], runs[1] | {"settings": {"out_dir": "b", "n_embd": 128}}])
     with pytest.raises(AnalysisError, match="adamw, seed 0"):
         check([*runs, runs[0]])
 

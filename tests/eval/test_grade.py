@@ -11,6 +11,7 @@ from eval.grade import oracle_grade
 from eval.predictor import GPTPredictor
 from eval.reference import OraclePredictor
 from eval.tasks.chain import Chain
+from eval.tasks.ctrl import Ctrl
 from eval.tasks.nav import Nav
 from eval.tasks.pdfa import Pdfa
 from eval.world import Rollout
@@ -23,18 +24,19 @@ X = math.nan  # an episode that has ended
 every_task = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 
 
-def episodes(error, nll=None, entropy=None, **outcomes) -> Rollout:
+def episodes(error, nll=None, entropy=None, alive=None, **outcomes) -> Rollout:
     given = (error, nll or error, entropy or error)
     tables = [torch.tensor(rows, dtype=torch.float64) for rows in given]
     scores = {name: torch.tensor(each).double() for name, each in outcomes.items()}
     tokens = torch.zeros(tables[0].shape, dtype=torch.int64)
-    return Rollout(tokens, tables[0], 2 * tables[0], *tables[1:], scores)
+    return Rollout(tokens, tables[0], 2 * tables[0], *tables[1:], outcomes=scores, alive=alive)
 
 
 @pytest.fixture
 def by_hand():
-    data = episodes([[1, 2, X], [3, 4, 6]], nll=[[2, 2, X], [3, 1, 7]], reached=[1, 1])
-    own = episodes([[2, X, X], [4, 6, 1]], entropy=[[9, X, X], [9, 4, 7]], reached=[0, 1])
+    ends, falls = torch.tensor([[1, 0, 0], [1, 1, 1]]), torch.tensor([[0, 0, 0], [1, 1, 0]])
+    data = episodes([[1, 2, X], [3, 4, 6]], [[2, 2, X], [3, 1, 7]], alive=ends, reached=[1, 1])
+    own = episodes([[2, X, X], [4, 6, 1]], None, [[9, X, X], [9, 4, 7]], falls, reached=[0, 1])
     return oracle_grade(data, own)
 
 
@@ -53,9 +55,16 @@ def test_curves_are_sums_over_all_episodes():
 def test_where_episodes_end_nothing_rewards_an_early_end(by_hand):
     assert by_hand.curves["A"].mean == [2, 2 + 3, 2 + 3 + 6 / 2]  # ended ones add nothing
     assert by_hand.curves.keys() == {"A", "C", "survival", "data_survival"}
-    assert by_hand.curves["survival"].mean == [1, 0.5, 0.5]
-    assert by_hand.curves["data_survival"].mean == [1, 1, 0.5]
+    assert by_hand.curves["survival"].mean == [0.5, 0.5, 0]  # after each decision
+    assert by_hand.curves["data_survival"].mean == [1, 0.5, 0.5]
     assert by_hand.n_t == {"data": [2, 2, 1], "own": [2, 1, 1]}
+
+
+def test_after_the_last_decision_those_survive_that_never_failed():
+    grade = Ctrl(horizon=12).grade(GPTPredictor(random_gpt(Ctrl(horizon=12))), n=64, seed=0)
+    survival = grade.curves["survival"].mean
+    assert 0 < survival[-1] < survival[0]
+    assert survival[-1] == pytest.approx(1 - grade.metrics["failure"].mean, rel=EXACT)
 
 
 def test_metrics_by_hand(by_hand):
@@ -118,6 +127,7 @@ def test_the_oracle_itself_has_no_gap_and_no_error(task):
     errors = [curve.mean for name, curve in grade.curves.items() if name in "ABCG"]
     assert np.abs(errors).max() < EXACT
     assert grade.means().get("gap", 0) < EXACT
+    assert ("survival" in grade.curves) == task.world(1, 0).can_end  # though no oracle of nav ends
     if task.higher_is_better:
         best = grade.metrics[task.primary]
         assert (best.mean, best.lo, best.hi) == (1, 1, 1)

@@ -31,6 +31,11 @@ def test_a_diverged_optimizer_and_too_few_have_no_rank():
     assert on_ranks(rows[:2]) == ""
 
 
+def test_an_optimizer_on_fewer_seeds_has_no_rank():
+    rows = [*ranked((2, 1, 4, 3)), *(record(name, 9, 5.0) for name in ("adamw", "muon", "sgd"))]
+    assert rank_agreement(rows)[1] == 3
+
+
 def test_the_terminal_says_what_a_factor_has_to_exceed():
     text = summary([each | {"seed": each["seed"] + 200} for each in noisy(0)])
     assert "two orders of 6 optimizers: Kendall's tau = " in text

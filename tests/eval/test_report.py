@@ -51,6 +51,18 @@ def test_the_page_says_what_a_factor_at_equal_validation_has_to_exceed(tmp_path,
     assert "Kendall's tau = 1.00" in page.text  # validation is a tenth of the error here
 
 
+def test_the_caption_explains_the_curves_that_are_drawn_and_no_others(page, tmp_path):
+    assert "G(l) = (B(l) − A(l)) / l" in page.text
+    assert "S(l)" not in page.text
+    rows = study()
+    for grade in filter(None, [record["grade"] for record in rows]):
+        grade["curves"] = {"A": grade["curves"]["A"], "survival": grade["curves"]["A"]}
+    main([str(write_study(tmp_path / "study", rows)), "--out", str(tmp_path / "out")])
+    page = read(tmp_path / "out")
+    assert "S(l) is the share of episodes that still go on after l steps" in page.text
+    assert "B(l)" not in page.text
+
+
 def test_with_one_base_the_page_says_why_there_is_no_table(tmp_path, report):
     rows = [*fresh("adamw", [5.0, 6.0, 7.0]), *fresh("dopr-adamw", [3.0, 4.1, 5.0])]
     page = report(write_study(tmp_path / "study", rows))

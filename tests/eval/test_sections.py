@@ -47,6 +47,17 @@ def test_a_variant_of_which_five_of_eight_runs_diverged_is_called_so_whatever_is
     assert versus.verdict == "better"
 
 
+def test_sections_of_one_task_are_told_apart_by_the_knobs_that_differ():
+    rows = [each | {"spec": "task:pdfa,instance=1,states=8,horizon=64"} for each in CLEAR]
+    (alone,) = make_sections(rows)
+    assert alone.name == "pdfa"
+    other = [each | {"spec": "task:pdfa,instance=1,states=9,horizon=64"} for each in CLEAR]
+    longer = [each | {"steps": 1500} for each in rows]
+    found = [(each.name, each.steps) for each in make_sections([*rows, *other, *longer])]
+    names = ("pdfa, states=8", "pdfa, states=9", "pdfa, states=8")
+    assert found == [*zip(names, (500, 500, 1500), strict=True)]
+
+
 def test_the_overview_has_an_entry_wherever_a_variant_was_run():
     lost = [*fresh("adamw", [5.0, 6.0, 7.0]), *fresh("dopr-adamw", [None, None, None])]
     rows = [*lost, *(run | {"task": "nav"} for run in study())]

@@ -150,6 +150,7 @@ def test_settings_that_a_run_refuses_end_the_comparison_with_its_message(tmp_pat
         (["--task", "pdfa", "--optimizers", "adamw", "--set", "n_hed=2"], "did you mean 'n_head'"),
         (["--task", "pdfa", "--optimizers", "adamw", "--set", "lr=2"], "lr is fixed here"),
         (["--task", "pdfa", "--optimizers", "adamw", "--set", "n_head=3"], "divisible by n_head=3"),
+        (["--task", "pdfa", "--optimizers", "adamw", "--set", "block_size=8"], "is fixed here"),
         (["--task", "pdfa", "--optimizers", "dopr-sgd+gamma=-1"], "gamma=-1"),
         (["--task", "pdfa", "--optimizers", "adamw,sgd,adamw"], "adamw is there more than once"),
         (["--task", "lds", "--optimizers", "adamw", "--set", "gamma=1"], "optimizer+gamma"),
@@ -179,6 +180,19 @@ def test_other_optimizers_and_seeds_are_added_to_those_in_the_folder(tmp_path):
     assert set(protocol["variants"]) == {"adamw", name}
     assert protocol["fresh_seeds"] == [FRESH, FRESH + 1]
     assert len(protocol["command"].splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "no protocol"), ("{}", "lacks command, fresh_seeds, n, ")]
+)
+def test_a_damaged_protocol_is_named_and_left_as_it_is(tmp_path, content, message):
+    damaged = study(tmp_path)
+    path = damaged.out / "protocol.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"protocol\.json: .*{message}"):
+        damaged.begin("")
+    assert path.read_text() == content
 
 
 def test_a_variant_with_another_meaning_is_refused(tmp_path):

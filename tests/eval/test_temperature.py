@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from checkpoint import CheckpointError
 from eval import compare, temperature
 from eval.points import run_point
 from eval.predictor import Predictor
@@ -47,6 +48,11 @@ def test_the_temperature_of_the_lowest_error_on_the_tuning_seeds_is_chosen(monke
     assert best_temperature(tmp_path, [*runs, graded("adamw", 2, None)]) == 1.0
 
 
+def test_where_a_temperature_changes_nothing_none_is_chosen(monkeypatch, tmp_path):
+    monkeypatch.setattr(temperature, "regrade", lambda study, record, T: record)
+    assert best_temperature(tmp_path, [graded("sgd", seed, 1.0) for seed in (0, 1)]) == 1.0
+
+
 def test_the_table_compares_at_one_and_at_the_temperatures():
     before = [*fresh("adamw", [4.0, 4.0, 4.0]), *fresh("dopr-adamw", [2.0, 2.0, 2.0])]
     after = [*fresh("adamw", [2.0, 2.0, 2.0], temperature=0.8)]
@@ -80,6 +86,11 @@ def test_trained_models_are_graded_at_their_temperature_once(tmp_path, capsys):
     study_row = json.loads((out / "records.jsonl").read_text().splitlines()[0])
     hot, cold = (regrade(out, study_row, T)["grade"]["metrics"] for T in (1.4, 0.5))
     assert cold["overconfidence"]["mean"] > hot["overconfidence"]["mean"]
+    other = {"code": "of another revision"}
+    again = regrade(out, study_row | {"grading": study_row["grading"] | other}, 1.0)
+    assert again["grading"] == study_row["grading"]
+    with pytest.raises(CheckpointError, match="is not the model of the study's record"):
+        regrade(out, study_row | {"grading": study_row["grading"] | {"checkpoint": "x"}}, 0.9)
 
 
 def test_folders_without_models_or_without_a_study_are_one_error(tmp_path, capsys):
