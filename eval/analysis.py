@@ -47,6 +47,7 @@ class Row:
     median: float  # of the primary metric over seeds, which one outlier does not move
     mean_log_error: float  # what orders the leaderboard
     versus_base: Compared | None  # log error, paired over seeds; None for a base
+    at_this_rate: Compared | None  # the same against the base at the variant's own learning rate
     val_versus_base: Compared | None  # nats
     n_diverged: int
 
@@ -124,6 +125,11 @@ def teacher_forced(record: Record) -> float:
     return math.nan if value is None else value
 
 
+def is_control(record: Record) -> bool:
+    """A base at the learning rate of one of its variants, on a fresh seed."""
+    return record["role"] == "control"
+
+
 def is_reported(record: Record) -> bool:
     return record["role"] in ("fresh", "single")
 
@@ -144,11 +150,17 @@ def leaderboard(records: list[Record]) -> list[Row]:
     A variant with a diverged run is last, whatever the others.
     """
     runs = by_variant(filter(is_reported, records))
-    rows = [_row(own, runs.get(own[0]["base"], [])) for own in runs.values()]
+    controls = grouped(filter(is_control, records), itemgetter("variant", "lr"))
+    rows = []
+    for own in runs.values():
+        name, lr = own[0]["base"], own[0]["lr"]
+        base = runs.get(name, [])
+        has_this_rate = bool(base) and base[0]["lr"] == lr
+        rows.append(_row(own, base, base if has_this_rate else controls.get((name, lr), [])))
     return sorted(rows, key=lambda row: (row.n_diverged, row.mean_log_error))
 
 
-def _row(own: list[Record], base: list[Record]) -> Row:
+def _row(own: list[Record], base: list[Record], base_at_this_rate: list[Record]) -> Row:
     first = own[0]
     finished = [record for record in own if is_finished(record)]
     is_base = first["variant"] == first["base"]
@@ -162,6 +174,7 @@ def _row(own: list[Record], base: list[Record]) -> Row:
         median=float(np.median(values)) if values else math.nan,
         mean_log_error=over_seeds([log_error(record) for record in finished]).mean,
         versus_base=None if is_base else _versus(own, base, log_error),
+        at_this_rate=None if is_base else _versus(own, base_at_this_rate, log_error),
         val_versus_base=None if is_base else _versus(own, base, val_loss),
         n_diverged=len(own) - len(finished),
     )

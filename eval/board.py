@@ -21,6 +21,7 @@ class Versus:
     """A variant against its base."""
 
     error: Cell  # ratio of the rollout errors
+    at_this_rate: Cell  # the same with the base at the variant's learning rate
     val_loss: Cell  # difference, nats
     wins: str  # "4/5"
     p: str
@@ -49,7 +50,7 @@ def entries(records: list[Record], *, is_study: bool, threshold: float) -> list[
     """The leaderboard, best first; last, what never finished."""
     reported = [record for record in records if is_reported(record)]
     finished = {r["variant"] for r in reported if is_finished(r)}
-    rows = leaderboard([r for r in reported if r["variant"] in finished])
+    rows = leaderboard([r for r in records if r["variant"] in finished])
     best = clear_best(reported, rows)
     scale = _scale(rows)
     found = [_entry(row, scale, threshold, row.variant == best) for row in rows]
@@ -72,13 +73,15 @@ def clear_best(records: list[Record], rows: list[Row]) -> str | None:
 
 def _entry(row: Row, scale: float, threshold: float, is_best: bool) -> Entry:
     versus, val = row.versus_base, row.val_versus_base
+    found = verdict(versus, row.at_this_rate) if versus else ""
     shown = versus and Versus(
         error=times(versus.difference),
+        at_this_rate=times(row.at_this_rate.difference) if row.at_this_rate else (NONE, ""),
         val_loss=pair(val.difference, sign=True) if val else (NONE, ""),
         wins=f"{versus.wins}/{versus.n_pairs}",
         p=p_value(versus.p) if versus.difference.n >= MIN_SEEDS else NONE,
-        is_strict=versus.p < threshold and verdict(versus) in CLEAR,
-        verdict=verdict(versus),
+        is_strict=versus.p < threshold and found in CLEAR,
+        verdict=found,
         bar=_bar(versus.difference, scale),
     )
     values = pair(row.val_loss), pair(row.primary)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from eval.analysis import AnalysisError, Record, by_variant, grouped, is_reported
+from eval.analysis import AnalysisError, Record, by_variant, grouped, is_control, is_reported
 from eval.variants import OF_THE_MODEL
 
 Key = tuple[Any, ...]
@@ -12,7 +12,7 @@ Key = tuple[Any, ...]
 
 def model_of(record: Record) -> str | None:
     """The settings of the model, in words; None for single runs, whose models may differ."""
-    settings = record.get("settings", {}) if record["role"] == "fresh" else {}
+    settings = record.get("settings", {}) if record["role"] != "single" else {}
     known = sorted(settings.keys() & OF_THE_MODEL)
     return ", ".join(f"{key}={settings[key]}" for key in known) or None
 
@@ -41,10 +41,10 @@ def check(records: Iterable[Record]) -> None:
     A run of the same task, knobs, length, optimizer and seed may be there once; an optimizer has
     one learning rate; all that stand on one leaderboard have the same model, saw as many tokens,
     and were graded on the same episodes by the same code. Single runs are told apart by their
-    folders, and their models may differ. References are exempt.
+    folders, and their models may differ. References are exempt, controls are not.
     """
-    reported = list(filter(is_reported, records))
-    for board in grouped(reported, _board).values():
+    compared = [record for record in records if is_reported(record) or is_control(record)]
+    for board in grouped(compared, _board).values():
         _check_repeated(board)
         _check_rates([record for record in board if record["role"] == "fresh"])
         _check_means(board)
@@ -52,15 +52,17 @@ def check(records: Iterable[Record]) -> None:
 
 def _board(record: Record) -> Key:
     """Records with the same key stand on the same leaderboard."""
-    return record["role"], record["task"], record["steps"], knobs_of(record["spec"])
+    is_single = record["role"] == "single"
+    return is_single, record["task"], record["steps"], knobs_of(record["spec"])
 
 
 def _check_repeated(board: list[Record]) -> None:
     def run(record: Record) -> Key:
         folder = record["settings"]["out_dir"] if record["role"] == "single" else ""
-        return record["variant"], record["seed"], folder
+        rate = record["lr"] if is_control(record) else 0
+        return record["variant"], record["seed"], folder, rate
 
-    for (variant, seed, _), runs in grouped(board, run).items():
+    for (variant, seed, *_), runs in grouped(board, run).items():
         if len(runs) > 1:
             raise AnalysisError(
                 f"{_name(board)}, {variant}, seed {seed}: {len(runs)} reported records, lr "

@@ -51,7 +51,7 @@ class Point:
     task: Task | Lds
     variant: str
     base: str
-    role: str  # tuning | fresh | reference
+    role: str  # tuning | fresh | control | reference
     lr: float  # 0 for a reference
     seed: int
     settings: dict[str, Any]
@@ -100,7 +100,10 @@ def run_point(point: Point) -> dict[str, Any]:
     Raises PointError: why it failed, or how what is on disk differs from what is asked.
     """
     names = {"variant": point.variant, "base": point.base, "role": point.role}
-    return recorded(point.folder, point.asked(), lambda: _graded(point) | names)
+    record = recorded(point.folder, point.asked(), lambda: _graded(point) | names)
+    if record["role"] != point.role:  # a control may become the rate that is reported
+        write_record(point.folder / "record.json", record | names)
+    return record | names
 
 
 def recorded(

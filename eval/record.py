@@ -2,7 +2,7 @@
 
 task, spec, primary, higher_is_better    what it was graded on
 variant, base, lr, seed, steps, tokens   how it was trained; `base` is what it is compared with
-role                                     tuning | fresh | single (no part of a protocol) |
+role                                     tuning | fresh | control | single (no part of a protocol) |
                                          reference (no optimizer made it; lr 0)
 val_loss                                 nats per scored token; null: the run diverged
 grade                                    see eval/grade.py; null: the run diverged

@@ -75,6 +75,21 @@ class Study:
         rows = [Variant(name, name, ()) for name in names]
         return [self.point(row, "reference", 0.0, seed) for row in rows for seed in seeds]
 
+    def controls(self, rates: dict[str, float]) -> list[Point]:
+        """Each base on the fresh seeds at its variants' rates: what of a gain is the rate's?
+
+        rates: of every variant. A variant whose base is not in the study has no control.
+        """
+        seeds = range(FRESH, FRESH + self.fresh_seeds)
+        bases = {each.name: each for each in self.variants if each.name == each.base}
+        others = {(each.base, rates[each.name]) for each in self.variants if each.base in bases}
+        others -= {(name, rates[name]) for name in bases}
+        return [
+            self.point(bases[name], "control", lr, seed)
+            for name, lr in sorted(others)
+            for seed in seeds
+        ]
+
     def fixed(self) -> dict[str, Any]:
         """What must not change between two commands on the same folder."""
         numbers = {key: getattr(self, key) for key in ("steps", "tuning_seeds", "n", "settings")}
@@ -175,17 +190,19 @@ def compare(study: Study, workers: int) -> list[Record]:
     """
     runner = Runner(str(study.out), workers, run_point, _line)
 
-    def one(variant: Variant) -> None:
+    def one(variant: Variant) -> float:
         lr = sweep(study, variant, runner.run)
         seeds = range(FRESH, FRESH + study.fresh_seeds)
         runner.run([study.point(variant, "fresh", lr, seed) for seed in seeds])
+        return lr
 
     try:
         with ThreadPoolExecutor(len(study.variants) + 1) as threads, runner:
             references = threads.submit(runner.run, study.references())
-            jobs = [threads.submit(one, each) for each in study.variants]
-            for finished in as_completed([*jobs, references]):
+            jobs = {each.name: threads.submit(one, each) for each in study.variants}
+            for finished in as_completed([*jobs.values(), references]):
                 finished.result()
+            runner.run(study.controls({name: job.result() for name, job in jobs.items()}))
     finally:
         records = _unite(study.out / "records.jsonl", runner.records.values())
     return records

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from eval.analysis import Row
 from eval.intervals import MIN_SEEDS, Estimate, Paired
 from eval.matched import Matched
-from eval.typeset import times
+from eval.typeset import NONE, times
 
 
 def aligned(rows: Iterable[Sequence[str]]) -> str:
@@ -35,15 +35,17 @@ def leaderboard_text(
     """
     direction = "higher" if higher_is_better else "lower"
     header = ["optimizer", "lr", "val loss", f"{metric} ({direction} is better)", "median"]
-    cells = [[*header, "error / base's", "wins", "p", "diverged"]]
+    against = ["error / base's", "wins", "p", "error / base's at this lr"]
+    cells = [[*header, *against, "diverged"]]
     for row in rows:
         means = mean_and_half(row.val_loss), mean_and_half(row.primary)
         values = *means, f"{row.median:.4g}"
-        versus = row.versus_base
-        against = ("", "", "") if versus is None else compared(versus)
-        cells.append([row.variant, f"{row.lr:g}", *values, *against, str(row.n_diverged or "")])
+        against = compared(row.versus_base) if row.versus_base else ("", "", "")
+        here = compared(row.at_this_rate)[0] if row.at_this_rate else ""
+        diverged = str(row.n_diverged or "")
+        cells.append([row.variant, f"{row.lr:g}", *values, *against, here, diverged])
     for name, values in references.items():
-        cells.append([name, "", *map(mean_and_half, values), "", "", "", "", ""])
+        cells.append([name, "", *map(mean_and_half, values), *[""] * 6])
     return aligned(cells)
 
 
@@ -59,6 +61,8 @@ def matched_text(matched: dict[str, Matched]) -> str:
 
 def mean_and_half(value: Estimate) -> str:
     """mean ± half of the interval, to four significant digits; the mean alone without one."""
+    if math.isnan(value.mean):
+        return NONE
     half = (value.hi - value.lo) / 2
     return f"{value.mean:.4g}" + ("" if math.isnan(half) else f" ± {half:.2g}")
 

@@ -114,11 +114,12 @@ def p_value(p: float) -> str:
     return mantissa + power_of_ten(int(power))
 
 
-def verdict(versus: Compared) -> str:
+def verdict(versus: Compared, at_this_rate: Compared | None = None) -> str:
     """better | worse, where the interval excludes zero; unclear; too few seeds; diverged.
 
     Lower is better. A variant that lost more pairs by divergence than its base is "diverged",
-    whatever the pairs say that are left: the seeds on which it fell are not among them.
+    whatever the pairs say that are left: the seeds on which it fell are not among them. A
+    difference that is not there against the base at the variant's learning rate is "by its rate".
     """
     difference = versus.difference
     if versus.n_lost > versus.n_base_lost:
@@ -127,4 +128,6 @@ def verdict(versus: Compared) -> str:
         return ("no pairs", "one seed", "two seeds")[difference.n]
     if not (difference.lo > 0 or difference.hi < 0):
         return "unclear"
-    return "better" if difference.mean < 0 else "worse"
+    found = "better" if difference.mean < 0 else "worse"
+    is_known = at_this_rate is not None and at_this_rate.difference.n >= MIN_SEEDS
+    return "by its rate" if is_known and verdict(at_this_rate) != found else found

@@ -40,6 +40,19 @@ def test_the_leaderboard_is_sorted_and_compares_with_the_base_on_the_same_seeds(
     assert best.versus_base.difference.lo == pytest.approx(interval.low)
 
 
+def test_a_variant_is_also_compared_with_its_base_at_its_own_rate():
+    rows = [each | {"lr": 0.02} if each["base"] != each["variant"] else each for each in study()]
+    at_other_rates = [record("adamw", seed, 9.0, role="control", lr=0.04) for seed in range(3)]
+    controls = [record("adamw", seed, 2.0, role="control", lr=0.02) for seed in range(3)]
+    best, base = leaderboard([*rows, *at_other_rates, *controls])
+    assert best.at_this_rate.difference.mean == pytest.approx(np.log(np.divide(DOPR, 2)).mean())
+    assert best.versus_base == leaderboard(rows)[0].versus_base  # a control is not reported
+    assert (base.primary.n, base.at_this_rate) == (3, None)
+    assert leaderboard(rows)[0].at_this_rate is None  # unknown
+    same, _ = leaderboard(study())
+    assert same.at_this_rate == same.versus_base
+
+
 def test_where_higher_is_better_order_and_wins_turn_around():
     rows = [
         each | {"higher_is_better": True, "grade": {"metrics": {"accumulated_kl": {"mean": value}}}}

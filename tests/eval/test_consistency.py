@@ -57,6 +57,15 @@ def test_runs_of_other_means_do_not_share_a_leaderboard(changes, message):
     check([rows[0], rows[1] | {"spec": "task:pdfa,instance=1,states=9"}])
 
 
+def test_controls_stand_beside_the_base_at_other_rates_and_by_the_same_means():
+    control = graded("adamw", 100, 2.0, role="control", lr=0.08)
+    check([*study(), control, control | {"lr": 0.16}])
+    with pytest.raises(AnalysisError, match="adamw, seed 100: 2 reported"):
+        check([*study(), control, control])
+    with pytest.raises(AnalysisError, match="different graded episodes"):
+        check([*study(), control | {"grading": {"n": 16}}])
+
+
 def test_single_runs_are_told_apart_by_their_folders():
     runs = [graded("adamw", 0, 1.0, role="single", settings={"out_dir": name}) for name in "ab"]
     check(runs)

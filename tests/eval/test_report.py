@@ -27,8 +27,9 @@ def test_the_leaderboard_holds_every_variant_with_the_numbers_of_the_records(pag
     for variant in {record["variant"] for record in study()}:
         assert page.row(variant)
     # Values 3, 4.1, 5 against 5, 6, 7: t(0.975, 2) = 4.303 times sd / √3, of logarithms of ratios.
-    _, lr, primary, median, ratio, _, wins, p, verdict, loss, _ = page.row("dopr-adamw")
+    _, lr, primary, median, ratio, _, wins, p, here, verdict, loss, _ = page.row("dopr-adamw")
     assert (primary, median, ratio) == ("4.0 ± 2.5", "4.100", "× 0.664 [0.530, 0.832]")
+    assert here == ratio  # their learning rates are equal
     assert (wins, p, verdict, loss, lr) == ("3/3", "0.016 *", "better", "0.40 ± 0.25", "0.01")
     assert "lower is better" in page.text
 
@@ -70,7 +71,7 @@ def test_with_one_base_the_page_says_why_there_is_no_table(tmp_path, report):
 
 
 def test_what_is_not_told_apart_is_called_so_and_nothing_is_marked_as_best(page):
-    assert page.row("dopr-muon")[8] == "unclear"
+    assert page.row("dopr-muon")[9] == "unclear"
     assert "No optimizer is marked as best" in page.text
     assert "(best)" not in page.text
 
@@ -87,14 +88,14 @@ def test_where_higher_is_better_the_same_numbers_are_worse(tmp_path, report):
         each | {"higher_is_better": True} for name in values for each in fresh(name, values[name])
     ]
     page = report(write_study(tmp_path / "study", rows))
-    assert page.row("dopr-adamw")[8] == "worse"
+    assert page.row("dopr-adamw")[9] == "worse"
 
 
 def test_references_stand_below_the_optimizers_and_are_compared_with_nothing(tmp_path, report):
     rows = [record | {"role": "reference"} for record in fresh("oracle", [0.0, 0.0, 0.0])]
     page = report(write_study(tmp_path / "study", [*study(), *rows]))
     oracle = page.row("oracle, the source itself")
-    assert oracle[2:8] == ["0", "", "", "", "", ""]
+    assert oracle[2:9] == ["0", "", "", "", "", "", ""]
     assert page.rows.index(oracle) > page.rows.index(page.row("fast-dopr-adamw"))
 
 
@@ -104,14 +105,14 @@ def test_diverged_and_missing_runs_are_listed(tmp_path, report):
     assert "2 fresh runs diverged or missing" in page.text
     assert "fast-dopr-adamw, lr 0.01, seed 101 (fresh): diverged" in page.text
     assert "muon, seed 102 (fresh): missing" in page.text
-    assert page.row("fast-dopr-adamw")[8] == "diverged 1/3"  # once, and no other verdict
+    assert page.row("fast-dopr-adamw")[9] == "diverged 1/3"  # once, and no other verdict
     assert "as a search for the largest usable rate expects: dopr-adamw 0.02." in page.text
 
 
 def test_a_variant_of_which_nothing_finished_is_shown(tmp_path, report):
     rows = [*fresh("adamw", [5.0, 6.0, 7.0]), *fresh("dopr-adamw", [None, None, None])]
     page = report(write_study(tmp_path / "study", rows))
-    assert (page.row("dopr-adamw")[2], page.row("dopr-adamw")[8]) == ("–", "diverged 3/3")
+    assert (page.row("dopr-adamw")[2], page.row("dopr-adamw")[9]) == ("–", "diverged 3/3")
 
 
 def test_a_study_of_which_nothing_finished_makes_a_page(tmp_path, report):

@@ -11,7 +11,7 @@ import pytest
 
 from eval.compare import main, notes, study_of
 from eval.compare import parse as parse_arguments
-from eval.points import PointError, differences, run_point
+from eval.points import PointError, differences, read_record, run_point
 from eval.study import FRESH, GRIDS, _unite, sweep
 from eval.variants import parse_variant
 from optim.build import MATRIX_OPTIMIZERS, OPTIMIZERS
@@ -107,6 +107,37 @@ def test_a_comparison_reports_fresh_seeds_continues_and_can_be_extended(tmp_path
     fresh_lines = [line for line in first.splitlines() if "fresh" in line]
     assert all(line in lines for line in fresh_lines)  # the same numbers and seconds: not run again
     assert "error / base's" in lines
+
+
+def test_each_base_also_runs_at_the_rates_of_its_variants(tmp_path):
+    names = "adamw,dopr-adamw,fast-dopr-adamw,dopr-adamw+gamma=1,dopr-sgd"
+    new = study(tmp_path, "--optimizers", names, "--seeds", "2")
+    rates = dict(zip(names.split(","), (0.1, 0.2, 0.1, 0.2, 0.3), strict=True))
+    found = new.controls(rates)  # once at 0.2; sgd is not in this study
+    assert [(p.variant, p.role, p.lr, p.seed) for p in found] == [
+        ("adamw", "control", 0.2, FRESH + i) for i in range(2)
+    ]
+    assert "--dopr=False" in found[0].command
+
+
+def test_controls_are_run_and_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(GRIDS, "adamw", (1e-3, 2e-3))
+    rates = iter((1e-3, 2e-3))
+    monkeypatch.setattr("eval.study.sweep", lambda *_: next(rates))
+    names = ["--optimizers", "adamw,dopr-adamw", "--seeds", "2", "--steps", "20"]
+    main(["--task", "lds", *names, "--out", str(tmp_path)])
+    roles = [(row["variant"], row["role"]) for row in read_records(tmp_path)]
+    assert roles.count(("adamw", "control")) == 2
+    assert roles.count(("adamw", "fresh")) == 2
+    board = capsys.readouterr().out.splitlines()
+    assert len([line for line in board if line.startswith("dopr-adamw ") and line.count("×") == 2])
+
+
+def test_a_control_that_is_asked_for_as_fresh_is_fresh(tmp_path):
+    control = study(tmp_path, "--steps", "5").point(parse_variant("adamw"), "control", 1e-3, FRESH)
+    run_point(control)
+    assert run_point(replace(control, role="fresh"))["role"] == "fresh"
+    assert read_record(control.folder)["role"] == "fresh"
 
 
 def test_another_study_is_not_mixed_into_a_folder(tmp_path):

@@ -56,6 +56,21 @@ def test_a_verdict_needs_an_interval_that_excludes_zero():
     assert verdict(compared([1.0], [2.0])) == "one seed"
 
 
+def test_a_difference_that_is_not_there_at_equal_rates_is_the_rates():
+    low, high, between = [3.0, 3.1, 3.2], [5.0, 5.2, 5.1], [2.0, 5.0, 3.0]
+    better, worse, unclear = (
+        compared(low, high),
+        compared(high, low),
+        compared(low, between),
+    )
+    assert verdict(better, better) == "better"
+    assert verdict(better, unclear) == "by its rate"
+    assert verdict(better, worse) == "by its rate"
+    assert verdict(worse, unclear) == "by its rate"
+    assert verdict(unclear, better) == "unclear"
+    assert verdict(better, compared([3.0], [3.0])) == "better"  # too few pairs to say otherwise
+
+
 @pytest.mark.parametrize(
     ("lost", "base_lost", "expected"),
     [(0, 0, "better"), (5, 0, "diverged"), (5, 4, "diverged"), (5, 5, "better"), (1, 5, "better")],
