@@ -129,5 +129,6 @@ def verdict(versus: Compared, at_this_rate: Compared | None = None) -> str:
     if not (difference.lo > 0 or difference.hi < 0):
         return "unclear"
     found = "better" if difference.mean < 0 else "worse"
-    is_known = at_this_rate is not None and at_this_rate.difference.n >= MIN_SEEDS
-    return "by its rate" if is_known and verdict(at_this_rate) != found else found
+    if at_this_rate is None or at_this_rate.difference.n < MIN_SEEDS:
+        return found
+    return found if verdict(at_this_rate) == found else "by its rate"
