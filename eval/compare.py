@@ -18,9 +18,9 @@ from data.shards import DataError
 from eval import consistency
 from eval.analysis import Record, leaderboard, references
 from eval.command import command_parser
+from eval.kept import PointError
 from eval.lds import Lds, parse_lds_variant
 from eval.matched import matched_validation
-from eval.points import PointError
 from eval.remarks import on_matched, on_ranks
 from eval.study import DEFAULT_GRID, GRIDS, Study, compare
 from eval.tables import leaderboard_text, matched_text

@@ -24,8 +24,8 @@ from eval.analysis import Record, grouped
 from eval.command import command_parser
 from eval.coordinates import KINDS, STEPS, measure_coordinates
 from eval.intervals import Estimate
+from eval.kept import PointError
 from eval.looks import save_png
-from eval.points import PointError
 from eval.slopes import slope, widths_of
 from eval.tables import markdown
 from eval.width_figures import coordinates_figure

@@ -1,27 +1,14 @@
-"""One point of a comparison: train with these settings, grade, leave a record; never twice.
+"""One point of a comparison: train with these settings, grade, leave a record; never twice."""
 
-Points run in worker processes that have imported torch already: a run of ten seconds should not
-wait three for that. What runs there is `train.py`, as `python train.py ...` would run it.
-"""
-
-import contextlib
 import json
-import os
-import runpy
-import signal
-import sys
-import threading
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from checkpoint import candidates
-from configurator import load_config
+from eval.kept import GRADING, read_record, recorded
 from eval.lds import BATCH_SIZE, Lds, command_of, grade_policy, train_variant
 from eval.record import make_record, train_command, write_record
 from eval.reference import command_of as reference_command
@@ -29,18 +16,9 @@ from eval.reference import grade_reference
 from eval.run import ENVIRONMENT
 from eval.tasks import Task
 from eval.tasks.task import OracleTask
+from eval.training import model_settings, train_in
 from eval.ttf import grade_checkpoint, grading_code
-from optim.statistics import settings_problems
 from runlog import environment
-from settings import FIELDS, RUN_ONLY
-
-ROOT = Path(__file__).parents[1]
-GRADING = "grading "  # how keys of `asked` begin that make the grade, not the model
-DIVERGED = "steps in a row were not finite"  # what train.py says of a run that it gave up
-
-
-class PointError(RuntimeError):
-    """A run that failed for another reason than divergence, or is not the one asked for."""
 
 
 @dataclass(frozen=True)
@@ -74,23 +52,9 @@ class Point:
         if self.role == "reference":
             return {"spec": self.task.spec}
         if isinstance(self.task, Lds):
-            load_config([*self.command[1:], "--warmup_steps=0"], _dopr_problems)  # it has none
+            model_settings([*self.command, "--warmup_steps=0"])  # it has none
             return {**self.settings, "lr": self.lr, "seed": self.seed, "spec": self.task.spec}
-        return trained(self.command)
-
-
-def trained(command: list[str]) -> dict[str, Any]:
-    """What makes the model of `python train.py ...`. ConfigError if it would refuse."""
-    config, _ = load_config(command[1:], _dopr_problems)
-    return _of_the_model(asdict(config))
-
-
-def _dopr_problems(settings: dict[str, Any]) -> list[str]:
-    return settings_problems(settings) if settings["dopr"] else []
-
-
-def _of_the_model(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key not in RUN_ONLY}
+        return model_settings(self.command)
 
 
 def run_point(point: Point) -> dict[str, Any]:
@@ -106,72 +70,12 @@ def run_point(point: Point) -> dict[str, Any]:
     return record | names
 
 
-def recorded(
-    folder: Path, asked: dict[str, Any], make: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
-    """The record in a folder, which `make` makes unless it is there.
-
-    Raises PointError if what is there was trained with other settings than `asked`.
-    """
-    if found := finished(folder, asked):
-        return found
-    started = time.perf_counter()
-    record = make() | {"asked": asked}
-    record["seconds"] = time.perf_counter() - started
-    write_record(folder / "record.json", record)
-    return read_record(folder)
-
-
-def finished(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """The record in a folder; None if there is none, or if its model is to be graded again.
-
-    Raises PointError if it, or a run that was stopped there, is another than that asked for.
-    """
-    asked = json.loads(json.dumps(asked))
-    record = read_record(folder) if (folder / "record.json").exists() else None
-    other = differences(record["asked"] if record else _begun(folder) or asked, asked)
-    _check_trained_the_same(folder, other)
-    return None if other else record
-
-
 def _graded(point: Point) -> dict[str, Any]:
     """The record of a model that is trained now, or of one that needs no training."""
     task = point.task
     if point.role == "reference" and isinstance(task, OracleTask | Lds):
         return _reference_record(point, task)
     return _policy_record(point, task) if isinstance(task, Lds) else _train_and_grade(point, task)
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """What a finished point left."""
-    return json.loads((folder / "record.json").read_text())
-
-
-def _begun(folder: Path) -> dict[str, Any]:
-    """What makes the model that train.py began in a folder; empty if there is none."""
-    path = folder / "config.json"
-    return _of_the_model(json.loads(path.read_text())) if path.exists() else {}
-
-
-def differences(found: dict[str, Any], asked: dict[str, Any]) -> dict[str, str]:
-    """What was asked of a run on disk and is not asked now, or not so: {key: "was .., is .."}.
-
-    A setting that one side does not have, because train.py had none of it then, has its default.
-    """
-    default = {key: field.default for key, field in FIELDS.items()}
-    pairs = {
-        key: (found.get(key, default.get(key)), asked.get(key, default.get(key)))
-        for key in sorted(found.keys() | asked.keys())
-    }
-    return {key: f"was {was}, is {now}" for key, (was, now) in pairs.items() if was != now}
-
-
-def _check_trained_the_same(folder: Path, other: dict[str, str]) -> None:
-    """PointError if the differences of what is in a folder are not of its grading only."""
-    trained = [f"{key} {change}" for key, change in other.items() if not key.startswith(GRADING)]
-    if trained:
-        was = "; ".join(trained)
-        raise PointError(f"{folder} holds another run: {was}; delete it or choose another --out")
 
 
 def _train_and_grade(point: Point, task: Task) -> dict[str, Any]:
@@ -181,20 +85,6 @@ def _train_and_grade(point: Point, task: Task) -> dict[str, Any]:
     if train_in(point.folder, point.command):
         return grade_checkpoint(point.folder, n=point.n, seed=point.grading_seed)
     return _diverged(point, task)
-
-
-def train_in(folder: Path, command: list[str]) -> bool:
-    """Run `python command...`, a run of train.py with this out_dir; false if it diverged.
-
-    Raises PointError if it failed for another reason. What it printed is in train.log.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "train.log"
-    with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        code = _run_script(command)
-    if code and DIVERGED not in log.read_text():
-        raise PointError(f"{' '.join(command)}\nended with exit code {code}; see {log}")
-    return code == 0
 
 
 def _is_trained(folder: Path) -> bool:
@@ -249,31 +139,3 @@ def _reference_record(point: Point, task: OracleTask | Lds) -> dict[str, Any]:
         command=reference_command(task.spec, n=point.n, seed=point.grading_seed),
         environment=environment(torch.device("cpu")),
     )
-
-
-def _run_script(command: list[str]) -> int:
-    """`python command...` in this process; its exit code."""
-    argv, sys.argv = sys.argv, command
-    try:
-        runpy.run_path(str(ROOT / command[0]), run_name="__main__")
-    except SystemExit as exit:
-        return int(exit.code or 0)
-    finally:
-        sys.argv = argv
-    return 0
-
-
-def start_worker(parent: Connection) -> None:
-    """For a worker: one thread for a point; it ends when the other end of `parent` is closed.
-
-    That happens at the latest when the parent is killed. Ctrl-C is for the parent to answer.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with, args=[parent], daemon=True).start()
-
-
-def _end_with(parent: Connection) -> None:
-    with contextlib.suppress(EOFError, OSError):
-        parent.recv()
-    os._exit(1)

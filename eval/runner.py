@@ -1,17 +1,23 @@
 """Points run side by side, each in a worker process; their records come as they are ready."""
 
+import contextlib
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from tqdm import tqdm
 
 from eval.analysis import Record
-from eval.points import read_record, start_worker
+from eval.kept import read_record
 
 
 class HasFolder(Protocol):
@@ -76,3 +82,19 @@ class Runner:
 def _run(work: Callable[[Any], Any], point: HasFolder) -> None:
     """In a worker. The record stays on disk: a worker may end at any time, but not mid-message."""
     work(point)
+
+
+def start_worker(parent: Connection) -> None:
+    """For a worker: one thread for a point; it ends when the other end of `parent` is closed.
+
+    That happens at the latest when the parent is killed. Ctrl-C is for the parent to answer.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with, args=[parent], daemon=True).start()
+
+
+def _end_with(parent: Connection) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        parent.recv()
+    os._exit(1)

@@ -16,8 +16,9 @@ from typing import Any
 
 from checkpoint import write_atomic
 from eval.analysis import Record, primary, val_loss
+from eval.kept import PointError
 from eval.lds import Lds
-from eval.points import Point, PointError, run_point
+from eval.points import Point, run_point
 from eval.record import write_records
 from eval.reference import references_of
 from eval.runner import Runner

@@ -15,7 +15,7 @@ from typing import Any
 
 from checkpoint import write_atomic
 from eval.analysis import Record
-from eval.points import PointError, differences, finished, read_record
+from eval.kept import PointError, differences, finished, read_record
 from eval.record import write_records
 from eval.runner import Runner
 from eval.tasks import open_data

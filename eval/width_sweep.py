@@ -16,8 +16,8 @@ from pathlib import Path
 from checkpoint import write_atomic
 from data.shards import DataError
 from eval.command import command_parser
+from eval.kept import PointError
 from eval.looks import save_png
-from eval.points import PointError
 from eval.transfer_tables import tables
 from eval.update_ratio import measure_update
 from eval.width_figures import ratio_figure, transfer_figure

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from eval.analysis import Record
-from eval.points import recorded, train_in, trained
+from eval.kept import recorded
 from eval.record import train_command
 from eval.run import ENVIRONMENT
+from eval.training import model_settings, train_in
 from eval.variants import Variant
 
 PARAMETRISATIONS = {"sp": {"mup": False}, "mup": {"mup": True}}
@@ -56,7 +57,7 @@ class WidthPoint:
 
     def asked(self) -> dict[str, Any]:
         """Every number that makes the record what it is. ConfigError if train.py would refuse."""
-        return trained(self.command)
+        return model_settings(self.command)
 
 
 def run_width_point(point: WidthPoint) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from eval.compare import main, notes, study_of
 from eval.compare import parse as parse_arguments
-from eval.points import PointError, differences, read_record, run_point
+from eval.kept import PointError, differences, read_record
+from eval.points import run_point
 from eval.study import FRESH, GRIDS, _unite, sweep
 from eval.variants import parse_variant
 from optim.build import MATRIX_OPTIMIZERS, OPTIMIZERS

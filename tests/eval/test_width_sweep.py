@@ -12,7 +12,7 @@ import torch
 
 from checkpoint import load_checkpoint
 from eval.coordinates import measure_coordinates
-from eval.points import train_in
+from eval.training import train_in
 from eval.update_ratio import measure_update
 from eval.width_grid import grid, twins
 from eval.width_sweep import main, parse, settings_of
