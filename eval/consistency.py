@@ -6,15 +6,18 @@ from typing import Any
 
 from eval.analysis import AnalysisError, Record, by_variant, grouped, is_control, is_reported
 from eval.variants import OF_THE_MODEL
+from settings import FIELDS
 
 Key = tuple[Any, ...]
 
 
 def model_of(record: Record) -> str | None:
-    """The settings of the model, in words; None for single runs, whose models may differ."""
+    """What the model has otherwise than by default; None for single runs, whose models may differ,
+    and where train.py made none. A setting that train.py had not then has its default."""
     settings = record.get("settings", {}) if record["role"] != "single" else {}
     known = sorted(settings.keys() & OF_THE_MODEL)
-    return ", ".join(f"{key}={settings[key]}" for key in known) or None
+    changed = [f"{key}={settings[key]}" for key in known if settings[key] != FIELDS[key].default]
+    return (", ".join(changed) or "by default") if known else None
 
 
 def _of_the_grading(key: str) -> Callable[[Record], Any]:

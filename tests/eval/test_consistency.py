@@ -53,6 +53,7 @@ def test_runs_of_other_means_do_not_share_a_leaderboard(changes, message):
     rows = [graded("adamw", 0, 1.0, **usual), graded("muon", 0, 1.0, **usual | changes)]
     with pytest.raises(AnalysisError, match=message):
         check(rows)
+    check([rows[0], graded("muon", 0, 1.0, **usual | {"settings": {"n_embd": 64, "mup": False}})])
     check([rows[0], rows[1] | {"steps": 600}])  # other lengths have boards of their own
     check([rows[0], rows[1] | {"spec": "task:pdfa,instance=1,states=9"}])
 
