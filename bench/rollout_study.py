@@ -90,8 +90,9 @@ def planned(stages: tuple[Stage, ...]) -> int:
 
 
 def write_page(stages: tuple[Stage, ...], out: Path, page: str) -> None:
-    """A report of the stages that were run; stars are by the comparisons of all these stages."""
-    folders = [str(out / each.name) for each in stages if (out / each.name).exists()]
+    """A report of the stages that have records; stars are by the comparisons of all these stages."""
+    found = (out / each.name for each in stages)
+    folders = [str(folder) for folder in found if (folder / "records.jsonl").exists()]
     if folders:
         report.main([*folders, "--out", str(out / page), "--comparisons", str(planned(stages))])
 

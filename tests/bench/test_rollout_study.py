@@ -14,7 +14,9 @@ def calls(monkeypatch):
 
     def compare(argv):
         made["compare"].append(argv)
-        study_of(parse(argv)[1]).out.mkdir(parents=True)
+        folder = study_of(parse(argv)[1]).out
+        folder.mkdir(parents=True)
+        (folder / "records.jsonl").touch()
 
     monkeypatch.setattr(rollout_study.compare, "main", compare)
     monkeypatch.setattr(rollout_study.report, "main", made["report"].append)
@@ -36,6 +38,7 @@ def test_stages_have_folders_of_their_own():
 
 
 def test_prefixes_choose_stages_and_pages_show_what_is_there(tmp_path, calls):
+    (tmp_path / "nav-500").mkdir()  # begun, and stopped
     main(["ctrl-500", "ablations-pdfa", "--out", str(tmp_path)])
     assert [argv[1] for argv in calls["compare"]] == ["ctrl", "pdfa"]
     folders = [report[: report.index("--out")] for report in calls["report"]]
