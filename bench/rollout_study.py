@@ -90,7 +90,7 @@ def planned(stages: tuple[Stage, ...]) -> int:
 
 
 def write_page(stages: tuple[Stage, ...], out: Path, page: str) -> None:
-    """A report of the stages that have records; stars are by the comparisons of all these stages."""
+    """A report of the stages with records; stars are by the comparisons of all these stages."""
     found = (out / each.name for each in stages)
     folders = [str(folder) for folder in found if (folder / "records.jsonl").exists()]
     if folders:
