@@ -20,7 +20,7 @@ from eval.analysis import Record, leaderboard, references
 from eval.command import command_parser
 from eval.kept import PointError
 from eval.lds import Lds, parse_lds_variant
-from eval.matched import matched_validation
+from eval.matched import matched_validation, quantity
 from eval.remarks import on_matched, on_ranks
 from eval.study import DEFAULT_GRID, GRIDS, Study, compare
 from eval.tables import leaderboard_text, matched_text
@@ -35,7 +35,8 @@ def summary(records: list[Record]) -> str:
     higher = first["higher_is_better"]
     extra = references(records)
     board = leaderboard_text(rows, extra, first["primary"], higher_is_better=higher)
-    parts = [board, on_ranks(records), matched_text(matched_validation(records))]
+    matched = matched_text(matched_validation(records), quantity(first))
+    parts = [board, on_ranks(records), matched]
     return "\n\n".join(filter(None, [*parts, on_matched(records)]))
 
 

@@ -14,7 +14,7 @@ from eval.analysis import Record, is_finished, is_reported, primary, references,
 from eval.board import estimate_of
 from eval.consistency import knobs_of
 from eval.intervals import over_seeds
-from eval.matched import matched_validation, placebo
+from eval.matched import matched_validation, placebo, quantity
 from eval.sections import Section, finished_runs
 from eval.typeset import NONE, Cell, error_unit, metric_label, number, pair, times
 
@@ -57,21 +57,25 @@ def _cell(runs: list[Record], name: str) -> Cell:
 
 
 def matched_table(section: Section) -> Table | None:
-    """Rollout error at equal error on the data, as a factor of the base's, and the seeds in it."""
+    """Rollout error, or its odds, at equal error on the data, over the base's; and the seeds."""
     found = matched_validation(section.records)
     rows = []
     for variant, own in finished_runs(section).items():
         if variant in found:
             residual = found[variant].residual
             rows.append((variant, [times(residual), (f"{residual.n} of {len(own)}", "")]))
-    return Table(["rollout error, times the base’s", "seeds compared"], rows) if rows else None
+    what = quantity(section.records[0])
+    return (
+        Table([f"{what} in rollouts, times the base’s", "seeds compared"], rows) if rows else None
+    )
 
 
 def placebo_table(section: Section) -> Table | None:
     """The same of pairs of base optimizers, which nothing was done to."""
     found = placebo(section.records)
     rows = [(name, [times(each), (str(each.n), "")]) for name, each in found.items()]
-    return Table(["first’s rollout error, times the second’s", "seeds"], rows) if rows else None
+    what = quantity(section.records[0])
+    return Table([f"first’s {what}, times the second’s", "seeds"], rows) if rows else None
 
 
 def reference_rows(section: Section) -> list[tuple[str, Cell, Cell]]:

@@ -98,7 +98,7 @@ def _kinds(shown: dict[str, Look], runs: list[Record], *, fit: bool) -> list[Lin
     kinds = [Line2D([], [], color=c, lw=5, label=base) for base, c in colours.items()]
     kinds += mode_keys(shown.values(), by="marker")
     if not all(map(is_reported, runs)):
-        kinds.append(Line2D([], [], color=GREY, mfc="none", label="hollow: tuning run", **dot))
+        kinds.append(Line2D([], [], color=GREY, mfc="none", label="hollow: not reported", **dot))
     return kinds + ([Line2D([], [], color=INK, lw=1.1, label="fit over base runs")] if fit else [])
 
 

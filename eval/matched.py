@@ -16,12 +16,16 @@ from eval.intervals import LEVEL, MIN_SEEDS, Estimate, bootstrap_weights
 
 MAX_DEGREE = 2
 SINGULAR = 1e-12  # of eigenvalues, relative: a resample in which x hardly varies
-Point = tuple[float, float]  # log teacher-forced error, log rollout error
+SHARES = ("failure", "success", "survival")  # metrics between 0 and 1
+Point = tuple[float, float]  # log teacher-forced error, log (odds of) rollout error
 
 
 @dataclass(frozen=True)
 class Matched:
-    """Log rollout error against the base's at equal teacher-forced error; negative: better."""
+    """Log rollout error against the base's at equal teacher-forced error; negative: better.
+
+    Of a share the odds, error / (1 - error): a logarithm of a share has a bound, no curve has.
+    """
 
     residual: Estimate  # mean over fresh seeds
     n_inside: int  # seeds in the range of the base runs
@@ -31,7 +35,7 @@ class Matched:
 def matched_validation(records: Iterable[Record]) -> dict[str, Matched]:
     """Is an optimizer better than its base at *equal* validation? Paired over fresh seeds.
 
-        d_s = (y - y_base) - (f(x) - f(x_base)),   x, y: log teacher-forced and log rollout error
+        d_s = (y - y_base) - (f(x) - f(x_base)),   x, y: log teacher-forced and rollout error
 
     f is fitted to the fresh runs of all base optimizers: a parabola (a line where there are only
     two bases), with an intercept for each seed, since a seed draws the task's instance, which
@@ -68,13 +72,25 @@ def placebo(records: Iterable[Record]) -> dict[str, Estimate]:
 
 def fit_curve(records: Iterable[Record]) -> tuple[np.ndarray, np.ndarray]:
     """f through the middle of the base runs, over their range: teacher-forced and rollout error."""
+    records = list(records)
     fit = Fit(base_points(filter(is_reported, records)))
     if not fit.is_possible:
         return np.empty(0), np.empty(0)
     f = Polynomial([0, *fit.coefficients[0]])
     x, y = np.array([point for seed in fit.bases.values() for point in seed.values()]).T
     grid = np.linspace(x.min(), x.max())
-    return np.exp(grid), np.exp((y - f(x)).mean() + f(grid))
+    error = np.exp((y - f(x)).mean() + f(grid))
+    return np.exp(grid), error / (1 + error) if is_share(records[0]) else error
+
+
+def is_share(record: Record) -> bool:
+    """Whether rollouts are ranked by a share of the episodes."""
+    return record["primary"] in SHARES
+
+
+def quantity(record: Record) -> str:
+    """What is compared at equal validation, in words."""
+    return "odds of an error" if is_share(record) else "error"
 
 
 class Fit:
@@ -157,8 +173,14 @@ def _pair(record: Record, bases: dict[str, Point]) -> tuple[Point, Point] | None
 
 
 def _point(record: Record) -> Point | None:
-    """Logarithms of teacher-forced and of rollout error; None where there are none."""
+    """(x, y) of a run; None where there are none."""
     before, error = teacher_forced(record), log_error(record)
     if not (0 < before < math.inf and math.isfinite(error)):
         return None
-    return math.log(before), error
+    return math.log(before), _log_odds(record, error) if is_share(record) else error
+
+
+def _log_odds(record: Record, log_share: float) -> float:
+    """No success in n episodes counts as half of one in n + 1."""
+    least = 0.5 / (record["grade"]["metrics"][record["primary"]]["n"] + 1)
+    return log_share - math.log(max(-math.expm1(log_share), least))

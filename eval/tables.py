@@ -49,11 +49,14 @@ def leaderboard_text(
     return aligned(cells)
 
 
-def matched_text(matched: dict[str, Matched]) -> str:
-    """The rollout error over the base's, at equal validation; empty if there is none."""
+def matched_text(matched: dict[str, Matched], what: str) -> str:
+    """The rollout error, or its odds, over the base's at equal validation; empty if there is none.
+
+    what: as eval.matched.quantity says it.
+    """
     if not matched:
         return ""
-    cells = [("optimizer", "error / base's at equal validation", "seeds compared")]
+    cells = [("optimizer", f"{what} / base's at equal validation", "seeds compared")]
     for variant, each in matched.items():
         cells.append((variant, " ".join(times(each.residual)), f"{each.n_inside}/{each.n}"))
     return aligned(cells)

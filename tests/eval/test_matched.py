@@ -69,6 +69,33 @@ def test_no_failure_in_n_episodes_counts_as_half_of_one():
     assert matched_validation(zero)["dopr-adamw"].n_inside == 1
 
 
+def shares(shift: float, metric: str = "success", higher: bool = True):
+    """The same line in the log-odds of an error that is a share, from .01 to .998."""
+    rows = []
+    for each in on_a_line(shift):
+        odds = each["grade"]["metrics"]["accumulated_kl"]["mean"] / 60
+        error = odds / (1 + odds)
+        value = {"mean": 1 - error if higher else error, "n": 8}
+        rows.append(each | {"primary": metric, "higher_is_better": higher})
+        rows[-1]["grade"] = {"metrics": {metric: value}}
+    return rows
+
+
+@pytest.mark.parametrize(("metric", "higher"), [("success", True), ("failure", False)])
+def test_a_share_is_compared_by_its_odds_and_the_curve_stays_between_0_and_1(metric, higher):
+    residual = matched_validation(shares(-0.3, metric, higher))["dopr-adamw"].residual
+    assert (residual.mean, residual.hi) == pytest.approx((-0.3, -0.3), abs=1e-9)
+    x, error = fit_curve(shares(0.0, metric, higher))
+    assert np.diff(np.log(error / (1 - error))) / np.diff(np.log(x)) == pytest.approx(SLOPE)
+    assert error.max() < 1
+
+
+def test_no_success_in_n_episodes_counts_as_half_of_one():
+    rows = shares(0.0)
+    rows[2]["grade"]["metrics"]["success"]["mean"] = 0.0  # dopr-adamw of the first seed
+    assert matched_validation(rows)["dopr-adamw"].n_inside == 3
+
+
 def test_one_base_run_a_seed_gives_no_slope():
     rows = [record("adamw", seed, 4.0 + seed) for seed in range(3)]
     rows += [record("dopr-adamw", seed, 3.0 + seed) for seed in range(3)]

@@ -27,4 +27,4 @@ def test_two_seeds_have_no_intervals():
 
 
 def test_without_a_match_there_is_no_table():
-    assert matched_text({}) == ""
+    assert matched_text({}, "error") == ""
