@@ -15,7 +15,7 @@ from bench.rollout_study import ABLATIONS, STAGES, planned
 from eval.analysis import AnalysisError, load_records
 from eval.board import Versus
 from eval.command import command_parser
-from eval.consistency import check
+from eval.consistency import check, knobs_of
 from eval.sections import Section, make_sections
 from eval.tables import markdown
 from eval.typeset import Cell
@@ -26,7 +26,7 @@ EQUAL = "at equal rates"
 
 def table(folders: Sequence[Path], n_planned: int) -> str:
     """Raises AnalysisError for a folder without a study, or records that do not belong together."""
-    sections = [_section(folder, n_planned) for folder in folders]
+    sections = _sections(folders, n_planned)
     header = [""]
     for section in sections:
         error = f"1 - {section.metric}" if section.higher_is_better else section.metric
@@ -39,10 +39,13 @@ def table(folders: Sequence[Path], n_planned: int) -> str:
     return markdown(header, rows)
 
 
-def _section(folder: Path, n_planned: int) -> Section:
-    records = load_records([folder])
+def _sections(folders: Sequence[Path], n_planned: int) -> list[Section]:
+    """In the order of the folders."""
+    records = load_records(folders)
     check(records)
-    return make_sections(records, n_planned)[0]
+    boards = list(dict.fromkeys((knobs_of(r["spec"]), r["steps"]) for r in records))
+    found = make_sections(records, n_planned)
+    return sorted(found, key=lambda each: boards.index((each.knobs, each.steps)))
 
 
 def _place(name: str) -> tuple[int, str]:
