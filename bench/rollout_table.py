@@ -1,17 +1,18 @@
-"""Tables of the rollout study in Markdown, as README.md has them.
+"""The tables of the rollout study in Markdown: a line a variant with DoPr, two columns a stage.
 
-    python -m bench.rollout_table bench/results/study/pdfa-500 bench/results/study/ctrl-500
+    python -m bench.rollout_table [--out bench/results/study/tables.md]
 
-A line for each variant with DoPr, two columns for each folder: its rollout error as a multiple of
-its base's, each at its own learning rate, and of its base's at the variant's. 95 % intervals over
-seeds; * stands for p below 0.05 / --comparisons where both say the same.
+The rollout error as a multiple of the base's, each at its own learning rate, and of the base's at
+the variant's. 95 % intervals over seeds; * stands for p below 0.05 / the comparisons of the family,
+where both say the same.
 """
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.rollout_study import ABLATIONS, STAGES, planned
+from bench.rollout_study import ABLATIONS, STAGES, Stage, planned
+from checkpoint import write_atomic
 from eval.analysis import AnalysisError, load_records
 from eval.board import Versus
 from eval.command import command_parser
@@ -20,23 +21,41 @@ from eval.sections import Section, make_sections
 from eval.tables import markdown
 from eval.typeset import Cell
 
+RESULTS = Path(__file__).parent / "results" / "study"
+GROUPS = {
+    "500 steps": [stage for stage in STAGES if stage.steps == 500],
+    "1,500 steps": [stage for stage in STAGES if stage.steps == 1500],
+    "`lds`": [stage for stage in STAGES if stage.task.startswith("lds")],
+    "Ablations": list(ABLATIONS),
+}
 ORDER = [*dict.fromkeys(name for stage in STAGES + ABLATIONS for name in stage.optimizers)]
 EQUAL = "at equal rates"
 
 
-def table(folders: Sequence[Path], n_planned: int) -> str:
-    """Raises AnalysisError for a folder without a study, or records that do not belong together."""
-    sections = _sections(folders, n_planned)
+def group_table(heading: str, results: Path = RESULTS) -> str:
+    """The table of those stages of a group that have records; empty if none has."""
+    stages = [each for each in GROUPS[heading] if (results / each.name / "records.jsonl").exists()]
+    return table(stages, results) if stages else ""
+
+
+def table(stages: Sequence[Stage], results: Path) -> str:
+    """Raises AnalysisError for records that do not belong together."""
+    sections = _sections([results / stage.name for stage in stages], _family(stages))
     header = [""]
     for section in sections:
         error = f"1 - {section.metric}" if section.higher_is_better else section.metric
         header += [f"{section.name}, {section.steps} steps: {error}", EQUAL]
     boards = [{e.variant: e.versus for e in section.entries if e.versus} for section in sections]
-    names = sorted({name for board in boards for name in board}, key=_place)
+    names = sorted({name for board in boards for name in board}, key=ORDER.index)
     rows = [
         [name, *(cell for board in boards for cell in _cells(board.get(name)))] for name in names
     ]
     return markdown(header, rows)
+
+
+def _family(stages: Sequence[Stage]) -> int:
+    """The planned comparisons that these are judged with."""
+    return planned(ABLATIONS if stages[0] in ABLATIONS else STAGES)
 
 
 def _sections(folders: Sequence[Path], n_planned: int) -> list[Section]:
@@ -46,11 +65,6 @@ def _sections(folders: Sequence[Path], n_planned: int) -> list[Section]:
     boards = list(dict.fromkeys((knobs_of(r["spec"]), r["steps"]) for r in records))
     found = make_sections(records, n_planned)
     return sorted(found, key=lambda each: boards.index((each.knobs, each.steps)))
-
-
-def _place(name: str) -> tuple[int, str]:
-    """As the study lists them; others behind."""
-    return (ORDER.index(name) if name in ORDER else len(ORDER)), name
 
 
 def _cells(versus: Versus | None) -> tuple[str, str]:
@@ -64,15 +78,31 @@ def _plain(cell: Cell) -> str:
     return " ".join(filter(None, cell)).removeprefix("× ")
 
 
+def all_tables(results: Path = RESULTS) -> str:
+    """Every group with a heading, and how to read them."""
+    about = " ".join((__doc__ or "").split("\n\n")[-1].split())
+    parts = [
+        "# The rollout study",
+        "`python -m bench.rollout_table`, of the records here. " + about,
+    ]
+    for heading in GROUPS:
+        if text := group_table(heading, results):
+            parts += [f"## {heading}", text]
+    return "\n\n".join(parts)
+
+
 def main(argv: list[str]) -> None:
     parser = command_parser("rollout_table", __doc__, "bench")
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of eval.compare")
-    parser.add_argument("--comparisons", type=int, default=planned(STAGES), help="of the family")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the stages")
+    parser.add_argument("--out", type=Path, help="write them to this file")
     arguments = parser.parse_args(argv)
     try:
-        print(table(arguments.folders, arguments.comparisons))
+        text = all_tables(arguments.results)
     except AnalysisError as error:
         parser.exit(2, f"error: {error}\n")
+    if arguments.out:
+        write_atomic(arguments.out, text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":

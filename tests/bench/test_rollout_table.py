@@ -1,35 +1,46 @@
-"""The tables of README.md are those of the committed records."""
+"""The tables of the study, and those of README.md, are those of the records."""
 
 from pathlib import Path
 
 import pytest
 
-from bench.rollout_table import main, table
+from bench.rollout_table import RESULTS, all_tables, group_table, main
 from tests.eval.studies import graded, study, write_study
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "bench/results/study"
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def with_controls():
+    """DoPr at twice the rate, at which the base is twice as bad as DoPr."""
+    values = zip((100, 101, 102), (3.0, 4.1, 5.0), strict=True)
+    controls = [graded("adamw", s, 2 * v, role="control", lr=0.02) for s, v in values]
+    fresh = [each for each in study() if each["role"] == "fresh"]
+    return controls + [
+        each | {"lr": 0.02} if each["variant"] == "dopr-adamw" else each for each in fresh
+    ]
 
 
 def test_a_line_has_the_planned_ratio_and_that_at_equal_rates(tmp_path):
-    controls = [
-        graded("adamw", seed, 2 * value, role="control", lr=0.02)
-        for seed, value in zip((100, 101, 102), (3.0, 4.1, 5.0), strict=True)
-    ]
-    rows = [
-        each | {"lr": 0.02} if each["variant"] == "dopr-adamw" else each
-        for each in study()
-        if each["role"] == "fresh"
-    ]
-    text = table([write_study(tmp_path / "study", [*rows, *controls])], 1)
-    header, _, first, *_ = text.splitlines()
+    write_study(tmp_path / "pdfa-500", with_controls())
+    header, _, first, *_ = group_table("500 steps", tmp_path).splitlines()
     assert header == "|  | pdfa, 500 steps: accumulated_kl | at equal rates |"
-    assert first == "| dopr-adamw | 0.664 [0.530, 0.832] * | 0.500 [0.500, 0.500] |"
-    assert "dopr-muon" in text
-    assert "| muon" not in text  # a base is compared with nothing
+    assert first == "| dopr-adamw | 0.664 [0.530, 0.832] | 0.500 [0.500, 0.500] |"  # p = .016
+    assert "dopr-muon" in group_table("500 steps", tmp_path)
+    assert "| muon" not in group_table("500 steps", tmp_path)  # compared with nothing
 
 
-def test_a_folder_without_records_is_an_error(tmp_path, capsys):
+def test_what_has_not_run_has_no_table(tmp_path):
+    assert group_table("1,500 steps", tmp_path) == ""
+    assert "##" not in all_tables(tmp_path)
+
+
+def test_records_that_do_not_belong_together_are_an_error(tmp_path, capsys):
+    write_study(tmp_path / "pdfa-500", [*study(), *study()])
     with pytest.raises(SystemExit, match="2"):
-        main([str(tmp_path)])
-    assert f"error: {tmp_path}: neither records.jsonl" in capsys.readouterr().err
+        main(["--results", str(tmp_path)])
+    assert "error: task:pdfa, 500 steps, adamw, seed 100: 2" in capsys.readouterr().err
+
+
+def test_committed_tables_are_those_of_the_committed_records():
+    assert (RESULTS / "tables.md").read_text() == all_tables() + "\n"
+    assert group_table("500 steps") in README
