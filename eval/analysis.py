@@ -155,12 +155,12 @@ def leaderboard(records: list[Record]) -> list[Row]:
     for own in runs.values():
         name, lr = own[0]["base"], own[0]["lr"]
         base = runs.get(name, [])
-        has_this_rate = bool(base) and base[0]["lr"] == lr
-        rows.append(_row(own, base, base if has_this_rate else controls.get((name, lr), [])))
+        at_this_rate = [record for record in base if record["lr"] == lr]
+        rows.append(_row(own, base, at_this_rate or controls.get((name, lr), [])))
     return sorted(rows, key=lambda row: (row.n_diverged, row.mean_log_error))
 
 
-def _row(own: list[Record], base: list[Record], base_at_this_rate: list[Record]) -> Row:
+def _row(own: list[Record], base: list[Record], at_this_rate: list[Record]) -> Row:
     first = own[0]
     finished = [record for record in own if is_finished(record)]
     is_base = first["variant"] == first["base"]
@@ -174,7 +174,7 @@ def _row(own: list[Record], base: list[Record], base_at_this_rate: list[Record])
         median=float(np.median(values)) if values else math.nan,
         mean_log_error=over_seeds([log_error(record) for record in finished]).mean,
         versus_base=None if is_base else _versus(own, base, log_error),
-        at_this_rate=None if is_base else _versus(own, base_at_this_rate, log_error),
+        at_this_rate=None if is_base else _versus(own, at_this_rate, log_error),
         val_versus_base=None if is_base else _versus(own, base, val_loss),
         n_diverged=len(own) - len(finished),
     )

@@ -229,7 +229,7 @@ def _is_stale(row: Record, rates: dict[str, float]) -> bool:
 
 
 def _without_curves(record: Record) -> Record:
-    """Tuning runs keep their numbers, not their curves and samples (they are in runs/)."""
-    if record["role"] != "tuning" or record["grade"] is None:
+    """What is not reported keeps its numbers, not its curves and samples (they are in runs/)."""
+    if record["role"] not in ("tuning", "control") or record["grade"] is None:
         return record
     return record | {"grade": record["grade"] | {"curves": {}, "n_t": {}, "samples": []}}
