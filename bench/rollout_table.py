@@ -7,19 +7,21 @@ the variant's. 95 % intervals over seeds; * stands for p below 0.05 / the compar
 where both say the same.
 """
 
+import json
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from bench.rollout_study import ABLATIONS, STAGES, Stage, planned
 from checkpoint import write_atomic
-from eval.analysis import AnalysisError, load_records
+from eval.analysis import AnalysisError, Row, leaderboard, load_records
 from eval.board import Versus
 from eval.command import command_parser
 from eval.consistency import check, knobs_of
 from eval.sections import Section, make_sections
 from eval.tables import markdown
-from eval.typeset import Cell
+from eval.typeset import Cell, times
 
 RESULTS = Path(__file__).parent / "results" / "study"
 GROUPS = {
@@ -45,11 +47,34 @@ def table(stages: Sequence[Stage], results: Path) -> str:
     for section in sections:
         error = f"1 - {section.metric}" if section.higher_is_better else section.metric
         header += [f"{section.name}, {section.steps} steps: {error}", EQUAL]
-    boards = [{e.variant: e.versus for e in section.entries if e.versus} for section in sections]
-    names = sorted({name for board in boards for name in board}, key=ORDER.index)
-    rows = [
-        [name, *(cell for board in boards for cell in _cells(board.get(name)))] for name in names
+    boards = [
+        {entry.variant: _cells(entry.versus) for entry in section.entries if entry.versus}
+        for section in sections
     ]
+    return _grid(header, boards, n_columns=2)
+
+
+def temperature_table(results: Path = RESULTS) -> str:
+    """At each optimizer's own best temperature, of the stages that eval.temperature was run on."""
+    found = {
+        stage: records
+        for stage in STAGES + ABLATIONS
+        if (path := results / stage.name / "temperature.jsonl").exists()
+        and (records := [json.loads(line) for line in path.read_text().splitlines()])
+    }
+    boards = [
+        {row.variant: (_ratio(row),) for row in leaderboard(records) if row.versus_base}
+        for records in found.values()
+    ]
+    header = ["", *(f"{stage.task}, {stage.steps} steps" for stage in found)]
+    return _grid(header, boards, n_columns=1) if found else ""
+
+
+def _grid(header: list[str], boards: list[dict[str, tuple[str, ...]]], n_columns: int) -> str:
+    """A line a variant, in the order of the study; empty cells where a board has it not."""
+    names = sorted({name for board in boards for name in board}, key=ORDER.index)
+    empty = ("",) * n_columns
+    rows = [[name, *chain(*(board.get(name, empty) for board in boards))] for name in names]
     return markdown(header, rows)
 
 
@@ -67,9 +92,11 @@ def _sections(folders: Sequence[Path], n_planned: int) -> list[Section]:
     return sorted(found, key=lambda each: boards.index((each.knobs, each.steps)))
 
 
-def _cells(versus: Versus | None) -> tuple[str, str]:
-    if versus is None:
-        return "", ""
+def _ratio(row: Row) -> str:
+    return _plain(times(row.versus_base.difference)) if row.versus_base else ""
+
+
+def _cells(versus: Versus) -> tuple[str, str]:
     star = " *" if versus.is_strict else ""
     return _plain(versus.error) + star, _plain(versus.at_this_rate)
 
@@ -88,6 +115,8 @@ def all_tables(results: Path = RESULTS) -> str:
     for heading in GROUPS:
         if text := group_table(heading, results):
             parts += [f"## {heading}", text]
+    if text := temperature_table(results):
+        parts += ["## Each at its own temperature", text]
     return "\n\n".join(parts)
 
 

@@ -1,10 +1,11 @@
 """The tables of the study, and those of README.md, are those of the records."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from bench.rollout_table import RESULTS, all_tables, group_table, main
+from bench.rollout_table import RESULTS, all_tables, group_table, main, temperature_table
 from tests.eval.studies import graded, study, write_study
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -27,6 +28,14 @@ def test_a_line_has_the_planned_ratio_and_that_at_equal_rates(tmp_path):
     assert first == "| dopr-adamw | 0.664 [0.530, 0.832] | 0.500 [0.500, 0.500] |"  # p = .016
     assert "dopr-muon" in group_table("500 steps", tmp_path)
     assert "| muon" not in group_table("500 steps", tmp_path)  # compared with nothing
+
+
+def test_at_their_temperatures_variants_are_compared_with_their_bases(tmp_path):
+    folder = write_study(tmp_path / "nav-1500", study())
+    rows = [each | {"temperature": 0.5} for each in study() if each["role"] == "fresh"]
+    (folder / "temperature.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    header, _, first, *_ = temperature_table(tmp_path).splitlines()
+    assert (header, first) == ("|  | nav, 1500 steps |", "| dopr-adamw | 0.664 [0.530, 0.832] |")
 
 
 def test_what_has_not_run_has_no_table(tmp_path):
