@@ -22,7 +22,7 @@ setup-dev: $(VENV)/.installed-dev
 demo: setup            ## train three models, grade their rollouts, write a page; 5 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(PY) train.py config/ttf.py --lr=8e-3 --out_dir=out/demo/adamw
 	OMP_NUM_THREADS=1 $(PY) train.py config/ttf.py --lr=8e-3 --dopr=true --out_dir=out/demo/dopr_adamw
-	$(PY) train.py config/demo.py
+	OMP_WAIT_POLICY=passive $(PY) train.py config/demo.py
 	$(PY) -m eval.sample out/demo/text --prompt "def " --num_samples 2 --temperature 0.8
 	$(PY) -m eval.ttf out/demo/adamw out/demo/dopr_adamw out/demo/text
 	$(PY) -m eval.report out/demo/adamw out/demo/dopr_adamw out/demo/text --out out/demo
