@@ -182,3 +182,13 @@ def test_episodes_that_differ_between_optimizers_are_noticed(tmp_path, report):
 
 def test_episodes_still_under_way_are_counted(page):
     assert [row[1:] for row in page.rows if row[0] == "muon" and "8" in row] == [list("8864")]
+
+
+def test_an_interval_that_the_drawing_cannot_hold_ends_in_an_arrow(tmp_path, report):
+    bases = ("adamw", "muon", "signum", "sgd")
+    rows = [each for base in bases for each in fresh(base, [5.0, 6.0, 7.0])]
+    rows += [each for base in bases[1:] for each in fresh(f"dopr-{base}", [4.9, 6.1, 7.1])]
+    page = report(write_study(tmp_path / "near", rows + fresh("dopr-adamw", [4.8, 6.2, 7.2])))
+    assert ("path", {"class": "beyond", "d": "M5 3L0 7L5 11"}) not in page.tags
+    far = report(write_study(tmp_path / "far", rows + fresh("dopr-adamw", [0.05, 0.06, 0.07])))
+    assert far.tags.count(("path", {"class": "beyond", "d": "M5 3L0 7L5 11"})) == 1
