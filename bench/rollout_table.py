@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bench.rollout_study import ABLATIONS, STAGES, Stage, planned
 from checkpoint import write_atomic
-from eval.analysis import AnalysisError, Row, leaderboard, load_records
+from eval.analysis import AnalysisError, leaderboard, load_records
 from eval.board import Versus
 from eval.command import command_parser
 from eval.consistency import check, knobs_of
@@ -63,7 +63,11 @@ def temperature_table(results: Path = RESULTS) -> str:
         and (records := [json.loads(line) for line in path.read_text().splitlines()])
     }
     boards = [
-        {row.variant: (_ratio(row),) for row in leaderboard(records) if row.versus_base}
+        {
+            row.variant: (_plain(times(row.versus_base.difference)),)
+            for row in leaderboard(records)
+            if row.versus_base
+        }
         for records in found.values()
     ]
     header = ["", *(f"{stage.task}, {stage.steps} steps" for stage in found)]
@@ -90,10 +94,6 @@ def _sections(folders: Sequence[Path], n_planned: int) -> list[Section]:
     boards = list(dict.fromkeys((knobs_of(r["spec"]), r["steps"]) for r in records))
     found = make_sections(records, n_planned)
     return sorted(found, key=lambda each: boards.index((each.knobs, each.steps)))
-
-
-def _ratio(row: Row) -> str:
-    return _plain(times(row.versus_base.difference)) if row.versus_base else ""
 
 
 def _cells(versus: Versus) -> tuple[str, str]:

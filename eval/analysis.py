@@ -107,8 +107,13 @@ def log_error(record: Record) -> float:
         return value * math.log(10)
     error = 1 - value if record["higher_is_better"] else value
     if error == 0:
-        error = 0.5 / (record["grade"]["metrics"][record["primary"]]["n"] + 1)
+        error = half_an_episode(record)
     return math.log(error) if error > 0 else math.nan
+
+
+def half_an_episode(record: Record) -> float:
+    """The share that counts for none in n episodes: half of one in n + 1."""
+    return 0.5 / (record["grade"]["metrics"][record["primary"]]["n"] + 1)
 
 
 def val_loss(record: Record) -> float:

@@ -11,7 +11,14 @@ import numpy as np
 from numpy.polynomial import Polynomial
 from scipy import stats
 
-from eval.analysis import Record, by_variant, is_reported, log_error, teacher_forced
+from eval.analysis import (
+    Record,
+    by_variant,
+    half_an_episode,
+    is_reported,
+    log_error,
+    teacher_forced,
+)
 from eval.intervals import LEVEL, MIN_SEEDS, Estimate, bootstrap_weights
 
 MAX_DEGREE = 2
@@ -181,6 +188,5 @@ def _point(record: Record) -> Point | None:
 
 
 def _log_odds(record: Record, log_share: float) -> float:
-    """No success in n episodes counts as half of one in n + 1."""
-    least = 0.5 / (record["grade"]["metrics"][record["primary"]]["n"] + 1)
-    return log_share - math.log(max(-math.expm1(log_share), least))
+    """No success counts as half an episode, as no error does."""
+    return log_share - math.log(max(-math.expm1(log_share), half_an_episode(record)))

@@ -52,6 +52,11 @@ class Study:
     n: int  # episodes of a grading
     settings: dict[str, Any]  # of train.py, for all variants
 
+    @property
+    def seeds(self) -> range:
+        """The fresh ones, which are reported."""
+        return range(FRESH, FRESH + self.fresh_seeds)
+
     def point(self, variant: Variant, role: str, lr: float, seed: int) -> Point:
         """One run. A seed is also the task's instance, if the task has any."""
         has_instances = any(field.name == "instance" for field in fields(self.task))
@@ -71,24 +76,22 @@ class Study:
 
     def references(self) -> list[Point]:
         """The source and two extremes beside it, on the instances of the fresh seeds."""
-        seeds = range(FRESH, FRESH + self.fresh_seeds)
         names = references_of(self.task)
         rows = [Variant(name, name, ()) for name in names]
-        return [self.point(row, "reference", 0.0, seed) for row in rows for seed in seeds]
+        return [self.point(row, "reference", 0.0, seed) for row in rows for seed in self.seeds]
 
     def controls(self, rates: dict[str, float]) -> list[Point]:
         """Each base on the fresh seeds at its variants' rates: what of a gain is the rate's?
 
         rates: of every variant. A variant whose base is not in the study has no control.
         """
-        seeds = range(FRESH, FRESH + self.fresh_seeds)
         bases = {each.name: each for each in self.variants if each.name == each.base}
         others = {(each.base, rates[each.name]) for each in self.variants if each.base in bases}
         others -= {(name, rates[name]) for name in bases}
         return [
             self.point(bases[name], "control", lr, seed)
             for name, lr in sorted(others)
-            for seed in seeds
+            for seed in self.seeds
         ]
 
     def fixed(self) -> dict[str, Any]:
@@ -114,7 +117,7 @@ class Study:
             raise ValueError(
                 f"--out={self.out} holds a study with another {', '.join(changed)}; use another"
             )
-        seeds = {*found["fresh_seeds"], *range(FRESH, FRESH + self.fresh_seeds)}
+        seeds = {*found["fresh_seeds"], *self.seeds}
         protocol = fixed | {
             "variants": there | variants,
             "fresh_seeds": sorted(seeds),
@@ -193,8 +196,7 @@ def compare(study: Study, workers: int) -> list[Record]:
 
     def one(variant: Variant) -> float:
         lr = sweep(study, variant, runner.run)
-        seeds = range(FRESH, FRESH + study.fresh_seeds)
-        runner.run([study.point(variant, "fresh", lr, seed) for seed in seeds])
+        runner.run([study.point(variant, "fresh", lr, seed) for seed in study.seeds])
         return lr
 
     try:

@@ -143,14 +143,21 @@ def test_the_command_checks_a_tiny_model_tells_the_control_and_continues(dataset
     assert {path.suffix for path in tmp_path.glob("coordinates*")} == {".md", ".png"}
 
 
+def refusal(arguments, capsys):
+    """What the command says when it ends with exit code 2."""
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2
+    return capsys.readouterr().err
+
+
 def test_another_setting_in_the_same_folder_is_refused_before_any_run(dataset, tmp_path, capsys):
     folder = tmp_path / "runs/adamw-mup-16-0-0"
     folder.mkdir(parents=True)
     (folder / "record.json").write_text('{"asked": {"n_layer": 7}}')
-    with pytest.raises(SystemExit) as exit:
-        main(command(dataset, tmp_path, "--optimizers", "adamw"))
-    assert exit.value.code == 2
-    assert "holds another run" in capsys.readouterr().err
+    assert "holds another run" in refusal(
+        command(dataset, tmp_path, "--optimizers", "adamw"), capsys
+    )
     assert [*tmp_path.glob("runs/*")] == [folder]
 
 
@@ -169,19 +176,15 @@ def test_runs_of_other_settings_do_not_mix_with_those_of_other_widths(dataset, t
         folder = tmp_path / "runs" / record["variant"]
         folder.mkdir(parents=True)
         (folder / "record.json").write_text(json.dumps(record))
-    with pytest.raises(SystemExit) as exit:
-        main(command(dataset, tmp_path, "--optimizers", "adamw"))
-    assert exit.value.code == 2
-    message = capsys.readouterr().err
+    message = refusal(command(dataset, tmp_path, "--optimizers", "adamw"), capsys)
     assert "runs/adamw differs from what is asked: " in message
     assert "beta2 was 0.5, is 0.95" in message
 
 
 def test_data_that_are_not_there_are_one_message_before_any_run(tmp_path, capsys):
-    with pytest.raises(SystemExit) as exit:
-        main(command("nowhere", tmp_path, "--optimizers", "adamw"))
-    assert exit.value.code == 2
-    assert "dataset 'nowhere': neither a folder nor" in capsys.readouterr().err
+    assert "dataset 'nowhere': neither a folder nor" in refusal(
+        command("nowhere", tmp_path, "--optimizers", "adamw"), capsys
+    )
     assert not [*tmp_path.glob("runs/*")]
 
 
@@ -189,10 +192,9 @@ def test_a_run_that_was_stopped_is_not_continued_with_other_settings(dataset, tm
     folder = tmp_path / "runs/adamw-mup-16-0-0"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"weight_decay": 0.5, "out_dir": "elsewhere"}')
-    with pytest.raises(SystemExit) as exit:
-        main(command(dataset, tmp_path, "--optimizers", "adamw"))
-    assert exit.value.code == 2
-    assert "weight_decay was 0.5, is 0.0" in capsys.readouterr().err
+    assert "weight_decay was 0.5, is 0.0" in refusal(
+        command(dataset, tmp_path, "--optimizers", "adamw"), capsys
+    )
 
 
 @pytest.mark.parametrize(
@@ -209,10 +211,7 @@ def test_a_run_that_was_stopped_is_not_continued_with_other_settings(dataset, tm
     ],
 )
 def test_mistakes_are_one_message(dataset, tmp_path, capsys, more, message):
-    with pytest.raises(SystemExit) as exit:
-        main(command(dataset, tmp_path, *more))
-    assert exit.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message in refusal(command(dataset, tmp_path, *more), capsys)
     assert not [*tmp_path.glob("runs/*")]
 
 
