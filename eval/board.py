@@ -25,7 +25,7 @@ class Versus:
     val_loss: Cell  # difference, nats
     wins: str  # "4/5"
     p: str
-    is_strict: bool  # a clear verdict, and p below the family's threshold
+    is_strict: bool  # a clear verdict at both rates, and p below the family's threshold
     verdict: str  # eval.typeset.verdict
     bar: tuple[float, float, float] | None  # interval and mean, 0 to BAR
 
@@ -80,7 +80,7 @@ def _entry(row: Row, scale: float, threshold: float, is_best: bool) -> Entry:
         val_loss=pair(val.difference, sign=True) if val else (NONE, ""),
         wins=f"{versus.wins}/{versus.n_pairs}",
         p=p_value(versus.p) if versus.difference.n >= MIN_SEEDS else NONE,
-        is_strict=versus.p < threshold and found in CLEAR,
+        is_strict=versus.p < threshold and found in CLEAR and _is_controlled(row),
         verdict=found,
         bar=_bar(versus.difference, scale),
     )
@@ -89,6 +89,11 @@ def _entry(row: Row, scale: float, threshold: float, is_best: bool) -> Entry:
     n_runs = row.primary.n + row.n_diverged
     median = number(row.median)
     return Entry(row.variant, row.base, lr, *values, median, shown, row.n_diverged, n_runs, is_best)
+
+
+def _is_controlled(row: Row) -> bool:
+    """Whether enough runs of the base at the variant's learning rate are there, and finished."""
+    return row.at_this_rate is not None and row.at_this_rate.difference.n >= MIN_SEEDS
 
 
 def _over_episodes(entry: Entry, records: list[Record]) -> Entry:

@@ -21,7 +21,7 @@ from eval.command import command_parser
 from eval.kept import PointError
 from eval.lds import Lds, parse_lds_variant
 from eval.matched import matched_validation, quantity
-from eval.remarks import on_matched, on_ranks
+from eval.remarks import below_leaderboard, on_matched
 from eval.study import DEFAULT_GRID, GRIDS, Study, compare
 from eval.tables import leaderboard_text, matched_text
 from eval.tasks import TASKS, Task, parse_task
@@ -36,8 +36,8 @@ def summary(records: list[Record]) -> str:
     extra = references(records)
     board = leaderboard_text(rows, extra, first["primary"], higher_is_better=higher)
     matched = matched_text(matched_validation(records), quantity(first))
-    parts = [board, on_ranks(records), matched]
-    return "\n\n".join(filter(None, [*parts, on_matched(records)]))
+    parts = [board, *below_leaderboard(records), matched, on_matched(records)]
+    return "\n\n".join(filter(None, parts))
 
 
 def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -79,14 +79,22 @@ def study_of(arguments: argparse.Namespace) -> Study:
 
 
 def notes(study: Study) -> str:
-    """What is to be known before a study runs: a line for each optimizer without a grid."""
+    """What is to be known before a study runs: optimizers without a grid, variants without base."""
     rates = ", ".join(f"{lr:g}" for lr in DEFAULT_GRID)
     names = dict.fromkeys(variant.optimizer for variant in study.variants)
-    return "".join(
-        f"{name}: no row in GRIDS of eval/study.py, so its sweeps begin with {rates}\n"
+    lines = [
+        f"{name}: no row in GRIDS of eval/study.py, so its sweeps begin with {rates}"
         for name in names
         if name not in GRIDS
-    )
+    ]
+    there = {variant.name for variant in study.variants}
+    lines += [
+        f"{each.name}: {each.base} is not in this command, and will not run at its learning rate; "
+        f"name it too (what is finished is not run again)"
+        for each in study.variants
+        if each.base not in there
+    ]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def variants_of(task: Task | Lds, names: list[str]) -> tuple[Variant, ...]:

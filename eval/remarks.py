@@ -7,7 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from eval.analysis import Record, by_variant, is_finished, is_reported, log_error, teacher_forced
+from eval.analysis import (
+    Record,
+    by_variant,
+    is_finished,
+    is_reported,
+    log_error,
+    shared_seeds,
+    sweeps,
+    teacher_forced,
+)
 from eval.matched import Fit, base_points, placebo
 from eval.typeset import factor
 
@@ -48,6 +57,41 @@ def on_ranks(records: Sequence[Record]) -> str:
         f"Errors on the data's contexts and of rollouts, two orders of {n} optimizers: Kendall's "
         f"tau = {tau:.2f} (1: the same order, 0: unrelated, -1: reversed)."
     )
+
+
+def below_leaderboard(records: Sequence[Record]) -> list[str]:
+    """What is said of its rows and their order; nothing where nothing is to be said."""
+    return list(filter(None, (on_sweeps(records), on_seeds(records), on_ranks(records))))
+
+
+def on_seeds(records: Sequence[Record]) -> str:
+    """What the order is by, where optimizers of a study have other seeds; empty where not."""
+    runs = by_variant(record for record in records if record["role"] == "fresh")
+    seeds = {frozenset(record["seed"] for record in own) for own in runs.values()}
+    if len(seeds) < 2:
+        return ""
+    if shared := shared_seeds(runs.values()):
+        how = f"the order is by the {len(shared)} that all have"
+    else:
+        how = "none is common to all, so the order says nothing"
+    return f"Not all optimizers have the same seeds: {how}; means are over each one's own."
+
+
+def on_sweeps(records: Sequence[Record]) -> str:
+    """Optimizers that were swept and have no fresh runs, and why; empty where there are none."""
+    fresh = {record["variant"] for record in records if is_reported(record)}
+    found = {name: rates for name, rates in sweeps(list(records)).items() if name not in fresh}
+    return "\n".join(
+        f"{name} has no fresh runs: {_outcome([loss for _, loss, _ in rates])} the learning "
+        f"rates {rates[0][0]:g} to {rates[-1][0]:g}."
+        for name, rates in found.items()
+    )
+
+
+def _outcome(losses: list[float]) -> str:
+    if not any(map(math.isfinite, losses)):
+        return "a tuning run diverged at each of"
+    return "no best one is known yet among"
 
 
 def on_matched(records: Sequence[Record]) -> str:

@@ -20,7 +20,7 @@ from eval.command import command_parser
 from eval.figures import draw
 from eval.looks import looks, save_png, svg
 from eval.matched import quantity
-from eval.remarks import on_matched, on_ranks
+from eval.remarks import below_leaderboard, on_matched
 from eval.sections import Section, make_sections
 from eval.typeset import metric_label
 
@@ -113,7 +113,7 @@ def _content(section: Section, protocols: list[dict[str, Any]], out: Path) -> di
         "figures": _figures(section, out),
         "curves": {name for r in section.records if r["grade"] for name in r["grade"]["curves"]},
         "references": details.reference_rows(section),
-        "ranks": on_ranks(section.records),
+        "remarks": below_leaderboard(section.records),
         "quantity": quantity(section.records[0]),
         "matched": details.matched_table(section),
         "placebo": details.placebo_table(section),

@@ -5,6 +5,7 @@ the best rate is at its edge; the best has the lowest *validation* loss. Fresh s
 nothing was tuned, run at that rate; they alone are reported.
 """
 
+import contextlib
 import json
 import math
 import statistics
@@ -16,7 +17,6 @@ from typing import Any
 
 from checkpoint import write_atomic
 from eval.analysis import Record, primary, val_loss
-from eval.kept import PointError
 from eval.lds import Lds
 from eval.points import Point, run_point
 from eval.record import write_records
@@ -37,6 +37,10 @@ GRIDS = {  # the first learning rates
 DEFAULT_GRID = (5e-4, 1e-3, 2e-3)  # of an optimizer that has none: a factor 2 around 1e-3
 MAX_RATES = 16  # of a sweep: a loss that falls all the way is no sweep
 AUX_LR = 4e-3  # of the AdamW beside matrix optimizers, with and without DoPr
+
+
+class SweepError(RuntimeError):
+    """No learning rate of a sweep is the best one: a result, of this variant alone."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +87,11 @@ class Study:
     def controls(self, rates: dict[str, float]) -> list[Point]:
         """Each base on the fresh seeds at its variants' rates: what of a gain is the rate's?
 
-        rates: of every variant. A variant whose base is not in the study has no control.
+        rates: of every variant that has one. Without its base among them it has no control.
         """
-        bases = {each.name: each for each in self.variants if each.name == each.base}
-        others = {(each.base, rates[each.name]) for each in self.variants if each.base in bases}
+        tuned = [each for each in self.variants if each.name in rates]
+        bases = {each.name: each for each in tuned if each.name == each.base}
+        others = {(each.base, rates[each.name]) for each in tuned if each.base in bases}
         others -= {(name, rates[name]) for name in bases}
         return [
             self.point(bases[name], "control", lr, seed)
@@ -168,8 +173,8 @@ def first_rates(optimizer: str) -> tuple[float, ...]:
 def sweep(study: Study, variant: Variant, run: Callable[[list[Point]], list[Record]]) -> float:
     """The rate of the lowest validation loss on the tuning seeds, with higher and lower ones tried.
 
-    Where all runs diverge, lower rates are tried. Raises PointError if the loss still falls at the
-    edge of MAX_RATES rates.
+    Where all runs diverge, lower rates are tried. Raises SweepError if the loss still falls at the
+    edge of MAX_RATES rates, or all diverge.
     """
     losses: dict[float, float] = {}
     rates = list(first_rates(variant.optimizer))
@@ -184,28 +189,31 @@ def sweep(study: Study, variant: Variant, run: Callable[[list[Point]], list[Reco
         if low < best < high and not diverges:
             return best
         rates = [low / 2] if best == low or diverges else [high * 2]
-    raise PointError(f"{variant.name}: no best learning rate inside {sorted(losses)}")
+    raise SweepError(f"{variant.name}: no best learning rate inside {sorted(losses)}")
 
 
 def compare(study: Study, workers: int) -> list[Record]:
     """Every record of the study's folder, also written to records.jsonl there.
 
-    The first exception ends it all; what was finished until then is written all the same.
+    A variant whose sweep finds no rate has no fresh runs, and the others go on. Any other exception
+    ends it all; what was finished until then is written all the same.
     """
     runner = Runner(str(study.out), workers, run_point, _line)
 
-    def one(variant: Variant) -> float:
-        lr = sweep(study, variant, runner.run)
-        runner.run([study.point(variant, "fresh", lr, seed) for seed in study.seeds])
-        return lr
+    rates: dict[str, float] = {}
+
+    def one(variant: Variant) -> None:
+        with contextlib.suppress(SweepError):  # its tuning runs tell: eval.remarks.on_sweeps
+            lr = rates[variant.name] = sweep(study, variant, runner.run)
+            runner.run([study.point(variant, "fresh", lr, seed) for seed in study.seeds])
 
     try:
         with ThreadPoolExecutor(len(study.variants) + 1) as threads, runner:
             references = threads.submit(runner.run, study.references())
-            jobs = {each.name: threads.submit(one, each) for each in study.variants}
-            for finished in as_completed([*jobs.values(), references]):
+            jobs = [threads.submit(one, each) for each in study.variants]
+            for finished in as_completed([*jobs, references]):
                 finished.result()
-            runner.run(study.controls({name: job.result() for name, job in jobs.items()}))
+            runner.run(study.controls(rates))
     finally:
         records = _unite(study.out / "records.jsonl", runner.records.values())
     return records

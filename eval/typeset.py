@@ -64,14 +64,17 @@ def power_of_ten(power: int) -> str:
     return f"e{power}".replace("-", MINUS) if power else ""
 
 
-def factor(log: float) -> str:
-    """e^log to three significant digits, far from one to two: 0.832, 144, 2.1e−7."""
+def factor(log: float, least: int = 0) -> str:
+    """e^log to three significant digits, far from one to two: 0.832, 144, 2.1e−7.
+
+    least: decimals, where three significant digits have fewer.
+    """
     if math.isnan(log):
         return NONE
     value = math.exp(min(log, LARGEST))
     size = int(f"{value:.2e}".split("e")[1])
     if -4 < size < 4:
-        return number(value, max(0, 2 - size))
+        return number(value, max(least, 2 - size))
     mantissa, power = f"{value:.1e}".split("e")
     return mantissa + power_of_ten(int(power))
 
@@ -99,11 +102,20 @@ def pair(estimate: Estimate, *, sign: bool = False) -> Cell:
 
 
 def times(log: Estimate) -> Cell:
-    """The factor, with its interval, of a difference of logarithms."""
-    lo, mean, hi = factor(log.lo), factor(log.mean), factor(log.hi)
+    """The factor, with its interval, of a difference of logarithms.
+
+    An interval that excludes one has the digits that show it: 0.9993 [0.9989, 0.9997].
+    """
+    least = _decimals_beside_one(min(abs(log.lo), abs(log.hi))) if log.lo * log.hi > 0 else 0
+    lo, mean, hi = (factor(each, least) for each in (log.lo, log.mean, log.hi))
     if mean == NONE:
         return NONE, ""
     return f"× {mean}", "" if NONE in (lo, hi) else f"[{lo}, {hi}]"
+
+
+def _decimals_beside_one(log: float) -> int:
+    """That tell e^log from one, if it is close to one; 0 otherwise."""
+    return min(6, -math.floor(math.log10(log))) if log < 0.005 else 0
 
 
 def p_value(p: float) -> str:

@@ -3,7 +3,14 @@
 import pytest
 
 from eval.compare import summary
-from eval.remarks import on_matched, on_ranks, rank_agreement
+from eval.remarks import (
+    below_leaderboard,
+    on_matched,
+    on_ranks,
+    on_seeds,
+    on_sweeps,
+    rank_agreement,
+)
 from tests.eval.records import record
 from tests.eval.studies import fresh
 from tests.eval.test_matched import noisy, on_a_line
@@ -34,6 +41,25 @@ def test_a_diverged_optimizer_and_too_few_have_no_rank():
 def test_an_optimizer_on_fewer_seeds_has_no_rank():
     rows = [*ranked((2, 1, 4, 3)), *(record(name, 9, 5.0) for name in ("adamw", "muon", "sgd"))]
     assert rank_agreement(rows)[1] == 3
+
+
+def test_other_seeds_are_said_to_be_others():
+    rows = [record(name, seed, 5.0) for name in ("adamw", "muon") for seed in (0, 1)]
+    assert on_seeds(rows) == ""
+    assert "the order is by the 2 that all have" in on_seeds([*rows, record("muon", 2, 5.0)])
+    assert "none is common to all" in on_seeds([record("adamw", 0, 5.0), record("muon", 2, 5.0)])
+    single = [record(name, seed, 5.0, role="single") for seed, name in enumerate(("adamw", "muon"))]
+    assert on_seeds(single) == ""
+
+
+def test_an_optimizer_that_diverges_at_every_rate_is_named():
+    lost = [record("sgd", seed, None, role="tuning", lr=lr) for seed in (0, 1) for lr in (0.1, 0.2)]
+    rows = [record("adamw", 0, 5.0), record("adamw", 0, 5.0, role="tuning")]
+    assert on_sweeps(rows) == ""
+    expected = (
+        "sgd has no fresh runs: a tuning run diverged at each of the learning rates 0.1 to 0.2."
+    )
+    assert below_leaderboard([*rows, *lost]) == [expected]
 
 
 def test_the_terminal_says_what_a_factor_has_to_exceed():

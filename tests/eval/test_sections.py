@@ -26,6 +26,15 @@ def test_a_p_must_be_below_the_threshold_of_all_comparisons(others):
     assert versus.is_strict == (others == 0)
 
 
+@pytest.mark.parametrize(("controls", "expected"), [(0, False), (2, False), (3, True)])
+def test_no_star_without_controls(controls, expected):
+    rows = [each | {"lr": 0.02} if each["variant"] != "adamw" else each for each in CLEAR]
+    at_this_rate = fresh("adamw", [7.0, 8.0, 9.0], role="control", lr=0.02)
+    versus = entry([*rows, *at_this_rate[:controls]], "dopr-adamw").versus
+    assert versus is not None
+    assert (versus.verdict, versus.is_strict) == ("better", expected)
+
+
 @pytest.mark.parametrize(("planned", "n"), [(0, 1), (1, 1), (71, 71)])
 def test_the_threshold_is_that_of_all_planned_comparisons_but_never_of_fewer_than_shown(planned, n):
     (section,) = make_sections(CLEAR, planned)

@@ -13,7 +13,7 @@ from eval.compare import main, notes, study_of
 from eval.compare import parse as parse_arguments
 from eval.kept import PointError, differences, read_record
 from eval.points import run_point
-from eval.study import FRESH, GRIDS, _unite, sweep
+from eval.study import FRESH, GRIDS, SweepError, _unite, sweep
 from eval.variants import parse_variant
 from optim.build import MATRIX_OPTIMIZERS, OPTIMIZERS
 from tests.eval.records import record
@@ -77,14 +77,40 @@ def test_the_adamw_beside_every_matrix_optimizer_has_one_rate(tmp_path, optimize
 
 def test_training_that_always_diverges_is_no_sweep(tmp_path):
     run, _ = loss_of(lambda lr: None)
-    with pytest.raises(PointError, match="no best learning rate inside"):
+    with pytest.raises(SweepError, match="no best learning rate inside"):
         sweep(study(tmp_path), parse_variant("adamw"), run)
 
 
 def test_a_loss_that_only_falls_is_no_sweep(tmp_path):
     run, _ = loss_of(lambda lr: -lr)
-    with pytest.raises(PointError, match="no best learning rate inside"):
+    with pytest.raises(SweepError, match="no best learning rate inside"):
         sweep(study(tmp_path), parse_variant("adamw"), run)
+
+
+@pytest.mark.parametrize("lost", ["adamw", "dopr-adamw"])
+def test_a_variant_without_a_rate_does_not_keep_others_from_theirs(
+    tmp_path, monkeypatch, capsys, lost
+):
+    def swept(study, variant, run):
+        run([study.point(variant, "tuning", 1e-3, seed) for seed in range(study.tuning_seeds)])
+        if variant.name == lost:
+            raise SweepError("none")
+        return 1e-3
+
+    monkeypatch.setattr("eval.study.sweep", swept)
+    names = ["--optimizers", "adamw,dopr-adamw", "--seeds", "2", "--steps", "20"]
+    main(["--task", "lds", *names, "--out", str(tmp_path)])
+    fresh = [row["variant"] for row in read_records(tmp_path) if row["role"] == "fresh"]
+    assert fresh == [{"adamw": "dopr-adamw", "dopr-adamw": "adamw"}[lost]] * 2
+    said = f"{lost} has no fresh runs: no best one is known yet among the learning rates 0.001 to"
+    assert said in capsys.readouterr().out
+
+
+def test_a_variant_that_is_named_without_its_base_is_told_so(tmp_path):
+    assert notes(study(tmp_path, "--optimizers", "dopr-adamw,sgd")).startswith(
+        "dopr-adamw: adamw is not in this command"
+    )
+    assert notes(study(tmp_path, "--optimizers", "dopr-adamw,adamw")) == ""
 
 
 def test_a_seed_is_the_instance_of_the_task_and_of_the_run(tmp_path):

@@ -6,7 +6,17 @@ import pytest
 
 from eval.analysis import Compared
 from eval.intervals import Estimate, paired
-from eval.typeset import error_unit, factor, metric_label, mode_of, number, p_value, pair, verdict
+from eval.typeset import (
+    error_unit,
+    factor,
+    metric_label,
+    mode_of,
+    number,
+    p_value,
+    pair,
+    times,
+    verdict,
+)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +46,17 @@ def test_a_factor_has_its_digits_however_far_from_one():
     shown = ["0.832", "144", "2.1e−7", "9.96", "3.0e12", "1.00"]
     assert [factor(math.log(value)) for value in values] == shown
     assert (factor(math.nan), factor(-2000.0)) == ("–", "0.00")
+
+
+def test_an_interval_that_excludes_one_is_seen_to():
+    def shown(*ends):
+        return times(Estimate(ends[1], ends[0], ends[2], 8))
+
+    assert shown(-0.0011, -0.0007, -0.0003) == ("× 0.9993", "[0.9989, 0.9997]")
+    assert shown(0.0011, 0.0042, 0.02) == ("× 1.004", "[1.001, 1.020]")
+    assert shown(-0.0011, 0.0, 0.0011) == ("× 1.00", "[0.999, 1.00]")
+    assert shown(1e-9, 2e-9, 3e-9)[0] == "× 1.000000"
+    assert shown(-0.3, -0.2, -0.1) == ("× 0.819", "[0.741, 0.905]")
 
 
 def test_small_p_values_are_not_zero():
