@@ -15,13 +15,14 @@ from pathlib import Path
 
 from bench.rollout_study import ABLATIONS, STAGES, Stage, planned
 from checkpoint import write_atomic
-from eval.analysis import AnalysisError, leaderboard, load_records
+from eval.analysis import AnalysisError, Record, leaderboard, load_records
 from eval.board import Versus
 from eval.command import command_parser
 from eval.consistency import check, knobs_of
 from eval.sections import Section, make_sections
 from eval.tables import markdown
-from eval.typeset import Cell, times
+from eval.temperature import all_else_equal
+from eval.typeset import Cell, pair, times
 
 RESULTS = Path(__file__).parent / "results" / "study"
 GROUPS = {
@@ -32,6 +33,7 @@ GROUPS = {
 }
 ORDER = [*dict.fromkeys(name for stage in STAGES + ABLATIONS for name in stage.optimizers)]
 EQUAL = "at equal rates"
+ALIKE = "at equal rates and temperatures"
 
 
 def group_table(heading: str, results: Path = RESULTS) -> str:
@@ -54,6 +56,33 @@ def table(stages: Sequence[Stage], results: Path) -> str:
     return _grid(header, boards, n_columns=2)
 
 
+def changes_table(results: Path = RESULTS) -> str:
+    """Each change of the ablations against DoPr without it; empty where none has run."""
+    found = {
+        stage: load_records([path.parent])
+        for stage in ABLATIONS
+        if (path := results / stage.name / "records.jsonl").exists()
+    }
+    header = [""]
+    for stage, records in found.items():
+        header += [f"{stage.task}: {records[0]['primary']}", "validation loss, nats"]
+    return _grid(header, [*map(_changed, found.values())], n_columns=2) if found else ""
+
+
+def _changed(records: list[Record]) -> dict[str, tuple[str, ...]]:
+    """The cells of each change: ratio of rollout errors and difference of losses."""
+    with_dopr = [record for record in records if record["variant"].startswith("dopr-")]
+    rows = leaderboard([record | {"base": f"dopr-{record['base']}"} for record in with_dopr])
+    return {
+        row.variant: (
+            _plain(times(row.versus_base.difference)),
+            _plain(pair(row.val_versus_base.difference, sign=True)),
+        )
+        for row in rows
+        if row.versus_base and row.val_versus_base
+    }
+
+
 def temperature_table(results: Path = RESULTS) -> str:
     """At each optimizer's own best temperature, of the stages that eval.temperature was run on."""
     found = {
@@ -62,16 +91,21 @@ def temperature_table(results: Path = RESULTS) -> str:
         if (path := results / stage.name / "temperature.jsonl").exists()
         and (records := [json.loads(line) for line in path.read_text().splitlines()])
     }
-    boards = [
-        {
-            row.variant: (_plain(times(row.versus_base.difference)),)
-            for row in leaderboard(records)
-            if row.versus_base
-        }
-        for records in found.values()
-    ]
-    header = ["", *(f"{stage.task}, {stage.steps} steps" for stage in found)]
-    return _grid(header, boards, n_columns=1) if found else ""
+    header = ["", *chain(*((f"{stage.task}, {stage.steps} steps", ALIKE) for stage in found))]
+    return _grid(header, [*map(_tempered, found.values())], n_columns=2) if found else ""
+
+
+def _tempered(records: list[Record]) -> dict[str, tuple[str, ...]]:
+    """The cells of each variant, of a temperature.jsonl."""
+    alike = all_else_equal(records)
+    return {
+        row.variant: tuple(
+            _plain(times(each.difference)) if each else ""
+            for each in (row.versus_base, alike.get(row.variant))
+        )
+        for row in leaderboard(records)
+        if row.versus_base
+    }
 
 
 def _grid(header: list[str], boards: list[dict[str, tuple[str, ...]]], n_columns: int) -> str:
@@ -115,6 +149,8 @@ def all_tables(results: Path = RESULTS) -> str:
     for heading in GROUPS:
         if text := group_table(heading, results):
             parts += [f"## {heading}", text]
+    if text := changes_table(results):
+        parts += ["## Each change against exact DoPr with γ = 0.1", text]
     if text := temperature_table(results):
         parts += ["## Each at its own temperature", text]
     return "\n\n".join(parts)

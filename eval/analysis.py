@@ -187,17 +187,17 @@ def _row(own: list[Record], base: list[Record], at_this_rate: list[Record], seed
         primary=over_seeds(values),
         median=float(np.median(values)) if values else math.nan,
         mean_log_error=over_seeds([log_error(record) for record in comparable]).mean,
-        versus_base=None if is_base else _versus(own, base, log_error),
-        at_this_rate=None if is_base else _versus(own, at_this_rate, log_error),
-        val_versus_base=None if is_base else _versus(own, base, val_loss),
+        versus_base=None if is_base else versus(own, base, log_error),
+        at_this_rate=None if is_base else versus(own, at_this_rate, log_error),
+        val_versus_base=None if is_base else versus(own, base, val_loss),
         n_diverged=len(own) - len(finished),
     )
 
 
-def _versus(
+def versus(
     own: list[Record], base: list[Record], value: Callable[[Record], float]
 ) -> Compared | None:
-    """Paired over the seeds that both have, lower is better; None if there are none."""
+    """`own` against `base`, paired over the seeds of both, lower is better; None if none is."""
     ours, theirs = (
         {r["seed"]: value(r) if math.isfinite(value(r)) else math.inf for r in records}
         for records in (own, base)

@@ -227,7 +227,7 @@ def _unite(path: Path, records: Collection[Record]) -> list[Record]:
     lines = path.read_text().splitlines() if path.exists() else []
     rates = {row["variant"]: row["lr"] for row in records if row["role"] == "fresh"}
     there = [row for row in map(json.loads, lines) if not _is_stale(row, rates)]
-    rows = [*there, *map(_without_curves, records)]
+    rows = [*there, *map(without_curves, records)]
     united = {(row["variant"], row["lr"], row["seed"]): row for row in rows}
     records = [united[key] for key in sorted(united)]
     write_records(path, records)
@@ -238,7 +238,7 @@ def _is_stale(row: Record, rates: dict[str, float]) -> bool:
     return row["role"] == "fresh" and row["lr"] != rates.get(row["variant"], row["lr"])
 
 
-def _without_curves(record: Record) -> Record:
+def without_curves(record: Record) -> Record:
     """What is not reported keeps its numbers, not its curves and samples (they are in runs/)."""
     if record["role"] not in ("tuning", "control") or record["grade"] is None:
         return record

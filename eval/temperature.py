@@ -5,14 +5,16 @@
 A model that is too sharp or too diffuse can be mended when it is sampled, so an optimizer might win
 by its temperature alone. The temperature of each is chosen by the metric that ranks, on the runs of
 the tuning seeds at its learning rate; the fresh runs are then graded at it, on the episodes that
-they had at 1. Trains nothing, but wants the models, in runs/ of the study's folder. What is graded
-is kept; records go to temperature.jsonl there, the table to temperature.md.
+they had at 1. So is the base of each variant at the variant's rate and temperature, all else equal:
+a choice from a few runs is noisy. Trains nothing, but wants the models, in runs/ of the study's
+folder. What is graded is kept; records go to temperature.jsonl there, the table to temperature.md.
 """
 
 import json
 import shlex
 import statistics
 import sys
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +26,32 @@ from checkpoint import CheckpointError, open_checkpoint, write_atomic
 from data.shards import DataError
 from eval.analysis import (
     AnalysisError,
+    Compared,
     Record,
     Row,
     by_variant,
+    grouped,
+    is_control,
     is_finished,
     leaderboard,
     load_records,
     log_error,
+    versus,
 )
 from eval.command import command_parser
 from eval.predictor import GPTPredictor, Predictor
 from eval.record import readable, write_record, write_records
 from eval.run import run_of
-from eval.study import run_folder
+from eval.study import run_folder, without_curves
 from eval.tables import compared, markdown, mean_and_half
 from eval.tasks import task_of
 from eval.ttf import grading_code, weights_of
 
 TEMPERATURES = (0.01, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4)
-COLUMNS = ("optimizer", "T", "at 1", "at T", "error / base's at 1", "at T", "wins", "p")
+COLUMNS = (
+    *("optimizer", "T", "at 1", "at T", "error / base's at 1", "at T", "wins", "p"),
+    "at T, base at this lr and T",
+)
 
 
 class TemperedPredictor(Predictor):
@@ -120,11 +129,45 @@ def tempered(study: Path, records: list[Record]) -> list[Record]:
     return found
 
 
+def controls(study: Path, records: list[Record], after: list[Record]) -> list[Record]:
+    """The bases on the fresh seeds at the rate and the temperature of each of their variants."""
+    wanted = {_alike(record) for record in after if record["variant"] != record["base"]}
+    graded = (record for record in records if record["role"] in ("fresh", "control"))
+    at = grouped(graded, itemgetter("variant", "lr"))
+    return [
+        regrade(study, record, temperature) | {"role": "control"}
+        for name, lr, temperature in sorted(wanted)
+        for record in at.get((name, lr), [])
+    ]
+
+
+def all_else_equal(records: list[Record]) -> dict[str, Compared]:
+    """Each variant against its base at the variant's rate and temperature, where that was graded.
+
+    records: those of temperature.jsonl.
+    """
+    bases = grouped(filter(is_control, records), _alike)
+    own = by_variant(r for r in records if not is_control(r) and r["variant"] != r["base"])
+    found = {
+        name: versus(runs, bases.get(_alike(runs[0]), []), log_error) for name, runs in own.items()
+    }
+    return {name: each for name, each in found.items() if each}
+
+
+def _alike(record: Record) -> tuple[str, float, float]:
+    """The same for a variant and for its base at the variant's rate and temperature."""
+    return record["base"], record["lr"], record["temperature"]
+
+
 def table(before: list[Record], after: list[Record]) -> str:
     """Markdown: a line for each optimizer, best at its temperature first."""
-    temperature = {record["variant"]: record["temperature"] for record in after}
+    temperature = {r["variant"]: r["temperature"] for r in after if not is_control(r)}
     at_one = {row.variant: row for row in leaderboard(before)}
-    rows = [_cells(at_one[row.variant], row, temperature) for row in leaderboard(after)]
+    equal = {name: compared(each)[0] for name, each in all_else_equal(after).items()}
+    rows = [
+        (*_cells(at_one[row.variant], row, temperature), equal.get(row.variant, ""))
+        for row in leaderboard(after)
+    ]
     return markdown(COLUMNS, rows)
 
 
@@ -152,11 +195,12 @@ def main(argv: list[str] | None = None) -> None:
     try:
         records = _records(study)
         after = tempered(study, records)
+        alike = controls(study, records, after)
     except (CheckpointError, DataError, OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
-    text = table([record for record in records if record["role"] == "fresh"], after)
+    text = table([record for record in records if record["role"] == "fresh"], [*after, *alike])
     command = shlex.join(["python", "-m", "eval.temperature", str(study)])
-    write_records(study / "temperature.jsonl", after)
+    write_records(study / "temperature.jsonl", [*after, *map(without_curves, alike)])
     write_atomic(study / "temperature.md", f"`{command}`\n\n{text}\n")
     print(text)
     print(f"{len(after)} runs at their optimizer's temperature: {study / 'temperature.jsonl'}")

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from bench.rollout_table import RESULTS, all_tables, group_table, main, temperature_table
+from bench.rollout_table import (
+    RESULTS,
+    all_tables,
+    changes_table,
+    group_table,
+    main,
+    temperature_table,
+)
 from tests.eval.studies import graded, study, write_study
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -35,7 +42,27 @@ def test_at_their_temperatures_variants_are_compared_with_their_bases(tmp_path):
     rows = [each | {"temperature": 0.5} for each in study() if each["role"] == "fresh"]
     (folder / "temperature.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     header, _, first, *_ = temperature_table(tmp_path).splitlines()
-    assert (header, first) == ("|  | nav, 1500 steps |", "| dopr-adamw | 0.664 [0.530, 0.832] |")
+    assert header == "|  | nav, 1500 steps | at equal rates and temperatures |"
+    assert first == "| dopr-adamw | 0.664 [0.530, 0.832] |  |"
+    alike = [row | {"role": "control"} for row in rows if row["variant"] == "adamw"]
+    text = "".join(json.dumps(row) + "\n" for row in [*rows, *alike])
+    (folder / "temperature.jsonl").write_text(text)
+    first = temperature_table(tmp_path).splitlines()[2]
+    assert first == "| dopr-adamw | 0.664 [0.530, 0.832] | 0.664 [0.530, 0.832] |"
+
+
+def test_a_change_of_dopr_is_compared_with_dopr_without_it(tmp_path):
+    def fresh(variant, values, loss):
+        rows = zip((200, 201, 202), values, strict=True)
+        return [graded(variant, s, v, base="adamw", val_loss=v / 8 + loss) for s, v in rows]
+
+    runs = [*fresh("adamw", (9.0, 9.0, 9.0), 0), *fresh("dopr-adamw", (4.0, 5.0, 6.0), 0)]
+    runs += fresh("dopr-adamw+gamma=1", (2.0, 2.5, 3.0), 0.5)
+    write_study(tmp_path / "ablations-ctrl-500", runs)
+    header, _, *lines = changes_table(tmp_path).splitlines()
+    assert header == "|  | ctrl: accumulated_kl | validation loss, nats |"
+    ratio, loss = "0.500 [0.500, 0.500]", "+0.19 ± 0.16"  # 0.5 - (4, 5, 6) / 16
+    assert lines == [f"| dopr-adamw+gamma=1 | {ratio} | {loss} |"]
 
 
 def test_what_has_not_run_has_no_table(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +11,14 @@ from checkpoint import CheckpointError
 from eval import compare, temperature
 from eval.points import run_point
 from eval.predictor import Predictor
-from eval.temperature import TemperedPredictor, best_temperature, regrade, table
+from eval.temperature import (
+    TemperedPredictor,
+    all_else_equal,
+    best_temperature,
+    controls,
+    regrade,
+    table,
+)
 from tests.eval.studies import SEEDS, fresh, graded, write_study
 
 TINY = "pdfa,states=4,alphabet=4,horizon=8,n_documents=64"
@@ -64,6 +72,34 @@ def test_the_table_compares_at_one_and_at_the_temperatures():
     assert cells[4].startswith("× 0.5")
     assert cells[5].startswith("× 1")
     assert f"0/{len(SEEDS)}" in cells
+
+
+def test_a_base_is_graded_at_the_rate_and_temperature_of_each_variant(monkeypatch, tmp_path):
+    def regraded(study, record, T):
+        return record | {"temperature": T}
+
+    monkeypatch.setattr(temperature, "regrade", regraded)
+    at_base = fresh("adamw", [4.0, 5.0, 6.0])
+    at_twice = fresh("adamw", [2.0, 3.0, 3.0], role="control", lr=0.02)
+    variants = [*fresh("dopr-adamw", [1.0, 2.0, 2.0], lr=0.02, temperature=0.5)]
+    variants += fresh("fast-dopr-adamw", [1.0, 1.0, 1.0], lr=0.01, temperature=0.7)
+    variants += fresh("dopr-muon", [1.0, 1.0, 1.0], temperature=0.7)  # without its base
+    after = [*(r | {"temperature": 1.0} for r in at_base), *variants]
+    found = controls(tmp_path, [*at_base, *at_twice], after)
+    assert {(r["variant"], r["role"], r["lr"], r["temperature"]) for r in found} == {
+        ("adamw", "control", 0.01, 0.7),
+        ("adamw", "control", 0.02, 0.5),
+    }
+    equal = all_else_equal([*after, *found])
+    assert equal.keys() == {"dopr-adamw", "fast-dopr-adamw"}
+    ratio = np.log([1 / 2, 2 / 3, 2 / 3]).mean()  # and not those to `at_base`
+    assert equal["dopr-adamw"].difference.mean == pytest.approx(ratio)
+    assert "| adamw | 1 |" in table(at_base + variants, after + found)  # not a control's 0.7
+    last = [
+        line.split("|")[-2].strip()
+        for line in table(at_base + variants, after + found).splitlines()
+    ]
+    assert [cell.split(" [")[0] for cell in last if cell.startswith("×")] == ["× 0.203", "× 0.606"]
 
 
 def test_trained_models_are_graded_at_their_temperature_once(tmp_path, capsys):
