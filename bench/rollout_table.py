@@ -7,7 +7,6 @@ the variant's. 95 % intervals over seeds; * stands for p below 0.05 / the compar
 where both say the same.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from itertools import chain
@@ -21,7 +20,7 @@ from eval.command import command_parser
 from eval.consistency import check, knobs_of
 from eval.sections import Section, make_sections
 from eval.tables import markdown
-from eval.temperature import all_else_equal
+from eval.tempered import load, ranked
 from eval.typeset import Cell, pair, times
 
 RESULTS = Path(__file__).parent / "results" / "study"
@@ -85,26 +84,21 @@ def _changed(records: list[Record]) -> dict[str, tuple[str, ...]]:
 
 def temperature_table(results: Path = RESULTS) -> str:
     """At each optimizer's own best temperature, of the stages that eval.temperature was run on."""
-    found = {
-        stage: records
-        for stage in STAGES + ABLATIONS
-        if (path := results / stage.name / "temperature.jsonl").exists()
-        and (records := [json.loads(line) for line in path.read_text().splitlines()])
-    }
+    graded = {stage: load(results / stage.name) for stage in STAGES + ABLATIONS}
+    found = {stage: records for stage, records in graded.items() if records}
     header = ["", *chain(*((f"{stage.task}, {stage.steps} steps", ALIKE) for stage in found))]
     return _grid(header, [*map(_tempered, found.values())], n_columns=2) if found else ""
 
 
 def _tempered(records: list[Record]) -> dict[str, tuple[str, ...]]:
     """The cells of each variant, of a temperature.jsonl."""
-    alike = all_else_equal(records)
     return {
-        row.variant: tuple(
-            _plain(times(each.difference)) if each else ""
-            for each in (row.versus_base, alike.get(row.variant))
+        each.row.variant: tuple(
+            _plain(times(compared.difference)) if compared else ""
+            for compared in (each.row.versus_base, each.all_else_equal)
         )
-        for row in leaderboard(records)
-        if row.versus_base
+        for each in ranked(records)
+        if each.row.versus_base
     }
 
 

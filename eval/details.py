@@ -16,6 +16,7 @@ from eval.consistency import knobs_of
 from eval.intervals import over_seeds
 from eval.matched import matched_validation, placebo, quantity
 from eval.sections import Section, finished_runs
+from eval.tempered import ranked
 from eval.typeset import NONE, Cell, error_unit, metric_label, number, pair, times
 
 QUARTERS = (0, 0.25, 0.5, 0.75, 1)  # of the horizon: where episodes are counted
@@ -68,6 +69,20 @@ def matched_table(section: Section) -> Table | None:
     return (
         Table([f"{what} in rollouts, times the base’s", "seeds compared"], rows) if rows else None
     )
+
+
+def temperature_table(records: list[Record]) -> Table | None:
+    """Each optimizer at its own temperature. records: of temperature.jsonl; None without any."""
+    if not records:
+        return None
+    rows = []
+    for each in ranked(records):
+        versus = (each.row.versus_base, each.all_else_equal)
+        ratios = [times(found.difference) if found else (NONE, "") for found in versus]
+        cells = (f"{each.temperature:g}", ""), pair(each.row.primary), *ratios
+        rows.append((each.row.variant, [*cells]))
+    columns = ["temperature", metric_label(records[0]["primary"])]
+    return Table([*columns, "error / base’s", "error / base’s at this rate and temperature"], rows)
 
 
 def placebo_table(section: Section) -> Table | None:

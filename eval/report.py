@@ -8,15 +8,17 @@ import base64
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from eval import consistency, details
+from eval import consistency, details, tempered
 from eval.analysis import AnalysisError, Record, load_records
 from eval.board import BAR
 from eval.command import command_parser
+from eval.consistency import knobs_of
 from eval.figures import draw
 from eval.looks import looks, save_png, svg
 from eval.matched import quantity
@@ -31,22 +33,32 @@ NEEDED = (  # of a record; the rest is optional
 TEMPLATE = "report.html.j2"
 
 
-def read(paths: Sequence[Path]) -> tuple[list[Record], list[dict[str, Any]]]:
-    """Records, and the protocols of the studies; AnalysisError says what is wrong."""
-    records: list[Record] = []
-    protocols = []
+@dataclass
+class Source:
+    """What the folders hold."""
+
+    records: list[Record] = field(default_factory=list)
+    tempered: list[Record] = field(default_factory=list)  # at their optimizer's temperature
+    protocols: list[dict[str, Any]] = field(default_factory=list)  # of the studies
+
+
+def read(paths: Sequence[Path]) -> Source:
+    """All of these folders; AnalysisError says what is wrong."""
+    source = Source()
     for path in paths:
         try:
             found = load_records([path])
             if (path / "records.jsonl").exists():
-                protocols.append(json.loads((path / "protocol.json").read_text()))
+                source.protocols.append(json.loads((path / "protocol.json").read_text()))
         except FileNotFoundError as error:
             raise AnalysisError(f"{error.filename}: not there; it says what was planned") from None
         except json.JSONDecodeError as error:
             raise AnalysisError(f"{path}: not JSON, a record or the protocol ({error})") from None
         _check(path, found)
-        records += found
-    return records, protocols
+        source.records += found
+        source.tempered += (at := tempered.load(path))
+        tempered.check(path, at, found)
+    return source
 
 
 def _check(path: Path, records: list[Record]) -> None:
@@ -62,19 +74,17 @@ def write_report(paths: Sequence[Path], out: Path, n_planned: int = 0) -> Path:
 
     n_planned: comparisons of the family that is judged together; 0: those on the page.
     """
-    records, protocols = read(paths)
-    consistency.check(records)
+    source = read(paths)
+    consistency.check(source.records)
     out.mkdir(parents=True, exist_ok=True)
-    sections = [_content(section, protocols, out) for section in make_sections(records, n_planned)]
+    sections = make_sections(source.records, n_planned)
     page = out / "report.html"
-    content = render(sections, records, protocols)
+    content = render([_content(section, source, out) for section in sections], source)
     page.write_text(content, encoding="utf-8", errors="backslashreplace")
     return page
 
 
-def render(
-    sections: list[dict[str, Any]], records: list[Record], protocols: list[dict[str, Any]]
-) -> str:
+def render(sections: list[dict[str, Any]], source: Source) -> str:
     """The page as HTML; all text from records is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -87,9 +97,9 @@ def render(
         sections=sections,
         overview=overview(sections),
         family=sections[0]["about"].family,
-        n_runs=len(records),
-        protocols=[(each["command"], json.dumps(each, indent=1)) for each in protocols],
-        environments=details.distinct(record["environment"] for record in records),
+        n_runs=len(source.records),
+        protocols=[(each["command"], json.dumps(each, indent=1)) for each in source.protocols],
+        environments=details.distinct(record["environment"] for record in source.records),
         BAR=BAR,
     )
 
@@ -103,7 +113,7 @@ def overview(sections: list[dict[str, Any]]) -> dict[str, Any]:
     return {"columns": columns if len(columns) > 1 else [], "rows": rows}
 
 
-def _content(section: Section, protocols: list[dict[str, Any]], out: Path) -> dict[str, Any]:
+def _content(section: Section, source: Source, out: Path) -> dict[str, Any]:
     """What the template shows of a section; its figures are written on the way."""
     return {
         "about": section,
@@ -117,16 +127,23 @@ def _content(section: Section, protocols: list[dict[str, Any]], out: Path) -> di
         "quantity": quantity(section.records[0]),
         "matched": details.matched_table(section),
         "placebo": details.placebo_table(section),
+        "temperature": details.temperature_table(_tempered(section, source)),
         "matched_remark": on_matched(section.records) if section.n_comparisons else "",
         "metrics": details.metrics_table(section),
         "episodes_left": details.episodes_left(section),
         "samples": details.samples(section),
-        "incidents": details.incidents(section, protocols),
+        "incidents": details.incidents(section, source.protocols),
         "lost_rates": details.lost_rates(section),
         "fingerprints": details.fingerprints(section),
         "grading": details.grading(section),
         "runs": details.all_runs([*section.records, *section.references]),
     }
+
+
+def _tempered(section: Section, source: Source) -> list[Record]:
+    """Those of the same task, knobs and length; single runs have none."""
+    board = section.is_study, section.knobs, section.steps
+    return [r for r in source.tempered if (True, knobs_of(r["spec"]), r["steps"]) == board]
 
 
 def _figures(section: Section, out: Path) -> dict[str, str]:

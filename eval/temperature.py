@@ -26,17 +26,14 @@ from checkpoint import CheckpointError, open_checkpoint, write_atomic
 from data.shards import DataError
 from eval.analysis import (
     AnalysisError,
-    Compared,
     Record,
     Row,
     by_variant,
     grouped,
-    is_control,
     is_finished,
     leaderboard,
     load_records,
     log_error,
-    versus,
 )
 from eval.command import command_parser
 from eval.predictor import GPTPredictor, Predictor
@@ -45,6 +42,7 @@ from eval.run import run_of
 from eval.study import run_folder, without_curves
 from eval.tables import compared, markdown, mean_and_half
 from eval.tasks import task_of
+from eval.tempered import FILE, Tempered, alike, ranked
 from eval.ttf import grading_code, weights_of
 
 TEMPERATURES = (0.01, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4)
@@ -131,7 +129,7 @@ def tempered(study: Path, records: list[Record]) -> list[Record]:
 
 def controls(study: Path, records: list[Record], after: list[Record]) -> list[Record]:
     """The bases on the fresh seeds at the rate and the temperature of each of their variants."""
-    wanted = {_alike(record) for record in after if record["variant"] != record["base"]}
+    wanted = {alike(record) for record in after if record["variant"] != record["base"]}
     graded = (record for record in records if record["role"] in ("fresh", "control"))
     at = grouped(graded, itemgetter("variant", "lr"))
     return [
@@ -141,42 +139,20 @@ def controls(study: Path, records: list[Record], after: list[Record]) -> list[Re
     ]
 
 
-def all_else_equal(records: list[Record]) -> dict[str, Compared]:
-    """Each variant against its base at the variant's rate and temperature, where that was graded.
-
-    records: those of temperature.jsonl.
-    """
-    bases = grouped(filter(is_control, records), _alike)
-    own = by_variant(r for r in records if not is_control(r) and r["variant"] != r["base"])
-    found = {
-        name: versus(runs, bases.get(_alike(runs[0]), []), log_error) for name, runs in own.items()
-    }
-    return {name: each for name, each in found.items() if each}
-
-
-def _alike(record: Record) -> tuple[str, float, float]:
-    """The same for a variant and for its base at the variant's rate and temperature."""
-    return record["base"], record["lr"], record["temperature"]
-
-
 def table(before: list[Record], after: list[Record]) -> str:
     """Markdown: a line for each optimizer, best at its temperature first."""
-    temperature = {r["variant"]: r["temperature"] for r in after if not is_control(r)}
     at_one = {row.variant: row for row in leaderboard(before)}
-    equal = {name: compared(each)[0] for name, each in all_else_equal(after).items()}
-    rows = [
-        (*_cells(at_one[row.variant], row, temperature), equal.get(row.variant, ""))
-        for row in leaderboard(after)
-    ]
-    return markdown(COLUMNS, rows)
+    return markdown(COLUMNS, [_cells(at_one[each.row.variant], each) for each in ranked(after)])
 
 
-def _cells(before: Row, after: Row, temperature: dict[str, float]) -> tuple[str, ...]:
-    values = mean_and_half(before.primary), mean_and_half(after.primary)
+def _cells(before: Row, after: Tempered) -> tuple[str, ...]:
+    row, equal = after.row, after.all_else_equal
+    values = mean_and_half(before.primary), mean_and_half(row.primary)
     ratios = ("", "", "", "")
-    if before.versus_base and after.versus_base:
-        ratios = (compared(before.versus_base)[0], *compared(after.versus_base))
-    return (after.variant, f"{temperature[after.variant]:g}", *values, *ratios)
+    if before.versus_base and row.versus_base:
+        ratios = (compared(before.versus_base)[0], *compared(row.versus_base))
+    here = compared(equal)[0] if equal else ""
+    return (row.variant, f"{after.temperature:g}", *values, *ratios, here)
 
 
 def _records(study: Path) -> list[Record]:
@@ -195,15 +171,16 @@ def main(argv: list[str] | None = None) -> None:
     try:
         records = _records(study)
         after = tempered(study, records)
-        alike = controls(study, records, after)
+        after += map(without_curves, controls(study, records, after))
     except (CheckpointError, DataError, OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
-    text = table([record for record in records if record["role"] == "fresh"], [*after, *alike])
+    before = [record for record in records if record["role"] == "fresh"]
+    text = table(before, after)
     command = shlex.join(["python", "-m", "eval.temperature", str(study)])
-    write_records(study / "temperature.jsonl", [*after, *map(without_curves, alike)])
+    write_records(study / FILE, after)
     write_atomic(study / "temperature.md", f"`{command}`\n\n{text}\n")
     print(text)
-    print(f"{len(after)} runs at their optimizer's temperature: {study / 'temperature.jsonl'}")
+    print(f"{len(before)} runs at their optimizer's temperature: {study / FILE}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The page says what the records say, all of it, and needs nothing but itself."""
 
 import base64
+import json
 import re
 
 import pytest
@@ -50,6 +51,35 @@ def test_the_page_says_what_a_factor_at_equal_validation_has_to_exceed(tmp_path,
     assert "Two base optimizers differ by up to × 1.0" in page.text
     assert page.row("adamw / muon")
     assert "Kendall's tau = 1.00" in page.text  # validation is a tenth of the error here
+
+
+def test_the_page_has_each_optimizer_at_its_own_temperature(tmp_path, report):
+    folder = write_study(tmp_path / "study", study())
+    rows = [each for each in study() if each["role"] == "fresh" and each["base"] == "adamw"]
+    own = [each | {"temperature": 0.5} for each in rows]
+    alike = [each | {"role": "control"} for each in own if each["variant"] == "adamw"]
+    path = folder / "temperature.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in [*own, *alike]))
+    page = report(folder)
+    assert "At each optimizer’s own temperature" in page.text
+    ratio = "× 0.664 [0.530, 0.832]"
+    found = [row for row in page.rows if row[0] == "dopr-adamw" and row[1] == "0.5"]
+    assert found == [["dopr-adamw", "0.5", "4.0 ± 2.5", ratio, ratio]]
+    assert ["optimizer", "temperature", "accumulated KL (nats)"] in [row[:3] for row in page.rows]
+    assert "own temperature" not in report(write_study(tmp_path / "without", study())).text
+
+
+def test_temperatures_of_models_that_were_trained_again_are_refused(tmp_path, capsys):
+    folder, path = (
+        write_study(tmp_path / "study", study()),
+        tmp_path / "study" / "temperature.jsonl",
+    )
+    path.write_text(json.dumps(study()[0] | {"temperature": 0.5, "lr": 0.04}) + "\n")
+    assert main([str(folder), "--out", str(tmp_path / "out")]) == 2
+    assert "adamw is not the model of records.jsonl; run `python" in capsys.readouterr().err
+    path.write_text("{")
+    assert main([str(folder), "--out", str(tmp_path / "out")]) == 2
+    assert "temperature.jsonl: not JSON" in capsys.readouterr().err
 
 
 def test_the_caption_explains_the_curves_that_are_drawn_and_no_others(page, tmp_path):

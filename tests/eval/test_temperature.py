@@ -13,12 +13,12 @@ from eval.points import run_point
 from eval.predictor import Predictor
 from eval.temperature import (
     TemperedPredictor,
-    all_else_equal,
     best_temperature,
     controls,
     regrade,
     table,
 )
+from eval.tempered import ranked
 from tests.eval.studies import SEEDS, fresh, graded, write_study
 
 TINY = "pdfa,states=4,alphabet=4,horizon=8,n_documents=64"
@@ -90,8 +90,8 @@ def test_a_base_is_graded_at_the_rate_and_temperature_of_each_variant(monkeypatc
         ("adamw", "control", 0.01, 0.7),
         ("adamw", "control", 0.02, 0.5),
     }
-    equal = all_else_equal([*after, *found])
-    assert equal.keys() == {"dopr-adamw", "fast-dopr-adamw"}
+    equal = {each.row.variant: each.all_else_equal for each in ranked([*after, *found])}
+    assert {name for name, each in equal.items() if each} == {"dopr-adamw", "fast-dopr-adamw"}
     ratio = np.log([1 / 2, 2 / 3, 2 / 3]).mean()  # and not those to `at_base`
     assert equal["dopr-adamw"].difference.mean == pytest.approx(ratio)
     assert "| adamw | 1 |" in table(at_base + variants, after + found)  # not a control's 0.7
