@@ -64,18 +64,21 @@ def changes_table(results: Path = RESULTS) -> str:
     }
     header = [""]
     for stage, records in found.items():
-        header += [f"{stage.task}: {records[0]['primary']}", "validation loss, nats"]
-    return _grid(header, [*map(_changed, found.values())], n_columns=2) if found else ""
+        metric = records[0]["primary"]
+        header += [f"{stage.task}: {metric}", "validation loss, nats", "learning rates"]
+    return _grid(header, [*map(_changed, found.values())], n_columns=3) if found else ""
 
 
 def _changed(records: list[Record]) -> dict[str, tuple[str, ...]]:
-    """The cells of each change: ratio of rollout errors and difference of losses."""
+    """The cells of each change: ratio of rollout errors, difference of losses, both rates."""
     with_dopr = [record for record in records if record["variant"].startswith("dopr-")]
     rows = leaderboard([record | {"base": f"dopr-{record['base']}"} for record in with_dopr])
+    rates = {row.variant: row.lr for row in rows}
     return {
         row.variant: (
             _plain(times(row.versus_base.difference)),
             _plain(pair(row.val_versus_base.difference, sign=True)),
+            f"{row.lr:g} / {rates[row.base]:g}",
         )
         for row in rows
         if row.versus_base and row.val_versus_base

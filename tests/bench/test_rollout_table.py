@@ -57,12 +57,13 @@ def test_a_change_of_dopr_is_compared_with_dopr_without_it(tmp_path):
         return [graded(variant, s, v, base="adamw", val_loss=v / 8 + loss) for s, v in rows]
 
     runs = [*fresh("adamw", (9.0, 9.0, 9.0), 0), *fresh("dopr-adamw", (4.0, 5.0, 6.0), 0)]
-    runs += fresh("dopr-adamw+gamma=1", (2.0, 2.5, 3.0), 0.5)
+    changed = fresh("dopr-adamw+gamma=1", (2.0, 2.5, 3.0), 0.5)
+    runs += [each | {"lr": 0.02} for each in changed]
     write_study(tmp_path / "ablations-ctrl-500", runs)
     header, _, *lines = changes_table(tmp_path).splitlines()
-    assert header == "|  | ctrl: accumulated_kl | validation loss, nats |"
+    assert header == "|  | ctrl: accumulated_kl | validation loss, nats | learning rates |"
     ratio, loss = "0.500 [0.500, 0.500]", "+0.19 ± 0.16"  # 0.5 - (4, 5, 6) / 16
-    assert lines == [f"| dopr-adamw+gamma=1 | {ratio} | {loss} |"]
+    assert lines == [f"| dopr-adamw+gamma=1 | {ratio} | {loss} | 0.02 / 0.01 |"]
 
 
 def test_what_has_not_run_has_no_table(tmp_path):
