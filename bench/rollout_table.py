@@ -18,10 +18,12 @@ from eval.analysis import AnalysisError, Record, leaderboard, load_records
 from eval.board import Versus
 from eval.command import command_parser
 from eval.consistency import check, knobs_of
+from eval.matched import matched_validation, placebo, quantity
+from eval.remarks import rank_agreement
 from eval.sections import Section, make_sections
 from eval.tables import markdown
 from eval.tempered import load, ranked
-from eval.typeset import Cell, pair, times
+from eval.typeset import NONE, Cell, factor, pair, times
 
 RESULTS = Path(__file__).parent / "results" / "study"
 GROUPS = {
@@ -33,17 +35,18 @@ GROUPS = {
 ORDER = [*dict.fromkeys(name for stage in STAGES + ABLATIONS for name in stage.optimizers)]
 EQUAL = "at equal rates"
 ALIKE = "at equal rates and temperatures"
+BASES_APART = "two bases differ by up to"
+TAU = "Kendall's tau of validation and rollouts"
 
 
 def group_table(heading: str, results: Path = RESULTS) -> str:
     """The table of those stages of a group that have records; empty if none has."""
-    stages = [each for each in GROUPS[heading] if (results / each.name / "records.jsonl").exists()]
-    return table(stages, results) if stages else ""
+    sections = sections_of(GROUPS[heading], results)
+    return table(sections) if sections else ""
 
 
-def table(stages: Sequence[Stage], results: Path) -> str:
-    """Raises AnalysisError for records that do not belong together."""
-    sections = _sections([results / stage.name for stage in stages], _family(stages))
+def table(sections: Sequence[Section]) -> str:
+    """Two columns a section: as planned, and at equal rates."""
     header = [""]
     for section in sections:
         error = f"1 - {section.metric}" if section.higher_is_better else section.metric
@@ -85,6 +88,29 @@ def _changed(records: list[Record]) -> dict[str, tuple[str, ...]]:
     }
 
 
+def equal_validation_table(results: Path = RESULTS) -> str:
+    """Rollout errors at equal validation, over the base's, and what unrelated bases differ by."""
+    sections = sections_of([*GROUPS["500 steps"], *GROUPS["1,500 steps"]], results)
+    header = [""]
+    for each in sections:
+        header += [f"{each.name}, {each.steps} steps: {quantity(each.records[0])}", "seeds"]
+    boards = [
+        {
+            name: (_plain(times(found.residual)), f"{found.n_inside}/{found.n}")
+            for name, found in matched_validation(section.records).items()
+        }
+        for section in sections
+    ]
+    last = [f"**{BASES_APART}**"], [f"**{TAU}**"]
+    for section in sections:
+        apart = [abs(each.mean) for each in placebo(section.records).values()]
+        tau = rank_agreement(section.records)
+        last[0].extend((factor(max(apart)) if apart else NONE, ""))
+        last[1].extend((f"{tau[0]:.2f}" if tau else NONE, f"{tau[1]} optimizers" if tau else ""))
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in last)
+    return f"{_grid(header, boards, n_columns=2)}\n{rows}" if sections else ""
+
+
 def temperature_table(results: Path = RESULTS) -> str:
     """At each optimizer's own best temperature, of the stages that eval.temperature was run on."""
     graded = {stage: load(results / stage.name) for stage in STAGES + ABLATIONS}
@@ -118,12 +144,16 @@ def _family(stages: Sequence[Stage]) -> int:
     return planned(ABLATIONS if stages[0] in ABLATIONS else STAGES)
 
 
-def _sections(folders: Sequence[Path], n_planned: int) -> list[Section]:
-    """In the order of the folders."""
-    records = load_records(folders)
+def sections_of(stages: Sequence[Stage], results: Path) -> list[Section]:
+    """Those that have records, in this order, judged by the comparisons of their family.
+
+    Raises AnalysisError for records that do not belong together.
+    """
+    folders = [results / stage.name for stage in stages]
+    records = load_records([each for each in folders if (each / "records.jsonl").exists()])
     check(records)
     boards = list(dict.fromkeys((knobs_of(r["spec"]), r["steps"]) for r in records))
-    found = make_sections(records, n_planned)
+    found = make_sections(records, _family(stages))
     return sorted(found, key=lambda each: boards.index((each.knobs, each.steps)))
 
 
@@ -148,6 +178,8 @@ def all_tables(results: Path = RESULTS) -> str:
             parts += [f"## {heading}", text]
     if text := changes_table(results):
         parts += ["## Each change against exact DoPr with γ = 0.1", text]
+    if text := equal_validation_table(results):
+        parts += ["## At equal validation", text]
     if text := temperature_table(results):
         parts += ["## Each at its own temperature", text]
     return "\n\n".join(parts)

@@ -1,6 +1,7 @@
 """The tables of the study, and those of README.md, are those of the records."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,17 @@ from bench.rollout_table import (
     RESULTS,
     all_tables,
     changes_table,
+    equal_validation_table,
     group_table,
     main,
     temperature_table,
 )
 from tests.eval.studies import graded, study, write_study
+from tests.eval.test_matched import noisy
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
+WORDS = (RESULTS / "README.md").read_text()
+INTERVAL = r"(\d[\d.]*)\s+\[([\d.]+),\s+([\d.]+)\]"
 
 
 def with_controls():
@@ -78,6 +83,39 @@ def test_records_that_do_not_belong_together_are_an_error(tmp_path, capsys):
     assert "error: task:pdfa, 500 steps, adamw, seed 100: 2" in capsys.readouterr().err
 
 
+def test_at_equal_validation_bases_are_compared_with_each_other_too(tmp_path):
+    write_study(tmp_path / "pdfa-500", noisy(0))
+    header, _, *lines = equal_validation_table(tmp_path).splitlines()
+    assert header == "|  | pdfa, 500 steps: error | seeds |"
+    names = [line.split("|")[1].strip() for line in lines]
+    assert names[-2:] == [
+        "**two bases differ by up to**",
+        "**Kendall's tau of validation and rollouts**",
+    ]
+    factors = [line.split("|")[2].strip() for line in lines]
+    assert float(factors[-2]) > 1  # of five bases
+    assert -1 <= float(factors[-1]) <= 1
+
+
 def test_committed_tables_are_those_of_the_committed_records():
     assert (RESULTS / "tables.md").read_text() == all_tables() + "\n"
-    assert group_table("500 steps") in README
+
+
+@pytest.mark.parametrize("text", [README, WORDS], ids=["README", "the study's README"])
+def test_ratios_in_words_are_those_of_the_tables(text):
+    tables = [*map(numbers, re.findall(INTERVAL, (RESULTS / "tables.md").read_text()))]
+    quoted = re.findall(rf"x\s+{INTERVAL}", text)
+    assert quoted
+    wrong = [each for each in quoted if not any(is_rounded(each, table) for table in tables)]
+    assert not wrong
+
+
+def numbers(texts):
+    return [*map(float, texts)]
+
+
+def is_rounded(quoted, exact):
+    """Whether all of these texts are numbers rounded, which were rounded to more digits before."""
+    units = [10.0 ** -len(text.partition(".")[2]) for text in quoted]
+    pairs = zip(numbers(quoted), exact, units, strict=True)
+    return all(abs(text - number) < 0.56 * unit for text, number, unit in pairs)
