@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from bench.rollout_table import GROUPS, ORDER, RESULTS, sections_of
+from bench.rollout_table import GROUPS, RESULTS, place, sections_of
 from eval.analysis import AnalysisError, Compared, leaderboard
 from eval.command import command_parser
 from eval.looks import GREY, INK, STYLE, WIDTH, Look, legend_on_top, logarithmic, looks, save_png
@@ -33,11 +33,10 @@ def forest(results: Path = RESULTS) -> Figure:
 
     Raises AnalysisError if there are none, or for records that do not belong together.
     """
-    rows = [found for length in LENGTHS if (found := sections_of(GROUPS[length], results))]
+    rows = [sections_of(GROUPS[length], results) for length in LENGTHS]
+    rows = [row for row in rows if _variants(row)]
     if not rows:
-        raise AnalysisError(
-            f"{results}: no records of a stage; run `python -m bench.rollout_study`"
-        )
+        raise AnalysisError(f"{results}: nothing to compare; run `python -m bench.rollout_study`")
     with rc_context(STYLE):
         return _draw(rows)
 
@@ -51,11 +50,9 @@ def _draw(rows: list[list[Section]]) -> Figure:
         len(rows), len(tasks), squeeze=False, sharex="col", sharey="row", height_ratios=heights
     )
     for row, axes, lines in zip(rows, grid, names, strict=True):
-        by_task = {section.task: section for section in row}
-        for task, ax in zip(tasks, axes, strict=True):
-            ax.set_visible(task in by_task)
-            if task in by_task:
-                _panel(ax, by_task[task], lines)
+        _row(row, dict(zip(tasks, axes, strict=True)), lines)
+    for column in grid.T:
+        [ax for ax in column if ax.get_visible()][-1].tick_params(labelbottom=True)
     figure.supxlabel("rollout error with DoPr / without", fontsize=9)
     handles = [
         Line2D([], [], ls="none", marker="o", color=INK, mfc=fill, label=text)
@@ -68,11 +65,24 @@ def _draw(rows: list[list[Section]]) -> Figure:
 def _variants(sections: list[Section]) -> list[str]:
     """What is compared with a base, in the order of the study."""
     names = {e.variant for section in sections for e in section.entries if e.variant != e.base}
-    return sorted(names, key=ORDER.index)
+    return sorted(names, key=place)
 
 
-def _panel(ax: Axes, section: Section, names: list[str]) -> None:
-    shown = looks(section.records)
+def _row(row: list[Section], axes: dict[str, Axes], names: list[str]) -> None:
+    """Panels by task, the names left of the first that has something to show."""
+    by_task = {section.task: section for section in row}
+    shown = looks(record for section in row for record in section.records)
+    for task, ax in axes.items():
+        ax.set_visible(task in by_task)
+        if task in by_task:
+            _panel(ax, by_task[task], names, shown)
+    first = next(ax for ax in axes.values() if ax.get_visible())
+    first.tick_params(labelleft=True)
+    for tick, name in zip(first.get_yticklabels(), names, strict=True):
+        tick.set_color(shown[name].colour)
+
+
+def _panel(ax: Axes, section: Section, names: list[str], shown: dict[str, Look]) -> None:
     strict = {e.variant for e in section.entries if e.versus and e.versus.is_strict}
     for row in leaderboard(section.records):
         if row.variant in names:
@@ -87,8 +97,6 @@ def _panel(ax: Axes, section: Section, names: list[str]) -> None:
     ax.set_title(f"{section.name}, {section.steps:,} steps")
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
-    for tick, name in zip(ax.get_yticklabels(), names, strict=False):  # the first column's
-        tick.set_color(shown[name].colour if name in shown else INK)
 
 
 def _interval(ax: Axes, y: float, versus: Compared | None, look: Look, **style: Any) -> None:

@@ -7,6 +7,7 @@ the variant's. 95 % intervals over seeds; * stands for p below 0.05 / the compar
 where both say the same.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from itertools import chain
@@ -23,7 +24,7 @@ from eval.remarks import rank_agreement
 from eval.sections import Section, make_sections
 from eval.tables import markdown
 from eval.tempered import load, ranked
-from eval.typeset import NONE, Cell, factor, pair, times
+from eval.typeset import Cell, factor, pair, times
 
 RESULTS = Path(__file__).parent / "results" / "study"
 GROUPS = {
@@ -35,8 +36,8 @@ GROUPS = {
 ORDER = [*dict.fromkeys(name for stage in STAGES + ABLATIONS for name in stage.optimizers)]
 EQUAL = "at equal rates"
 ALIKE = "at equal rates and temperatures"
-BASES_APART = "two bases differ by up to"
-TAU = "Kendall's tau of validation and rollouts"
+BASES_APART = "**two bases differ by up to**"
+TAU = "**Kendall's tau of validation and rollouts**"
 
 
 def group_table(heading: str, results: Path = RESULTS) -> str:
@@ -61,9 +62,7 @@ def table(sections: Sequence[Section]) -> str:
 def changes_table(results: Path = RESULTS) -> str:
     """Each change of the ablations against DoPr without it; empty where none has run."""
     found = {
-        stage: load_records([path.parent])
-        for stage in ABLATIONS
-        if (path := results / stage.name / "records.jsonl").exists()
+        stage: load_records([results / stage.name]) for stage in _with_records(ABLATIONS, results)
     }
     header = [""]
     for stage, records in found.items():
@@ -94,26 +93,25 @@ def equal_validation_table(results: Path = RESULTS) -> str:
     header = [""]
     for each in sections:
         header += [f"{each.name}, {each.steps} steps: {quantity(each.records[0])}", "seeds"]
-    boards = [
-        {
-            name: (_plain(times(found.residual)), f"{found.n_inside}/{found.n}")
-            for name, found in matched_validation(section.records).items()
-        }
-        for section in sections
-    ]
-    last = [f"**{BASES_APART}**"], [f"**{TAU}**"]
-    for section in sections:
-        apart = [abs(each.mean) for each in placebo(section.records).values()]
-        tau = rank_agreement(section.records)
-        last[0].extend((factor(max(apart)) if apart else NONE, ""))
-        last[1].extend((f"{tau[0]:.2f}" if tau else NONE, f"{tau[1]} optimizers" if tau else ""))
-    rows = "\n".join(f"| {' | '.join(line)} |" for line in last)
-    return f"{_grid(header, boards, n_columns=2)}\n{rows}" if sections else ""
+    return _grid(header, [*map(_equal_validation, sections)], n_columns=2) if sections else ""
+
+
+def _equal_validation(section: Section) -> dict[str, tuple[str, ...]]:
+    """The cells of each variant; last, how far two bases are apart, and how orders agree."""
+    cells = {
+        name: (_plain(times(found.residual)), f"{found.n_inside}/{found.n}")
+        for name, found in matched_validation(section.records).items()
+    }
+    if apart := [abs(each.mean) for each in placebo(section.records).values()]:
+        cells[BASES_APART] = factor(max(apart)), ""
+    tau, n = rank_agreement(section.records) or (math.nan, 0)
+    return cells if math.isnan(tau) else cells | {TAU: (f"{tau:.2f}", f"{n} optimizers")}
 
 
 def temperature_table(results: Path = RESULTS) -> str:
     """At each optimizer's own best temperature, of the stages that eval.temperature was run on."""
-    graded = {stage: load(results / stage.name) for stage in STAGES + ABLATIONS}
+    folders = {stage: results / stage.name for stage in _with_records(STAGES + ABLATIONS, results)}
+    graded = {stage: load(each, load_records([each])) for stage, each in folders.items()}
     found = {stage: records for stage, records in graded.items() if records}
     header = ["", *chain(*((f"{stage.task}, {stage.steps} steps", ALIKE) for stage in found))]
     return _grid(header, [*map(_tempered, found.values())], n_columns=2) if found else ""
@@ -131,9 +129,14 @@ def _tempered(records: list[Record]) -> dict[str, tuple[str, ...]]:
     }
 
 
+def place(variant: str) -> tuple[int, str]:
+    """By which variants are sorted: those of the study first, in its order."""
+    return (ORDER.index(variant) if variant in ORDER else len(ORDER)), variant
+
+
 def _grid(header: list[str], boards: list[dict[str, tuple[str, ...]]], n_columns: int) -> str:
     """A line a variant, in the order of the study; empty cells where a board has it not."""
-    names = sorted({name for board in boards for name in board}, key=ORDER.index)
+    names = sorted({name for board in boards for name in board}, key=place)
     empty = ("",) * n_columns
     rows = [[name, *chain(*(board.get(name, empty) for board in boards))] for name in names]
     return markdown(header, rows)
@@ -149,12 +152,17 @@ def sections_of(stages: Sequence[Stage], results: Path) -> list[Section]:
 
     Raises AnalysisError for records that do not belong together.
     """
-    folders = [results / stage.name for stage in stages]
-    records = load_records([each for each in folders if (each / "records.jsonl").exists()])
+    records = load_records(results / stage.name for stage in _with_records(stages, results))
     check(records)
     boards = list(dict.fromkeys((knobs_of(r["spec"]), r["steps"]) for r in records))
     found = make_sections(records, _family(stages))
     return sorted(found, key=lambda each: boards.index((each.knobs, each.steps)))
+
+
+def _with_records(stages: Sequence[Stage], results: Path) -> list[Stage]:
+    """Those that have run, perhaps in part."""
+    paths = {stage: results / stage.name / "records.jsonl" for stage in stages}
+    return [stage for stage, path in paths.items() if path.exists() and path.stat().st_size]
 
 
 def _cells(versus: Versus) -> tuple[str, str]:

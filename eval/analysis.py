@@ -45,11 +45,12 @@ class Row:
     val_loss: Estimate  # nats per scored token
     primary: Estimate
     median: float  # of the primary metric over seeds, which one outlier does not move
-    mean_log_error: float  # over the seeds that all have; what orders the leaderboard
+    mean_log_error: float  # what orders the leaderboard
     versus_base: Compared | None  # log error, paired over seeds; None for a base
     at_this_rate: Compared | None  # the same against the base at the variant's own learning rate
     val_versus_base: Compared | None  # nats
     n_diverged: int
+    n_missing: int  # seeds that others have
 
 
 def load_records(paths: Iterable[Path]) -> list[Record]:
@@ -152,32 +153,25 @@ def references(records: list[Record]) -> dict[str, tuple[Estimate, Estimate]]:
 def leaderboard(records: list[Record]) -> list[Row]:
     """One row a variant, best first: by mean `log_error`, since errors are compared as ratios.
 
-    The mean is over `shared_seeds`, where there are any: a seed draws another instance of the task.
-    A variant with a diverged run is last, whatever the others.
+    A variant with a diverged run is last, whatever the others; before it stands what lacks seeds
+    of others, since a seed draws another instance of the task.
     """
     runs = by_variant(filter(is_reported, records))
-    seeds = shared_seeds(runs.values())
+    n_seeds = len({record["seed"] for own in runs.values() for record in own})
     controls = grouped(filter(is_control, records), itemgetter("variant", "lr"))
     rows = []
     for own in runs.values():
         name, lr = own[0]["base"], own[0]["lr"]
         base = runs.get(name, [])
         at_this_rate = [record for record in base if record["lr"] == lr]
-        rows.append(_row(own, base, at_this_rate or controls.get((name, lr), []), seeds))
-    return sorted(rows, key=lambda row: (row.n_diverged, row.mean_log_error))
+        rows.append(_row(own, base, at_this_rate or controls.get((name, lr), []), n_seeds))
+    return sorted(rows, key=lambda row: (row.n_diverged, row.n_missing, row.mean_log_error))
 
 
-def shared_seeds(runs: Iterable[list[Record]]) -> set[int]:
-    """Those of every optimizer none of whose runs diverged."""
-    finished = [own for own in runs if all(map(is_finished, own))]
-    return set.intersection(*({record["seed"] for record in own} for own in finished or [[]]))
-
-
-def _row(own: list[Record], base: list[Record], at_this_rate: list[Record], seeds: set[int]) -> Row:
+def _row(own: list[Record], base: list[Record], at_this_rate: list[Record], n_seeds: int) -> Row:
     first = own[0]
     finished = [record for record in own if is_finished(record)]
     is_base = first["variant"] == first["base"]
-    comparable = [record for record in finished if record["seed"] in seeds] or finished
     values = [primary(record) for record in finished]
     return Row(
         variant=first["variant"],
@@ -186,11 +180,12 @@ def _row(own: list[Record], base: list[Record], at_this_rate: list[Record], seed
         val_loss=over_seeds([val_loss(record) for record in finished]),
         primary=over_seeds(values),
         median=float(np.median(values)) if values else math.nan,
-        mean_log_error=over_seeds([log_error(record) for record in comparable]).mean,
+        mean_log_error=over_seeds([log_error(record) for record in finished]).mean,
         versus_base=None if is_base else versus(own, base, log_error),
         at_this_rate=None if is_base else versus(own, at_this_rate, log_error),
         val_versus_base=None if is_base else versus(own, base, val_loss),
         n_diverged=len(own) - len(finished),
+        n_missing=n_seeds - len({record["seed"] for record in own}),
     )
 
 

@@ -12,8 +12,8 @@ from eval.analysis import (
     by_variant,
     is_finished,
     is_reported,
+    leaderboard,
     log_error,
-    shared_seeds,
     sweeps,
     teacher_forced,
 )
@@ -65,16 +65,14 @@ def below_leaderboard(records: Sequence[Record]) -> list[str]:
 
 
 def on_seeds(records: Sequence[Record]) -> str:
-    """What the order is by, where optimizers of a study have other seeds; empty where not."""
-    runs = by_variant(record for record in records if record["role"] == "fresh")
-    seeds = {frozenset(record["seed"] for record in own) for own in runs.values()}
-    if len(seeds) < 2:
-        return ""
-    if shared := shared_seeds(runs.values()):
-        how = f"the order is by the {len(shared)} that all have"
-    else:
-        how = "none is common to all, so the order says nothing"
-    return f"Not all optimizers have the same seeds: {how}; means are over each one's own."
+    """Which optimizers of a study lack seeds of others; empty where none does."""
+    rows = leaderboard([record for record in records if record["role"] == "fresh"])
+    if short := [row.variant for row in rows if row.n_missing]:
+        return (
+            "Not on all seeds, each of which draws another instance of the task, and so below what "
+            f"is: {', '.join(short)}."
+        )
+    return ""
 
 
 def on_sweeps(records: Sequence[Record]) -> str:

@@ -56,8 +56,7 @@ def read(paths: Sequence[Path]) -> Source:
             raise AnalysisError(f"{path}: not JSON, a record or the protocol ({error})") from None
         _check(path, found)
         source.records += found
-        source.tempered += (at := tempered.load(path))
-        tempered.check(path, at, found)
+        source.tempered += tempered.load(path, found)
     return source
 
 

@@ -82,7 +82,7 @@ def regrade(study: Path, record: Record, temperature: float) -> Record:
     folder = run_folder(study, record["variant"], record["lr"], record["seed"])
     path = folder / "temperature" / f"{temperature:g}.json"
     if path.exists() and (found := json.loads(path.read_text()))["grading"] == grading:
-        return found
+        return found | {"role": record["role"]}  # it may have been a control then
     grade = _grade(folder, temperature, grading)
     write_record(path, record | {"grade": grade, "grading": grading, "temperature": temperature})
     return json.loads(path.read_text())

@@ -20,6 +20,10 @@ from eval.analysis import (
 )
 
 FILE = "temperature.jsonl"  # in a study's folder
+NEEDED = (  # of a record
+    *("spec", "steps", "variant", "base", "role", "lr", "seed", "primary", "grade"),
+    "temperature",
+)
 
 
 @dataclass(frozen=True)
@@ -31,13 +35,39 @@ class Tempered:
     all_else_equal: Compared | None  # the base at the variant's rate and temperature
 
 
-def load(study: Path) -> list[Record]:
-    """The records of temperature.jsonl; none if there is none. AnalysisError: not JSON."""
+def load(study: Path, records: Iterable[Record]) -> list[Record]:
+    """The records of temperature.jsonl; none if there is none. records: the study's.
+
+    Raises AnalysisError for what eval.temperature did not write, and for models or episodes that
+    are not those of the study.
+    """
     path = study / FILE
     try:
-        return [*map(json.loads, path.read_text().splitlines())] if path.exists() else []
+        found = [*map(json.loads, path.read_text().splitlines())] if path.exists() else []
     except json.JSONDecodeError as error:
         raise AnalysisError(f"{path}: not JSON, a record of it ({error})") from None
+    if problem := _problem(found, records):
+        raise AnalysisError(
+            f"{path}: {problem}; run `python -m eval.temperature {study}` again, or delete the file"
+        )
+    return found
+
+
+def _problem(found: list[Record], records: Iterable[Record]) -> str:
+    """What is wrong with the records of a temperature.jsonl; empty if nothing is."""
+    for number, record in enumerate(found, start=1):
+        if lacks := [key for key in NEEDED if key not in record]:
+            return f"record {number} lacks {', '.join(lacks)}"
+    models = {_model(record) for record in records}
+    other = {record["variant"] for record in found if _model(record) not in models}
+    return f"{', '.join(sorted(other))} is not the model of records.jsonl" if other else ""
+
+
+def _model(record: Record) -> tuple[Any, ...]:
+    """Which model it is, and on which episodes it was graded."""
+    grading = record.get("grading") or {}
+    how = (grading.get(key) for key in ("checkpoint", "n", "seed"))
+    return record["variant"], record["lr"], record["seed"], *how
 
 
 def ranked(records: list[Record]) -> list[Tempered]:
@@ -55,18 +85,3 @@ def _tempered(row: Row, own: list[Record], bases: dict[Any, list[Record]]) -> Te
 def alike(record: Record) -> tuple[str, float, float]:
     """The same for a variant and for its base at the variant's rate and temperature."""
     return record["base"], record["lr"], record["temperature"]
-
-
-def check(study: Path, tempered: Iterable[Record], records: Iterable[Record]) -> None:
-    """AnalysisError if models at their temperatures are not those of the study's records."""
-    models = {_model(record) for record in records}
-    if other := {record["variant"] for record in tempered if _model(record) not in models}:
-        raise AnalysisError(
-            f"{study / FILE}: {', '.join(sorted(other))} is not the model of "
-            f"records.jsonl; run `python -m eval.temperature {study}` again, or delete the file"
-        )
-
-
-def _model(record: Record) -> tuple[Any, ...]:
-    weights = (record.get("grading") or {}).get("checkpoint")
-    return record["variant"], record["lr"], record["seed"], weights

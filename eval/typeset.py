@@ -104,18 +104,18 @@ def pair(estimate: Estimate, *, sign: bool = False) -> Cell:
 def times(log: Estimate) -> Cell:
     """The factor, with its interval, of a difference of logarithms.
 
-    An interval that excludes one has the digits that show it: 0.9993 [0.9989, 0.9997].
+    An interval that excludes one has the digits that show it: 0.9993 [0.999, 0.9997].
     """
-    least = _decimals_beside_one(min(abs(log.lo), abs(log.hi))) if log.lo * log.hi > 0 else 0
-    lo, mean, hi = (factor(each, least) for each in (log.lo, log.mean, log.hi))
+    write = _beside_one if log.lo * log.hi > 0 else factor
+    lo, mean, hi = map(write, (log.lo, log.mean, log.hi))
     if mean == NONE:
         return NONE, ""
     return f"× {mean}", "" if NONE in (lo, hi) else f"[{lo}, {hi}]"
 
 
-def _decimals_beside_one(log: float) -> int:
-    """That tell e^log from one, if it is close to one; 0 otherwise."""
-    return min(6, -math.floor(math.log10(log))) if log < 0.005 else 0
+def _beside_one(log: float) -> str:
+    """e^log, with the digits that tell it from one."""
+    return factor(log, min(6, -math.floor(math.log10(abs(log)))) if abs(log) < 0.005 else 0)
 
 
 def p_value(p: float) -> str:

@@ -53,22 +53,15 @@ def test_a_variant_is_also_compared_with_its_base_at_its_own_rate():
     assert same.at_this_rate == same.versus_base
 
 
-def test_the_order_is_by_the_seeds_that_all_have():
-    easy = [record("adamw", seed, 0.1) for seed in (7, 8)]  # instances that muon did not see
-    rows = [
-        record(name, seed, value)
-        for name, value in (("adamw", 5.0), ("muon", 4.0))
-        for seed in (0, 1)
-    ]
-    best, last = leaderboard([*rows, *easy])
-    assert (best.variant, last.primary.n) == ("muon", 4)
-    assert last.mean_log_error == pytest.approx(math.log(5.0))
-    diverged = [record("sgd", 0, 1.0), record("sgd", 1, None)]  # is last, and takes no seed away
-    assert [row.mean_log_error for row in leaderboard([*rows, *diverged])] == pytest.approx(
-        [math.log(4.0), math.log(5.0), 0.0]
-    )
-    apart = leaderboard([record("adamw", 1, 2.0), record("muon", 2, 3.0)])  # single runs, perhaps
-    assert [row.mean_log_error for row in apart] == pytest.approx([math.log(2.0), math.log(3.0)])
+def test_what_lacks_seeds_of_others_stands_below_them():
+    pairs = [("adamw", 5.0), ("muon", 4.0)]
+    rows = [record(name, seed, value) for name, value in pairs for seed in (0, 1)]
+    easy = [record("sgd", 1, 0.1)]  # an instance on which all might be as good
+    diverged = [record("signum", seed, value) for seed, value in enumerate((0.1, None))]
+    found = [(row.variant, row.n_missing) for row in leaderboard([*diverged, *easy, *rows])]
+    assert found == [("muon", 0), ("adamw", 0), ("sgd", 1), ("signum", 0)]
+    apart = leaderboard([record("adamw", 1, 2.0), record("muon", 2, 1.0)])  # single runs, perhaps
+    assert [row.variant for row in apart] == ["muon", "adamw"]
 
 
 def test_where_higher_is_better_order_and_wins_turn_around():

@@ -77,6 +77,10 @@ def test_temperatures_of_models_that_were_trained_again_are_refused(tmp_path, ca
     path.write_text(json.dumps(study()[0] | {"temperature": 0.5, "lr": 0.04}) + "\n")
     assert main([str(folder), "--out", str(tmp_path / "out")]) == 2
     assert "adamw is not the model of records.jsonl; run `python" in capsys.readouterr().err
+    for line, message in (("{}", "record 1 lacks spec"), (json.dumps(study()[0]), "temperature")):
+        path.write_text(line)
+        assert main([str(folder), "--out", str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
     path.write_text("{")
     assert main([str(folder), "--out", str(tmp_path / "out")]) == 2
     assert "temperature.jsonl: not JSON" in capsys.readouterr().err

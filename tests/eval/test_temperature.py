@@ -122,6 +122,8 @@ def test_trained_models_are_graded_at_their_temperature_once(tmp_path, capsys):
     study_row = json.loads((out / "records.jsonl").read_text().splitlines()[0])
     hot, cold = (regrade(out, study_row, T)["grade"]["metrics"] for T in (1.4, 0.5))
     assert cold["overconfidence"]["mean"] > hot["overconfidence"]["mean"]
+    assert regrade(out, study_row | {"role": "control"}, 0.5)["role"] == "control"  # and not kept
+    assert regrade(out, study_row, 0.5)["role"] == study_row["role"]
     other = {"code": "of another revision"}
     again = regrade(out, study_row | {"grading": study_row["grading"] | other}, 1.0)
     assert again["grading"] == study_row["grading"]
