@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from bench.rollout_table import GROUPS, RESULTS, place, sections_of
+from bench.rollout_results import GROUPS, RESULTS, place, sections_of
 from eval.analysis import AnalysisError, Compared, leaderboard
 from eval.command import command_parser
 from eval.looks import GREY, INK, STYLE, WIDTH, Look, legend_on_top, logarithmic, looks, save_png

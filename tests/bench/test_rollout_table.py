@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from bench.ablation_table import changes_table
+from bench.rollout_results import RESULTS
 from bench.rollout_table import (
     BASES_APART,
-    RESULTS,
     TAU,
+    against_table,
     all_tables,
-    changes_table,
     equal_validation_table,
     group_table,
     main,
@@ -70,11 +71,16 @@ def test_a_change_of_dopr_is_compared_with_dopr_without_it(tmp_path):
     runs = [*fresh("adamw", (9.0, 9.0, 9.0), 0), *fresh("dopr-adamw", (4.0, 5.0, 6.0), 0)]
     changed = fresh("dopr-adamw+gamma=1", (2.0, 2.5, 3.0), 0.5)
     runs += [each | {"lr": 0.02} for each in changed]
+    errors = {"dopr-adamw": (4.0, 4.0, 9.0), "dopr-adamw+gamma=1": (1.0, 9.0, None)}
+    for name, values in errors.items():  # at 0.01, 0.02, 0.04
+        rates = zip((0.01, 0.02, 0.04), values, strict=True)
+        changes = {"base": "adamw", "role": "tuning"}
+        runs += [graded(name, 0, value, lr=lr, **changes) for lr, value in rates]
     write_study(tmp_path / "ablations-ctrl-500", runs)
     header, _, *lines = changes_table(tmp_path).splitlines()
-    assert header == "|  | ctrl: accumulated_kl | validation loss, nats | learning rates |"
+    assert header.startswith("|  | ctrl: accumulated_kl | validation loss, nats | learning rates |")
     ratio, loss = "0.500 [0.500, 0.500]", "+0.19 ± 0.16"  # 0.5 - (4, 5, 6) / 16
-    assert lines == [f"| dopr-adamw+gamma=1 | {ratio} | {loss} | 0.02 / 0.01 |"]
+    assert lines == [f"| dopr-adamw+gamma=1 | {ratio} | {loss} | 0.02 / 0.01 | 0.750 (1/2) |"]
 
 
 def test_what_has_not_run_has_no_table(tmp_path):
@@ -100,6 +106,14 @@ def test_records_that_do_not_belong_together_are_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["--results", str(tmp_path)])
     assert "error: task:pdfa, 500 steps, adamw, seed 100: 2" in capsys.readouterr().err
+
+
+def test_every_optimizer_is_compared_with_the_same_one(tmp_path):
+    write_study(tmp_path / "pdfa-500", study())
+    _, _, *lines = against_table("muon", tmp_path).splitlines()
+    found = {line.split("|")[1].strip(): line.split("|")[2].split()[0] for line in lines}
+    assert found.keys() == {"adamw", "dopr-adamw", "fast-dopr-adamw", "dopr-muon"}
+    assert float(found["adamw"]) == pytest.approx((5 / 4 * 6 / 5 * 7 / 6) ** (1 / 3), abs=5e-3)
 
 
 def test_at_equal_validation_bases_are_compared_with_each_other_too(tmp_path):
