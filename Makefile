@@ -19,7 +19,7 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
 
-demo: setup            ## train three models, grade their rollouts, write a page; 5 minutes on 2 cores
+demo: setup            ## train three models, grade their rollouts, write a page; 5 to 6 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(PY) train.py config/ttf.py --lr=8e-3 --out_dir=out/demo/adamw
 	OMP_NUM_THREADS=1 $(PY) train.py config/ttf.py --lr=8e-3 --dopr=true --out_dir=out/demo/dopr_adamw
 	OMP_WAIT_POLICY=passive $(PY) train.py config/demo.py

@@ -11,18 +11,29 @@ import math
 import sys
 from collections.abc import Sequence
 from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 
 from bench.ablation_table import changes_table
 from bench.rollout_results import GROUPS, RESULTS, grid, plain, sections_of, with_records
 from bench.rollout_study import ABLATIONS, STAGES
 from checkpoint import write_atomic
-from eval.analysis import AnalysisError, Record, leaderboard, load_records
+from eval.analysis import (
+    AnalysisError,
+    Record,
+    by_variant,
+    grouped,
+    is_finished,
+    leaderboard,
+    load_records,
+    val_loss,
+)
 from eval.board import Versus
 from eval.command import command_parser
 from eval.matched import matched_validation, placebo, quantity
 from eval.remarks import rank_agreement
 from eval.sections import Section
+from eval.tables import markdown
 from eval.tempered import load, ranked
 from eval.typeset import factor, times
 
@@ -110,6 +121,22 @@ def _cells(versus: Versus) -> tuple[str, str]:
     return plain(versus.error) + star, plain(versus.at_this_rate)
 
 
+def tuning_table(results: Path = RESULTS) -> str:
+    """Of how many optimizers the tuning seeds, each alone, would choose different rates."""
+    stages = with_records(STAGES + ABLATIONS, results)
+    rows = [(stage.name, _disagreeing(load_records([results / stage.name]))) for stage in stages]
+    return markdown(("stage", "optimizers"), rows) if rows else ""
+
+
+def _disagreeing(records: list[Record]) -> str:
+    tuning = by_variant(r for r in records if r["role"] == "tuning" and is_finished(r))
+    best = [
+        {min(runs, key=val_loss)["lr"] for runs in grouped(own, itemgetter("seed")).values()}
+        for own in tuning.values()
+    ]
+    return f"{sum(len(rates) > 1 for rates in best)} of {len(best)}"
+
+
 def all_tables(results: Path = RESULTS) -> str:
     """Every group with a heading, and how to read them."""
     about = " ".join((__doc__ or "").split("\n\n")[-1].split())
@@ -125,6 +152,7 @@ def all_tables(results: Path = RESULTS) -> str:
         "All against plain Muon, each at its own rate": against_table("muon", results),
         "At equal validation": equal_validation_table(results),
         "Each at its own temperature": temperature_table(results),
+        "Whose tuning seeds disagree on the best learning rate": tuning_table(results),
     }
     for heading, text in more.items():
         if text:

@@ -17,6 +17,7 @@ from bench.rollout_table import (
     group_table,
     main,
     temperature_table,
+    tuning_table,
 )
 from eval.analysis import AnalysisError
 from tests.eval.studies import fresh, graded, study, write_study
@@ -86,6 +87,20 @@ def test_a_change_of_dopr_is_compared_with_dopr_without_it(tmp_path):
 def test_what_has_not_run_has_no_table(tmp_path):
     assert group_table("1,500 steps", tmp_path) == ""
     assert "##" not in all_tables(tmp_path)
+
+
+def test_optimizers_whose_tuning_seeds_disagree_are_counted(tmp_path):
+    def tuned(variant, losses):  # seed -> loss at 0.01, at 0.02; None: diverged
+        return [
+            graded(variant, seed, 1.0 if loss else None, role="tuning", lr=lr, val_loss=loss)
+            for seed, pair in enumerate(losses)
+            for lr, loss in zip((0.01, 0.02), pair, strict=True)
+        ]
+
+    runs = [*tuned("adamw", [(1.0, 2.0), (2.0, 1.0)]), *tuned("muon", [(1.0, 2.0), (3.0, None)])]
+    write_study(tmp_path / "pdfa-500", runs)
+    assert tuning_table(tmp_path).splitlines()[-1] == "| pdfa-500 | 1 of 2 |"
+    assert tuning_table(tmp_path / "nothing") == ""
 
 
 def test_a_variant_that_is_not_of_the_study_is_last(tmp_path):
