@@ -67,11 +67,16 @@ def load_records(paths: Iterable[Path]) -> list[Record]:
                 "or run `python -m eval.compare`"
             )
         lines = study.read_text().splitlines() if study.exists() else _last(graded)
-        try:
-            records += map(json.loads, lines)
-        except json.JSONDecodeError as error:
-            raise AnalysisError(f"{path}: not JSON, a record of it ({error})") from None
+        records += parsed(path, lines)
     return records
+
+
+def parsed(path: Path, lines: Iterable[str]) -> list[Record]:
+    """A record a line. AnalysisError: no JSON."""
+    try:
+        return [*map(json.loads, lines)]
+    except json.JSONDecodeError as error:
+        raise AnalysisError(f"{path}: not JSON, a record of it ({error})") from None
 
 
 def _last(graded: list[Path]) -> list[str]:

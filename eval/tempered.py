@@ -1,6 +1,5 @@
 """What a study says at each optimizer's own temperature, as eval.temperature graded it."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from eval.analysis import (
     is_control,
     leaderboard,
     log_error,
+    parsed,
     versus,
 )
 
@@ -42,10 +42,7 @@ def load(study: Path, records: Iterable[Record]) -> list[Record]:
     are not those of the study.
     """
     path = study / FILE
-    try:
-        found = [*map(json.loads, path.read_text().splitlines())] if path.exists() else []
-    except json.JSONDecodeError as error:
-        raise AnalysisError(f"{path}: not JSON, a record of it ({error})") from None
+    found = parsed(path, path.read_text().splitlines()) if path.exists() else []
     if problem := _problem(found, records):
         raise AnalysisError(
             f"{path}: {problem}; run `python -m eval.temperature {study}` again, or delete the file"
