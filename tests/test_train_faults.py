@@ -41,6 +41,11 @@ def wait_for(has_happened: Callable[[], bool], process: subprocess.Popen[str]) -
         time.sleep(0.005)
 
 
+def has_trained(out: Path) -> bool:
+    log = out / "metrics.jsonl"
+    return log.exists() and '"train"' in log.read_text()
+
+
 def test_the_run_survives_kill_9_and_ends_as_if_nothing_had_happened(dataset, tmp_path):
     kill_and_compare(dataset, tmp_path, n_kills=2)
 
@@ -76,8 +81,7 @@ def test_a_signal_ends_the_run_quickly_with_a_checkpoint_and_no_traceback(
 ):
     out = tmp_path / "run"
     process = start(*argv(dataset, out, max_steps=100_000, save_every=100_000, loader_workers=1))
-    wait_for((out / "metrics.jsonl").exists, process)
-    time.sleep(0.3)
+    wait_for(lambda: has_trained(out), process)
     os.killpg(process.pid, signum)  # as a terminal and a scheduler do
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 128 + signum

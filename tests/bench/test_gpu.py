@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed: it is for Linux o
 from bench import gpu, kernels
 from bench.gpu import STAGES, Stage
 from bench.timing import compared, interleaved
+from tests.kernels.interpreter import needs_interpreter
 
 # Relative to float64, of fp32 inputs; interpreted, bf16 is truncated: orthogonalize multiplies it
 TOLERANCE = {"gram": 1e-5, "inverse": 2e-3, "apply": 1e-4, "orthogonalize": 0.1}
@@ -30,12 +31,14 @@ def results(tmp_path_factory):
     return {name: json.loads((out / f"gpu_{name}.json").read_text()) for name in names}
 
 
+@needs_interpreter
 def test_a_result_says_where_it_is_from(results):
     for result in results.values():
         assert {"device", "torch", "triton", "git"} <= result["environment"].keys()
         assert result["rows"]
 
 
+@needs_interpreter
 def test_all_contenders_do_the_same_work(results):
     rows = results["kernels"]["rows"]
     assert len(rows) == 7
@@ -46,6 +49,7 @@ def test_all_contenders_do_the_same_work(results):
         assert row["error"].keys() == row["ms"].keys() == row["ratio"].keys()
 
 
+@needs_interpreter
 def test_steps_are_timed_in_every_mode(results):
     rows = [row for name, result in results.items() if "step" in name for row in result["rows"]]
     settings = [tuple(row[key] for key in ("optimizer", "kernel", "inverse")) for row in rows]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="triton is not installed: it is for Linux only")
+from tests.kernels.interpreter import needs_interpreter
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent.parent
@@ -20,6 +20,7 @@ FILES = sorted(
 )
 
 
+@needs_interpreter
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
 def test_a_kernel_is_right_in_the_interpreter(file):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

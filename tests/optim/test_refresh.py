@@ -80,7 +80,8 @@ def test_layers_that_were_not_used_cost_one_more_read():
 
 def step_bytes(n_layers: int, d: int, **settings) -> float:
     """The most memory that the first step holds beyond what there was, as a multiple of all Σ."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as records:
+    how = {"profile_memory": True, "acc_events": True}  # without the latter torch 2.11 warns
+    with profile(activities=[ProfilerActivity.CPU], **how) as records:
         _, optimizer, preconditioner = stack(n_layers, d, **settings)
         with record_function("the step"):
             optimizer.step()
