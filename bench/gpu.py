@@ -3,13 +3,17 @@
     python -m bench.gpu [STAGE ...] [--out FOLDER] [--tiny]
 
 Stages, in this order: tests (of the Triton kernels), report (what the compiler makes of them),
-kernels (each against torch), and step time and memory of GPT-2 124M at 0.5M tokens a step:
-step_adamw and step_muon with the kernels, step_muon_torch without. A stage that fails or takes
-longer is reported and the others run; what was measured until then is in its file. --tiny runs the
-logic of every stage in Triton's interpreter, without a GPU.
+kernels (each against torch), then step time and memory of GPT-2 124M at 0.5M tokens a step:
+step_adamw and step_muon with the kernels, step_muon_torch without; throughput (of our loop, and
+with --nanogpt of nanoGPT's); pretraining (a real run: Muon, DoPr-Muon and precisions; call it again
+to go on with it); suite (every test but the slow). A stage that fails or takes longer is reported
+and the others run; what was measured until then is in its file. --tiny runs the logic of every
+stage in Triton's interpreter, without a GPU.
 """
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -30,6 +34,7 @@ class Stage(NamedTuple):
     tiny: list[str]
     has_result: bool = True
     is_compiled: bool = False  # even if tiny: not in the interpreter
+    continues: bool = False  # from the result of an earlier call
 
 
 def step(*arguments: str) -> Stage:
@@ -45,6 +50,7 @@ def test_files() -> list[str]:
 
 
 PYTEST = ["-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
+SUITE = ["-q", "-n", "8", "--dist", "loadgroup", "-m", "not slow", str(ROOT / "tests")]
 NEWTON_SCHULZ = ["--inverse", "newton_schulz"]
 STAGES = {
     "tests": Stage(
@@ -61,35 +67,59 @@ STAGES = {
     "step_adamw": step("--optimizers", "adamw", *NEWTON_SCHULZ),
     "step_muon": step("--optimizers", "muon", *NEWTON_SCHULZ),
     "step_muon_torch": step("--optimizers", "muon", "--kernel", "torch"),
+    "throughput": Stage(
+        *("bench.train_throughput", ["--preset", "gpt2", "--rounds", "2"]),
+        ["--preset", "tiny", "--rounds", "1"],
+    ),
+    "pretraining": Stage("bench.pretraining", [], ["--tiny", "--seconds", "1"], continues=True),
+    "suite": Stage(
+        *("pytest", SUITE, [*PYTEST, str(ROOT / "tests/test_stopping.py")]),
+        has_result=False,
+        is_compiled=True,
+    ),
 }
 
 
-def run(name: str, out: Path, *, tiny: bool) -> bool:
-    """Whether the stage came to its end; its output passes through."""
+def run(name: str, out: Path, *, tiny: bool, more: list[str] | None = None) -> bool:
+    """Whether the stage, with `more` arguments, came to its end; its output passes through."""
     stage = STAGES[name]
     command = [sys.executable, "-m", stage.module, *(stage.tiny if tiny else stage.full)]
+    command += more or []
     if stage.has_result:
         result = out / f"gpu_{name}.json"
-        result.unlink(missing_ok=True)  # one of an earlier run would pass for this one's
+        if tiny or not stage.continues:
+            result.unlink(missing_ok=True)  # one of an earlier run would pass for this one's
         command += ["--out", str(result)]
     environment = {**os.environ}
     if tiny and not stage.is_compiled:
         environment["TRITON_INTERPRET"] = "1"
     print(f"== {name}: {' '.join(command[1:])}", flush=True)
     started = time.perf_counter()
-    try:
-        code = subprocess.run(command, cwd=ROOT, env=environment, timeout=LIMIT_S).returncode
-        how = "ok" if code == 0 else f"FAILED with exit code {code}"
-    except subprocess.TimeoutExpired:
-        how = f"STOPPED after {LIMIT_S} s"
+    code = exit_code(command, environment)
+    how = "ok" if code == 0 else f"FAILED with exit code {code}"
+    how = f"STOPPED after {LIMIT_S} s" if code is None else how
     print(f"== {name}: {how}, {time.perf_counter() - started:.0f} s", flush=True)
-    return how == "ok"
+    return code == 0
+
+
+def exit_code(command: list[str], environment: dict[str, str]) -> int | None:
+    """None if it took longer than LIMIT_S; nothing that it started runs on, then or on Ctrl-C."""
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+    try:
+        return process.wait(LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def main() -> None:
     parser = command_parser("gpu", __doc__, "bench")
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--out", type=Path, help="a folder: bench/results, or if tiny out/gpu_tiny")
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
     parser.add_argument("--tiny", action="store_true", help="the logic alone, on any machine")
     arguments = parser.parse_args()
     unknown = set(arguments.stages) - STAGES.keys()
@@ -97,7 +127,9 @@ def main() -> None:
         parser.error(f"no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
     default = ROOT / ("out/gpu_tiny" if arguments.tiny else "bench/results")
     out = (arguments.out or default).resolve()
-    done = [run(name, out, tiny=arguments.tiny) for name in arguments.stages or STAGES]
+    more = {"throughput": ["--nanogpt", str(arguments.nanogpt)]} if arguments.nanogpt else {}
+    names = arguments.stages or list(STAGES)
+    done = [run(name, out, tiny=arguments.tiny, more=more.get(name)) for name in names]
     raise SystemExit(not all(done))
 
 

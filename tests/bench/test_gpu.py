@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 pytest.importorskip("triton", reason="triton is not installed: it is for Linux only")
 
@@ -78,6 +79,34 @@ def test_a_stage_that_fails_leaves_no_result_of_an_earlier_run(monkeypatch, tmp_
     (tmp_path / "gpu_bad.json").write_text("{}")
     assert not gpu.run("bad", tmp_path, tiny=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_result_that_a_stage_continues_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "STAGES", {"bad": Stage("no_such_module", [], [], continues=True)})
+    (tmp_path / "gpu_bad.json").write_text("{}")
+    assert not gpu.run("bad", tmp_path, tiny=False)
+    assert (tmp_path / "gpu_bad.json").read_text() == "{}"
+
+
+def test_a_stage_that_takes_too_long_is_stopped(monkeypatch):
+    monkeypatch.setattr(gpu, "LIMIT_S", 0.5)
+    assert gpu.exit_code([sys.executable, "-c", "import time; time.sleep(600)"], {}) is None
+
+
+def test_nothing_that_a_stage_started_outlives_it(tmp_path):
+    grandchild = f"""
+import pathlib, time, filelock
+filelock.FileLock({str(tmp_path / "lock")!r}).acquire()
+pathlib.Path({str(tmp_path / "ready")!r}).touch()
+time.sleep(600)"""
+    child = f"""
+import pathlib, subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", {grandchild!r}])
+while not pathlib.Path({str(tmp_path / "ready")!r}).exists():
+    time.sleep(0.01)
+sys.exit(3)"""
+    assert gpu.exit_code([sys.executable, "-c", child], {}) == 3
+    FileLock(tmp_path / "lock").acquire(timeout=60)  # or raises
 
 
 @pytest.mark.parametrize(("error", "is_good"), [(1e-6, True), (1e-2, False), (math.nan, False)])

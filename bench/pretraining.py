@@ -1,0 +1,187 @@
+"""Muon against DoPr-Muon on GPT-2 at the same tokens, and what two precisions do to DoPr: on a GPU.
+
+    python -m bench.pretraining [--seconds 540] --out FILE
+
+GPT-2 124M (87M weights with a vocabulary of 2,048) by config/gpt2_muon.py and config/gpt2_dopr.py
+on `pystdlib`: 300 steps of 65,536 tokens, more than five passes over it. First the learning rate of
+both is swept on a tuning seed, by validation loss; then fresh seeds run at the best, one after the
+other, each with all variants: as shipped, with bf16 weight gradients, and with G P in bf16x3 and in
+fp32 (bench/precisions.py), at DoPr-Muon's rate. Kept of a run: its curves of validation loss and of
+own rollouts, and the time of its steps. --tiny is the same in seconds, on any machine.
+
+Runs that FILE holds are not repeated, and none is started that --seconds would cut short: call it
+again to go on. The tables at the end are means over fresh seeds.
+"""
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bench.timing import facts, write_rows
+from eval.command import command_parser
+from eval.training import DIVERGED
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TUNING_SEED, FRESH_SEEDS = 0, (200, 201, 202)
+RATES = (1e-3, 2e-3, 4e-3)  # of a sweep, which goes on by factors of 2 while its edge is best
+MAX_RATES = 8
+WARMUP_ROWS = 2  # logged step times that are not measured: of compilation, and of its end
+SWEPT = {"muon": "muon", "dopr-muon": "dopr"}  # and its config file
+VARIANTS = {  # what is changed (bench/precisions.py), and whose config file and rate it has
+    "muon": ("shipped", "muon"),
+    "dopr-muon": ("shipped", "dopr-muon"),
+    "dopr-muon, bf16 gradients": ("bf16_gradients", "dopr-muon"),
+    "dopr-muon, bf16x3 G P": ("bf16x3_apply", "dopr-muon"),
+    "dopr-muon, fp32 G P": ("ieee_apply", "dopr-muon"),
+}
+SETTINGS = {
+    **{"dataset": "pystdlib", "batch_size": 64, "micro_batch_size": 64, "eval_batches": 0},
+    **{"max_steps": 300, "warmup_steps": 30, "eval_every": 100, "save_every": 300},
+    **{"ttf_every": 100, "ttf_episodes": 512, "log_every": 10},
+}
+TINY = SETTINGS | {
+    **{"n_layer": 1, "n_head": 1, "n_embd": 16, "block_size": 96, "compile": False},
+    **{"batch_size": 2, "micro_batch_size": 2, "eval_batches": 1, "kernel": "triton"},
+    **{"max_steps": 6, "warmup_steps": 1, "eval_every": 6, "save_every": 6, "block_diagonal": 16},
+    **{"ttf_every": 6, "ttf_episodes": 2, "log_every": 1, "refresh_every": 2, "collect_every": 2},
+}
+DOPR_ONLY = ("block_diagonal", "refresh_every", "collect_every")
+
+
+class Run(NamedTuple):
+    """What makes a run."""
+
+    variant: str
+    lr: float
+    seed: int
+
+
+Row = dict[str, Any]  # a Run, and what came of it
+
+
+def next_run(rows: list[Row]) -> Run | None:
+    """What is to be run after these; None: nothing."""
+    done = {Run(row["variant"], row["lr"], row["seed"]) for row in rows}
+    for variant in SWEPT:
+        lr = next_rate(sweep(rows, variant))
+        if lr is not None:
+            return Run(variant, lr, TUNING_SEED)
+    rates = {variant: best_rate(sweep(rows, variant)) for variant in SWEPT}
+    wanted = (
+        Run(v, rates[base], seed) for seed in FRESH_SEEDS for v, (_, base) in VARIANTS.items()
+    )
+    return next((run for run in wanted if run not in done), None)
+
+
+def sweep(rows: list[Row], variant: str) -> dict[float, float]:
+    """Validation loss at the rates that were tried; of a run that diverged, infinite."""
+    tuning = [row for row in rows if row["variant"] == variant and row["seed"] == TUNING_SEED]
+    return {row["lr"]: math.inf if row["loss"] is None else row["loss"] for row in tuning}
+
+
+def next_rate(losses: dict[float, float]) -> float | None:
+    """The next learning rate of a sweep; None: its best is known."""
+    for lr in RATES:
+        if lr not in losses:
+            return lr
+    best = best_rate(losses)
+    beyond = {min(losses): best / 2, max(losses): best * 2}
+    return beyond.get(best) if len(losses) < MAX_RATES else None
+
+
+def best_rate(losses: dict[float, float]) -> float:
+    return min(losses, key=lambda lr: losses[lr])
+
+
+def train(run: Run, out: Path, settings: dict[str, Any]) -> Row:
+    """Train in a process of its own. RuntimeError if that failed other than by diverging."""
+    change, base = VARIANTS[run.variant]
+    settings = settings | {"lr": run.lr, "seed": run.seed, "out_dir": out, "device": DEVICE.type}
+    left_out = DOPR_ONLY if base == "muon" else ()
+    command = [sys.executable, "-m", "bench.precisions", change, f"config/gpt2_{SWEPT[base]}.py"]
+    command += [f"--{key}={value}" for key, value in settings.items() if key not in left_out]
+    started = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode and DIVERGED not in done.stderr:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    row = run._asdict() | {"seconds": time.perf_counter() - started}
+    return row | curves(out, has_diverged=bool(done.returncode))
+
+
+def curves(out: Path, *, has_diverged: bool) -> Row:
+    """Validation loss and survival of own rollouts by step, and at the end; milliseconds a step."""
+    rows: dict[str, list[Row]] = {"train": [], "val": [], "ttf": [], "run": []}
+    for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
+        rows[row["kind"]].append(row)
+    timed = rows["train"][WARMUP_ROWS:]
+    return {
+        "has_diverged": has_diverged,
+        "val": [[row["step"], row["loss"]] for row in rows["val"]],
+        "ttf": [[row["step"], row["survival"]] for row in rows["ttf"]],
+        "loss": None if has_diverged else rows["val"][-1]["loss"],
+        "survival": None if has_diverged else rows["ttf"][-1]["survival"],
+        "step_ms": statistics.median(row["step_ms"] for row in timed) if timed else None,
+        "mfu": timed[-1]["mfu"] if timed else None,
+    }
+
+
+def table(rows: list[Row]) -> Iterator[str]:
+    """A line a variant: means and standard deviations over the fresh seeds that are there."""
+    base = [row["step_ms"] for row in fresh(rows, "muon")]
+    for variant in VARIANTS:
+        runs = fresh(rows, variant)
+        if not runs or any(run["has_diverged"] for run in runs):
+            yield f"{variant:26} {'diverged' if runs else 'not run yet'}"
+            continue
+        ms = statistics.mean(run["step_ms"] for run in runs)
+        figures = [mean_and_sd([run[key] for run in runs]) for key in ("loss", "survival")]
+        ratio = f"({ms / statistics.mean(base):.3f})" if base else ""
+        text = "val loss {}  survival {}".format(*figures)
+        yield f"{variant:26} lr {runs[0]['lr']:g}  {text}  {ms:.1f} ms {ratio}  {len(runs)} seeds"
+
+
+def fresh(rows: list[Row], variant: str) -> list[Row]:
+    return [row for row in rows if row["variant"] == variant and row["seed"] != TUNING_SEED]
+
+
+def mean_and_sd(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.4f}" if values[1:] else ""
+    return f"{statistics.mean(values):.4f}{spread}"
+
+
+def main() -> None:
+    parser = command_parser("pretraining", __doc__, "bench")
+    parser.add_argument("--seconds", type=float, default=540, help="of this call, all runs")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, on any machine")
+    parser.add_argument("--out", type=Path, required=True, help="the result, as JSON")
+    arguments = parser.parse_args()
+    if not (arguments.tiny or DEVICE.type == "cuda"):
+        parser.error("needs a CUDA GPU; --tiny with TRITON_INTERPRET=1 runs without one")
+    started, environment = time.perf_counter(), facts(DEVICE)
+    rows = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
+    while run := next_run(rows):
+        longest = max((row["seconds"] for row in rows), default=0.0)
+        if time.perf_counter() - started + longest > arguments.seconds:
+            print("no time for more; the same command goes on")
+            break
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(train(run, Path(folder) / "run", TINY if arguments.tiny else SETTINGS))
+        print(
+            *run, *(f"{key} {rows[-1][key]}" for key in ("loss", "survival", "step_ms")), flush=True
+        )
+        write_rows(arguments.out, environment, rows)
+    print(*table(rows), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
