@@ -29,7 +29,8 @@ LIMIT = timedelta(seconds=60)
 
 def grouped(function, *args):
     """`function(*args)` with torch.distributed initialised, as torchrun's environment says."""
-    distributed.init_process_group("gloo", timeout=LIMIT)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, timeout=LIMIT)
     result = function(*args)
     distributed.barrier()
     distributed.destroy_process_group()
@@ -53,27 +54,27 @@ def bounds(rank: int, size: int) -> tuple[int, int]:
     return (0 if rank == 0 else int(ends[rank - 1])), int(ends[rank])
 
 
-def parts(base: str, how: str, **settings):
+def parts(base: str, how: str, device: str = "cpu", **settings):
     """Model, what is called, optimizer and preconditioner, as a stranger would make them."""
-    model = mlp(**WIDTHS)
+    model = mlp(**WIDTHS).to(device)
     forward = model
     if how == "ddp":
         forward = nn.parallel.DistributedDataParallel(model)
     elif how in ("fsdp", "hsdp"):
-        forward = sharded(model, how)
+        forward = sharded(model, how, device)
     group = distributed.group.WORLD if how == "ddp" else None
     optimizer = BASES[base](list(model.parameters()), group)
     preconditioner = ActivationPreconditioner(model, gamma=0.1, **settings).attach(optimizer)
     return model, forward, optimizer, preconditioner
 
 
-def sharded(model: nn.Module, how: str) -> nn.Module:
+def sharded(model: nn.Module, how: str, device: str = "cpu") -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     size = distributed.get_world_size()
     shape, names = ((size,), ("s",)) if how == "fsdp" else ((size // 2, 2), ("r", "s"))
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    mesh = init_device_mesh(device, shape, mesh_dim_names=names)
     for layer in model:
         if isinstance(layer, nn.Linear):
             fully_shard(layer, mesh=mesh)
@@ -85,7 +86,8 @@ def step(forward, optimizer, number: int) -> None:
     size = distributed.get_world_size() if distributed.is_initialized() else 1
     rank = distributed.get_rank() if size > 1 else 0
     first, last = bounds(rank, size)
-    x, target = regression(number, N)
+    device = optimizer.param_groups[0]["params"][0].device
+    x, target = (each.to(device) for each in regression(number, N))
     for rows in torch.arange(first, last).tensor_split(2):
         error = forward(x[rows]) - target[rows]
         (error.square().sum() * size / N).backward()  # DDP and FSDP2 take the mean over processes
@@ -95,17 +97,18 @@ def step(forward, optimizer, number: int) -> None:
 
 
 def whole(tensor) -> Tensor:
-    return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+    whole = tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+    return whole.cpu()
 
 
-def train(base: str, how: str, n_steps: int, settings: dict):
+def train(base: str, how: str, n_steps: int, settings: dict, device: str = "cpu"):
     """Weights, and Σ and P of every layer, after n_steps."""
-    model, forward, optimizer, preconditioner = parts(base, how, **settings)
+    model, forward, optimizer, preconditioner = parts(base, how, device, **settings)
     for number in range(n_steps):
         step(forward, optimizer, number)
     return (
         [whole(param).numpy() for param in model.parameters()],
-        [(layer.sigma.numpy(), layer.P.numpy()) for layer in preconditioner.layers],
+        [(layer.sigma.cpu().numpy(), layer.P.cpu().numpy()) for layer in preconditioner.layers],
         [row["norm_ratio"] for row in preconditioner.report()],
     )
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from optim import ActivationPreconditioner
+from tests.devices import DEVICES
 from tests.optim.models import randn, relative_error
 
 # torch's compiler itself uses what torch has deprecated
@@ -34,15 +35,15 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-def trained(compiled=None, *, steps: int = 9, **settings):
+def trained(compiled=None, *, steps: int = 9, device: str = "cpu", **settings):
     """A Net after some steps of DoPr-SGD, compiled by `compiled`, and its preconditioner."""
-    net = Net()
+    net = Net().to(device)
     preconditioner = ActivationPreconditioner(net, gamma=0.1, embeddings=True, **settings)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     preconditioner.attach(optimizer)
     forward = compiled(net) if compiled else net
     for step in range(steps):
-        idx = torch.randint(10, (4, 5), generator=torch.Generator().manual_seed(step))
+        idx = torch.randint(10, (4, 5), generator=torch.Generator().manual_seed(step)).to(device)
         (forward(idx) - idx[..., None] / 10).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -61,8 +62,11 @@ def inductor(net):
     return torch.compile(net, fullgraph=True, backend="inductor" if has_compiler else "aot_eager")
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("settings", [{}, {"refresh_every": 4, "collect_every": 2}])
-def test_compiled_training_equals_eager_training(settings):
+def test_compiled_training_equals_eager_training(settings, device, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # the convolution's
+    settings = {**settings, "device": device}
     assert_equal(trained(inductor, **settings), trained(**settings))
 
 
@@ -99,10 +103,12 @@ def test_a_compiled_checkpointed_layer_counts_once(use_reentrant):
     assert preconditioner.layers[0].capture.count == 10
 
 
-def test_compiled_under_bf16_autocast_the_weight_gradient_and_sigma_are_fp32():
-    layer, z, grad_y = nn.Linear(64, 32), randn(128, 64, seed=1), randn(128, 32, seed=2)
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_under_bf16_autocast_the_weight_gradient_and_sigma_are_fp32(device):
+    layer = nn.Linear(64, 32).to(device)
+    z, grad_y = randn(128, 64, seed=1).to(device), randn(128, 32, seed=2).to(device)
     capture = ActivationPreconditioner(layer, gamma=0.1).layers[0].capture
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         y = inductor(layer)(z)
     (y.float() * grad_y).sum().backward()
     z64, grad_y64 = z.bfloat16().double(), grad_y.bfloat16().double()
