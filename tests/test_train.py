@@ -12,6 +12,7 @@ import torch
 import train
 from checkpoint import open_checkpoint
 from state import TrainState
+from tests.devices import DEVICES
 from tests.tiny import argv, metrics, weights
 
 
@@ -191,8 +192,9 @@ def test_the_averaged_weights_are_the_average(dataset, tmp_path):
         torch.testing.assert_close(value, average)
 
 
-def test_bf16_and_compile_train(dataset, tmp_path):
-    out = tmp_path / "run"
-    assert train.main(argv(dataset, out, dtype="bfloat16", compile=True, dopr=True)) == 0
+@pytest.mark.parametrize("device", DEVICES)
+def test_bf16_and_compile_train(dataset, tmp_path, device):
+    out, changes = tmp_path / "run", {"dtype": "bfloat16", "compile": True, "dopr": True}
+    assert train.main(argv(dataset, out, device=device, **changes)) == 0
     val = metrics(out, "val")
     assert val[-1]["loss"] < val[0]["loss"]
