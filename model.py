@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 IGNORE = -1  # a target that is not scored
+TILE = 64  # rows that tensor cores multiply together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +216,7 @@ class GPT(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V): the one output head of training, evaluation and generation."""
         tied = self.config.tie_weights
-        logits = F.linear(hidden, self.transformer.wte.weight) if tied else self.lm_head(hidden)
+        logits = tied_head(hidden, self.transformer.wte.weight) if tied else self.lm_head(hidden)
         return logits if self.config.logits_mult == 1 else logits * self.config.logits_mult
 
     def make_cache(self, batch_size: int, length: int | None = None) -> KVCache:
@@ -318,6 +319,18 @@ class GPT(nn.Module):
         if not config.tie_weights:
             N -= self.transformer.wte.weight.numel()
         return 6 * N + 12 * config.n_layer * config.n_embd * config.block_size
+
+
+def tied_head(hidden: Tensor, W: Tensor) -> Tensor:  # (..., C), (V, C) -> (..., V)
+    """hidden Wᵀ; of many tokens on a GPU over whole tiles, which GPT-2's 50,257 ids do not fill."""
+    if W.is_cuda and len(W) % TILE and hidden.numel() >= 1024 * W.size(1):
+        return aligned_linear(hidden, W)
+    return F.linear(hidden, W)
+
+
+def aligned_linear(x: Tensor, W: Tensor) -> Tensor:  # (..., C), (V, C) -> (..., V)
+    """F.linear with rows of zeros below W up to a multiple of TILE, whose outputs are cut off."""
+    return F.linear(x, F.pad(W, (0, 0, 0, -len(W) % TILE)))[..., : len(W)]
 
 
 @contextmanager

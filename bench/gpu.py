@@ -3,12 +3,12 @@
     python -m bench.gpu [STAGE ...] [--out FOLDER] [--tiny]
 
 Stages, in this order: tests (of the Triton kernels), report (what the compiler makes of them),
-kernels (each against torch), then step time and memory of GPT-2 124M at 0.5M tokens a step:
-step_adamw and step_muon with the kernels, step_muon_torch without; throughput (of our loop, and
-with --nanogpt of nanoGPT's); pretraining (a real run: Muon, DoPr-Muon and precisions; call it again
-to go on with it); suite (every test but the slow). A stage that fails or takes longer is reported
-and the others run; what was measured until then is in its file. --tiny runs the logic of every
-stage in Triton's interpreter, without a GPU.
+kernels (each against torch), head (over 50,257 ids); step time and memory of GPT-2 124M at 0.5M
+tokens a step: step_adamw and step_muon with the kernels, step_muon_torch without; throughput (of
+our loop, and with --nanogpt of nanoGPT's); pretraining (a real run: Muon, DoPr-Muon and precisions;
+call it again to go on with it); suite (every test but the slow). A stage that fails or takes longer
+is reported and the others run; what was measured until then is in its file. --tiny runs the logic
+of every stage in Triton's interpreter, without a GPU.
 """
 
 import contextlib
@@ -64,6 +64,7 @@ STAGES = {
         is_compiled=True,
     ),
     "kernels": Stage("bench.kernels", [], ["--tiny"]),
+    "head": Stage("bench.head", [], ["--tiny"]),
     "step_adamw": step("--optimizers", "adamw", *NEWTON_SCHULZ),
     "step_muon": step("--optimizers", "muon", *NEWTON_SCHULZ),
     "step_muon_torch": step("--optimizers", "muon", "--kernel", "torch"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from model import GPT, GPTConfig, Sampling, eval_mode, sample_tokens
+from model import GPT, GPTConfig, Sampling, aligned_linear, eval_mode, sample_tokens
 
 TINY = {"vocab_size": 61, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32}
 CACHE_ATOL = 1e-5  # fp32, logits of order 1: other summation order, nothing else
@@ -174,6 +174,16 @@ def test_forward_compiles_into_one_graph():
     model, x, y = gpt(dropout=0.1).train(False), tokens(2, 16), tokens(2, 16, seed=1)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert compiled(x, y)[1].item() == pytest.approx(model(x, y)[1].item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("V", [5, 64, 65, 127])
+def test_a_head_over_whole_tiles_has_the_same_logits_and_gradients(V):
+    x, W = (torch.randn(n, 16, dtype=torch.float64, requires_grad=True) for n in (7, V))
+    found, wanted = aligned_linear(x, W), torch.nn.functional.linear(x, W)
+    torch.testing.assert_close(found, wanted)
+    seed = torch.randn_like(wanted)
+    grads = (torch.autograd.grad(y, (x, W), seed) for y in (found, wanted))
+    torch.testing.assert_close(*grads)
 
 
 # -- cache

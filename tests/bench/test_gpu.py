@@ -51,6 +51,14 @@ def test_all_contenders_do_the_same_work(results):
 
 
 @needs_interpreter
+def test_a_head_over_whole_tiles_has_the_gradient_of_the_head_as_it_is(results):
+    (row,) = results["head"]["rows"]
+    assert list(row["ratio"]) == ["as it is", "whole tiles", "128 ids"]
+    assert row["error"]["whole tiles"] == pytest.approx(row["error"]["as it is"], rel=0.1)
+    assert row["error"]["as it is"] < 0.02  # bf16
+
+
+@needs_interpreter
 def test_steps_are_timed_in_every_mode(results):
     rows = [row for name, result in results.items() if "step" in name for row in result["rows"]]
     settings = [tuple(row[key] for key in ("optimizer", "kernel", "inverse")) for row in rows]
