@@ -142,6 +142,12 @@ class World:
 
         return DistributedDataParallel(forward, gradient_as_bucket_view=True)
 
+    def to_device(self, batch: Tensor) -> Tensor:
+        """`batch` on the device; to a GPU from pinned memory, which the host need not wait for."""
+        if self.device.type == "cuda":
+            return batch.pin_memory().to(self.device, non_blocking=True)
+        return batch.to(self.device)
+
     def sync_gradients(self, forward: Any, *, is_last: bool) -> None:
         """Before a micro-batch: whether its backward is the one that averages the gradients.
 

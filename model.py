@@ -191,19 +191,23 @@ class GPT(nn.Module):
             else:  # LayerNorm gains are 1, every bias is 0
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Logits (B, T, V) of idx (B, T), and the mean cross-entropy in nats of scored targets.
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Of idx (B, T) the logits (B, T, V) and None; with targets (B, T) None and the loss.
 
+        The loss is the mean cross-entropy in nats of the targets that are scored. It comes alone:
+        logits beside it would outlive the forward, and a compiled backward fill their gradient.
         Raises ValueError if idx is longer than block_size.
         """
         T = idx.size(1)
         if T > self.config.block_size:
             raise ValueError(f"got {T} tokens a row, but block_size is {self.config.block_size}")
         hidden = self._hidden(idx, torch.arange(T, device=idx.device))
-        logits, loss = self.logits(hidden), None
-        if targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
-        return logits, loss
+        logits = self.logits(hidden)
+        if targets is None:
+            return logits, None
+        return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
 
     def _hidden(self, idx: Tensor, positions: Tensor, cache: KVCache | None = None) -> Tensor:
         """Final hidden states (B, T, C) of tokens idx (B, T) at positions (T,) or (B, T)."""

@@ -34,7 +34,7 @@ BETA = 0.95
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SIZES: dict[str, list[Any]] = {
     "gram": list(itertools.product((768, 1024, 1600, 3072), (8192, 65536))),  # d, n
-    "inverse": [(48, 768)],  # matrices, d
+    "inverse": [(48, 768), (12, 3072)],  # matrices, d
     "apply": [  # layers, d_out, blocks, block: those of GPT-2 124M
         *((12, 2304, 1, 768), (12, 768, 1, 768), (12, 3072, 1, 768), (12, 768, 4, 768)),
         (12, 768, 1, 3072),
@@ -42,7 +42,7 @@ SIZES: dict[str, list[Any]] = {
     "orthogonalize": [(36, 768, 768), (12, 3072, 768), (12, 768, 3072), (12, 1600, 1600)],
 }
 SHIPPED = {  # what ships, and the error that it may have
-    "gram": ("triton", 1e-5),  # fp32 sums
+    "gram": ("triton", 2e-4),  # tensor cores cut off what they add to an fp32 sum of up to n terms
     "inverse": ("triton deflated", 1e-3),  # kernels.cholesky.WANTED_ERROR
     "apply": ("triton tf32x3", 1e-5),  # 21 bits
     "orthogonalize": ("triton", 0.1),  # bf16 resolves 2^-8, five iterations deep
@@ -121,7 +121,7 @@ def inverse_cases(N: int, d: int) -> Iterator[Case]:
     contenders = {
         "cholesky": lambda: dense_inverse_root(A, 1)[0],
         "cholesky fp32": lambda: torch.cholesky_inverse(torch.linalg.cholesky(A)),
-        "eigh fp32": partial(_by_eigh, A),
+        **({"eigh fp32": partial(_by_eigh, A)} if d <= 1024 else {}),  # minutes beyond
         "newton_schulz": partial(newton_schulz.inverse_root, A, 1, **numbers),
         "triton deflated": partial(_by_deflation, sigma, damping, U, deflated_iterations),
         "triton bf16x3": partial(triton, precision="bf16x3"),

@@ -143,7 +143,7 @@ def run_ours(folder: Path, chosen: Preset, round_number: int) -> tuple[float, fl
     settings |= {"warmup_steps": 1, "eval_every": chosen.steps, "eval_batches": 1, "bias": "false"}
     settings |= {"device": DEVICE.type, "save_every": chosen.steps}
     if chosen.compile_in_bf16:
-        settings |= {"compile": "true", "dtype": "bfloat16"}
+        settings |= {"compile": "true", "dtype": "bfloat16", "loader_workers": 1}
     run_train_py(settings, cwd=ROOT)
     rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     rows = [row for row in rows if row["kind"] == "train"][chosen.warmup_rows :]

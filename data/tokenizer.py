@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import rustbpe
 import tiktoken
 
 from data.files import fetch, sha256_of, write_atomic
@@ -196,6 +195,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-pair encoding learnt from `texts`: 256 bytes, `vocab_size` - 257 merges, end-of-text."""
     if not 257 <= vocab_size <= MAX_VOCAB:
         raise ValueError(f"vocab_size={vocab_size}: must be between 257 and {MAX_VOCAB}")
+    import rustbpe  # not needed to use what was learnt
+
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(iter(texts), vocab_size - 1, pattern=PATTERN)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}

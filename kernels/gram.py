@@ -44,7 +44,11 @@ def gram_(
     return len(rows)
 
 
-@torch.library.custom_op("dopr::accumulate_gram", mutates_args=("S", "count", "offset"))
+@torch.library.custom_op(
+    "dopr::accumulate_gram",
+    mutates_args=("S", "count", "offset"),
+    tags=(torch.Tag.cudagraph_unsafe,),  # a graph would replay what `is_paused` was
+)
 def accumulate_gram(
     S: Tensor,  # (blocks, d/blocks, d/blocks), updated in place
     count: Tensor,  # (), updated in place

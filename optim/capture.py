@@ -210,7 +210,11 @@ def _accumulate(capture: Capture, z: Tensor) -> None:
     accumulate_gram(S, count, z, capture.offset, is_paused, stride, kernel, *turn)
 
 
-@torch.library.custom_op("dopr::accumulate_frequencies", mutates_args=("S", "count"))
+@torch.library.custom_op(
+    "dopr::accumulate_frequencies",
+    mutates_args=("S", "count"),
+    tags=(torch.Tag.cudagraph_unsafe,),  # a graph would replay what `is_paused` was
+)
 def accumulate_frequencies(S: Tensor, count: Tensor, idx: Tensor, is_paused: Tensor) -> None:
     """S[t] += how often id t is in idx, count += ids, unless paused: diag(Σ z zᵀ) of one-hot z."""
     if is_paused:

@@ -79,11 +79,12 @@ def test_zero_matrices_give_zeros():
     assert not orthogonalize(torch.zeros(2, 5, 8, device=DEVICE), steps=2).any()
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # is a prototype, it says
 @pytest.mark.skipif(DEVICE == "cpu", reason="only a GPU can be waited for")
 def test_nothing_waits_for_the_device():
     A, lower, _ = covariances(64, [1e2, 1e3])
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         for p in (1, 2, 4):
             inverse_root(A, p, lower_bound=lower, iterations=8)
             inverse_root(A, p, lower_bound=0.1, iterations=8)

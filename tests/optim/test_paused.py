@@ -178,3 +178,8 @@ def test_a_step_whose_every_backward_was_paused_says_so():
         backward(model)
     with pytest.raises(RuntimeError, match=r"0 has a gradient .* \(nor those of 1 .*paused\(\)"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["accumulate_gram", "accumulate_frequencies"])
+def test_what_reads_whether_it_is_paused_stays_out_of_cuda_graphs(name):
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.dopr, name).default.tags
