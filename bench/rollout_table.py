@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bench.ablation_table import changes_table
 from bench.rollout_results import GROUPS, RESULTS, grid, plain, sections_of, with_records
-from bench.rollout_study import ABLATIONS, STAGES
+from bench.rollout_study import ABLATIONS, STAGES, Stage
 from checkpoint import write_atomic
 from eval.analysis import (
     AnalysisError,
@@ -95,9 +95,9 @@ def _equal_validation(section: Section) -> dict[str, tuple[str, ...]]:
     return cells if math.isnan(tau) else cells | {TAU: (f"{tau:.2f}", f"{n} optimizers")}
 
 
-def temperature_table(results: Path = RESULTS) -> str:
+def temperature_table(stages: Sequence[Stage], results: Path = RESULTS) -> str:
     """At each optimizer's own best temperature, of the stages that eval.temperature was run on."""
-    folders = {stage: results / stage.name for stage in with_records(STAGES + ABLATIONS, results)}
+    folders = {stage: results / stage.name for stage in with_records(stages, results)}
     graded = {stage: load(each, load_records([each])) for stage, each in folders.items()}
     found = {stage: records for stage, records in graded.items() if records}
     header = ["", *chain(*((f"{stage.task}, {stage.steps} steps", ALIKE) for stage in found))]
@@ -151,7 +151,8 @@ def all_tables(results: Path = RESULTS) -> str:
         "Each change against exact DoPr with γ = 0.1": changes_table(results),
         "All against plain Muon, each at its own rate": against_table("muon", results),
         "At equal validation": equal_validation_table(results),
-        "Each at its own temperature": temperature_table(results),
+        "Each at its own temperature": temperature_table(STAGES, results),
+        "Ablations, each at its own temperature": temperature_table(ABLATIONS, results),
         "Whose tuning seeds disagree on the best learning rate": tuning_table(results),
     }
     for heading, text in more.items():

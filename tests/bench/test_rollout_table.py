@@ -8,6 +8,7 @@ import pytest
 
 from bench.ablation_table import changes_table
 from bench.rollout_results import RESULTS
+from bench.rollout_study import STAGES
 from bench.rollout_table import (
     BASES_APART,
     TAU,
@@ -51,16 +52,16 @@ def test_at_their_temperatures_variants_are_compared_with_their_bases(tmp_path):
     folder = write_study(tmp_path / "nav-1500", study())
     rows = [each | {"temperature": 0.5} for each in study() if each["role"] == "fresh"]
     (folder / "temperature.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    header, _, first, *_ = temperature_table(tmp_path).splitlines()
+    header, _, first, *_ = temperature_table(STAGES, tmp_path).splitlines()
     assert header == "|  | nav, 1500 steps | at equal rates and temperatures |"
     assert first == "| dopr-adamw | 0.664 [0.530, 0.832] |  |"
     (folder / "temperature.jsonl").write_text(json.dumps(rows[0] | {"lr": 9.0}) + "\n")
     with pytest.raises(AnalysisError, match="is not the model of"):
-        temperature_table(tmp_path)
+        temperature_table(STAGES, tmp_path)
     alike = [row | {"role": "control"} for row in rows if row["variant"] == "adamw"]
     text = "".join(json.dumps(row) + "\n" for row in [*rows, *alike])
     (folder / "temperature.jsonl").write_text(text)
-    first = temperature_table(tmp_path).splitlines()[2]
+    first = temperature_table(STAGES, tmp_path).splitlines()[2]
     assert first == "| dopr-adamw | 0.664 [0.530, 0.832] | 0.664 [0.530, 0.832] |"
 
 

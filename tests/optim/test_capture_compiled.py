@@ -64,10 +64,10 @@ def inductor(net):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("settings", [{}, {"refresh_every": 4, "collect_every": 2}])
-def test_compiled_training_equals_eager_training(settings, device, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # the convolution's
+def test_compiled_training_equals_eager_training(settings, device):
     settings = {**settings, "device": device}
-    assert_equal(trained(inductor, **settings), trained(**settings))
+    with torch.backends.cudnn.flags(allow_tf32=False):  # the convolution's
+        assert_equal(trained(inductor, **settings), trained(**settings))
 
 
 def test_a_plain_net_of_the_same_class_compiled_earlier_does_not_switch_capture_off():
