@@ -1,0 +1,71 @@
+"""The trainer's world in one process that goes through torch.distributed all the same.
+
+It is all that one GPU can have of NCCL.
+"""
+
+import pytest
+import torch
+
+import dist
+from dist import World
+from model import GPT, GPTConfig
+from optim import ActivationPreconditioner
+from optim.build import build_optimizers
+from placement import full, make_mesh
+from tests.devices import DEVICES
+
+pytestmark = pytest.mark.xdist_group("gang")
+SHAPE = {"n_layer": 2, "block_size": 16, "n_embd": 32, "n_head": 2, "vocab_size": 64}
+NUMBERS = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "momentum": 0.95}
+
+
+class Forced(World):
+    """A World that believes it has two processes, so that nothing is left out, and has one."""
+
+    def __enter__(self):
+        self.size, start = 2, torch.distributed.init_process_group
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist, "make_mesh", lambda kind, size, *more: make_mesh(kind, 1, *more))
+            patch.setattr(
+                *(torch.distributed, "init_process_group"),
+                lambda *args, **kwargs: start(*args, **kwargs | {"world_size": 1}),
+            )
+            return super().__enter__()
+
+
+def weights_after(world: World, optimizer: str) -> list[torch.Tensor]:
+    """The weights of a tiny GPT after three steps of two micro-batches with DoPr."""
+    with world:
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(bias=False, **SHAPE))
+        world.place(model)
+        settings = {"optimizer": optimizer, "lr": 1e-2, "ns_dtype": "float32", **NUMBERS}
+        optimizers = build_optimizers(model, **settings, process_group=world.group())
+        ActivationPreconditioner(model, gamma=0.1).attach(*optimizers, process_group=world.group())
+        forward = world.wrap(model, is_compiled=False)
+        ids = torch.randint(64, (3, 2, 4, 17), generator=torch.Generator().manual_seed(1))
+        for step in ids:
+            for i, rows in enumerate(step):
+                world.sync_gradients(forward, is_last=i == 1)
+                x, y = rows[:, :-1], rows[:, 1:].contiguous()
+                (forward(world.to_device(x), world.to_device(y))[1] / 2).backward()
+            for each in optimizers:
+                each.step()
+            model.zero_grad()
+        assert (world.gather("here")[0], world.agree(3)) == ("here", 3)
+        return [full(p.detach()).cpu() for p in model.parameters()]
+
+
+def distance(device: str, parallel: str, optimizer: str) -> float:
+    """The largest difference of a weight between both kinds of world."""
+    plain = weights_after(World(torch.device(device)), optimizer)
+    forced = weights_after(Forced(torch.device(device), parallel=parallel, timeout_s=60), optimizer)
+    return max((a - b).abs().max().item() for a, b in zip(plain, forced, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_one_process_trains_as_without_torch_distributed(gang, parallel, optimizer, device):
+    (found,) = gang.run(1, distance, device, parallel, optimizer)
+    assert found < 1e-5  # fp32; the weights are near 0.02 and three steps move them by as much
