@@ -2,13 +2,20 @@
 
     python -m bench.gpu [STAGE ...] [--out FOLDER] [--tiny]
 
-Stages, in this order: tests (of the Triton kernels), report (what the compiler makes of them),
-kernels (each against torch), head (over 50,257 ids); step time and memory of GPT-2 124M at 0.5M
-tokens a step: step_adamw and step_muon with the kernels, step_muon_torch without; throughput (of
-our loop, and with --nanogpt of nanoGPT's); pretraining (a real run: Muon, DoPr-Muon and precisions;
-call it again to go on with it); suite (every test but the slow). A stage that fails or takes longer
-is reported and the others run; what was measured until then is in its file. --tiny runs the logic
-of every stage in Triton's interpreter, without a GPU.
+Stages, in this order:
+    tests            of the Triton kernels
+    report           what the compiler makes of them
+    kernels          each against torch
+    tiles            their configurations against each other
+    head             of 50,257 ids, as it is and over whole tiles
+    step_adamw       time and memory of a step of GPT-2 124M, 0.5M tokens, with DoPr and without
+    step_muon        the same
+    step_muon_torch  the same without the kernels
+    throughput       of our loop, and with --nanogpt of nanoGPT's
+    pretraining      a real run: Muon, DoPr-Muon and precisions; call it again to go on with it
+    suite            every test but the slow
+A stage that fails or takes longer is reported and the others run; what was measured until then is
+in its file. --tiny runs the logic of every stage in Triton's interpreter, without a GPU.
 """
 
 import contextlib
@@ -64,6 +71,7 @@ STAGES = {
         is_compiled=True,
     ),
     "kernels": Stage("bench.kernels", [], ["--tiny"]),
+    "tiles": Stage("bench.tiles", [], ["--tiny"]),
     "head": Stage("bench.head", [], ["--tiny"]),
     "step_adamw": step("--optimizers", "adamw", *NEWTON_SCHULZ),
     "step_muon": step("--optimizers", "muon", *NEWTON_SCHULZ),

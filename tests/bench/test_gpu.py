@@ -51,6 +51,17 @@ def test_all_contenders_do_the_same_work(results):
 
 
 @needs_interpreter
+def test_configurations_are_measured_against_what_ships_and_agree_with_it(results):
+    rows = results["tiles"]["rows"]
+    assert [row["case"].split()[0] for row in rows] == ["gram", "apply", "symmetric"]
+    for row in rows:
+        assert len(row["difference"]) == 2
+        assert max(row["difference"].values()) < 1e-5  # fp32 sums in another order
+        assert (row["ratio"][row["shipped"]], row["does_not_fit"]) == (1, [])
+        assert row["best"] == min(row["ms"], key=row["ratio"].get)
+
+
+@needs_interpreter
 def test_a_head_over_whole_tiles_has_the_gradient_of_the_head_as_it_is(results):
     (row,) = results["head"]["rows"]
     assert list(row["ratio"]) == ["as it is", "whole tiles", "128 ids"]
