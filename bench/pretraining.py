@@ -159,6 +159,18 @@ def mean_and_sd(values: list[float]) -> str:
     return f"{statistics.mean(values):.4f}{spread}"
 
 
+def rows_of(path: Path, environment: dict[str, Any]) -> list[Row]:
+    """What an earlier call measured. ValueError if on another device or with other settings."""
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    for key in ("device", "settings"):
+        there, here = (each.get(key) for each in (found["environment"], environment))
+        if there != here:
+            raise ValueError(f"{path} has runs with {key} {there}, here it is {here}; use another")
+    return found["rows"]
+
+
 def main() -> None:
     parser = command_parser("pretraining", __doc__, "bench")
     parser.add_argument("--seconds", type=float, default=540, help="of this call, all runs")
@@ -167,15 +179,19 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (arguments.tiny or DEVICE.type == "cuda"):
         parser.error("needs a CUDA GPU; --tiny with TRITON_INTERPRET=1 runs without one")
-    started, environment = time.perf_counter(), facts(DEVICE)
-    rows = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
+    settings = TINY if arguments.tiny else SETTINGS
+    started, environment = time.perf_counter(), facts(DEVICE) | {"settings": settings}
+    try:
+        rows = rows_of(arguments.out, environment)
+    except ValueError as error:
+        parser.error(str(error))
     while run := next_run(rows):
         longest = max((row["seconds"] for row in rows), default=0.0)
         if time.perf_counter() - started + longest > arguments.seconds:
             print("no time for more; the same command goes on")
             break
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(train(run, Path(folder) / "run", TINY if arguments.tiny else SETTINGS))
+            rows.append(train(run, Path(folder) / "run", settings))
         print(
             *run, *(f"{key} {rows[-1][key]}" for key in ("loss", "survival", "step_ms")), flush=True
         )

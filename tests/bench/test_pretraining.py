@@ -8,7 +8,8 @@ import torch
 import optim.apply
 import train
 from bench import precisions
-from bench.pretraining import RATES, SWEPT, VARIANTS, Run, next_run, table
+from bench.pretraining import RATES, SWEPT, VARIANTS, Run, next_run, rows_of, table
+from bench.timing import write_rows
 from tests.tiny import argv, weights
 
 
@@ -57,6 +58,16 @@ def test_a_table_has_means_over_fresh_seeds_and_the_ratio_of_step_times():
     )
     assert "120.0 ms (1.200)" in dopr
     assert next(iter(table(rows[:6]))).endswith("not run yet")
+
+
+def test_runs_on_another_device_or_with_other_settings_are_not_continued(tmp_path):
+    path, here = tmp_path / "result.json", {"device": "H200", "settings": {"lr": 1}, "git": "b"}
+    assert rows_of(path, here) == []
+    write_rows(path, here | {"git": "a"}, [{"variant": "muon"}])
+    assert rows_of(path, here) == [{"variant": "muon"}]
+    for changed in ({"device": "H100"}, {"settings": {"lr": 2}}):
+        with pytest.raises(ValueError, match=r"has runs with .*; use another"):
+            rows_of(path, here | changed)
 
 
 def trained(dataset, out, change, **settings):
