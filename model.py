@@ -192,22 +192,22 @@ class GPT(nn.Module):
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None
+        self, idx: Tensor, targets: Tensor | None = None, *, return_logits: bool = True
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Of idx (B, T) the logits (B, T, V) and None; with targets (B, T) None and the loss.
+        """Logits (B, T, V) of idx (B, T), and the mean cross-entropy in nats of scored targets.
 
-        The loss is the mean cross-entropy in nats of the targets that are scored. It comes alone:
-        logits beside it would outlive the forward, and a compiled backward fill their gradient.
+        Training wants no logits: they would stay in memory until the next ones, and a compiled
+        backward would fill their gradient with zeros.
         Raises ValueError if idx is longer than block_size.
         """
         T = idx.size(1)
         if T > self.config.block_size:
             raise ValueError(f"got {T} tokens a row, but block_size is {self.config.block_size}")
         hidden = self._hidden(idx, torch.arange(T, device=idx.device))
-        logits = self.logits(hidden)
-        if targets is None:
-            return logits, None
-        return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+        logits, loss = self.logits(hidden), None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+        return logits if return_logits else None, loss
 
     def _hidden(self, idx: Tensor, positions: Tensor, cache: KVCache | None = None) -> Tensor:
         """Final hidden states (B, T, C) of tokens idx (B, T) at positions (T,) or (B, T)."""

@@ -179,7 +179,8 @@ def train(config: Config, world: World, stop: StopRequest) -> int:
             for i, (x, y) in enumerate(micro_batches, start=1):  # (micro_batch_size, block_size)
                 world.sync_gradients(forward, is_last=i == accumulation)
                 with autocast:
-                    _, micro_loss = forward(world.to_device(x), world.to_device(y))
+                    x, y = world.to_device(x), world.to_device(y)
+                    _, micro_loss = forward(x, y, return_logits=False)
                     micro_loss = micro_loss / accumulation
                 micro_loss.backward()
                 loss += micro_loss.detach()

@@ -95,7 +95,7 @@ class Variant:
         for _ in range(self.refresh_every):
             for x, y in zip(self.x, self.y, strict=True):
                 with self.autocast:
-                    _, loss = self.forward(x, y)
+                    _, loss = self.forward(x, y, return_logits=False)
                 (loss / len(self.x)).backward()
             for optimizer in self.optimizers:
                 optimizer.step()

@@ -131,9 +131,10 @@ def test_a_token_sees_no_later_token():
 def test_the_loss_is_the_mean_over_scored_targets():
     model, x, y = gpt(), tokens(2, 16), tokens(2, 16, seed=1)
     y[0, 4:] = -1
-    (logits, _), (_, loss) = model(x), model(x, y)
+    logits, loss = model(x, y)
     wanted = cross_entropy(torch.cat([logits[0, :4], logits[1]]), torch.cat([y[0, :4], y[1]]))
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert model(x, y, return_logits=False) == (None, loss)
 
 
 def test_padding_has_no_gradient():

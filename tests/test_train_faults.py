@@ -94,7 +94,7 @@ def poison(patch, *, steps, value=float("nan")):
     """Make the loss of these steps not finite."""
     forward, calls = train.GPT.forward, 0
 
-    def poisoned(self, idx, targets=None):
+    def poisoned(self, idx, targets=None, **_):
         nonlocal calls
         logits, loss = forward(self, idx, targets)
         if self.training:

@@ -95,7 +95,7 @@ def poisoned(what: str, victim: int, arguments: list[str]) -> tuple[int, str]:
     """A run in which the third step of one process has a loss or gradient that is not finite."""
     forward, calls = train.GPT.forward, 0
 
-    def broken(self, idx, targets=None):
+    def broken(self, idx, targets=None, **_):
         nonlocal calls
         logits, loss = forward(self, idx, targets)
         calls += self.training
