@@ -144,9 +144,8 @@ class World:
 
     def to_device(self, batch: Tensor) -> Tensor:
         """`batch` on the device; to a GPU from pinned memory, which the host need not wait for."""
-        if self.device.type == "cuda":
-            return batch.pin_memory().to(self.device, non_blocking=True)
-        return batch.to(self.device)
+        pinned = batch.pin_memory() if self.device.type == "cuda" else batch
+        return pinned.to(self.device, non_blocking=True)
 
     def sync_gradients(self, forward: Any, *, is_last: bool) -> None:
         """Before a micro-batch: whether its backward is the one that averages the gradients.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 IGNORE = -1  # a target that is not scored
-TILE = 64  # rows that tensor cores multiply together
+TILE = 64  # rows of a matrix: a multiple of it is aligned, and fills the tiles of tensor cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +207,7 @@ class GPT(nn.Module):
         logits, loss = self.logits(hidden), None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
-        return logits if return_logits else None, loss
+        return logits if return_logits or loss is None else None, loss
 
     def _hidden(self, idx: Tensor, positions: Tensor, cache: KVCache | None = None) -> Tensor:
         """Final hidden states (B, T, C) of tokens idx (B, T) at positions (T,) or (B, T)."""

@@ -204,15 +204,17 @@ def train(config: Config, world: World, stop: StopRequest) -> int:
             state.count_step(is_finite)
             # ----------------------------------------------------------------
 
+            is_logged = state.step % config.log_every == 0 or state.step == config.max_steps
+            loss = loss.item() if is_logged else loss  # waits for the step, whose time is measured
             busy_s, busy_steps = busy_s + time.perf_counter() - started, busy_steps + 1
             if not is_finite:
                 log.say(f"step {state.step}: loss or gradient is not finite; step skipped")
                 give_up_if_diverged(state, config)
-            if state.step % config.log_every == 0 or state.step == config.max_steps:
+            if is_logged:
                 tokens_per_s = tokens_per_step * busy_steps / busy_s
                 log.train(
                     state.step,
-                    loss=loss.item(),
+                    loss=loss,
                     lr=config.lr * scale,
                     grad_norm=grad_norm.item(),
                     tokens_per_s=tokens_per_s,

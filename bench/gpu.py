@@ -1,6 +1,6 @@
 """All that is to be measured on a GPU, in stages that each end within ten minutes.
 
-    python -m bench.gpu [STAGE ...] [--out FOLDER] [--tiny]
+    python -m bench.gpu [STAGE ...] [--out FOLDER] [--nanogpt CHECKOUT] [--tiny]
 
 Stages, in this order:
     tests            of the Triton kernels
@@ -27,10 +27,11 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from eval.command import command_parser
+from eval.command import command_parser, leave_on_signals
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 590
+GRACE_S = 10
 
 
 class Stage(NamedTuple):
@@ -102,6 +103,8 @@ def run(name: str, out: Path, *, tiny: bool, more: list[str] | None = None) -> b
     environment = {**os.environ}
     if tiny and not stage.is_compiled:
         environment["TRITON_INTERPRET"] = "1"
+    if stage.module == "pytest":
+        environment["OMP_NUM_THREADS"] = "1"
     print(f"== {name}: {' '.join(command[1:])}", flush=True)
     started = time.perf_counter()
     code = exit_code(command, environment)
@@ -112,7 +115,7 @@ def run(name: str, out: Path, *, tiny: bool, more: list[str] | None = None) -> b
 
 
 def exit_code(command: list[str], environment: dict[str, str]) -> int | None:
-    """None if it took longer than LIMIT_S; nothing that it started runs on, then or on Ctrl-C."""
+    """None if it took longer than LIMIT_S; nothing that it started runs on, whatever happens."""
     process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
     try:
         return process.wait(LIMIT_S)
@@ -120,6 +123,9 @@ def exit_code(command: list[str], environment: dict[str, str]) -> int | None:
         return None
     finally:
         with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)  # to clean up after itself
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_S)
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
@@ -136,11 +142,18 @@ def main() -> None:
         parser.error(f"no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
     default = ROOT / ("out/gpu_tiny" if arguments.tiny else "bench/results")
     out = (arguments.out or default).resolve()
-    more = {"throughput": ["--nanogpt", str(arguments.nanogpt)]} if arguments.nanogpt else {}
+    if arguments.nanogpt and not (arguments.nanogpt / "train.py").is_file():
+        parser.error(
+            f"--nanogpt {arguments.nanogpt}: no train.py there; wants a checkout of nanoGPT"
+        )
+    more = {}
+    if arguments.nanogpt:
+        more["throughput"] = ["--nanogpt", str(arguments.nanogpt.resolve())]
     names = arguments.stages or list(STAGES)
     done = [run(name, out, tiny=arguments.tiny, more=more.get(name)) for name in names]
     raise SystemExit(not all(done))
 
 
 if __name__ == "__main__":
+    leave_on_signals()
     main()

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.timing import Work, compared, facts, interleaved, write_rows
+from bench.timing import Work, at_least_one, compared, facts, interleaved, write_rows
 from eval.command import command_parser
 from model import TILE, aligned_linear
 
@@ -33,7 +33,7 @@ def gradient(head: Head, x: Tensor, W: Tensor, y: Tensor) -> Work:
             return F.cross_entropy(head(x, W), y)
 
     backend = "inductor" if DEVICE.type == "cuda" else "aot_eager"
-    compiled = torch.compile(loss, backend=backend)
+    compiled = torch.compile(loss, backend=backend, dynamic=False)  # or W's rows become a symbol
     return lambda: torch.autograd.grad(compiled(), (W, x))[0]
 
 
@@ -63,7 +63,7 @@ def measure(n: int, width: int, n_ids: int, *, rounds: int) -> dict:
 
 def main() -> None:
     parser = command_parser("head", __doc__, "bench")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=at_least_one, default=20)
     parser.add_argument("--tiny", action="store_true", help="a small head, three rounds")
     parser.add_argument("--out", type=Path, help="write the result as JSON here")
     arguments = parser.parse_args()

@@ -18,6 +18,7 @@ from unittest.mock import patch
 import torch
 
 import train
+from eval.command import command_parser
 from optim import capture
 
 
@@ -39,14 +40,14 @@ CHANGES: dict[str, Callable[[], AbstractContextManager]] = {
 }
 
 
-def main(argv: list[str]) -> int:
-    """train.py's exit code, or 2 for a change that there is not."""
-    if not argv or argv[0] not in CHANGES:
-        print(f"error: wants one of {', '.join(CHANGES)}, then train.py's arguments")
-        return 2
-    with CHANGES[argv[0]]():
-        return train.main(argv[1:])
+def main(argv: list[str] | None = None) -> int:
+    """train.py's exit code."""
+    parser = command_parser("precisions", __doc__, "bench")
+    parser.add_argument("change", choices=CHANGES)
+    arguments, of_train = parser.parse_known_args(argv)
+    with CHANGES[arguments.change]():
+        return train.main(of_train)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

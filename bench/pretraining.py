@@ -9,8 +9,9 @@ other, each with all variants: as shipped, with bf16 weight gradients, and with 
 fp32 (bench/precisions.py), at DoPr-Muon's rate. Kept of a run: its curves of validation loss and of
 own rollouts, and the time of its steps. --tiny is the same in seconds, on any machine.
 
-Runs that FILE holds are not repeated, and none is started that --seconds would cut short: call it
-again to go on. The tables at the end are means over fresh seeds.
+Runs that FILE holds are not repeated, and after the first none is started that would take longer
+than --seconds: call it again to go on. The table at the end has means over fresh seeds, and loss
+and step time against DoPr-Muon's, of that against Muon's, paired by seed.
 """
 
 import json
@@ -27,7 +28,8 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.timing import facts, write_rows
-from eval.command import command_parser
+from eval.command import command_parser, leave_on_signals
+from eval.intervals import paired
 from eval.training import DIVERGED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,6 +57,7 @@ TINY = SETTINGS | {
     **{"max_steps": 6, "warmup_steps": 1, "eval_every": 6, "save_every": 6, "block_diagonal": 16},
     **{"ttf_every": 6, "ttf_episodes": 2, "log_every": 1, "refresh_every": 2, "collect_every": 2},
 }
+FIXED = ("device", "settings")  # of a result that is continued
 DOPR_ONLY = ("block_diagonal", "refresh_every", "collect_every")
 
 
@@ -90,11 +93,16 @@ def sweep(rows: list[Row], variant: str) -> dict[float, float]:
 
 
 def next_rate(losses: dict[float, float]) -> float | None:
-    """The next learning rate of a sweep; None: its best is known."""
+    """The next learning rate of a sweep; None: its best is known.
+
+    Raises RuntimeError if every rate that was tried diverged.
+    """
     for lr in RATES:
         if lr not in losses:
             return lr
     best = best_rate(losses)
+    if math.isinf(losses[best]):
+        raise RuntimeError(f"every learning rate diverged: {', '.join(map(str, losses))}")
     beyond = {min(losses): best / 2, max(losses): best * 2}
     return beyond.get(best) if len(losses) < MAX_RATES else None
 
@@ -136,39 +144,55 @@ def curves(out: Path, *, has_diverged: bool) -> Row:
 
 
 def table(rows: list[Row]) -> Iterator[str]:
-    """A line a variant: means and standard deviations over the fresh seeds that are there."""
-    base = [row["step_ms"] for row in fresh(rows, "muon")]
-    for variant in VARIANTS:
+    """The sweeps; then a line a variant, over the fresh seeds that are there, paired by seed."""
+    for variant in SWEPT:
+        rates = (f"{lr:g}: {loss:.4f}" for lr, loss in sorted(sweep(rows, variant).items()))
+        yield f"{variant}, val loss by learning rate: {', '.join(rates)}"
+    for variant, (_, base) in VARIANTS.items():
         runs = fresh(rows, variant)
-        if not runs or any(run["has_diverged"] for run in runs):
+        others = fresh(rows, "muon" if variant == base else base) if variant != "muon" else {}
+        if any(run["has_diverged"] for run in runs.values()) or not runs:
             yield f"{variant:26} {'diverged' if runs else 'not run yet'}"
             continue
-        ms = statistics.mean(run["step_ms"] for run in runs)
-        figures = [mean_and_sd([run[key] for run in runs]) for key in ("loss", "survival")]
-        ratio = f"({ms / statistics.mean(base):.3f})" if base else ""
-        text = "val loss {}  survival {}".format(*figures)
-        yield f"{variant:26} lr {runs[0]['lr']:g}  {text}  {ms:.1f} ms {ratio}  {len(runs)} seeds"
+        figures = (f"{key} {mean(runs, key):.4f}" for key in ("loss", "survival", "step_ms"))
+        yield f"{variant:26} {'  '.join(figures)}  {len(runs)} seeds  {against(runs, others)}"
 
 
-def fresh(rows: list[Row], variant: str) -> list[Row]:
-    return [row for row in rows if row["variant"] == variant and row["seed"] != TUNING_SEED]
+def fresh(rows: list[Row], variant: str) -> dict[int, Row]:
+    """The runs of a variant by their seed, but for the tuning seed's."""
+    found = [row for row in rows if row["variant"] == variant and row["seed"] != TUNING_SEED]
+    return {row["seed"]: row for row in found}
 
 
-def mean_and_sd(values: list[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.4f}" if values[1:] else ""
-    return f"{statistics.mean(values):.4f}{spread}"
+def mean(runs: dict[int, Row], key: str) -> float:
+    return statistics.mean(run[key] for run in runs.values())
+
+
+def against(runs: dict[int, Row], others: dict[int, Row]) -> str:
+    """Loss minus that of others, with a 95 % interval, and the median ratio of step times."""
+    seeds = [seed for seed in runs if seed in others and not others[seed]["has_diverged"]]
+    if not seeds:
+        return ""
+    pairs = [[each[seed] for seed in seeds] for each in (runs, others)]
+    d = paired(*([row["loss"] for row in side] for side in pairs)).difference
+    ratio = statistics.median(a["step_ms"] / b["step_ms"] for a, b in zip(*pairs, strict=True))
+    name = others[seeds[0]]["variant"]
+    return f"{d.mean:+.4f} [{d.lo:+.4f}, {d.hi:+.4f}] nats, x {ratio:.3f} ms of {name}"
 
 
 def rows_of(path: Path, environment: dict[str, Any]) -> list[Row]:
     """What an earlier call measured. ValueError if on another device or with other settings."""
     if not path.exists():
         return []
-    found = json.loads(path.read_text())
-    for key in ("device", "settings"):
-        there, here = (each.get(key) for each in (found["environment"], environment))
-        if there != here:
-            raise ValueError(f"{path} has runs with {key} {there}, here it is {here}; use another")
-    return found["rows"]
+    try:
+        found = json.loads(path.read_text())
+        rows, there = found["rows"], {key: found["environment"][key] for key in FIXED}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no result of this command ({error!r}); move it away") from None
+    here = {key: environment[key] for key in FIXED}
+    if there != here:
+        raise ValueError(f"{path} has runs of {there}, here it is {here}; use another")
+    return rows
 
 
 def main() -> None:
@@ -180,24 +204,32 @@ def main() -> None:
     if not (arguments.tiny or DEVICE.type == "cuda"):
         parser.error("needs a CUDA GPU; --tiny with TRITON_INTERPRET=1 runs without one")
     settings = TINY if arguments.tiny else SETTINGS
-    started, environment = time.perf_counter(), facts(DEVICE) | {"settings": settings}
+    environment = facts(DEVICE) | {"settings": settings}
     try:
         rows = rows_of(arguments.out, environment)
-    except ValueError as error:
-        parser.error(str(error))
-    while run := next_run(rows):
-        longest = max((row["seconds"] for row in rows), default=0.0)
-        if time.perf_counter() - started + longest > arguments.seconds:
-            print("no time for more; the same command goes on")
-            break
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append(train(run, Path(folder) / "run", settings))
-        print(
-            *run, *(f"{key} {rows[-1][key]}" for key in ("loss", "survival", "step_ms")), flush=True
-        )
-        write_rows(arguments.out, environment, rows)
+        go_on(rows, environment, arguments.out, arguments.seconds)
+    except (ValueError, RuntimeError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
     print(*table(rows), sep="\n")
 
 
+def go_on(rows: list[Row], environment: dict[str, Any], out: Path, seconds: float) -> None:
+    """Do the runs that are missing, the first whatever it takes, and keep each at once."""
+    started, n_before = time.perf_counter(), len(rows)
+    versions = {key: environment[key] for key in ("git", "torch")}
+    while run := next_run(rows):
+        longest = max((row["seconds"] for row in rows), default=0.0)
+        if len(rows) > n_before and time.perf_counter() - started + longest > seconds:
+            print(f"{len(rows)} runs are done, not all: the same command goes on")
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(train(run, Path(folder) / "run", environment["settings"]) | versions)
+        figures = (f"{key} {rows[-1][key]}" for key in ("loss", "survival", "step_ms"))
+        print(*run, *figures, flush=True)
+        write_rows(out, environment, rows)
+    print("all runs are done")
+
+
 if __name__ == "__main__":
+    leave_on_signals()  # and so remove the runs
     main()

@@ -13,10 +13,18 @@ from typing import Any
 
 import torch
 
+from checkpoint import write_atomic
 from runlog import environment
 
 Work = Callable[[], Any]
 LEAST_MS = 2.0  # of one measurement: shorter work is repeated, or its launch would be measured
+
+
+def at_least_one(text: str) -> int:
+    """For argparse: a number of rounds."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def milliseconds(work: Work, device: torch.device, repeats: int = 1) -> float:
@@ -88,4 +96,4 @@ def write_rows(path: Path | None, environment: dict[str, Any], rows: list[Any]) 
     """What was measured so far, as JSON; nothing without a path."""
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"environment": environment, "rows": rows}, indent=2) + "\n")
+        write_atomic(path, json.dumps({"environment": environment, "rows": rows}, indent=2) + "\n")

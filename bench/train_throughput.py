@@ -31,9 +31,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from bench.timing import facts, write_rows
+from bench.timing import at_least_one, facts, write_rows
 from data.dataset import open_dataset
-from eval.command import command_parser
+from eval.command import command_parser, leave_on_signals
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -105,9 +105,9 @@ PRESETS = {
         shape(1, 1, 8, 8),
         batch_size=4,
         micro_batch_size=2,
-        steps=6,
+        steps=7,
         log_every=1,
-        warmup_rows=2,
+        warmup_rows=4,
         is_padded=True,
     ),
 }
@@ -183,7 +183,8 @@ def summary(
     row = {"tokens": tokens, "vocab_size": vocab_size, **chosen.shape, "step_ms": times}
     row |= {"tokens_per_s": speeds, "mfu": share}
     if "nanogpt" in speeds:
-        row["ratio"] = speeds["ours"] / speeds["nanogpt"]
+        pairs = zip(times["nanogpt"], times["ours"], strict=True)
+        row["ratio"] = statistics.median(theirs / ours for theirs, ours in pairs)
     return row
 
 
@@ -191,13 +192,17 @@ def main() -> None:
     parser = command_parser("train_throughput", __doc__, "bench")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=at_least_one, default=5)
     parser.add_argument("--steps", type=int, help="instead of the preset's")
     parser.add_argument("--out", type=Path, help="write the result as JSON here")
     arguments = parser.parse_args()
     chosen = PRESETS[arguments.preset]
-    if arguments.steps:
+    if arguments.steps is not None:
         chosen = chosen._replace(steps=arguments.steps)
+    if arguments.nanogpt and not (arguments.nanogpt / "train.py").is_file():
+        parser.error(
+            f"--nanogpt {arguments.nanogpt}: no train.py there; wants a checkout of nanoGPT"
+        )
     if chosen.steps // chosen.log_every <= chosen.warmup_rows:
         parser.error(f"--steps {chosen.steps}: leaves none after the warm-up; use more")
     if chosen.compile_in_bf16 and DEVICE.type != "cuda":
@@ -221,4 +226,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    leave_on_signals()  # and so remove the runs
     main()

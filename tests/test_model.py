@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from model import GPT, GPTConfig, Sampling, aligned_linear, eval_mode, sample_tokens
+from model import GPT, GPTConfig, Sampling, aligned_linear, eval_mode, sample_tokens, tied_head
+from tests.devices import DEVICES
 
 TINY = {"vocab_size": 61, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32}
 CACHE_ATOL = 1e-5  # fp32, logits of order 1: other summation order, nothing else
@@ -181,10 +182,21 @@ def test_forward_compiles_into_one_graph():
 def test_a_head_over_whole_tiles_has_the_same_logits_and_gradients(V):
     x, W = (torch.randn(n, 16, dtype=torch.float64, requires_grad=True) for n in (7, V))
     found, wanted = aligned_linear(x, W), torch.nn.functional.linear(x, W)
+    assert found.stride(0) == -(-V // 64) * 64  # of the wider product, of which these are columns
     torch.testing.assert_close(found, wanted)
     seed = torch.randn_like(wanted)
     grads = (torch.autograd.grad(y, (x, W), seed) for y in (found, wanted))
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_tied_head_is_wider_for_many_tokens_on_a_gpu_only(device):
+    W = torch.randn(65, 16, device=device)
+    for n, width in ((1023, 65), (1024, 128 if device == "cuda" else 65)):
+        x = torch.randn(n, 16, device=device)
+        logits = tied_head(x, W)
+        assert (logits.shape, logits.stride(0)) == ((n, 65), width)
+        torch.testing.assert_close(logits, torch.nn.functional.linear(x, W), rtol=0, atol=1e-2)
 
 
 # -- cache

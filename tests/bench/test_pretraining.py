@@ -8,8 +8,21 @@ import torch
 import optim.apply
 import train
 from bench import precisions
-from bench.pretraining import RATES, SWEPT, VARIANTS, Run, next_run, rows_of, table
+from bench.pretraining import (
+    RATES,
+    SWEPT,
+    TINY,
+    VARIANTS,
+    Run,
+    curves,
+    go_on,
+    next_run,
+    rows_of,
+    table,
+)
+from bench.pretraining import train as train_run
 from bench.timing import write_rows
+from eval.training import DIVERGED
 from tests.tiny import argv, weights
 
 
@@ -49,15 +62,125 @@ def test_a_rate_that_diverged_is_not_the_best():
     assert {run.lr for run in done if run.seed} == {5e-4}
 
 
-def test_a_table_has_means_over_fresh_seeds_and_the_ratio_of_step_times():
+def test_a_sweep_in_which_every_rate_diverged_ends_the_work():
+    with pytest.raises(RuntimeError, match=r"every learning rate diverged: 0\.001, 0\.002, 0\.004"):
+        run_all(lambda run: None)
+
+
+def test_a_table_compares_variants_with_their_bases_by_seed():
     rows = run_all(lambda run: 3.0 + (run.seed - 201) / 10 + (run.lr != 2e-3))
-    rows = [r | {"step_ms": 120.0} if "dopr" in r["variant"] else r for r in rows]
-    muon, dopr, *_ = table(rows)
-    assert muon.endswith(
-        "val loss 3.0000 ± 0.1000  survival 0.5000 ± 0.0000  100.0 ms (1.000)  3 seeds"
+    rows = [
+        r | {"step_ms": 120.0, "loss": r["loss"] - 0.01} if r["variant"] == "dopr-muon" else r
+        for r in rows
+    ]
+    swept, _, muon, dopr, changed, *_ = table(rows)
+    assert (
+        swept
+        == "muon, val loss by learning rate: 0.001: -16.1000, 0.002: -17.1000, 0.004: -16.1000"
     )
-    assert "120.0 ms (1.200)" in dopr
-    assert next(iter(table(rows[:6]))).endswith("not run yet")
+    assert muon.endswith("loss 3.0000  survival 0.5000  step_ms 100.0000  3 seeds  ")
+    assert dopr.endswith("-0.0100 [-0.0100, -0.0100] nats, x 1.200 ms of muon")
+    assert changed.endswith("+0.0100 [+0.0100, +0.0100] nats, x 0.833 ms of dopr-muon")
+    assert [*table(rows[:6])][2].endswith("not run yet")
+
+
+def test_a_table_says_what_diverged_and_compares_with_what_did_not():
+    rows = run_all(lambda run: abs(math.log(run.lr / 2e-3)))
+    is_lost = {("muon", 201), ("dopr-muon, fp32 G P", 200)}
+    rows = [
+        r | {"loss": None, "step_ms": None, "has_diverged": True}
+        if (r["variant"], r["seed"]) in is_lost
+        else r
+        for r in rows
+    ]
+    _, _, muon, dopr, *_, last = table(rows)
+    assert muon.endswith("diverged")
+    assert last.endswith("diverged")
+    assert dopr.endswith("nats, x 1.000 ms of muon")
+
+
+CURVES = """
+{"kind": "run", "step": 0}
+{"kind": "val", "step": 0, "loss": 7.0}
+{"kind": "ttf", "step": 0, "survival": 0.1}
+{"kind": "train", "step": 1, "step_ms": 900.0, "mfu": 0.1}
+{"kind": "train", "step": 2, "step_ms": 800.0, "mfu": 0.1}
+{"kind": "train", "step": 3, "step_ms": 10.0, "mfu": 0.4}
+{"kind": "train", "step": 4, "step_ms": 12.0, "mfu": 0.4}
+{"kind": "train", "step": 5, "step_ms": 11.0, "mfu": 0.5}
+{"kind": "val", "step": 5, "loss": 3.0}
+{"kind": "ttf", "step": 5, "survival": 0.6}
+"""
+
+
+def test_what_is_kept_of_a_run(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(CURVES.strip())
+    assert curves(tmp_path, has_diverged=False) == {
+        **{"has_diverged": False, "val": [[0, 7.0], [5, 3.0]], "ttf": [[0, 0.1], [5, 0.6]]},
+        **{"loss": 3.0, "survival": 0.6, "step_ms": 11.0, "mfu": 0.5},
+    }
+    lost = curves(tmp_path, has_diverged=True)
+    assert (lost["loss"], lost["survival"]) == (None, None)
+
+
+class Done:
+    def __init__(self, returncode, stderr=""):
+        self.returncode, self.stdout, self.stderr = returncode, "", stderr
+
+
+def commanded(monkeypatch, tmp_path, run, done):
+    """The command line of a run, and its row, where train.py is not really started."""
+    commands = []
+
+    def start(command, **_):
+        commands.append(command)
+        return done
+
+    (tmp_path / "metrics.jsonl").write_text(CURVES.strip())
+    monkeypatch.setattr("bench.pretraining.subprocess.run", start)
+    return train_run(run, tmp_path, TINY), commands[0]
+
+
+def test_a_variant_is_trained_by_its_config_and_change(monkeypatch, tmp_path):
+    for variant, (change, base) in VARIANTS.items():
+        row, command = commanded(monkeypatch, tmp_path, Run(variant, 0.5, 7), Done(0))
+        config = "config/gpt2_muon.py" if base == "muon" else "config/gpt2_dopr.py"
+        assert command[2:5] == ["bench.precisions", change, config]
+        assert {"--lr=0.5", "--seed=7", f"--out_dir={tmp_path}"} <= {*command}
+        assert ("--refresh_every=2" in command) == (base == "dopr-muon")
+        assert (row["variant"], row["lr"], row["seed"], row["loss"]) == (variant, 0.5, 7, 3.0)
+
+
+def test_a_run_that_diverged_has_a_row_and_one_that_failed_an_error(monkeypatch, tmp_path):
+    run = Run("muon", 0.5, 7)
+    row, _ = commanded(monkeypatch, tmp_path, run, Done(1, f"error: 20 {DIVERGED}"))
+    assert row["has_diverged"]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        commanded(monkeypatch, tmp_path, run, Done(1, "out of memory"))
+
+
+def test_the_first_run_of_a_call_is_made_whatever_it_takes(monkeypatch, tmp_path, capsys):
+    made = []
+
+    def train(run, out, settings):
+        made.append(run)
+        return row(run, 3.0) | {"seconds": 100.0}
+
+    monkeypatch.setattr("bench.pretraining.train", train)
+    rows = [row(Run("muon", 1e-3, 0), 3.0) | {"seconds": 100.0}]
+    go_on(rows, {"settings": {}, "git": "a", "torch": "b"}, tmp_path / "result.json", 1.0)
+    assert made == [Run("muon", 2e-3, 0)]
+    assert (rows[-1]["git"], rows[-1]["torch"]) == ("a", "b")
+    assert "2 runs are done, not all" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"rows": []}', '{"rows": [], "environment": 1}'])
+def test_a_damaged_result_is_named(tmp_path, text):
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(
+        ValueError, match=r"result\.json is no result of this command .*move it away"
+    ):
+        rows_of(tmp_path / "result.json", {"device": "H200", "settings": {}})
 
 
 def test_runs_on_another_device_or_with_other_settings_are_not_continued(tmp_path):
@@ -66,7 +189,7 @@ def test_runs_on_another_device_or_with_other_settings_are_not_continued(tmp_pat
     write_rows(path, here | {"git": "a"}, [{"variant": "muon"}])
     assert rows_of(path, here) == [{"variant": "muon"}]
     for changed in ({"device": "H100"}, {"settings": {"lr": 2}}):
-        with pytest.raises(ValueError, match=r"has runs with .*; use another"):
+        with pytest.raises(ValueError, match=r"has runs of .*; use another"):
             rows_of(path, here | changed)
 
 
@@ -104,5 +227,6 @@ def test_a_product_is_made_in_the_precision_that_is_wanted(precision, monkeypatc
 
 
 def test_an_unknown_change_is_refused(capsys):
-    assert precisions.main(["bf8"]) == 2
-    assert "wants one of shipped, bf16_gradients" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        precisions.main(["bf8"])
+    assert "invalid choice: 'bf8'" in capsys.readouterr().err

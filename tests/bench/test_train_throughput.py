@@ -6,14 +6,38 @@ import numpy as np
 import pytest
 
 from bench import train_throughput
-from bench.train_throughput import PRESETS, prepare
+from bench.train_throughput import PRESETS, prepare, run_nanogpt, run_ours
 
-STAND_IN = """
-import pickle, sys
-settings = dict(argument[2:].split("=") for argument in sys.argv[1:])
-meta = pickle.load(open(f"data/{settings['dataset']}/meta.pkl", "rb"))
-for i in range(int(settings["max_iters"]) + 1):
-    print(f"iter {i}: loss 1.0000, time {1e6 if i < 2 else meta['vocab_size']:.2f}ms, mfu 1.00%")
+NANOGPT = {  # what its train.py knows, of which configurator.py lets no other key or type pass
+    **{
+        "dataset": str,
+        "device": str,
+        "dtype": str,
+        "compile": bool,
+        "bias": bool,
+        "dropout": float,
+    },
+    **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "batch_size"), int),
+    **dict.fromkeys(("gradient_accumulation_steps", "max_iters", "lr_decay_iters"), int),
+    **dict.fromkeys(("warmup_iters", "log_interval", "eval_iters", "eval_interval"), int),
+}
+STAND_IN = f"""
+import ast, pickle, sys
+known = { ({key: kind.__name__ for key, kind in NANOGPT.items()})!r}
+settings = {{}}
+for argument in sys.argv[1:]:
+    key, value = argument[2:].split("=")
+    try:
+        value = ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        pass
+    assert type(value).__name__ == known[key], argument
+    settings[key] = value
+meta = pickle.load(open(f"data/{{settings['dataset']}}/meta.pkl", "rb"))
+tokens = settings["batch_size"] * settings["gradient_accumulation_steps"] * settings["block_size"]
+for i in range(settings["max_iters"] + 1):
+    ms = 1e6 if i < 4 else meta["vocab_size"] * tokens
+    print(f"iter {{i}}: loss 1.0000, time {{ms:.2f}}ms, mfu 1.00%")
 """
 
 
@@ -32,9 +56,52 @@ def test_both_sides_are_timed_without_their_warm_up(nanogpt, tmp_path, monkeypat
     monkeypatch.setattr("sys.argv", arguments)
     train_throughput.main()
     (row,) = json.loads(out.read_text())["rows"]
-    assert row["step_ms"]["nanogpt"] == [320]  # 301 ids, padded to a multiple of 64; not 1e6
-    assert row["tokens_per_s"]["nanogpt"] == 1e3 * 4 * 8 / 320
-    assert row["ratio"] == row["tokens_per_s"]["ours"] / row["tokens_per_s"]["nanogpt"] > 0
+    assert row["tokens"] == 4 * 8
+    assert row["step_ms"]["nanogpt"] == [320 * 32]  # 301 ids, padded to a multiple of 64; not 1e6
+    assert row["tokens_per_s"]["nanogpt"] == 1e3 * 32 / (320 * 32)
+    assert 0.1 < row["step_ms"]["ours"][0] < 1e4
+    assert row["ratio"] == row["step_ms"]["nanogpt"][0] / row["step_ms"]["ours"][0]
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
+def test_both_get_the_same_settings(preset, nanogpt, tmp_path, monkeypatch):
+    given = []
+
+    def start(settings, cwd):
+        given.append(settings)
+        raise InterruptedError
+
+    monkeypatch.setattr(train_throughput, "run_train_py", start)
+    (tmp_path / "nanogpt/data/corpus").mkdir(parents=True)
+    for work in ((run_ours, preset, 0), (run_nanogpt, preset, 301)):
+        with pytest.raises(InterruptedError):
+            work[0](tmp_path, *work[1:])
+    ours, theirs = given
+    assert {k: NANOGPT[k](v) for k, v in theirs.items()} == theirs
+    for key in ("n_layer", "n_head", "n_embd", "block_size", "device"):
+        assert ours[key] == theirs[key]
+    assert ours["batch_size"] == theirs["batch_size"] * theirs["gradient_accumulation_steps"]
+    assert ours["micro_batch_size"] == theirs["batch_size"]
+    assert (ours["max_steps"], ours["log_every"]) == (theirs["max_iters"], theirs["log_interval"])
+    assert (ours.get("compile") == "true") == theirs["compile"] == preset.compile_in_bf16
+
+
+def test_our_figure_is_the_median_after_the_warm_up(tmp_path, monkeypatch):
+    def start(settings, cwd):
+        settings["out_dir"].mkdir()
+        rows = [{"kind": "train", "step_ms": ms, "mfu": ms / 100} for ms in (*[900] * 4, 3, 1, 2)]
+        text = "\n".join(map(json.dumps, rows))
+        (settings["out_dir"] / "metrics.jsonl").write_text(text)
+
+    monkeypatch.setattr(train_throughput, "run_train_py", start)
+    assert run_ours(tmp_path, PRESETS["tiny"], 0) == (2, 0.02)
+
+
+def test_a_folder_that_is_no_checkout_of_nanogpt_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["", "--preset=tiny", f"--nanogpt={tmp_path}"])
+    with pytest.raises(SystemExit):
+        train_throughput.main()
+    assert f"{tmp_path}: no train.py there; wants a checkout" in capsys.readouterr().err
 
 
 def test_both_get_the_same_ids(tmp_path):
@@ -46,7 +113,7 @@ def test_both_get_the_same_ids(tmp_path):
 
 
 def test_a_run_that_is_all_warm_up_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["", "--preset=tiny", "--steps=2"])
+    monkeypatch.setattr("sys.argv", ["", "--preset=tiny", "--steps=4"])
     with pytest.raises(SystemExit):
         train_throughput.main()
-    assert "--steps 2: leaves none after the warm-up" in capsys.readouterr().err
+    assert "--steps 4: leaves none after the warm-up" in capsys.readouterr().err

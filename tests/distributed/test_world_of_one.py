@@ -1,6 +1,7 @@
 """The trainer's world in one process that goes through torch.distributed all the same.
 
-It is all that one GPU can have of NCCL.
+So much one GPU can have of NCCL: placing, DDP's and FSDP2's own messages, agreement. Σ is not
+summed and P not sent: a group of one leaves that out.
 """
 
 import pytest
@@ -20,7 +21,7 @@ NUMBERS = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "momen
 
 
 class Forced(World):
-    """A World that believes it has two processes, so that nothing is left out, and has one."""
+    """A World that believes it has two processes, so that it leaves nothing out, and has one."""
 
     def __enter__(self):
         self.size, start = 2, torch.distributed.init_process_group

@@ -1,4 +1,4 @@
-"""DDP and FSDP2 in one process, which is all that one GPU can have of NCCL."""
+"""DDP and FSDP2 in one process, on a GPU by NCCL; Σ and P need no messages there."""
 
 import numpy as np
 import pytest
