@@ -45,7 +45,7 @@ bench: setup           ## what a step costs, on this machine
 kernel-report: setup-dev  ## registers, spills, shared memory of the Triton kernels; needs no GPU
 	$(PY) -m bench.kernel_report
 
-bench-gpu: setup-dev   ## kernels and GPT-2 124M on a GPU, into bench/results; NANOGPT=checkout; an hour
+bench-gpu: setup-dev   ## kernels and GPT-2 124M on a GPU, into bench/results; NANOGPT=checkout; one to two hours
 	$(PY) -m bench.gpu $(if $(NANOGPT),--nanogpt $(NANOGPT))
 
 study: setup           ## the rollout study of LOG.md; hours of CPU, continues where it was stopped
