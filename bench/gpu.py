@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.arguments import nanogpt_checkout
 from eval.command import command_parser, leave_on_signals
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,7 +135,7 @@ def main() -> None:
     parser = command_parser("gpu", __doc__, "bench")
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--out", type=Path, help="a folder: bench/results, or if tiny out/gpu_tiny")
-    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
+    parser.add_argument("--nanogpt", type=nanogpt_checkout, help="a checkout of nanoGPT")
     parser.add_argument("--tiny", action="store_true", help="the logic alone, on any machine")
     arguments = parser.parse_args()
     unknown = set(arguments.stages) - STAGES.keys()
@@ -142,10 +143,6 @@ def main() -> None:
         parser.error(f"no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
     default = ROOT / ("out/gpu_tiny" if arguments.tiny else "bench/results")
     out = (arguments.out or default).resolve()
-    if arguments.nanogpt and not (arguments.nanogpt / "train.py").is_file():
-        parser.error(
-            f"--nanogpt {arguments.nanogpt}: no train.py there; wants a checkout of nanoGPT"
-        )
     more = {}
     if arguments.nanogpt:
         more["throughput"] = ["--nanogpt", str(arguments.nanogpt.resolve())]

@@ -14,21 +14,19 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bench.timing import compared, facts, interleaved, write_rows
-from eval.command import command_parser
+from bench.arguments import operations_parser, parse_operations
+from bench.timing import DEVICE, compared, facts, interleaved, write_rows
 from kernels import _triton_apply, _triton_gram, _triton_newton_schulz, gram, newton_schulz
 from kernels.cholesky import dense_inverse_root
 from kernels.deflation import N_DIRECTIONS, deflate, deflated_spread, restore
 from kernels.newton_schulz import full_precision, newton_iterations
 from optim.covariance import precondition
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GAMMA = 0.1
 BETA = 0.95
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -214,24 +212,15 @@ def shown(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = command_parser("kernels", __doc__, "bench")
-    parser.add_argument("operations", nargs="*", metavar="OPERATION", help=", ".join(CASES))
-    parser.add_argument("--rounds", type=int, default=50)
+    tiny = "small matrices, one round"
+    parser = operations_parser("kernels", __doc__, CASES, rounds=50, tiny=tiny)
     parser.add_argument("--seconds", type=float, default=5.0, help="of a case, about")
-    parser.add_argument("--tiny", action="store_true", help="small matrices, one round")
-    parser.add_argument("--out", type=Path, help="write the result as JSON here")
-    arguments = parser.parse_args()
-    unknown = set(arguments.operations) - CASES.keys()
-    if unknown:
-        parser.error(f"no operation {', '.join(unknown)}; there are {', '.join(CASES)}")
-    if not (arguments.tiny or DEVICE.type == "cuda"):
-        parser.error("needs a CUDA GPU; --tiny with TRITON_INTERPRET=1 runs without one")
-    rounds = 1 if arguments.tiny else arguments.rounds
+    arguments = parse_operations(parser, CASES, has_gpu=DEVICE.type == "cuda")
     environment, rows, inexact = facts(DEVICE), [], []
-    for operation in arguments.operations or CASES:
+    for operation in arguments.operations:
         for sizes in (TINY if arguments.tiny else SIZES)[operation]:
             for case in CASES[operation](*sizes):
-                rows.append(measure(case, rounds=rounds, seconds=arguments.seconds))
+                rows.append(measure(case, rounds=arguments.rounds, seconds=arguments.seconds))
                 inexact += [] if is_exact(operation, rows[-1]) else [case.name]
                 print(shown(rows[-1]), flush=True)
                 write_rows(arguments.out, environment, rows)

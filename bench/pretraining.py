@@ -25,15 +25,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from bench.timing import facts, write_rows
+from bench.arguments import require_gpu
+from bench.timing import DEVICE, facts, write_rows
 from eval.command import command_parser, leave_on_signals
 from eval.intervals import paired
+from eval.study import best_rate, further_rate
 from eval.training import DIVERGED
 
 ROOT = Path(__file__).resolve().parent.parent
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TUNING_SEED, FRESH_SEEDS = 0, (200, 201, 202)
 RATES = (1e-3, 2e-3, 4e-3)  # of a sweep, which goes on by factors of 2 while its edge is best
 MAX_RATES = 8
@@ -103,12 +102,7 @@ def next_rate(losses: dict[float, float]) -> float | None:
     best = best_rate(losses)
     if math.isinf(losses[best]):
         raise RuntimeError(f"every learning rate diverged: {', '.join(map(str, losses))}")
-    beyond = {min(losses): best / 2, max(losses): best * 2}
-    return beyond.get(best) if len(losses) < MAX_RATES else None
-
-
-def best_rate(losses: dict[float, float]) -> float:
-    return min(losses, key=lambda lr: losses[lr])
+    return further_rate(losses) if len(losses) < MAX_RATES else None
 
 
 def train(run: Run, out: Path, settings: dict[str, Any]) -> Row:
@@ -201,8 +195,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a tiny model, on any machine")
     parser.add_argument("--out", type=Path, required=True, help="the result, as JSON")
     arguments = parser.parse_args()
-    if not (arguments.tiny or DEVICE.type == "cuda"):
-        parser.error("needs a CUDA GPU; --tiny with TRITON_INTERPRET=1 runs without one")
+    require_gpu(parser, arguments.tiny or DEVICE.type == "cuda")
     settings = TINY if arguments.tiny else SETTINGS
     environment = facts(DEVICE) | {"settings": settings}
     try:

@@ -14,15 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.timing import compared, facts, milliseconds, write_rows
+from bench.timing import DEVICE, compared, facts, milliseconds, write_rows
 from eval.command import command_parser
 from kernels.choice import KERNELS, Kernel
 from model import GPT, GPTConfig
 from optim import ActivationPreconditioner
 from optim.build import OPTIMIZERS, build_optimizers
 from optim.statistics import INVERSES
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Preset(NamedTuple):

@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from bench.kernels import DEVICE, activations, randn
-from bench.timing import at_least_one, compared, facts, interleaved, write_rows
-from eval.command import command_parser
+from bench.arguments import operations_parser, parse_operations
+from bench.kernels import activations, randn
+from bench.timing import DEVICE, compared, facts, interleaved, write_rows
 from kernels import _triton_apply, _triton_gram, _triton_symmetric
 from kernels._triton_tiles import Config, Precision
 
@@ -126,21 +125,13 @@ def cases(operations: list[str], sizes: dict[str, list[Any]]) -> Iterator[Case]:
 
 
 def main() -> None:
-    parser = command_parser("tiles", __doc__, "bench")
-    parser.add_argument("operations", nargs="*", metavar="OPERATION", help=", ".join(CASES))
-    parser.add_argument("--rounds", type=at_least_one, default=10)
-    parser.add_argument("--tiny", action="store_true", help="small matrices, two configurations")
-    parser.add_argument("--out", type=Path, help="write the result as JSON here")
-    arguments = parser.parse_args()
-    unknown = set(arguments.operations) - CASES.keys()
-    if unknown:
-        parser.error(f"no operation {', '.join(unknown)}; there are {', '.join(CASES)}")
-    if not (arguments.tiny or DEVICE.type == "cuda"):
-        parser.error("needs a CUDA GPU; --tiny with TRITON_INTERPRET=1 runs without one")
+    tiny = "small matrices, two configurations"
+    parser = operations_parser("tiles", __doc__, CASES, rounds=10, tiny=tiny)
+    arguments = parse_operations(parser, CASES, has_gpu=DEVICE.type == "cuda")
     sizes, candidates = (TINY, TINY_CANDIDATES) if arguments.tiny else (SIZES, CANDIDATES)
-    rounds, environment, rows = 1 if arguments.tiny else arguments.rounds, facts(DEVICE), []
-    for case in cases(arguments.operations or list(CASES), sizes):
-        rows.append(measure(case, candidates, rounds=rounds))
+    environment, rows = facts(DEVICE), []
+    for case in cases(arguments.operations, sizes):
+        rows.append(measure(case, candidates, rounds=arguments.rounds))
         ms, ratio = (rows[-1][key][rows[-1]["best"]] for key in ("ms", "ratio"))
         print(f"{case.name}  best {rows[-1]['best']}: {ms:.3f} ms ({ratio:.2f})", flush=True)
         write_rows(arguments.out, environment, rows)

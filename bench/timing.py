@@ -17,14 +17,8 @@ from checkpoint import write_atomic
 from runlog import environment
 
 Work = Callable[[], Any]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LEAST_MS = 2.0  # of one measurement: shorter work is repeated, or its launch would be measured
-
-
-def at_least_one(text: str) -> int:
-    """For argparse: a number of rounds."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
 
 
 def milliseconds(work: Work, device: torch.device, repeats: int = 1) -> float:

@@ -29,14 +29,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
-from bench.timing import at_least_one, facts, write_rows
+from bench.arguments import at_least_one, nanogpt_checkout
+from bench.timing import DEVICE, compared, facts, write_rows
 from data.dataset import open_dataset
 from eval.command import command_parser, leave_on_signals
 
 ROOT = Path(__file__).resolve().parent.parent
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def library_text() -> str:
@@ -179,18 +178,18 @@ def summary(
 ) -> dict[str, Any]:
     """Tokens per second of each side, ours over nanoGPT's, and our share of the device's peak."""
     tokens = chosen.batch_size * chosen.shape["block_size"]
-    speeds = {side: 1e3 * tokens / statistics.median(ms) for side, ms in times.items()}
+    result = compared(times)
+    speeds = {side: 1e3 * tokens / ms for side, ms in result["ms"].items()}
     row = {"tokens": tokens, "vocab_size": vocab_size, **chosen.shape, "step_ms": times}
     row |= {"tokens_per_s": speeds, "mfu": share}
     if "nanogpt" in speeds:
-        pairs = zip(times["nanogpt"], times["ours"], strict=True)
-        row["ratio"] = statistics.median(theirs / ours for theirs, ours in pairs)
+        row["ratio"] = result["ratio"]["nanogpt"]  # of their time over ours
     return row
 
 
 def main() -> None:
     parser = command_parser("train_throughput", __doc__, "bench")
-    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
+    parser.add_argument("--nanogpt", type=nanogpt_checkout, help="a checkout of nanoGPT")
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--rounds", type=at_least_one, default=5)
     parser.add_argument("--steps", type=int, help="instead of the preset's")
@@ -199,10 +198,6 @@ def main() -> None:
     chosen = PRESETS[arguments.preset]
     if arguments.steps is not None:
         chosen = chosen._replace(steps=arguments.steps)
-    if arguments.nanogpt and not (arguments.nanogpt / "train.py").is_file():
-        parser.error(
-            f"--nanogpt {arguments.nanogpt}: no train.py there; wants a checkout of nanoGPT"
-        )
     if chosen.steps // chosen.log_every <= chosen.warmup_rows:
         parser.error(f"--steps {chosen.steps}: leaves none after the warm-up; use more")
     if chosen.compile_in_bf16 and DEVICE.type != "cuda":

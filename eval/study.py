@@ -170,6 +170,21 @@ def first_rates(optimizer: str) -> tuple[float, ...]:
     return GRIDS.get(optimizer, DEFAULT_GRID)
 
 
+def best_rate(losses: dict[float, float]) -> float:
+    return min(losses, key=losses.__getitem__)
+
+
+def further_rate(losses: dict[float, float]) -> float | None:
+    """What a sweep tries next: beyond the best rate where that is at the edge of those tried, lower
+    where all diverged (infinite losses); None: the best is known.
+    """
+    best, low, high = best_rate(losses), min(losses), max(losses)
+    diverges = math.isinf(losses[best])  # everywhere
+    if low < best < high and not diverges:
+        return None
+    return low / 2 if best == low or diverges else high * 2
+
+
 def sweep(study: Study, variant: Variant, run: Callable[[list[Point]], list[Record]]) -> float:
     """The rate of the lowest validation loss on the tuning seeds, with higher and lower ones tried.
 
@@ -184,11 +199,10 @@ def sweep(study: Study, variant: Variant, run: Callable[[list[Point]], list[Reco
             records = run([study.point(variant, "tuning", lr, seed) for seed in seeds])
             mean = statistics.mean(map(val_loss, records))  # NaN if one of them diverged
             losses[lr] = math.inf if math.isnan(mean) else mean
-        best, low, high = min(losses, key=losses.__getitem__), min(losses), max(losses)
-        diverges = math.isinf(losses[best])  # everywhere
-        if low < best < high and not diverges:
-            return best
-        rates = [low / 2] if best == low or diverges else [high * 2]
+        further = further_rate(losses)
+        if further is None:
+            return best_rate(losses)
+        rates = [further]
     raise SweepError(f"{variant.name}: no best learning rate inside {sorted(losses)}")
 
 
