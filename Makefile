@@ -24,8 +24,8 @@ demo: setup            ## train three models, grade their rollouts, write a page
 	OMP_NUM_THREADS=1 $(PY) train.py config/ttf.py --lr=8e-3 --dopr=true --out_dir=out/demo/dopr_adamw
 	OMP_WAIT_POLICY=passive $(PY) train.py config/demo.py
 	$(PY) -m eval.sample out/demo/text --prompt "def " --num_samples 2 --temperature 0.8
-	$(PY) -m eval.ttf out/demo/adamw out/demo/dopr_adamw out/demo/text
-	$(PY) -m eval.report out/demo/adamw out/demo/dopr_adamw out/demo/text --out out/demo
+	$(PY) -m eval.rollout.ttf out/demo/adamw out/demo/dopr_adamw out/demo/text
+	$(PY) -m studies.report out/demo/adamw out/demo/dopr_adamw out/demo/text --out out/demo
 
 check: setup-dev       ## lint, format, types
 	$(VENV)/bin/ruff check .
@@ -49,10 +49,10 @@ bench-gpu: setup-dev   ## kernels and GPT-2 124M on a GPU, into bench/results; N
 	$(PY) -m bench.gpu $(if $(NANOGPT),--nanogpt $(NANOGPT))
 
 study: setup           ## the rollout study of LOG.md; hours of CPU, continues where it was stopped
-	$(PY) -m bench.rollout_study
+	$(PY) -m studies.rollout.all_stages
 
 width-study: setup     ## muP's coordinate checks and sweeps of LOG.md; two hours of a core, continues, too
-	$(PY) -m bench.width_study
+	$(PY) -m studies.mup.all_stages
 
 clean:
 	rm -rf out data/*/prepared

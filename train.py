@@ -21,35 +21,42 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from aftermath import ProcessLost
-from checkpoint import (
+from data.dataset import DataError, Dataset
+from data.loader import Batch, ValBatches, train_batches, val_batches
+from eval.hf import load_hf
+from eval.loss import evaluate
+from eval.mup_export import unfolded_weights
+from eval.rollout.tasks import Task, open_data, task_of
+from eval.rollout.ttf import check_fits, grade_model
+from model import GPT, GPTConfig
+from optim import ActivationPreconditioner
+from optim.build import MATRIX_OPTIMIZERS, build_optimizers, describe_groups
+from optim.dopr.layer import settings_problems
+from optim.kernels.dispatch import describe_backend, triton_problem
+from optim.mup import forward_mults
+from optim.schedule import lr_scale
+from trainer.checkpoint.read import (
     CheckpointError,
     candidates,
     load_into,
     write_atomic,
 )
-from configurator import describe, describe_changes, load_config, to_json
-from data.dataset import DataError, Dataset
-from data.loader import Batch, ValBatches, train_batches, val_batches
-from dist import World, world_problems
-from eval.fold import unfolded_weights
-from eval.hf import load_hf
-from eval.loss import evaluate
-from eval.tasks import Task, open_data, task_of
-from eval.ttf import check_fits, grade_model
-from kernels.choice import describe_kernel, triton_problem
-from model import GPT, GPTConfig
-from mup import forward_mults
-from optim import ActivationPreconditioner
-from optim.build import MATRIX_OPTIMIZERS, build_optimizers, describe_groups
-from optim.schedule import lr_scale
-from optim.statistics import settings_problems
-from placement import full
-from resuming import check_agreement, check_same_function, find_checkpoint, fingerprint
-from runlog import RunLog, environment, mfu
-from settings import Config, ConfigError
-from state import TrainState
-from stopping import StopRequest
+from trainer.checkpoint.resume import (
+    check_agreement,
+    check_same_function,
+    find_checkpoint,
+    fingerprint,
+)
+from trainer.checkpoint.state import TrainState
+from trainer.config import describe, describe_changes, load_config, to_json
+from trainer.failures import ProcessLost
+from trainer.metrics import MetricsLog, environment, mfu
+from trainer.parallel import Parallel, parallel_problems
+from trainer.settings import ConfigError, TrainConfig
+from trainer.sharding import full
+from trainer.signals import StopRequest
+
+EXIT_DIVERGED = 3  # the exit code of a run that ended with TrainingDiverged
 
 
 class TrainingDiverged(RuntimeError):
@@ -59,15 +66,15 @@ class TrainingDiverged(RuntimeError):
 USER_ERRORS = (ConfigError, DataError, CheckpointError, TrainingDiverged, ProcessLost, OSError)
 
 
-def train(config: Config, world: World, stop: StopRequest) -> int:
+def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
     """One run, from settings to the last checkpoint; returns the exit code."""
-    device, mine = world.device, {"rank": world.rank, "world": world.size}
+    device, mine = parallel.device, {"rank": parallel.rank, "world_size": parallel.size}
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
     out_dir = Path(config.out_dir)
 
     # -- data
-    dataset = world.main_first(lambda: open_data(config.dataset))
-    check_agreement(config, dataset, world)
+    dataset = parallel.main_process_first(lambda: open_data(config.dataset))
+    check_agreement(config, dataset, parallel)
     tokenizer_json = (dataset.dir / "tokenizer.json").read_bytes()
     task = task_of(config.dataset) if config.ttf_every else None
     if task:
@@ -81,25 +88,27 @@ def train(config: Config, world: World, stop: StopRequest) -> int:
     )
 
     # -- model, with the same initial weights in every process
-    resumed = find_checkpoint(config, dataset, world)
+    resumed = find_checkpoint(config, dataset, parallel)
     torch.manual_seed(config.seed)
     model, ema = build_model(config, dataset, is_new=resumed is None), None
     if config.ema_decay:
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-        world.place(ema.module)
-    world.place(model)
+        parallel.place(ema.module)
+    parallel.place(model)
 
     # -- optimizers, and DoPr in front of them
-    optimizers = build_optimizers(model, **optimizer_settings(config), process_group=world.group())
+    optimizers = build_optimizers(
+        model, **optimizer_settings(config), process_group=parallel.group()
+    )
     print(describe_groups(optimizers))
     if config.dopr or config.optimizer in MATRIX_OPTIMIZERS:
-        print(describe_kernel(config.kernel, device))
+        print(describe_backend(config.backend, device))
     preconditioner = None
     if config.dopr:
         preconditioner = build_preconditioner(config, model)
-        preconditioner.attach(*optimizers, process_group=world.group())
+        preconditioner.attach(*optimizers, process_group=parallel.group())
         print(preconditioner.summary())
-    forward = world.wrap(model, is_compiled=config.compile)
+    forward = parallel.wrap(model, is_compiled=config.compile)
 
     # -- resume: from here on, `state` is all that changes
     state = TrainState(model, optimizers, preconditioner, ema)
@@ -121,11 +130,11 @@ def train(config: Config, world: World, stop: StopRequest) -> int:
     )
 
     # -- records
-    log = RunLog(out_dir, state.step, config.max_steps, is_writer=world.is_main)
-    if world.is_main:
+    log = MetricsLog(out_dir, state.step, config.max_steps, is_writer=parallel.is_main)
+    if parallel.is_main:
         write_atomic(out_dir / "config.json", to_json(config))
         log.start_wandb(out_dir, config.wandb, config.wandb_project, asdict(config))
-    facts = environment(device, world.size)
+    facts = environment(device, parallel.size)
     log.write("run", state.step, event="start", **facts, config=asdict(config))
     manifest = {"config": asdict(config), "model": asdict(model.config), **facts}
     manifest["tokenizer_sha256"] = dataset.tokenizer.sha256
@@ -136,7 +145,7 @@ def train(config: Config, world: World, stop: StopRequest) -> int:
         try:
             state.save(
                 out_dir / "checkpoints",
-                world,
+                parallel,
                 manifest=manifest,
                 tokenizer=tokenizer_json,
                 keep=config.keep_checkpoints,
@@ -147,7 +156,7 @@ def train(config: Config, world: World, stop: StopRequest) -> int:
                 raise
             log.say(f"WARNING: {error}; training goes on, the checkpoint before it is kept")
 
-    accumulation = config.batch_size // (config.micro_batch_size * world.size)
+    accumulation = config.batch_size // (config.micro_batch_size * parallel.size)
     tokens_per_step = config.batch_size * config.block_size
     busy_s, busy_steps = 0.0, 0  # since the last logged step, without validation and saving
 
@@ -157,10 +166,10 @@ def train(config: Config, world: World, stop: StopRequest) -> int:
             stop.poll()
             try:
                 if not stop and (is_last or state.step % config.eval_every == 0):
-                    results = validate(state, validation, dataset, world, autocast, stop)
+                    results = validate(state, validation, dataset, parallel, autocast, stop)
                     log.val(state.step, results)
                 if task and not stop and state.step % config.ttf_every == 0:
-                    metrics = grade_rollouts(state, task, world, n=config.ttf_episodes)
+                    metrics = grade_rollouts(state, task, parallel, n=config.ttf_episodes)
                     log.ttf(state.step, task.primary, metrics)
                 is_due = state.step % config.save_every == 0 and not state.skipped_in_row
                 if stop or is_last or is_due:
@@ -168,23 +177,23 @@ def train(config: Config, world: World, stop: StopRequest) -> int:
                 if stop or is_last:
                     break
                 started = time.perf_counter()
-                micro_batches = world.together(lambda: next_step(batches), DataError)
+                micro_batches = parallel.raise_on_all_ranks(lambda: next_step(batches), DataError)
             except DataError:  # a shard vanished, say: nothing that was trained is lost
                 save()
                 raise
 
             # ---------------------------------------------------------------- one optimizer step
-            torch.manual_seed(dropout_seed(config.seed, state.step, world.rank))
+            torch.manual_seed(dropout_seed(config.seed, state.step, parallel.rank))
             loss = torch.zeros((), device=device)
             for i, (x, y) in enumerate(micro_batches, start=1):  # (micro_batch_size, block_size)
-                world.sync_gradients(forward, is_last=i == accumulation)
+                parallel.sync_gradients(forward, is_last=i == accumulation)
                 with autocast:
-                    x, y = world.to_device(x), world.to_device(y)
+                    x, y = parallel.to_device(x), parallel.to_device(y)
                     _, micro_loss = forward(x, y, return_logits=False)
                     micro_loss = micro_loss / accumulation
                 micro_loss.backward()
                 loss += micro_loss.detach()
-            loss = world.mean(loss)
+            loss = parallel.mean(loss)
             parameters = [p for p in model.parameters() if p.grad is not None]
             grad_norm = full(get_total_norm([p.grad for p in parameters]))
             if config.grad_clip:
@@ -235,7 +244,7 @@ def dropout_seed(seed: int, step: int, rank: int) -> int:
     return (seed * 1_000_003 + step + rank * 2_654_435_761) % 2**32
 
 
-def pick_device(config: Config) -> torch.device:
+def pick_device(config: TrainConfig) -> torch.device:
     """The device of the run, with torch's determinism switch set."""
     torch.use_deterministic_algorithms(config.deterministic)
     if config.deterministic:
@@ -243,10 +252,10 @@ def pick_device(config: Config) -> torch.device:
     return device_of(config.device)
 
 
-def make_world(config: Config) -> World:
-    return World(
+def make_parallel(config: TrainConfig) -> Parallel:
+    return Parallel(
         pick_device(config),
-        parallel=config.parallel,
+        mode=config.parallel,
         shard_size=config.shard_size,
         timeout_s=config.timeout_s,
     )
@@ -259,7 +268,7 @@ def device_of(setting: str) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def build_model(config: Config, dataset: Dataset, *, is_new: bool) -> GPT:
+def build_model(config: TrainConfig, dataset: Dataset, *, is_new: bool) -> GPT:
     """The GPT that the settings describe, from random weights or a Hugging Face folder."""
     keys = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "tie_weights")
     shape = {key: getattr(config, key) for key in keys}
@@ -274,10 +283,10 @@ def build_model(config: Config, dataset: Dataset, *, is_new: bool) -> GPT:
     return model
 
 
-def build_preconditioner(config: Config, model: GPT) -> ActivationPreconditioner:
+def build_preconditioner(config: TrainConfig, model: GPT) -> ActivationPreconditioner:
     """DoPr as the settings describe it; an untied output head is left out unless they say more."""
     keys = ("gamma", "sigma_beta", "refresh_every", "collect_every", "token_stride", "exponent")
-    keys += ("inverse", "trace_normalized", "block_diagonal", "embeddings", "kernel")
+    keys += ("inverse", "trace_normalized", "block_diagonal", "embeddings", "backend")
     numbers = {key: getattr(config, key) for key in keys}
     head = None if config.tie_weights else ["lm_head"]
     include = config.include.split(",") if config.include else None
@@ -288,14 +297,14 @@ def build_preconditioner(config: Config, model: GPT) -> ActivationPreconditioner
         raise ConfigError(str(error)) from error
 
 
-def optimizer_settings(config: Config) -> dict[str, Any]:
+def optimizer_settings(config: TrainConfig) -> dict[str, Any]:
     keys = ("optimizer", "lr", "aux_lr", "weight_decay", "beta1", "beta2", "eps", "momentum")
-    keys += ("nesterov", "muon_scale", "coefficients", "ns_steps", "ns_dtype", "kernel")
+    keys += ("nesterov", "adjust_lr", "ns_coefficients", "ns_steps", "ns_dtype", "backend")
     keys += ("width_mult", "wd_scaling", "dopr")
     return {key: getattr(config, key) for key in keys}
 
 
-def schedule_settings(config: Config) -> dict[str, Any]:
+def schedule_settings(config: TrainConfig) -> dict[str, Any]:
     keys = ("schedule", "warmup_steps", "max_steps", "min_lr_ratio")
     return {key: getattr(config, key) for key in keys}
 
@@ -312,7 +321,7 @@ def validate(
     state: TrainState,
     batches: ValBatches,
     dataset: Dataset,
-    world: World,
+    parallel: Parallel,
     autocast: torch.autocast,
     stop: StopRequest,
 ) -> dict[str, Any] | None:
@@ -322,31 +331,33 @@ def validate(
     for prefix, model in state.evaluated().items():
         result = evaluate(
             model,
-            (world.together(each, DataError) for each in read),
+            (parallel.raise_on_all_ranks(each, DataError) for each in read),
             dataset.tokenizer.token_bytes(),
-            device=world.device,
+            device=parallel.device,
             autocast=autocast,
             should_stop=stop.poll,
-            total=world.sum,
+            total=parallel.sum,
         )
-        world.reshard(model)
+        parallel.reshard(model)
         if result is None:
             return None
         row |= {prefix + key: value for key, value in asdict(result).items()}
     return row
 
 
-def grade_rollouts(state: TrainState, task: Task, world: World, *, n: int) -> dict[str, float]:
+def grade_rollouts(
+    state: TrainState, task: Task, parallel: Parallel, *, n: int
+) -> dict[str, float]:
     """Metrics of n own rollouts of the weights, and of their average."""
     row: dict[str, float] = {}
     for prefix, model in state.evaluated().items():
-        whole = world.whole(model, lambda model=model: GPT(model.config))
-        grade = grade_model(task, whole, n=n, seed=0, world=world)
+        whole = parallel.whole(model, lambda model=model: GPT(model.config))
+        grade = grade_model(task, whole, n=n, seed=0, parallel=parallel)
         row |= {prefix + name: value for name, value in grade.means().items()}
     return row
 
 
-def give_up_if_diverged(state: TrainState, config: Config) -> None:
+def give_up_if_diverged(state: TrainState, config: TrainConfig) -> None:
     if state.skipped_in_row >= config.max_skipped:
         last_good = [*candidates(Path(config.out_dir) / "checkpoints"), "none"][0]
         raise TrainingDiverged(
@@ -366,9 +377,9 @@ def machine_problems(settings: dict[str, Any]) -> list[str]:
             f"{here} processes on this machine, but torch finds {n_cuda} CUDA devices: start as "
             "many processes as there are devices"
         )
-    if settings["kernel"] == "triton":
+    if settings["backend"] == "triton":
         problems += filter(None, [triton_problem(device_of(settings["device"]))])
-    return problems + world_problems(settings)
+    return problems + parallel_problems(settings)
 
 
 def own_out_dir(out_dir: Path) -> filelock.FileLock:
@@ -384,21 +395,30 @@ def own_out_dir(out_dir: Path) -> filelock.FileLock:
     return lock
 
 
+def run(argv: list[str]) -> int:
+    """`python train.py argv...` as a function. Returns the exit code.
+
+    Raises one of USER_ERRORS: the settings, the data or a checkpoint cannot be used, the run
+    diverged (TrainingDiverged), or another process failed.
+    """
+    config, origins = load_config(argv, machine_problems)
+    with ExitStack() as stack:
+        parallel = stack.enter_context(make_parallel(config))
+        print(describe(config, origins))
+        if parallel.is_main:
+            stack.enter_context(own_out_dir(Path(config.out_dir)))
+        flag = parallel.all_reduce_flag if parallel.size > 1 else None
+        return train(config, parallel, stack.enter_context(StopRequest(flag)))
+
+
 def main(argv: list[str]) -> int:
-    """Returns the exit code. A mistake of the user's is one message, not a traceback."""
+    """As `run`, but one of USER_ERRORS is one message and an exit code, not a traceback."""
     try:
-        config, origins = load_config(argv, machine_problems)
-        with ExitStack() as stack:
-            world = stack.enter_context(make_world(config))
-            print(describe(config, origins))
-            if world.is_main:
-                stack.enter_context(own_out_dir(Path(config.out_dir)))
-            agree = world.agree if world.size > 1 else None
-            return train(config, world, stack.enter_context(StopRequest(agree)))
+        return run(argv)
     except USER_ERRORS as error:
         rank = os.environ.get("RANK")
         print(f"error{(rank and f' on rank {rank}') or ''}: {error}", file=sys.stderr)
-        return 1
+        return EXIT_DIVERGED if isinstance(error, TrainingDiverged) else 1
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def operations_parser(
     name: str, about: str | None, operations: Collection[str], *, rounds: int, tiny: str
 ) -> argparse.ArgumentParser:
     """The parser of a bench of the kernels' operations; see `parse_operations`."""
-    parser = command_parser(name, about, "bench")
+    parser = command_parser(name, about)
     parser.add_argument("operations", nargs="*", metavar="OPERATION", help=", ".join(operations))
     parser.add_argument("--rounds", type=at_least_one, default=rounds)
     parser.add_argument("--tiny", action="store_true", help=tiny)

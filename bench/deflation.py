@@ -24,13 +24,19 @@ from bench.timing import facts, write_rows
 from data.dataset import open_dataset
 from data.loader import train_batches
 from eval.command import command_parser
-from kernels.cholesky import WANTED_ERROR
-from kernels.deflation import NARROWEST, deflate, deflated_spread, first_directions, restore
-from kernels.gram import mirror_
-from kernels.newton_schulz import newton_error, newton_iterations, scaled_step, upper_bound
 from model import GPT, GPTConfig
 from optim import ActivationPreconditioner
 from optim.build import build_optimizers
+from optim.kernels.cholesky import WANTED_ERROR
+from optim.kernels.deflation import (
+    NARROWEST,
+    deflate,
+    deflated_condition_bound,
+    first_deflation_basis,
+    restore,
+)
+from optim.kernels.gram import mirror_
+from optim.kernels.newton_schulz import newton_error, newton_iterations, scaled_step, upper_bound
 
 GAMMAS = (0.1, 0.05, 0.01)
 
@@ -91,10 +97,16 @@ def measured(sigma: Tensor, G: Tensor, gamma: float, U: Tensor) -> dict[str, flo
     exact = torch.linalg.solve(A64, G.double().mT).mT
     deflated = deflate(sigma[None], damping[None], U[None])
     U.copy_(deflated.U[0])
-    both = {"plain": (A, d / gamma), "deflated": (deflated.A[0], deflated_spread(d / gamma))}
+    both = {
+        "plain": (A, d / gamma),
+        "deflated": (deflated.A[0], deflated_condition_bound(d / gamma)),
+    }
     numbers = {}
-    for kind, (A, spread) in both.items():
-        iterations, condition = newton_iterations(spread + d**0.5, 1), upper_bound(A) / damping
+    for kind, (A, condition_bound) in both.items():
+        iterations, condition = (
+            newton_iterations(condition_bound + d**0.5, 1),
+            upper_bound(A) / damping,
+        )
         is_missed = newton_error(condition, 1, iterations) > WANTED_ERROR
         numbers |= {f"{kind} condition": condition.item(), f"{kind} iterations": iterations}
         numbers[f"{kind} missed"] = is_missed.item()
@@ -107,16 +119,16 @@ def measured(sigma: Tensor, G: Tensor, gamma: float, U: Tensor) -> dict[str, flo
 
 
 def main() -> None:
-    parser = command_parser("deflation", __doc__, "bench")
+    parser = command_parser("bench.deflation", __doc__)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=41)
     parser.add_argument("--out", type=Path, help="write the result as JSON here")
     arguments = parser.parse_args()
-    found, directions = defaultdict(list), {}
+    found, deflation_basis = defaultdict(list), {}
     for name, sigma, G in statistics(arguments.width, arguments.layers, arguments.steps):
         for gamma in GAMMAS:
-            U = directions.setdefault((name, gamma), first_directions(sigma, 1))
+            U = deflation_basis.setdefault((name, gamma), first_deflation_basis(sigma, 1))
             found[gamma, len(sigma)].append(measured(sigma, G, gamma, U))
     rows: list[dict[str, Any]] = []
     for (gamma, d), numbers in sorted(found.items(), reverse=True):

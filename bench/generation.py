@@ -24,7 +24,7 @@ from data.tokenizer import byte_tokenizer
 from eval.command import command_parser
 from eval.hf import export_hf
 from model import GPT, GPTConfig
-from runlog import environment
+from trainer.metrics import environment
 
 SIZES: dict[str, dict[str, Any]] = {
     "demo": {"vocab_size": 8192, "block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 128},
@@ -87,7 +87,7 @@ def measure(
 
 
 def main() -> None:
-    parser = command_parser("generation", __doc__, "bench")
+    parser = command_parser("bench.generation", __doc__)
     parser.add_argument("--sizes", choices=SIZES, nargs="+", default=list(SIZES))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--rounds", type=int, default=9, help="a third of them at size gpt2")

@@ -35,7 +35,7 @@ LIMIT_S = 590
 GRACE_S = 10
 
 
-class Stage(NamedTuple):
+class GpuStage(NamedTuple):
     """A module to run, its arguments at full size and tiny, and whether it writes a result."""
 
     module: str
@@ -46,10 +46,10 @@ class Stage(NamedTuple):
     continues: bool = False  # from the result of an earlier call
 
 
-def step(*arguments: str) -> Stage:
+def step(*arguments: str) -> GpuStage:
     module = "bench.step_overhead"
     full, tiny = ["--preset", "gpt2", "--rounds", "3"], ["--preset", "tiny", "--rounds", "1"]
-    return Stage(module, [*full, *arguments], [*tiny, *arguments])
+    return GpuStage(module, [*full, *arguments], [*tiny, *arguments])
 
 
 def test_files() -> list[str]:
@@ -62,29 +62,29 @@ PYTEST = ["-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
 SUITE = ["-q", "-n", "8", "--dist", "loadgroup", "-m", "not slow", str(ROOT / "tests")]
 NEWTON_SCHULZ = ["--inverse", "newton_schulz"]
 STAGES = {
-    "tests": Stage(
+    "tests": GpuStage(
         *("pytest", [*PYTEST, *test_files()]),
         [*PYTEST, str(ROOT / "tests/kernels/test_triton_gram.py"), "-k", "integer_valued"],
         has_result=False,
     ),
-    "report": Stage(
+    "report": GpuStage(
         *("bench.kernel_report", [], ["--archs", "90", "--kernels", "reduce"]),
         has_result=False,
         is_compiled=True,
     ),
-    "kernels": Stage("bench.kernels", [], ["--tiny"]),
-    "tiles": Stage("bench.tiles", [], ["--tiny"]),
-    "head": Stage("bench.head", [], ["--tiny"]),
+    "kernels": GpuStage("bench.kernels", [], ["--tiny"]),
+    "tiles": GpuStage("bench.tiles", [], ["--tiny"]),
+    "head": GpuStage("bench.head", [], ["--tiny"]),
     "step_adamw": step("--optimizers", "adamw", *NEWTON_SCHULZ),
     "step_muon": step("--optimizers", "muon", *NEWTON_SCHULZ),
-    "step_muon_torch": step("--optimizers", "muon", "--kernel", "torch"),
-    "throughput": Stage(
+    "step_muon_torch": step("--optimizers", "muon", "--backend", "torch"),
+    "throughput": GpuStage(
         *("bench.train_throughput", ["--preset", "gpt2", "--rounds", "2"]),
         ["--preset", "tiny", "--rounds", "1"],
     ),
-    "pretraining": Stage("bench.pretraining", [], ["--tiny", "--seconds", "1"], continues=True),
-    "suite": Stage(
-        *("pytest", SUITE, [*PYTEST, str(ROOT / "tests/test_stopping.py")]),
+    "pretraining": GpuStage("bench.pretraining", [], ["--tiny", "--seconds", "1"], continues=True),
+    "suite": GpuStage(
+        *("pytest", SUITE, [*PYTEST, str(ROOT / "tests/trainer/test_signals.py")]),
         has_result=False,
         is_compiled=True,
     ),
@@ -132,7 +132,7 @@ def exit_code(command: list[str], environment: dict[str, str]) -> int | None:
 
 
 def main() -> None:
-    parser = command_parser("gpu", __doc__, "bench")
+    parser = command_parser("bench.gpu", __doc__)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--out", type=Path, help="a folder: bench/results, or if tiny out/gpu_tiny")
     parser.add_argument("--nanogpt", type=nanogpt_checkout, help="a checkout of nanoGPT")

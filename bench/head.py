@@ -62,7 +62,7 @@ def measure(n: int, width: int, n_ids: int, *, rounds: int) -> dict:
 
 
 def main() -> None:
-    parser = command_parser("head", __doc__, "bench")
+    parser = command_parser("bench.head", __doc__)
     parser.add_argument("--rounds", type=at_least_one, default=20)
     parser.add_argument("--tiny", action="store_true", help="a small head, three rounds")
     parser.add_argument("--out", type=Path, help="write the result as JSON here")

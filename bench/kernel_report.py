@@ -24,8 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from eval.command import command_parser
-from kernels import _triton_apply, _triton_gram, _triton_symmetric
-from kernels._triton_tiles import Config
+from optim.kernels import _triton_apply, _triton_gram, _triton_symmetric
+from optim.kernels._triton_tiles import Config
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block can have, CUDA C++ guide, table 15
 SHARED_RESERVED = {80: 1024, 90: 1024}  # of them by the system
@@ -144,7 +144,7 @@ def usage(variant: Variant, arch: int) -> Usage:
 
 
 def main() -> None:
-    parser = command_parser("kernel_report", __doc__, "bench")
+    parser = command_parser("bench.kernel_report", __doc__)
     parser.add_argument("--archs", type=int, nargs="+", choices=SHARED_LIMIT, default=[80, 90])
     parser.add_argument("--kernels", default="", help="only those whose name contains this")
     arguments = parser.parse_args()

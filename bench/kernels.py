@@ -21,11 +21,11 @@ from torch import Tensor
 
 from bench.arguments import operations_parser, parse_operations
 from bench.timing import DEVICE, compared, facts, interleaved, write_rows
-from kernels import _triton_apply, _triton_gram, _triton_newton_schulz, gram, newton_schulz
-from kernels.cholesky import dense_inverse_root
-from kernels.deflation import N_DIRECTIONS, deflate, deflated_spread, restore
-from kernels.newton_schulz import full_precision, newton_iterations
-from optim.covariance import precondition
+from optim.dopr.layer import precondition
+from optim.kernels import _triton_apply, _triton_gram, _triton_newton_schulz, gram, newton_schulz
+from optim.kernels.cholesky import dense_inverse_root
+from optim.kernels.deflation import DEFLATION_RANK, deflate, deflated_condition_bound, restore
+from optim.kernels.newton_schulz import full_precision, newton_iterations
 
 GAMMA = 0.1
 BETA = 0.95
@@ -111,9 +111,9 @@ def inverse_cases(N: int, d: int) -> Iterator[Case]:
     sigma = gram.mirror_(z.mT @ z / (4 * d))
     damping = GAMMA * sigma.diagonal(dim1=-2, dim2=-1).mean(-1)  # (N,)
     A = sigma + damping[:, None, None] * torch.eye(d, device=DEVICE)
-    spread, U = d / GAMMA, torch.linalg.qr(randn(N, d, N_DIRECTIONS))[0]
-    iterations = newton_iterations(spread + d**0.5, 1)
-    deflated_iterations = newton_iterations(deflated_spread(spread) + d**0.5, 1)
+    condition_bound, U = d / GAMMA, torch.linalg.qr(randn(N, d, DEFLATION_RANK))[0]
+    iterations = newton_iterations(condition_bound + d**0.5, 1)
+    deflated_iterations = newton_iterations(deflated_condition_bound(condition_bound) + d**0.5, 1)
     numbers = {"lower_bound": damping, "iterations": iterations}
     triton = partial(_triton_newton_schulz.inverse_root, A, 1, **numbers)
     contenders = {

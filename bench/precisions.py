@@ -19,7 +19,7 @@ import torch
 
 import train
 from eval.command import command_parser
-from optim import capture
+from optim.dopr import capture
 
 
 def bf16_gradients() -> AbstractContextManager:
@@ -27,7 +27,7 @@ def bf16_gradients() -> AbstractContextManager:
 
 
 def apply_in(precision: Literal["bf16x3", "ieee"]) -> AbstractContextManager:
-    from kernels import _triton_apply  # wants triton
+    from optim.kernels import _triton_apply  # wants triton
 
     return patch.object(_triton_apply, "apply", partial(_triton_apply.apply, precision=precision))
 
@@ -42,7 +42,7 @@ CHANGES: dict[str, Callable[[], AbstractContextManager]] = {
 
 def main(argv: list[str] | None = None) -> int:
     """train.py's exit code."""
-    parser = command_parser("precisions", __doc__, "bench")
+    parser = command_parser("bench.precisions", __doc__)
     parser.add_argument("change", choices=CHANGES)
     arguments, of_train = parser.parse_known_args(argv)
     with CHANGES[arguments.change]():

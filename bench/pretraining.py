@@ -28,9 +28,9 @@ from typing import Any, NamedTuple
 from bench.arguments import require_gpu
 from bench.timing import DEVICE, facts, write_rows
 from eval.command import command_parser, leave_on_signals
-from eval.intervals import paired
-from eval.study import best_rate, further_rate
-from eval.training import DIVERGED
+from studies.stats.seeds import paired
+from studies.sweep.study import best_rate, further_rate
+from train import EXIT_DIVERGED
 
 ROOT = Path(__file__).resolve().parent.parent
 TUNING_SEED, FRESH_SEEDS = 0, (200, 201, 202)
@@ -52,7 +52,7 @@ SETTINGS = {
 }
 TINY = SETTINGS | {
     **{"n_layer": 1, "n_head": 1, "n_embd": 16, "block_size": 96, "compile": False},
-    **{"batch_size": 2, "micro_batch_size": 2, "eval_batches": 1, "kernel": "triton"},
+    **{"batch_size": 2, "micro_batch_size": 2, "eval_batches": 1, "backend": "triton"},
     **{"max_steps": 6, "warmup_steps": 1, "eval_every": 6, "save_every": 6, "block_diagonal": 16},
     **{"ttf_every": 6, "ttf_episodes": 2, "log_every": 1, "refresh_every": 2, "collect_every": 2},
 }
@@ -68,10 +68,10 @@ class Run(NamedTuple):
     seed: int
 
 
-Row = dict[str, Any]  # a Run, and what came of it
+LeaderboardRow = dict[str, Any]  # a Run, and what came of it
 
 
-def next_run(rows: list[Row]) -> Run | None:
+def next_run(rows: list[LeaderboardRow]) -> Run | None:
     """What is to be run after these; None: nothing."""
     done = {Run(row["variant"], row["lr"], row["seed"]) for row in rows}
     for variant in SWEPT:
@@ -85,7 +85,7 @@ def next_run(rows: list[Row]) -> Run | None:
     return next((run for run in wanted if run not in done), None)
 
 
-def sweep(rows: list[Row], variant: str) -> dict[float, float]:
+def sweep(rows: list[LeaderboardRow], variant: str) -> dict[float, float]:
     """Validation loss at the rates that were tried; of a run that diverged, infinite."""
     tuning = [row for row in rows if row["variant"] == variant and row["seed"] == TUNING_SEED]
     return {row["lr"]: math.inf if row["loss"] is None else row["loss"] for row in tuning}
@@ -105,7 +105,7 @@ def next_rate(losses: dict[float, float]) -> float | None:
     return further_rate(losses) if len(losses) < MAX_RATES else None
 
 
-def train(run: Run, out: Path, settings: dict[str, Any]) -> Row:
+def train(run: Run, out: Path, settings: dict[str, Any]) -> LeaderboardRow:
     """Train in a process of its own. RuntimeError if that failed other than by diverging."""
     change, base = VARIANTS[run.variant]
     settings = settings | {"lr": run.lr, "seed": run.seed, "out_dir": out, "device": DEVICE.type}
@@ -114,15 +114,15 @@ def train(run: Run, out: Path, settings: dict[str, Any]) -> Row:
     command += [f"--{key}={value}" for key, value in settings.items() if key not in left_out]
     started = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode and DIVERGED not in done.stderr:
+    if done.returncode not in (0, EXIT_DIVERGED):
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
     row = run._asdict() | {"seconds": time.perf_counter() - started}
     return row | curves(out, has_diverged=bool(done.returncode))
 
 
-def curves(out: Path, *, has_diverged: bool) -> Row:
+def curves(out: Path, *, has_diverged: bool) -> LeaderboardRow:
     """Validation loss and survival of own rollouts by step, and at the end; milliseconds a step."""
-    rows: dict[str, list[Row]] = {"train": [], "val": [], "ttf": [], "run": []}
+    rows: dict[str, list[LeaderboardRow]] = {"train": [], "val": [], "ttf": [], "run": []}
     for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
         rows[row["kind"]].append(row)
     timed = rows["train"][WARMUP_ROWS:]
@@ -137,7 +137,7 @@ def curves(out: Path, *, has_diverged: bool) -> Row:
     }
 
 
-def table(rows: list[Row]) -> Iterator[str]:
+def table(rows: list[LeaderboardRow]) -> Iterator[str]:
     """The sweeps; then a line a variant, over the fresh seeds that are there, paired by seed."""
     for variant in SWEPT:
         rates = (f"{lr:g}: {loss:.4f}" for lr, loss in sorted(sweep(rows, variant).items()))
@@ -152,17 +152,17 @@ def table(rows: list[Row]) -> Iterator[str]:
         yield f"{variant:26} {'  '.join(figures)}  {len(runs)} seeds  {against(runs, others)}"
 
 
-def fresh(rows: list[Row], variant: str) -> dict[int, Row]:
+def fresh(rows: list[LeaderboardRow], variant: str) -> dict[int, LeaderboardRow]:
     """The runs of a variant by their seed, but for the tuning seed's."""
     found = [row for row in rows if row["variant"] == variant and row["seed"] != TUNING_SEED]
     return {row["seed"]: row for row in found}
 
 
-def mean(runs: dict[int, Row], key: str) -> float:
+def mean(runs: dict[int, LeaderboardRow], key: str) -> float:
     return statistics.mean(run[key] for run in runs.values())
 
 
-def against(runs: dict[int, Row], others: dict[int, Row]) -> str:
+def against(runs: dict[int, LeaderboardRow], others: dict[int, LeaderboardRow]) -> str:
     """Loss minus that of others, with a 95 % interval, and the median ratio of step times."""
     seeds = [seed for seed in runs if seed in others and not others[seed]["has_diverged"]]
     if not seeds:
@@ -174,7 +174,7 @@ def against(runs: dict[int, Row], others: dict[int, Row]) -> str:
     return f"{d.mean:+.4f} [{d.lo:+.4f}, {d.hi:+.4f}] nats, x {ratio:.3f} ms of {name}"
 
 
-def rows_of(path: Path, environment: dict[str, Any]) -> list[Row]:
+def rows_of(path: Path, environment: dict[str, Any]) -> list[LeaderboardRow]:
     """What an earlier call measured. ValueError if on another device or with other settings."""
     if not path.exists():
         return []
@@ -190,7 +190,7 @@ def rows_of(path: Path, environment: dict[str, Any]) -> list[Row]:
 
 
 def main() -> None:
-    parser = command_parser("pretraining", __doc__, "bench")
+    parser = command_parser("bench.pretraining", __doc__)
     parser.add_argument("--seconds", type=float, default=540, help="of this call, all runs")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, on any machine")
     parser.add_argument("--out", type=Path, required=True, help="the result, as JSON")
@@ -206,7 +206,9 @@ def main() -> None:
     print(*table(rows), sep="\n")
 
 
-def go_on(rows: list[Row], environment: dict[str, Any], out: Path, seconds: float) -> None:
+def go_on(
+    rows: list[LeaderboardRow], environment: dict[str, Any], out: Path, seconds: float
+) -> None:
     """Do the runs that are missing, the first whatever it takes, and keep each at once."""
     started, n_before = time.perf_counter(), len(rows)
     versions = {key: environment[key] for key in ("git", "torch")}

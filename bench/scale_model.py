@@ -26,8 +26,8 @@ from bench.scale.shapes import EXACT, FAST, SHAPES, Mode, Shape
 from bench.scale.step import Estimate, estimate
 from bench.scale.tables import details, overview, sensitivity
 from eval.command import command_parser
-from eval.looks import save_png
-from optim.statistics import INVERSES
+from optim.dopr.layer import INVERSES
+from studies.report.style import save_png
 
 SIZES = (1, 8, 16, 64, 128, 512, 1024, 4096)
 SHOWN = (1, 8, 64, 512, 4096)  # in the tables
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = command_parser("scale_model", __doc__, "bench")
+    parser = command_parser("bench.scale_model", __doc__)
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=[*SHAPES])
     parser.add_argument("--placements", nargs="+", choices=PLACEMENTS, default=[*PLACEMENTS])
     parser.add_argument("--bases", nargs="+", choices=BASES, default=[*BASES])

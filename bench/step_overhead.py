@@ -16,11 +16,11 @@ import torch
 
 from bench.timing import DEVICE, compared, facts, milliseconds, write_rows
 from eval.command import command_parser
-from kernels.choice import KERNELS, Kernel
 from model import GPT, GPTConfig
 from optim import ActivationPreconditioner
 from optim.build import OPTIMIZERS, build_optimizers
-from optim.statistics import INVERSES
+from optim.dopr.layer import INVERSES
+from optim.kernels.dispatch import BACKENDS, Backend
 
 
 class Preset(NamedTuple):
@@ -63,7 +63,7 @@ class Variant:
         width: int,
         optimizer: str,
         dopr: dict[str, Any] | None,
-        kernel: Kernel,
+        backend: Backend,
     ) -> None:
         torch.manual_seed(0)
         self.refresh_every, before = preset.refresh_every, allocated()
@@ -75,10 +75,10 @@ class Variant:
         shape |= {"n_head": width // preset.head_width, "vocab_size": preset.vocab_size}
         self.model = GPT(GPTConfig(bias=False, **shape)).to(DEVICE)
         numbers = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "momentum": 0.95}
-        chosen: dict[str, Any] = {"optimizer": optimizer, "kernel": kernel}
+        chosen: dict[str, Any] = {"optimizer": optimizer, "backend": backend}
         self.optimizers = build_optimizers(self.model, lr=1e-3, **numbers, **chosen)
         if dopr is not None:
-            preconditioner = ActivationPreconditioner(self.model, kernel=kernel, **dopr)
+            preconditioner = ActivationPreconditioner(self.model, backend=backend, **dopr)
             preconditioner.attach(*self.optimizers)
         self.forward = torch.compile(self.model) if preset.compile_in_bf16 else self.model
         self.autocast = torch.autocast(DEVICE.type, torch.bfloat16, preset.compile_in_bf16)
@@ -114,11 +114,11 @@ def allocated() -> int:
 
 
 def measure(
-    preset: Preset, width: int, optimizer: str, *, inverse: str, kernel: Kernel, rounds: int
+    preset: Preset, width: int, optimizer: str, *, inverse: str, backend: Backend, rounds: int
 ) -> dict[str, Any]:
     """One row of the result: step times of every mode, and their memory in MiB."""
     variants = {
-        mode: Variant(preset, width, optimizer, dopr, kernel)
+        mode: Variant(preset, width, optimizer, dopr, backend)
         for mode, dopr in modes(preset, width, inverse).items()
     }
     times: dict[str, list[float]] = {mode: [] for mode in variants}
@@ -130,7 +130,7 @@ def measure(
             most[mode] = max(most[mode], held)
     result = compared(times)
     return {
-        **{"width": width, "optimizer": optimizer, "inverse": inverse, "kernel": kernel},
+        **{"width": width, "optimizer": optimizer, "inverse": inverse, "backend": backend},
         **{"tokens": variants["base"].x.numel(), "rounds": rounds},
         **{"step_ms": result["ms"], "ratio": result["ratio"]},
         "MiB": {mode: held / 2**20 for mode, held in most.items()},
@@ -138,12 +138,12 @@ def measure(
 
 
 def main() -> None:
-    parser = command_parser("step_overhead", __doc__, "bench")
+    parser = command_parser("bench.step_overhead", __doc__)
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--widths", type=int, nargs="+", help="instead of the preset's")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=["adamw", "muon"])
     parser.add_argument("--inverse", choices=INVERSES, default="cholesky")
-    parser.add_argument("--kernel", choices=KERNELS, default="auto")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--out", type=Path, help="write the result as JSON here")
     arguments = parser.parse_args()
@@ -153,7 +153,7 @@ def main() -> None:
     environment, rows = facts(DEVICE), []
     for width in arguments.widths or preset.widths:
         for optimizer in arguments.optimizers:
-            choices = {"inverse": arguments.inverse, "kernel": arguments.kernel}
+            choices = {"inverse": arguments.inverse, "backend": arguments.backend}
             rows.append(measure(preset, width, optimizer, rounds=arguments.rounds, **choices))
             figures = zip(rows[-1]["step_ms"].items(), rows[-1]["ratio"].values(), strict=True)
             texts = (f"{mode} {ms:.1f} ms ({ratio:.3f})" for (mode, ms), ratio in figures)

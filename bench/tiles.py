@@ -21,8 +21,8 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from bench.arguments import operations_parser, parse_operations
 from bench.kernels import activations, randn
 from bench.timing import DEVICE, compared, facts, interleaved, write_rows
-from kernels import _triton_apply, _triton_gram, _triton_symmetric
-from kernels._triton_tiles import Config, Precision
+from optim.kernels import _triton_apply, _triton_gram, _triton_symmetric
+from optim.kernels._triton_tiles import Config, Precision
 
 CANDIDATES = [Config(*each) for each in itertools.product((64, 128), (32, 64), (4, 8), (2, 3, 4))]
 TINY_CANDIDATES = [Config(16, 16, 4, 2), Config(32, 16, 4, 2)]

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from checkpoint import write_atomic
-from runlog import environment
+from trainer.checkpoint.read import write_atomic
+from trainer.metrics import environment
 
 Work = Callable[[], Any]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

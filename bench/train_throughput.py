@@ -188,7 +188,7 @@ def summary(
 
 
 def main() -> None:
-    parser = command_parser("train_throughput", __doc__, "bench")
+    parser = command_parser("bench.train_throughput", __doc__)
     parser.add_argument("--nanogpt", type=nanogpt_checkout, help="a checkout of nanoGPT")
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--rounds", type=at_least_one, default=5)

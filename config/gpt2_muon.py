@@ -13,7 +13,7 @@ max_steps = 19_073  # 10B tokens
 warmup_steps = 700
 
 optimizer = "muon"
-lr = 2e-3  # with muon_scale = match_rms
+lr = 2e-3  # with adjust_lr = match_rms_adamw
 aux_lr = 6e-4
 weight_decay = 0.1
 

@@ -1,5 +1,5 @@
 # The model and the schedule of the rollout benchmark, fixed for everybody (eval/README.md): seconds
-# a run on a CPU. `python -m eval.compare` sets the rest: task, optimizer, lr, seed, steps.
+# a run on a CPU. `python -m studies.sweep.compare` sets the rest: task, optimizer, lr, seed, steps.
 out_dir = "out/ttf"
 dataset = "task:pdfa"
 

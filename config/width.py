@@ -1,4 +1,4 @@
-# The model and the schedule of eval.coord_check and eval.width_sweep. They set the rest: optimizer,
+# The model and the schedule of studies.mup.coord_check and studies.mup.width_sweep. They set the rest: optimizer,
 # width, lr, seed, muP or not. At width 256 muP is the standard parametrisation.
 out_dir = "out/width"
 dataset = "pystdlib"

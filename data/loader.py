@@ -33,7 +33,7 @@ class TrainSteps(torch.utils.data.Dataset):
         batch_size: int,
         micro_batch_size: int,
         rank: int,
-        world: int,
+        world_size: int,
     ) -> None:
         self.split = split
         self.windows = windows
@@ -41,12 +41,14 @@ class TrainSteps(torch.utils.data.Dataset):
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         micro_batches = np.arange(batch_size).reshape(-1, micro_batch_size)
-        self.places = micro_batches[rank::world].flatten()  # this rank's rows of the global batch
+        self.places = micro_batches[
+            rank::world_size
+        ].flatten()  # this rank's rows of the global batch
 
     def __getitem__(self, step: int) -> list[Batch]:
         shard_ids, starts = self.windows.locate(step * self.batch_size + self.places)
         rows = self.split.rows(shard_ids, starts, self.windows.block_size + 1)
-        x, y = rows[:, :-1].copy(), rows[:, 1:].copy()  # (batch_size / world, T) each
+        x, y = rows[:, :-1].copy(), rows[:, 1:].copy()  # (batch_size / world_size, T) each
         y = self.layout.targets(y) if self.layout else y
         size = self.micro_batch_size
         parts = torch.from_numpy(x).split(size), torch.from_numpy(y).split(size)
@@ -62,25 +64,25 @@ def train_batches(
     seed: int,
     start_step: int = 0,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
     workers: int = 0,
 ) -> Iterator[list[Batch]]:
     """For each step from `start_step` on, without end, this rank's micro-batches of (x, y).
 
     batch_size: sequences per step over all ranks. It is cut into micro-batches, of which rank r has
-    numbers r, r + world, ...: any number of ranks works on the same micro-batches.
+    numbers r, r + world_size, ...: any number of ranks works on the same micro-batches.
     workers: processes that read ahead. x, y: (micro_batch_size, block_size) int64 on the CPU.
     Raises ValueError on sizes that do not divide; DataError on too little or damaged data.
     """
-    if min(batch_size, micro_batch_size, block_size) < 1 or not 0 <= rank < world:
+    if min(batch_size, micro_batch_size, block_size) < 1 or not 0 <= rank < world_size:
         raise ValueError(
             f"batch_size={batch_size}, micro_batch_size={micro_batch_size} and "
-            f"block_size={block_size} must be positive, rank={rank} below world={world}"
+            f"block_size={block_size} must be positive, rank={rank} below world_size={world_size}"
         )
-    if batch_size % (world * micro_batch_size):
+    if batch_size % (world_size * micro_batch_size):
         raise ValueError(
-            f"batch_size={batch_size} must be divisible by world * micro_batch_size = "
-            f"{world} * {micro_batch_size} = {world * micro_batch_size} (sequences per forward)"
+            f"batch_size={batch_size} must be divisible by world_size * micro_batch_size = "
+            f"{world_size} * {micro_batch_size} = {world_size * micro_batch_size} (sequences per forward)"
         )
     split = dataset.split("train")
     steps = TrainSteps(
@@ -90,7 +92,7 @@ def train_batches(
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
         rank=rank,
-        world=world,
+        world_size=world_size,
     )
     loader = DataLoader(
         steps,
@@ -123,12 +125,12 @@ class ValBatches(Sequence[Batch]):
         block_size: int,
         limit: int,
         rank: int,
-        world: int,
+        world_size: int,
     ) -> None:
         self.split, self.layout = dataset.split("val"), dataset.layout
         self.batch_size = batch_size
         self.block_size = block_size
-        self.rank, self.world = rank, world
+        self.rank, self.world_size = rank, world_size
         if self.layout:
             self.layout.check(block_size)
         stride = self.layout.length if self.layout else block_size
@@ -142,12 +144,12 @@ class ValBatches(Sequence[Batch]):
             self.starts, self.shard_ids = self.starts[chosen], self.shard_ids[chosen]
 
     def __len__(self) -> int:
-        return -(-len(self.starts) // (self.batch_size * self.world))
+        return -(-len(self.starts) // (self.batch_size * self.world_size))
 
     def __getitem__(self, index: int) -> Batch:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        first = (index * self.world + self.rank) * self.batch_size
+        first = (index * self.world_size + self.rank) * self.batch_size
         window = slice(first, first + self.batch_size)
         shard_ids, starts = self.shard_ids[window], self.starts[window]
         rows = np.full((self.batch_size, self.block_size + 1), -1)
@@ -165,11 +167,11 @@ def val_batches(
     block_size: int,
     limit: int = 0,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
 ) -> ValBatches:
     """This rank's fixed validation batches (x, y), each (batch_size, block_size) int64.
 
-    Rank r has batches r, r + world, ...; all ranks have as many, at the end some without targets.
+    Rank r has batches r, r + world_size, ...; all ranks have as many, at the end some without targets.
     limit=0: all of the split; each token but the first of a shard is a target exactly once.
     limit=n: n of the windows, evenly spread and the same for every batch_size.
     Where nothing is scored y is -1; where the shard has ended x is 0, too.
@@ -179,4 +181,4 @@ def val_batches(
             f"batch_size={batch_size}, block_size={block_size} must be positive, "
             f"limit={limit} not negative"
         )
-    return ValBatches(dataset, batch_size, block_size, limit, rank, world)
+    return ValBatches(dataset, batch_size, block_size, limit, rank, world_size)

@@ -5,10 +5,10 @@ import signal
 from typing import NoReturn
 
 
-def command_parser(name: str, about: str | None, package: str = "eval") -> argparse.ArgumentParser:
-    """The empty parser of `python -m <package>.<name>`; the help keeps the lines of `about`."""
+def command_parser(module: str, about: str | None) -> argparse.ArgumentParser:
+    """An empty parser for `python -m <module>`; its help shows `about` with its line breaks."""
     return argparse.ArgumentParser(
-        prog=f"python -m {package}.{name}",
+        prog=f"python -m {module}",
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from checkpoint import Checkpoint, CheckpointError, candidates, open_checkpoint
-from dist import World
 from eval.command import command_parser
 from eval.hf import export_hf
 from eval.run import load_run
-from saving import save_checkpoint, save_sharded
-from sharded import read_all
+from trainer.checkpoint.read import Checkpoint, CheckpointError, candidates, open_checkpoint
+from trainer.checkpoint.sharded import read_all
+from trainer.checkpoint.write import save_checkpoint, save_sharded
+from trainer.parallel import Parallel
 
 OF_THE_FILE = ("schema", "step", "files", "format")  # what a manifest says of the checkpoint itself
 
@@ -30,13 +30,13 @@ def convert(source: Checkpoint, root: Path, *, to_shards: bool) -> Path:
     arguments: dict[str, Any] = read_all(tensors) | {"manifest": facts, "keep": 1}
     arguments["tokenizer_json"] = (source.path / "tokenizer.json").read_bytes()
     if to_shards:
-        world = World(torch.device("cpu"))
-        return save_sharded(root, source.step, world, **arguments)
+        parallel = Parallel(torch.device("cpu"))
+        return save_sharded(root, source.step, parallel, **arguments)
     return save_checkpoint(root, source.step, **arguments)
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = command_parser("convert", __doc__)
+    parser = command_parser("eval.convert", __doc__)
     add = parser.add_argument
     add("source", type=Path, help="an out_dir (its newest checkpoint), or one checkpoint's folder")
     add("target", type=Path, help="the folder to write, without checkpoints in it")

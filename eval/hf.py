@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoint import CheckpointError
 from data.tokenizer import END_OF_TEXT, Tokenizer
 from eval.command import command_parser
-from eval.fold import folded_weights
+from eval.mup_export import folded_weights
 from eval.run import load_run
 from model import GPT, GPTConfig
+from trainer.checkpoint.read import CheckpointError
 
 # GPT-2's own settings: what model.py computes. A folder that says otherwise is another model.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -228,7 +228,7 @@ def _to_json(content: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = command_parser("hf", __doc__)
+    parser = command_parser("eval.hf", __doc__)
     parser.add_argument("command", choices=["export"])
     parser.add_argument("run", help="an out_dir, or one checkpoint's folder")
     parser.add_argument("directory", help="the folder to write")

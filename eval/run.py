@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from checkpoint import Checkpoint, CheckpointError, load_into, open_checkpoint
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
+from trainer.checkpoint.read import Checkpoint, CheckpointError, load_into, open_checkpoint
 
 ENVIRONMENT = ("device", "threads", "python", "torch", "git", "world")  # see runlog.environment
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from checkpoint import CheckpointError
 from data.tokenizer import Tokenizer
 from eval.command import command_parser
 from eval.run import load_run
 from model import GPT, Sampling
+from trainer.checkpoint.read import CheckpointError
 
 
 def sample(
@@ -88,7 +88,7 @@ def _prompt_of(line: str, where: str) -> str:
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = command_parser("sample", __doc__)
+    parser = command_parser("eval.sample", __doc__)
     add = parser.add_argument
     add("run", help="an out_dir, or one checkpoint's folder")
     source = parser.add_mutually_exclusive_group()

@@ -57,7 +57,7 @@ def _number(value: float | None) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = command_parser("summary", __doc__)
+    parser = command_parser("eval.summary", __doc__)
     parser.add_argument("out_dir", type=Path, nargs="+")
     try:
         print(table([summarize(path) for path in parser.parse_args(argv).out_dir]))

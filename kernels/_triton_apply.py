@@ -1,7 +1,7 @@
 """M = G P on the GPU: gradients times their preconditioners, for layers of equal shape at once.
 
 P amplifies rounding by up to its condition number, so G is never rounded to bf16. Semantics:
-`optim.covariance.precondition`.
+`optim.dopr.layer.precondition`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton_tiles import Config, Precision, check_runs, multiply_add
+from ._triton_tiles import Config, Precision, check_runs, multiply_add
 
 CONFIGS: dict[Precision, Config] = {
     "bf16x3": Config(tile=128, depth=32, num_warps=8, num_stages=3),

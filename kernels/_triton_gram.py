@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton_tiles import (
+from ._triton_tiles import (
     Config,
     check_runs,
     lower_tile,

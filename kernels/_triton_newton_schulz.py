@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._triton_symmetric import symmetric_product
-from kernels._triton_tiles import Precision, scalars
-from kernels.newton_schulz import (
-    Coefficients,
+from ._triton_symmetric import symmetric_product
+from ._triton_tiles import Precision, scalars
+from .newton_schulz import (
+    NSCoefficients,
     check_orthogonalize,
     normalized,
     polynomials,
@@ -27,21 +27,21 @@ def orthogonalize(
     G: Tensor,  # (..., m, n)
     *,
     steps: int = 5,
-    coefficients: Coefficients = "polar_express",
+    ns_coefficients: NSCoefficients = "polar_express",
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:  # (..., m, n), in G's dtype
     """As `kernels.newton_schulz.orthogonalize`: X Xᵀ and b A + c A² by tiles, B X by cuBLAS.
 
     Raises ValueError for bad arguments, and for a `dtype` other than bf16 and fp32.
     """
-    check_orthogonalize(G, steps, coefficients)
+    check_orthogonalize(G, steps, ns_coefficients)
     if dtype not in ITERATION_PRECISION:
         raise ValueError(f"orthogonalize: dtype={dtype}; the Triton kernel wants bf16 or fp32")
     precision = ITERATION_PRECISION[dtype]
     is_tall = G.shape[-2] > G.shape[-1]
-    X = normalized(G.mT if is_tall else G, coefficients).to(dtype)
+    X = normalized(G.mT if is_tall else G, ns_coefficients).to(dtype)
     batch = X.reshape(-1, *X.shape[-2:])  # (N, m, n), m <= n
-    for a, b, c in polynomials(coefficients, steps):
+    for a, b, c in polynomials(ns_coefficients, steps):
         A = symmetric_product(batch, batch, precision=precision)  # (N, m, m)
         B = symmetric_product(A, A, alpha=c, beta=b, C=A, precision=precision)
         batch = torch.baddbmm(batch, B, batch, beta=a)

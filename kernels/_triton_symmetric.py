@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton_tiles import (
+from ._triton_tiles import (
     Config,
     Precision,
     check_runs,
@@ -50,9 +50,9 @@ def symmetric_product(
     no GPU.
     """
     _check(A, B, C, precision)
-    coefficients = [scalars(each, len(A), A) for each in (alpha, beta, gamma)]
+    ns_coefficients = [scalars(each, len(A), A) for each in (alpha, beta, gamma)]
     config = config or CONFIGS[A.dtype, precision]
-    return _symmetric_product(A, B, C, *coefficients, precision, list(config))
+    return _symmetric_product(A, B, C, *ns_coefficients, precision, list(config))
 
 
 @torch.library.custom_op("dopr::symmetric_product", mutates_args=())

@@ -11,10 +11,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.choice import Kernel, choose
-from kernels.deflation import deflate, deflated_spread, restore
-from kernels.gram import mirror_
-from kernels.newton_schulz import (
+from .deflation import deflate, deflated_condition_bound, restore
+from .dispatch import Backend, choose_backend
+from .gram import mirror_
+from .newton_schulz import (
     inverse_root,
     newton_error,
     newton_iterations,
@@ -61,9 +61,9 @@ def damped_inverse_root(
     p: int,
     *,
     inverse: Inverse = "cholesky",
-    kernel: Kernel = "auto",
-    spread: float | None = None,
-    directions: Tensor | None = None,  # (..., d, k), updated in place
+    backend: Backend = "auto",
+    condition_bound: float | None = None,
+    deflation_basis: Tensor | None = None,  # (..., d, k), updated in place
 ) -> DampedInverse:
     """(Σ + damping I)^(-1/p) for every matrix, or an error: never a NaN, never a silent identity.
 
@@ -72,7 +72,7 @@ def damped_inverse_root(
     redone with ten times the damping (at least one rounding error of the mean eigenvalue).
     Waits for the device once, and once more an attempt.
 
-    `kernel` (kernels/choice.py) says who runs Newton-Schulz. `spread` is at least tr(Σ) / damping
+    `kernel` (kernels/dispatch.py) says who runs Newton-Schulz. `spread` is at least tr(Σ) / damping
     of every matrix, from what the caller knows; Triton's iterations and precision follow from it,
     torch's from the matrices. None: a bound is read from the device.
 
@@ -84,7 +84,7 @@ def damped_inverse_root(
     ValueError for bad arguments.
     """
     _check_damped(sigma, damping, p, inverse)
-    _check_directions(sigma, p, directions)
+    _check_deflation_basis(sigma, p, deflation_basis)
     batch, d = sigma.shape[:-2], sigma.shape[-1]
     flat = sigma.reshape(-1, d, d)  # (N, d, d)
     damping = damping.to(sigma.dtype).expand(batch).reshape(-1).clone()  # (N,)
@@ -93,8 +93,8 @@ def damped_inverse_root(
     if inverse == "cholesky":
         X, good = _by_cholesky(flat, damping, p)
     else:
-        U = None if directions is None else directions.view(len(flat), d, -1)
-        X, good = _by_newton_schulz(flat, damping, p, kernel, spread, U)
+        U = None if deflation_basis is None else deflation_basis.view(len(flat), d, -1)
+        X, good = _by_newton_schulz(flat, damping, p, backend, condition_bound, U)
     attempts = 1
     while len(todo := (~good).nonzero()[:, 0]):  # waits for the device
         if attempts == MAX_ATTEMPTS:
@@ -123,31 +123,38 @@ def _by_newton_schulz(
     sigma: Tensor,
     damping: Tensor,
     p: int,
-    kernel: Kernel,
-    spread: float | None,
-    directions: Tensor | None,
+    backend: Backend,
+    condition_bound: float | None,
+    deflation_basis: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """As `_by_cholesky`, by Newton-Schulz; deflated if there are directions."""
-    if directions is None:
+    if deflation_basis is None:
         A = _damped(sigma, damping, sigma.dtype)
         floor = PLAIN_BF16X3_FLOOR if p == 1 else BF16X3_FLOOR
-        X, has_converged = _iterated(A, damping, p, kernel, spread, floor)
+        X, has_converged = _iterated(A, damping, p, backend, condition_bound, floor)
         return X, has_converged & _is_good(A, X, p)
-    deflated = deflate(sigma, damping, directions)
-    directions.copy_(deflated.U)
-    spread = spread if spread is None else deflated_spread(spread)
-    X, has_converged = _iterated(deflated.A, damping, p, kernel, spread, BF16X3_FLOOR)
+    deflated = deflate(sigma, damping, deflation_basis)
+    deflation_basis.copy_(deflated.U)
+    condition_bound = (
+        condition_bound if condition_bound is None else deflated_condition_bound(condition_bound)
+    )
+    X, has_converged = _iterated(deflated.A, damping, p, backend, condition_bound, BF16X3_FLOOR)
     X = restore(X, deflated)
     return X, has_converged & _is_good(_damped(sigma, damping, sigma.dtype), X, p)
 
 
 def _iterated(
-    A: Tensor, damping: Tensor, p: int, kernel: Kernel, spread: float | None, floor: float
+    A: Tensor,
+    damping: Tensor,
+    p: int,
+    backend: Backend,
+    condition_bound: float | None,
+    floor: float,
 ) -> tuple[Tensor, Tensor]:
     """A^(-1/p), (n, d, d), by Newton-Schulz, and whether the iterations were enough, (n,)."""
     row_bytes = A.shape[-1] * A.element_size()
-    if choose(kernel, "inverse root", A, row_bytes=[row_bytes]) == "triton":
-        return _triton_inverse_root(A, damping, p, spread, floor)
+    if choose_backend(backend, "inverse root", A, row_bytes=[row_bytes]) == "triton":
+        return _triton_inverse_root(A, damping, p, condition_bound, floor)
     iterations = newton_iterations(_measured_condition(A, damping), p)
     X = inverse_root(A, p, lower_bound=damping, iterations=iterations)
     return X, torch.ones_like(damping, dtype=torch.bool)
@@ -172,15 +179,15 @@ def _measured_condition(A: Tensor, damping: Tensor) -> float:
 
 
 def _triton_inverse_root(
-    A: Tensor, damping: Tensor, p: int, spread: float | None, floor: float
+    A: Tensor, damping: Tensor, p: int, condition_bound: float | None, floor: float
 ) -> tuple[Tensor, Tensor]:
     """As `_iterated`, by as many iterations as `spread` asks for, in bf16x3 if that is enough."""
-    from kernels._triton_newton_schulz import inverse_root as triton_inverse_root
+    from ._triton_newton_schulz import inverse_root as triton_inverse_root
 
-    if spread is None:
+    if condition_bound is None:
         condition = _measured_condition(A, damping)
     else:  # ‖A‖_F <= tr(Σ) + γ̄ ‖I‖_F
-        condition = min(spread + math.sqrt(A.shape[-1]), 1 / torch.finfo(A.dtype).eps)
+        condition = min(condition_bound + math.sqrt(A.shape[-1]), 1 / torch.finfo(A.dtype).eps)
     iterations = newton_iterations(condition, p)
     precision = "bf16x3" if condition * floor <= WANTED_ERROR else "ieee"
     X = triton_inverse_root(A, p, lower_bound=damping, iterations=iterations, precision=precision)
@@ -234,13 +241,14 @@ def _check_damped(sigma: Tensor, damping: Tensor, p: int, inverse: str) -> None:
         raise FloatingPointError(f"sigma is not finite in matrices {which} of {len(bad_sigma)}")
 
 
-def _check_directions(sigma: Tensor, p: int, directions: Tensor | None) -> None:
-    if directions is None:
+def _check_deflation_basis(sigma: Tensor, p: int, deflation_basis: Tensor | None) -> None:
+    if deflation_basis is None:
         return
     if p != 1:
-        raise ValueError(f"damped_inverse_root: directions with p={p}; only p = 1 is deflated")
-    if directions.shape[:-1] != sigma.shape[:-1] or directions.dtype != sigma.dtype:
+        raise ValueError(f"damped_inverse_root: deflation_basis with p={p}; only p = 1 is deflated")
+    if deflation_basis.shape[:-1] != sigma.shape[:-1] or deflation_basis.dtype != sigma.dtype:
         raise ValueError(
-            f"damped_inverse_root: directions are {tuple(directions.shape)} {directions.dtype}; "
+            f"damped_inverse_root: deflation_basis is {tuple(deflation_basis.shape)} "
+            f"{deflation_basis.dtype}; "
             f"wants {(*sigma.shape[:-1], 'k')} {sigma.dtype}, as sigma"
         )

@@ -19,10 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.gram import mirror_
+from .gram import mirror_
 
-N_DIRECTIONS = 16  # k
-NARROWEST = 8 * N_DIRECTIONS  # of the matrices that are deflated
+DEFLATION_RANK = 16  # k
+NARROWEST = 8 * DEFLATION_RANK  # of the matrices that are deflated
 POWER_STEPS = 2  # of U towards the leading eigenvectors, at every inverse
 
 
@@ -35,30 +35,30 @@ class Deflated(NamedTuple):
     corner: Tensor  # (N, k, k) float64, UᵀAU
 
 
-def first_directions(sigma: Tensor, p: int) -> Tensor | None:  # (..., d, d) -> (..., d, k)
+def first_deflation_basis(sigma: Tensor, p: int) -> Tensor | None:  # (..., d, d) -> (..., d, k)
     """U before the first inverse: like noise, the same every time. None: nothing is deflated."""
     d = sigma.shape[-1]
     if p > 1 or d < NARROWEST:
         return None
     i = torch.arange(1, d + 1, dtype=torch.float64, device=sigma.device)[:, None]
-    j = torch.arange(1, N_DIRECTIONS + 1, dtype=torch.float64, device=sigma.device)
+    j = torch.arange(1, DEFLATION_RANK + 1, dtype=torch.float64, device=sigma.device)
     noise = torch.cos(i.square() * (j + 0.5).sqrt())  # (d, k)
     return torch.linalg.qr(noise)[0].to(sigma.dtype).repeat(*sigma.shape[:-2], 1, 1)
 
 
-def deflated_spread(spread: float) -> float:
+def deflated_condition_bound(condition_bound: float) -> float:
     """At least ‖QΣQ‖_F / γ̄, if U are the leading eigenvectors and `spread` bounds tr(Σ) / γ̄.
 
     The worst Σ has n = 2k equal eigenvalues: n - k stay, of norm √(n - k) tr(Σ) / n.
     """
-    return spread / (2 * N_DIRECTIONS**0.5)
+    return condition_bound / (2 * DEFLATION_RANK**0.5)
 
 
-def deflate(sigma: Tensor, damping: Tensor, directions: Tensor) -> Deflated:
+def deflate(sigma: Tensor, damping: Tensor, deflation_basis: Tensor) -> Deflated:
     """A' of Σ (N, d, d) and γ̄ (N,), once U (N, d, k) has made `POWER_STEPS` of block iteration."""
     A = sigma.to(torch.float64, copy=True)
     A.diagonal(dim1=-2, dim2=-1).add_(damping[:, None])
-    U = directions.to(torch.float64)
+    U = deflation_basis.to(torch.float64)
     for _ in range(POWER_STEPS):
         U = _orthonormal(A @ U, U)
     AU = A @ U

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.choice import choose
+from .dispatch import choose_backend
 
 
 def gram_(
@@ -56,7 +56,7 @@ def accumulate_gram(
     offset: Tensor,  # () int64, updated in place
     is_paused: Tensor,  # () bool, on the CPU, where reading it waits for nothing
     stride: int,
-    choice: str = "auto",  # a `Kernel`; inductor has an argument of its own of the name `kernel`
+    backend: str = "auto",  # a `Kernel`; inductor has an argument of its own of the name `kernel`
     rank: int = 0,
     size: int = 1,
 ) -> None:
@@ -70,7 +70,7 @@ def accumulate_gram(
         return
     n_sequences = z.shape[:-2].numel()
     first = offset + rank * n_sequences if rank else offset
-    count += _gram_of(choice, S, z)(S, z, beta=1.0, alpha=1.0, stride=stride, offset=first)
+    count += _gram_of(backend, S, z)(S, z, beta=1.0, alpha=1.0, stride=stride, offset=first)
     offset += size * n_sequences
 
 
@@ -82,20 +82,20 @@ def _(
     offset: Tensor,
     is_paused: Tensor,
     stride: int,
-    choice: str = "auto",
+    backend: str = "auto",
     rank: int = 0,
     size: int = 1,
 ) -> None:
     return None
 
 
-def _gram_of(kernel: Any, S: Tensor, z: Tensor) -> Callable[..., int]:
+def _gram_of(backend: Any, S: Tensor, z: Tensor) -> Callable[..., int]:
     """The `gram_` that `kernel` means for these tensors."""
     row = z.stride(-2) if z.stride(-1) == 1 else z.shape[-1]
     row_bytes = [n * z.element_size() for n in (row, S.shape[-1])]  # of z, and of a slice of it
-    if choose(kernel, "gram", z, S, row_bytes=row_bytes) == "torch":
+    if choose_backend(backend, "gram", z, S, row_bytes=row_bytes) == "torch":
         return gram_
-    from kernels._triton_gram import gram_ as triton_gram_
+    from ._triton_gram import gram_ as triton_gram_
 
     return triton_gram_
 

@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels.gram import mirror_
+from .gram import mirror_
 
-Coefficients = Literal["polar_express", "quintic"]
+NSCoefficients = Literal["polar_express", "quintic"]
 
 # One row (a, b, c) is one step p(x) = a x + b x³ + c x⁵.
 QUINTIC = ((3.4445, -4.7750, 2.0315),)
@@ -31,7 +31,7 @@ POLAR_EXPRESS = (
 )
 # Each polynomial but the last takes x / SAFETY, so that rounding cannot push x past its interval.
 SAFETY = 1.01
-COEFFICIENTS = {
+NS_COEFFICIENTS = {
     "quintic": QUINTIC,
     "polar_express": (
         *((a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in POLAR_EXPRESS[:-1]),
@@ -44,7 +44,7 @@ def orthogonalize(
     G: Tensor,  # (..., m, n)
     *,
     steps: int = 5,
-    coefficients: Coefficients = "polar_express",
+    ns_coefficients: NSCoefficients = "polar_express",
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:  # (..., m, n), in G's dtype
     """Push every singular value of G towards 1: U S Vᵀ -> U p(S) Vᵀ, with p(S) ≈ I.
@@ -55,11 +55,11 @@ def orthogonalize(
     Raises ValueError for bad arguments. Sources: "quintic" is Jordan et al., Muon (2024);
     "polar_express" is Amsel et al., arXiv 2505.16932, Algorithm 1.
     """
-    check_orthogonalize(G, steps, coefficients)
+    check_orthogonalize(G, steps, ns_coefficients)
     is_tall = G.shape[-2] > G.shape[-1]
-    X = normalized(G.mT if is_tall else G, coefficients).to(dtype)
+    X = normalized(G.mT if is_tall else G, ns_coefficients).to(dtype)
     batch = X.reshape(-1, *X.shape[-2:])  # (B, m, n), m <= n
-    for a, b, c in polynomials(coefficients, steps):
+    for a, b, c in polynomials(ns_coefficients, steps):
         A = batch @ batch.mT  # (B, m, m)
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
         batch = torch.baddbmm(batch, B, batch, beta=a)
@@ -67,31 +67,33 @@ def orthogonalize(
     return X.mT if is_tall else X
 
 
-def check_orthogonalize(G: Tensor, steps: int, coefficients: str) -> None:
+def check_orthogonalize(G: Tensor, steps: int, ns_coefficients: str) -> None:
     if G.ndim < 2 or not G.is_floating_point():
         raise ValueError(
             f"orthogonalize: G is {tuple(G.shape)} {G.dtype}; wants a floating (..., m, n)"
         )
     if steps < 1:
         raise ValueError(f"orthogonalize: steps={steps}; wants at least 1")
-    if coefficients not in COEFFICIENTS:
+    if ns_coefficients not in NS_COEFFICIENTS:
         raise ValueError(
-            f"orthogonalize: coefficients={coefficients!r}; use 'polar_express' or 'quintic'"
+            f"orthogonalize: ns_coefficients={ns_coefficients!r}; use 'polar_express' or 'quintic'"
         )
 
 
-def normalized(G: Tensor, coefficients: Coefficients) -> Tensor:
+def normalized(G: Tensor, ns_coefficients: NSCoefficients) -> Tensor:
     """G / ‖G‖_F in fp32 or better, for any scale of G: the largest entry is divided out first."""
     G = G.to(torch.promote_types(G.dtype, torch.float32))
     largest = G.abs().amax(dim=(-2, -1), keepdim=True)
     G = G / torch.where(largest > 0, largest, 1)
     norm = torch.linalg.matrix_norm(G, keepdim=True)
-    margin = SAFETY if coefficients == "polar_express" else 1.0
+    margin = SAFETY if ns_coefficients == "polar_express" else 1.0
     return G / torch.where(norm > 0, norm * margin, 1)
 
 
-def polynomials(coefficients: Coefficients, steps: int) -> Iterator[tuple[float, float, float]]:
-    rows = COEFFICIENTS[coefficients]
+def polynomials(
+    ns_coefficients: NSCoefficients, steps: int
+) -> Iterator[tuple[float, float, float]]:
+    rows = NS_COEFFICIENTS[ns_coefficients]
     return islice(chain(rows, repeat(rows[-1])), steps)
 
 

@@ -1,3 +1,3 @@
-from optim.dopr import ActivationPreconditioner
+from .dopr.preconditioner import ActivationPreconditioner
 
 __all__ = ["ActivationPreconditioner"]

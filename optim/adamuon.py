@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from kernels.choice import Kernel
-from kernels.newton_schulz import Coefficients
-from optim.collective import ProcessGroup, local
-from optim.matrices import Matrices
-from optim.muon import IterationDtype, MatrixOptimizer, momentum_direction, orthogonalize_all
+from .kernels.dispatch import Backend
+from .kernels.newton_schulz import NSCoefficients
+from .matrices import Matrices
+from .muon import IterationDtype, MatrixOptimizer, momentum_direction, orthogonalize_all
+from .process_group import ProcessGroup, local
 
 UPDATE_RMS = 0.2  # of a typical AdamW update
 
@@ -24,11 +24,11 @@ def adamuon_update(
     momentum: float,
     nesterov: bool,
     eps: float,
-    blocks: int,
+    qkv_blocks: int,
     ns_steps: int,
-    coefficients: Coefficients,
+    ns_coefficients: NSCoefficients,
     ns_dtype: IterationDtype,
-    kernel: Kernel = "auto",
+    backend: Backend = "auto",
     matrices: Matrices | None = None,
 ) -> list[Tensor]:  # like grads; each block has RMS 0.2
     """AdaMuon's update of many matrices; both lists of buffers are advanced.
@@ -52,26 +52,26 @@ def adamuon_update(
     matrices = matrices or Matrices(grads, None)
     orthogonalize_ = partial(
         orthogonalize_all,
-        blocks=blocks,
+        qkv_blocks=qkv_blocks,
         steps=ns_steps,
-        coefficients=coefficients,
+        ns_coefficients=ns_coefficients,
         ns_dtype=ns_dtype,
-        kernel=kernel,
+        backend=backend,
     )
     updates = matrices.by_owners(signs, orthogonalize_)
     for update, second_moment in zip(updates, second_moments, strict=True):
         second_moment.lerp_(update.square(), 1 - momentum)
         update.div_(second_moment.sqrt().add_(eps))
-    return rms_aligned(updates, matrices, blocks=blocks)
+    return rms_aligned(updates, matrices, qkv_blocks=qkv_blocks)
 
 
-def rms_aligned(updates: list[Tensor], matrices: Matrices, *, blocks: int) -> list[Tensor]:
+def rms_aligned(updates: list[Tensor], matrices: Matrices, *, qkv_blocks: int) -> list[Tensor]:
     """`updates` with every row block rescaled to RMS 0.2; a block of zeros stays zero."""
     aligned = []
-    for i, norm in enumerate(matrices.block_norms(updates, blocks)):  # (blocks,)
+    for i, norm in enumerate(matrices.block_norms(updates, qkv_blocks)):  # (blocks,)
         d_out, d_in = matrices.shapes[i]
-        factor = UPDATE_RMS * math.sqrt(d_out // blocks * d_in) / norm.where(norm > 0, 1)
-        of_row = factor[matrices.block_of_rows(i, updates[i], blocks)]  # (rows here,)
+        factor = UPDATE_RMS * math.sqrt(d_out // qkv_blocks * d_in) / norm.where(norm > 0, 1)
+        of_row = factor[matrices.block_of_rows(i, updates[i], qkv_blocks)]  # (rows here,)
         aligned.append(updates[i].contiguous() * of_row[:, None])
     return aligned
 
@@ -102,15 +102,19 @@ class AdaMuon(MatrixOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         ns_steps: int = 5,
-        coefficients: Coefficients = "polar_express",
+        ns_coefficients: NSCoefficients = "polar_express",
         ns_dtype: IterationDtype = "bfloat16",
-        kernel: Kernel = "auto",
+        backend: Backend = "auto",
         process_group: ProcessGroup | None = None,
     ) -> None:
-        settings = {"momentum": momentum, "nesterov": nesterov, "eps": eps, "blocks": 1}
-        newton_schulz = {"ns_steps": ns_steps, "coefficients": coefficients, "ns_dtype": ns_dtype}
+        settings = {"momentum": momentum, "nesterov": nesterov, "eps": eps, "qkv_blocks": 1}
+        newton_schulz = {
+            "ns_steps": ns_steps,
+            "ns_coefficients": ns_coefficients,
+            "ns_dtype": ns_dtype,
+        }
         defaults = {"lr": lr, "weight_decay": weight_decay, **settings, **newton_schulz}
-        super().__init__(params, defaults, kernel, process_group)
+        super().__init__(params, defaults, backend, process_group)
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optim.collective import local
+from .process_group import local
 
 
 class DecoupledOptimizer(torch.optim.Optimizer):

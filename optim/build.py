@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.choice import Kernel
-from kernels.newton_schulz import Coefficients
-from mup import WeightDecayScaling
-from optim.adamuon import AdaMuon
-from optim.collective import ProcessGroup, is_sharded
-from optim.groups import Role, Row, assign_roles, check_complete
-from optim.muon import IterationDtype, Muon, Scale
-from optim.signum import Signum
-from optim.width import follow_width
+from .adamuon import AdaMuon
+from .groups import ParamRole, Role, assign_roles, check_complete
+from .kernels.dispatch import Backend
+from .kernels.newton_schulz import NSCoefficients
+from .muon import AdjustLR, IterationDtype, Muon
+from .mup import WeightDecayScaling, follow_width
+from .process_group import ProcessGroup, is_sharded
+from .signum import Signum
 
 OPTIMIZERS = ("adamw", "sgd", "signum", "muon", "adamuon")
 MATRIX_OPTIMIZERS = ("muon", "adamuon")  # AdamW takes what is no matrix
@@ -38,11 +37,11 @@ def build_optimizers(
     momentum: float,
     aux_lr: float | None = None,
     nesterov: bool = True,
-    muon_scale: Scale = "match_rms",
-    coefficients: Coefficients = "polar_express",
+    adjust_lr: AdjustLR = "match_rms_adamw",
+    ns_coefficients: NSCoefficients = "polar_express",
     ns_steps: int = 5,
     ns_dtype: IterationDtype = "bfloat16",
-    kernel: Kernel = "auto",
+    backend: Backend = "auto",
     process_group: ProcessGroup | None = None,
     width_mult: float = 1.0,
     wd_scaling: WeightDecayScaling = "independent",
@@ -68,7 +67,7 @@ def build_optimizers(
         eps: of AdamW and adamuon.
         momentum: of sgd, signum, muon, adamuon.
         nesterov: of muon and adamuon.
-        muon_scale: of muon.
+        adjust_lr: of muon.
         coefficients, ns_steps, ns_dtype, kernel, process_group: of muon and adamuon; see there.
         width_mult: m of mup.py, the width relative to the one that all these numbers suit.
         wd_scaling: how weight decay follows m; see mup.DECAY.
@@ -80,7 +79,7 @@ def build_optimizers(
     _check_name(optimizer, aux_lr)
     adam: dict[str, Any] = {"betas": (beta1, beta2), "eps": eps, "fused": True}
     matrix: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
-    matrix |= {"coefficients": coefficients, "ns_dtype": ns_dtype, "kernel": kernel}
+    matrix |= {"ns_coefficients": ns_coefficients, "ns_dtype": ns_dtype, "backend": backend}
     matrix |= {"process_group": process_group}
     is_foreach = any(map(is_sharded, model.parameters()))
     sgd = {"momentum": momentum, "foreach": is_foreach, "fused": not is_foreach}
@@ -88,7 +87,7 @@ def build_optimizers(
         "adamw": lambda groups: torch.optim.AdamW(groups, **adam),
         "sgd": lambda groups: torch.optim.SGD(groups, **sgd),
         "signum": lambda groups: Signum(groups, momentum=momentum),
-        "muon": lambda groups: Muon(groups, scale=muon_scale, **matrix),
+        "muon": lambda groups: Muon(groups, adjust_lr=adjust_lr, **matrix),
         "adamuon": lambda groups: AdaMuon(groups, eps=eps, **matrix),
     }
     rows = assign_roles(model)
@@ -117,21 +116,21 @@ def _check_name(optimizer: str, aux_lr: float | None) -> None:
         )
 
 
-def _param_groups(rows: list[Row], lr: float, weight_decay: float) -> list[dict[str, Any]]:
+def _param_groups(rows: list[ParamRole], lr: float, weight_decay: float) -> list[dict[str, Any]]:
     """One param group per role and number of blocks, in order of first appearance."""
     members: dict[tuple[Role, int], list[tuple[str, Tensor]]] = defaultdict(list)
     for row in rows:
-        members[row.role, row.blocks].append((row.name, row.param))
+        members[row.role, row.qkv_blocks].append((row.name, row.param))
     return [
         {
             "params": named_params,
             "role": role,
-            "blocks": blocks,
+            "qkv_blocks": qkv_blocks,
             "lr": lr,
             "base_lr": lr,
             "weight_decay": weight_decay if role in DECAYED_ROLES else 0.0,
         }
-        for (role, blocks), named_params in members.items()
+        for (role, qkv_blocks), named_params in members.items()
     ]
 
 

@@ -17,16 +17,16 @@ HEAD = "lm_head"
 FUSED_BLOCKS = {"c_attn": 3}  # linear layers whose rows stack several matrices: q, k, v
 
 
-class Row(NamedTuple):
+class ParamRole(NamedTuple):
     """One trainable parameter."""
 
     name: str
     param: Tensor
     role: Role
-    blocks: int  # equal row blocks that are matrices of their own: 3 for fused q, k, v
+    qkv_blocks: int  # equal row blocks that are matrices of their own: 3 for fused q, k, v
 
 
-def assign_roles(model: nn.Module) -> list[Row]:
+def assign_roles(model: nn.Module) -> list[ParamRole]:
     """One row per trainable parameter, in the model's order; a shared parameter appears once.
 
     A parameter with several names (tied weights) has the role and the name of its embedding.
@@ -34,7 +34,7 @@ def assign_roles(model: nn.Module) -> list[Row]:
     Raises:
         ValueError: parameters that fit no role, all of them by name and shape.
     """
-    rows: dict[Tensor, Row] = {}
+    rows: dict[Tensor, ParamRole] = {}
     unknown: list[str] = []
     for module_name, module in model.named_modules():
         for name, param in module.named_parameters(module_name, recurse=False):
@@ -44,7 +44,7 @@ def assign_roles(model: nn.Module) -> list[Row]:
             if role is None:
                 unknown.append(f"{name} {tuple(param.shape)}")
             elif param not in rows or role == "embedding":
-                rows[param] = Row(name, param, role, _blocks(module_name, param))
+                rows[param] = ParamRole(name, param, role, _blocks(module_name, param))
     if unknown:
         raise ValueError(
             f"no role for {', '.join(unknown)}; wanted weights of nn.Linear (matrix, {HEAD}: head) "
@@ -65,13 +65,13 @@ def _role(module: nn.Module, module_name: str, name: str, param: Tensor) -> Role
 
 
 def _blocks(module_name: str, param: Tensor) -> int:
-    blocks = FUSED_BLOCKS.get(_last(module_name), 1) if param.ndim == 2 else 1
-    if param.shape[0] % blocks:
+    qkv_blocks = FUSED_BLOCKS.get(_last(module_name), 1) if param.ndim == 2 else 1
+    if param.shape[0] % qkv_blocks:
         raise ValueError(
-            f"{module_name}: {param.shape[0]} rows; a fused layer of this name stacks {blocks} "
+            f"{module_name}: {param.shape[0]} rows; a fused layer of this name stacks {qkv_blocks} "
             "matrices, so its rows must be divisible by that"
         )
-    return blocks
+    return qkv_blocks
 
 
 def _last(name: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from optim.collective import Collective, ProcessGroup, first_row, owners, row_bounds, row_mesh_dim
+from .process_group import Collective, ProcessGroup, first_row, owners, row_bounds, row_mesh_dim
 
 Work = Callable[[list[Tensor]], list[Tensor]]  # new matrices from matrices, shape by shape
 
@@ -47,7 +47,7 @@ class Matrices:
                 results[i] = result
         return results
 
-    def block_norms(self, parts: list[Tensor], blocks: int) -> list[Tensor]:
+    def block_norms(self, parts: list[Tensor], row_blocks: int) -> list[Tensor]:
         """The Frobenius norm of each of `blocks` equal row blocks of the whole matrices, (blocks,).
 
         At least in fp32; of a plain matrix, without communication.
@@ -56,23 +56,25 @@ class Matrices:
         for (group, is_spread, _), indices in self._sets.items():
             if not is_spread:
                 for i in indices:
-                    results[i] = torch.linalg.vector_norm(parts[i].reshape(blocks, -1), dim=1)
+                    results[i] = torch.linalg.vector_norm(parts[i].reshape(row_blocks, -1), dim=1)
                 continue
-            squares = [self._squares(i, parts[i], blocks) for i in indices]
+            squares = [self._squares(i, parts[i], row_blocks) for i in indices]
             total = Collective(group).sum_(torch.stack(squares)).sqrt()  # (n, blocks)
             for i, norms in zip(indices, total, strict=True):
                 results[i] = norms
         return results
 
-    def block_of_rows(self, i: int, part: Tensor, blocks: int) -> Tensor:  # (rows here,)
+    def block_of_rows(self, i: int, part: Tensor, row_blocks: int) -> Tensor:  # (rows here,)
         """To which row block each row of `part` belongs."""
         rows = torch.arange(part.shape[0], device=part.device) + self.first_rows[i]
-        return rows // (self.shapes[i][0] // blocks)
+        return rows // (self.shapes[i][0] // row_blocks)
 
-    def _squares(self, i: int, part: Tensor, blocks: int) -> Tensor:  # (blocks,)
+    def _squares(self, i: int, part: Tensor, row_blocks: int) -> Tensor:  # (blocks,)
         """Sums of squares over the rows that are here."""
         of_rows = part.square().sum(1)
-        return of_rows.new_zeros(blocks).index_add_(0, self.block_of_rows(i, part, blocks), of_rows)
+        return of_rows.new_zeros(row_blocks).index_add_(
+            0, self.block_of_rows(i, part, row_blocks), of_rows
+        )
 
 
 def _holders(param: Any, process_group: ProcessGroup | None) -> tuple[Any, bool, torch.dtype]:

@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from kernels.choice import Kernel, check_kernel, choose
-from kernels.newton_schulz import Coefficients, orthogonalize
-from optim.base import DecoupledOptimizer, named_params
-from optim.collective import ProcessGroup, local
-from optim.matrices import Matrices
+from .base import DecoupledOptimizer, named_params
+from .kernels.dispatch import Backend, check_backend, choose_backend
+from .kernels.newton_schulz import NSCoefficients, orthogonalize
+from .matrices import Matrices
+from .process_group import ProcessGroup, local
 
-Scale = Literal["match_rms", "spectral", "original"]
+AdjustLR = Literal["match_rms_adamw", "spectral", "original"]
 IterationDtype = Literal["bfloat16", "float32"]
 
 # An orthogonal (d_out, d_in) matrix has spectral norm 1 and RMS entry 1/√max(d_out, d_in).
-SCALES: dict[str, Callable[[int, int], float]] = {
-    "match_rms": lambda d_out, d_in: 0.2 * math.sqrt(max(d_out, d_in)),
+ADJUST_LR: dict[str, Callable[[int, int], float]] = {
+    "match_rms_adamw": lambda d_out, d_in: 0.2 * math.sqrt(max(d_out, d_in)),
     "spectral": lambda d_out, d_in: math.sqrt(d_out / d_in),
     "original": lambda d_out, d_in: math.sqrt(max(1, d_out / d_in)),
 }
-COEFFICIENTS = ("polar_express", "quintic")
+NS_COEFFICIENTS = ("polar_express", "quintic")
 ITERATION_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -35,12 +35,12 @@ def muon_update(
     *,
     momentum: float,
     nesterov: bool,
-    scale: Scale,
-    blocks: int,
+    adjust_lr: AdjustLR,
+    qkv_blocks: int,
     ns_steps: int,
-    coefficients: Coefficients,
+    ns_coefficients: NSCoefficients,
     ns_dtype: IterationDtype,
-    kernel: Kernel = "auto",
+    backend: Backend = "auto",
     matrices: Matrices | None = None,
 ) -> list[Tensor]:  # like grads
     """scale(d_out/blocks, d_in) · orthogonalised momentum, for many matrices; buffers are advanced.
@@ -56,15 +56,15 @@ def muon_update(
     matrices = matrices or Matrices(grads, None)
     orthogonalize_ = partial(
         orthogonalize_all,
-        blocks=blocks,
+        qkv_blocks=qkv_blocks,
         steps=ns_steps,
-        coefficients=coefficients,
+        ns_coefficients=ns_coefficients,
         ns_dtype=ns_dtype,
-        kernel=kernel,
+        backend=backend,
     )
     updates = matrices.by_owners(directions, orthogonalize_)
     return [
-        update.mul_(SCALES[scale](d_out // blocks, d_in))
+        update.mul_(ADJUST_LR[adjust_lr](d_out // qkv_blocks, d_in))
         for update, (d_out, d_in) in zip(updates, matrices.shapes, strict=True)
     ]
 
@@ -84,11 +84,11 @@ def momentum_direction(
 def orthogonalize_all(
     matrices: list[Tensor],  # each (d_out, d_in)
     *,
-    blocks: int,
+    qkv_blocks: int,
     steps: int,
-    coefficients: Coefficients,
+    ns_coefficients: NSCoefficients,
     ns_dtype: IterationDtype,
-    kernel: Kernel = "auto",
+    backend: Backend = "auto",
 ) -> list[Tensor]:  # new tensors, like matrices
     """Each of the `blocks` equal row blocks of each matrix, orthogonalised on its own.
 
@@ -101,21 +101,21 @@ def orthogonalize_all(
     for (shape, _, _), indices in alike.items():
         d_out, d_in = shape
         batch = torch.stack([matrices[i] for i in indices])  # (n, d_out, d_in)
-        batch = batch.view(-1, d_out // blocks, d_in)  # (n·blocks, d_out/blocks, d_in)
+        batch = batch.view(-1, d_out // qkv_blocks, d_in)  # (n·blocks, d_out/blocks, d_in)
         dtype = ITERATION_DTYPES[ns_dtype]
-        implementation = _orthogonalize_of(kernel, batch, dtype)
-        batch = implementation(batch, steps=steps, coefficients=coefficients, dtype=dtype)
+        implementation = _orthogonalize_of(backend, batch, dtype)
+        batch = implementation(batch, steps=steps, ns_coefficients=ns_coefficients, dtype=dtype)
         for i, matrix in zip(indices, batch.reshape(-1, d_out, d_in), strict=True):
             result[i] = matrix
     return result
 
 
-def _orthogonalize_of(kernel: Kernel, G: Tensor, dtype: torch.dtype) -> Callable[..., Tensor]:
+def _orthogonalize_of(backend: Backend, G: Tensor, dtype: torch.dtype) -> Callable[..., Tensor]:
     """The implementation of `orthogonalize` that `kernel` means for G (..., m, n)."""
     row_bytes = [size * dtype.itemsize for size in G.shape[-2:]]  # of X, and of X Xᵀ
-    if choose(kernel, "orthogonalize", G, row_bytes=row_bytes) == "torch":
+    if choose_backend(backend, "orthogonalize", G, row_bytes=row_bytes) == "torch":
         return orthogonalize
-    from kernels._triton_newton_schulz import orthogonalize as triton_orthogonalize
+    from .kernels._triton_newton_schulz import orthogonalize as triton_orthogonalize
 
     return triton_orthogonalize
 
@@ -123,7 +123,7 @@ def _orthogonalize_of(kernel: Kernel, G: Tensor, dtype: torch.dtype) -> Callable
 class MatrixOptimizer(DecoupledOptimizer):
     """A DecoupledOptimizer for matrices, with the settings of the orthogonalisation.
 
-    `kernel` says who orthogonalises here (kernels/choice.py), `process_group` with whom the work is
+    `kernel` says who orthogonalises here (kernels/dispatch.py), `process_group` with whom the work is
     shared. They are of the machine, not of the training: no param group and no `state_dict` holds
     them, and a copy of the optimizer shares with nobody.
     """
@@ -134,30 +134,30 @@ class MatrixOptimizer(DecoupledOptimizer):
         self,
         params: ParamsT,
         defaults: dict[str, Any],
-        kernel: Kernel,
+        backend: Backend,
         process_group: ProcessGroup | None,
     ) -> None:
-        self.kernel: Kernel = kernel  # `check_group` needs it
+        self.backend: Backend = backend  # `check_group` needs it
         super().__init__(params, defaults)
         self._process_group = process_group
 
     def settings(self, params: list[Tensor], group: dict[str, Any]) -> dict[str, Any]:
         """What the update rules of matrices have in common."""
-        keys = ("momentum", "nesterov", "blocks", "ns_steps", "coefficients", "ns_dtype")
+        keys = ("momentum", "nesterov", "qkv_blocks", "ns_steps", "ns_coefficients", "ns_dtype")
         matrices = Matrices(params, self._process_group)
-        return {key: group[key] for key in keys} | {"kernel": self.kernel, "matrices": matrices}
+        return {key: group[key] for key in keys} | {"backend": self.backend, "matrices": matrices}
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"kernel": self.kernel}
+        return super().__getstate__() | {"backend": self.backend}
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
-        check_kernel(self.kernel, group["params"])
-        kind, blocks = type(self).__name__, group["blocks"]
-        for key in ("blocks", "ns_steps"):
+        check_backend(self.backend, group["params"])
+        kind, qkv_blocks = type(self).__name__, group["qkv_blocks"]
+        for key in ("qkv_blocks", "ns_steps"):
             if not (isinstance(group[key], int) and group[key] >= 1):
                 raise ValueError(f"{kind}: {key}={group[key]}: must be a whole number, at least 1")
-        for key, choices in (("coefficients", COEFFICIENTS), ("ns_dtype", ITERATION_DTYPES)):
+        for key, choices in (("ns_coefficients", NS_COEFFICIENTS), ("ns_dtype", ITERATION_DTYPES)):
             self.check_choice(group, key, choices)
         for name, param in named_params(group):
             if param.ndim != 2:
@@ -165,10 +165,10 @@ class MatrixOptimizer(DecoupledOptimizer):
                     f"{kind} only supports 2D parameters; {name} is {tuple(param.shape)}; "
                     "give it to another optimizer, for example torch.optim.AdamW"
                 )
-            if param.shape[0] % blocks:
+            if param.shape[0] % qkv_blocks:
                 raise ValueError(
                     f"{kind}: {name} is {tuple(param.shape)}: its rows must be divisible by "
-                    f"blocks={blocks}"
+                    f"qkv_blocks={qkv_blocks}"
                 )
 
     def check_choice(self, group: dict[str, Any], key: str, choices: Any) -> None:
@@ -182,22 +182,22 @@ class Muon(MatrixOptimizer):
     """W <- (1 - lr·weight_decay) W - lr·lr_mult·scale·orthogonalise(momentum).
 
     Args:
-        params: 2-D parameters (d_out, d_in). A param group with `blocks=3` holds fused weights,
+        params: 2-D parameters (d_out, d_in). A param group with `qkv_blocks=3` holds fused weights,
             such as q, k, v one below the other: each block is orthogonalised and scaled alone.
         momentum, nesterov: see `momentum_direction`; momentum in [0, 1).
-        scale: "match_rms" 0.2·√max(d_out, d_in), which gives the update the RMS of a typical AdamW
+        scale: "match_rms_adamw" 0.2·√max(d_out, d_in), which gives the update the RMS of a typical AdamW
             update, so that its lr and weight decay carry over (Liu et al., arXiv 2502.16982);
             "spectral" √(d_out/d_in), for an lr that does not depend on width;
             "original" √max(1, d_out/d_in).
         ns_steps, coefficients, ns_dtype: of `kernels.newton_schulz.orthogonalize`.
-        kernel: auto, torch or triton, for the orthogonalisation; see `kernels.choice.choose`.
+        kernel: auto, torch or triton, for the orthogonalisation; see `kernels.dispatch.choose`.
         process_group: the processes that hold the same parameters (DDP) and orthogonalise some
             each; None: each all of them. Sharded parameters (FSDP2) bring their own.
     Raises:
         ValueError: a number or name outside its range, a parameter that is not 2-D or not divisible
             into its blocks, a complex parameter, a sparse gradient, a kernel that cannot run.
 
-    With scale="original" and coefficients="quintic" this is torch.optim.Muon, up to rounding.
+    With adjust_lr="original" and ns_coefficients="quintic" this is torch.optim.Muon, up to rounding.
     """
 
     buffers = ("momentum_buffer",)
@@ -210,26 +210,35 @@ class Muon(MatrixOptimizer):
         momentum: float = 0.95,
         nesterov: bool = True,
         weight_decay: float = 0.1,
-        scale: Scale = "match_rms",
+        adjust_lr: AdjustLR = "match_rms_adamw",
         ns_steps: int = 5,
-        coefficients: Coefficients = "polar_express",
+        ns_coefficients: NSCoefficients = "polar_express",
         ns_dtype: IterationDtype = "bfloat16",
-        kernel: Kernel = "auto",
+        backend: Backend = "auto",
         process_group: ProcessGroup | None = None,
     ) -> None:
-        settings = {"momentum": momentum, "nesterov": nesterov, "scale": scale, "blocks": 1}
-        newton_schulz = {"ns_steps": ns_steps, "coefficients": coefficients, "ns_dtype": ns_dtype}
+        settings = {
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "adjust_lr": adjust_lr,
+            "qkv_blocks": 1,
+        }
+        newton_schulz = {
+            "ns_steps": ns_steps,
+            "ns_coefficients": ns_coefficients,
+            "ns_dtype": ns_dtype,
+        }
         defaults = {"lr": lr, "weight_decay": weight_decay, **settings, **newton_schulz}
-        super().__init__(params, defaults, kernel, process_group)
+        super().__init__(params, defaults, backend, process_group)
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
-        self.check_choice(group, "scale", SCALES)
+        self.check_choice(group, "adjust_lr", ADJUST_LR)
 
     def updates(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         return muon_update(
             [local(p.grad) for p in params],
             [local(self.state[p]["momentum_buffer"]) for p in params],
-            scale=group["scale"],
+            adjust_lr=group["adjust_lr"],
             **self.settings(params, group),
         )

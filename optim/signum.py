@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optim.base import DecoupledOptimizer
-from optim.collective import local
+from .base import DecoupledOptimizer
+from .process_group import local
 
 
 def signum_update(grad: Tensor, momentum_buffer: Tensor, *, momentum: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""The house has floors: who may import whom, checked on the syntax tree of every file."""
+"""Which package may import which, checked on the syntax tree of every file."""
 
 import ast
 import subprocess
@@ -8,69 +8,99 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LOWER = {  # part of the house -> the parts that it may import
-    "settings": set(),
-    "configurator": {"settings"},
-    "stopping": set(),
-    "runlog": set(),
+MAY_IMPORT = {
     "kernels": set(),
     "model": set(),
-    "mup": set(),
-    "optim": {"kernels", "mup"},
     "data": set(),
-    "placement": set(),
-    "aftermath": set(),
-    "dist": {"aftermath", "placement"},
-    "sharded": set(),
-    "checkpoint": {"placement", "sharded"},
-    "saving": {"checkpoint", "dist", "sharded"},
-    "state": {"checkpoint", "saving", "optim", "dist", "placement", "sharded"},
-    "resuming": {"checkpoint", "data", "dist", "settings"},
-    "eval": {"dist", "sharded", "model", "data", "checkpoint", "optim", "runlog", "settings"}
-    | {"configurator", "saving"},
-    "train": {"settings", "configurator", "stopping", "runlog", "kernels", "model", "mup", "optim"}
-    | {"aftermath", "dist", "placement", "data", "checkpoint", "state", "resuming", "eval"},
+    "optim": {"kernels"},
+    "trainer": {"optim", "data", "model"},
+    "eval": {"trainer", "optim", "data", "model"},
+    "train": {"eval", "trainer", "optim", "data", "model"},
+    "studies": {"train", "eval", "trainer", "optim", "data", "model"},
+    "bench": {"studies", "train", "eval", "trainer", "optim", "kernels", "data", "model"},
 }
 
 
+def files_of(part: str) -> list[Path]:
+    """The source files of a package or a module of the root."""
+    module = ROOT / f"{part}.py"
+    found = [module] if module.exists() else sorted((ROOT / part).rglob("*.py"))
+    return [path for path in found if "optim/kernels" not in str(path)]
+
+
 def imports(path: Path) -> set[str]:
-    """Top-level names that a file imports, inside functions too."""
+    """Dotted names of the modules that a file imports, inside functions too; relative ones too."""
+    folder = path.relative_to(ROOT).parent.parts
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            assert node.level == 0, f"{path}: relative import"
-            names.add(node.module.split(".")[0])
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = folder[: len(folder) - node.level + 1] if node.level else ()
+            names.add(".".join([*above, *([node.module] if node.module else [])]))
     return names
 
 
-@pytest.mark.parametrize("part", LOWER)
-def test_a_part_imports_only_the_parts_below_it(part):
-    files = [ROOT / f"{part}.py"] if (ROOT / f"{part}.py").exists() else (ROOT / part).rglob("*.py")
-    for path in files:
-        above = (imports(path) & LOWER.keys()) - LOWER[part] - {part}
-        assert not above, f"{path} imports {above}"
+def parts_imported(path: Path) -> set[str]:
+    """The packages and root modules of this project that a file imports.
+
+    `optim.kernels` is a link to the folder kernels/.
+    """
+    names = {name.replace("optim.kernels", "kernels") for name in imports(path)}
+    return {name.partition(".")[0] for name in names} & MAY_IMPORT.keys()
 
 
-def test_every_part_of_the_house_has_a_floor():
+@pytest.mark.parametrize("part", MAY_IMPORT)
+def test_a_package_imports_only_the_packages_below_it(part):
+    for path in files_of(part):
+        allowed = MAY_IMPORT[part] | {part}
+        if "optim" in allowed:
+            allowed |= {"kernels"}
+        assert parts_imported(path) <= allowed, path
+
+
+def test_every_package_has_a_place_in_the_order():
     parts = {path.stem for path in ROOT.glob("*.py")}
-    parts |= {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    assert parts - {"tests", "bench"} == LOWER.keys()
+    parts |= {path.parent.name for path in ROOT.glob("*/__init__.py")} | {"kernels"}
+    assert parts - {"tests"} == MAY_IMPORT.keys()
+
+
+def test_the_root_holds_the_trainer_and_the_model_alone():
+    assert {path.name for path in ROOT.glob("*.py")} == {"train.py", "model.py"}
+
+
+def test_what_is_installed_uses_relative_imports_and_needs_torch_alone():
+    allowed = {*sys.stdlib_module_names, "torch", "triton"}
+    for part in ("optim", "kernels"):
+        for path in files_of(part):
+            outside = {name for name in imports(path) if not name.startswith(part)}
+            assert {name.partition(".")[0] for name in outside} <= allowed, path
 
 
 def test_the_settings_need_only_the_standard_library():
-    for name in ("settings", "configurator", "mup"):
-        assert imports(ROOT / f"{name}.py") <= {*sys.stdlib_module_names, "settings"}
+    for name in ("settings", "config"):
+        outside = {name.partition(".")[0] for name in imports(ROOT / "trainer" / f"{name}.py")}
+        assert outside <= {*sys.stdlib_module_names, "trainer", "optim"}
 
 
 def test_the_model_needs_only_torch():
-    assert imports(ROOT / "model.py") <= {*sys.stdlib_module_names, "torch"}
+    assert {name.partition(".")[0] for name in imports(ROOT / "model.py")} <= {
+        *sys.stdlib_module_names,
+        "torch",
+    }
 
 
 def test_no_reference_kernel_imports_triton():
     for path in (ROOT / "kernels").glob("[!_]*.py"):
-        assert "triton" not in imports(path)
+        assert "triton" not in {name.partition(".")[0] for name in imports(path)}
+
+
+def test_a_training_run_loads_neither_scipy_nor_matplotlib():
+    code = "import sys, train; print({'scipy', 'matplotlib'} & {*sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert done.stdout == "set()\n"
 
 
 def test_other_packages_import_from_the_root_of_the_project():

@@ -290,10 +290,10 @@ def test_the_same_seed_gives_the_same_samples_and_another_seed_others():
 
 def test_batches_that_share_a_generator_give_the_samples_of_one_batch():
     model, whole, parts = gpt(), torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
-    together = model.generate(PROMPTS, 8, generator=whole)
+    raise_on_all_ranks = model.generate(PROMPTS, 8, generator=whole)
     split = model.generate(PROMPTS[:1], 8, generator=parts)
     split += model.generate(PROMPTS[1:], 8, generator=parts)
-    assert split == together
+    assert split == raise_on_all_ranks
 
 
 def test_a_top_k_of_one_is_greedy():

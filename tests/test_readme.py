@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import train
-from configurator import load_config
-from dist import FROM_TORCHRUN, world_problems
-from eval import coord_check, width_sweep
-from eval.compare import parse, study_of
-from eval.update_ratio import measure_update
-from eval.width_grid import grid
+from studies.mup import coord_check, width_sweep
+from studies.mup.grid import grid
+from studies.mup.update_ratio import measure_update
+from studies.sweep.compare import parse, study_of
 from tests.tiny import argv
+from trainer.config import load_config
+from trainer.parallel import FROM_TORCHRUN, parallel_problems
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -68,7 +68,7 @@ def test_every_command_of_several_processes_is_accepted_by_so_many(monkeypatch):
         size = n_nodes * int(re.findall(r"--nproc_per_node=(\d+)", given)[0])
         for key, value in {"WORLD_SIZE": str(size), **dict.fromkeys(FROM_TORCHRUN, "0")}.items():
             monkeypatch.setenv(key, value)
-        load_config(arguments.removesuffix(" $@").split(), world_problems)
+        load_config(arguments.removesuffix(" $@").split(), parallel_problems)
 
 
 def test_every_ready_config_is_in_the_table():
@@ -100,13 +100,15 @@ def places(dataset, tmp_path_factory):
 
 
 def test_every_evaluation_command_runs_on_a_trained_model(places):
-    found = commands("python -m eval.")
-    elsewhere = {"eval.compare", "eval.lm_eval"}  # takes long; is an extra
-    elsewhere |= {"eval.coord_check", "eval.width_sweep"}  # take long
-    assert elsewhere | {"eval.ttf", "eval.report", "eval.sample"} <= {each[2] for each in found}
+    found = commands("python -m eval.") + commands("python -m studies.")
+    elsewhere = {"studies.sweep.compare", "eval.harness"}  # takes long; is an extra
+    elsewhere |= {"studies.mup.coord_check", "studies.mup.width_sweep"}  # take long
+    assert elsewhere | {"eval.rollout.ttf", "studies.report", "eval.sample"} <= {
+        each[2] for each in found
+    }
     for command in found:
         if command[2] not in elsewhere:
-            more = ["--out", str(places["hf_model"])] if command[2] == "eval.report" else []
+            more = ["--out", str(places["hf_model"])] if command[2] == "studies.report" else []
             run([*(str(places.get(word, word)) for word in command), *more])
     assert len(places["samples.jsonl"].read_text().splitlines()) == 2
     assert (places["hf_model"] / "config.json").exists()
@@ -114,7 +116,11 @@ def test_every_evaluation_command_runs_on_a_trained_model(places):
 
 
 def test_every_comparison_is_accepted():
-    found = [command for command in commands("python -m eval.") if command[2] == "eval.compare"]
+    found = [
+        command
+        for command in commands("python -m eval.") + commands("python -m studies.")
+        if command[2] == "studies.sweep.compare"
+    ]
     assert found
     for command in found:
         assert study_of(parse(command[3:])[1]).variants
@@ -123,7 +129,11 @@ def test_every_comparison_is_accepted():
 @pytest.mark.parametrize("study", [coord_check, width_sweep])
 def test_every_width_study_is_accepted(study, tmp_path):
     name = study.__name__
-    found = [command for command in commands("python -m eval.") if command[2] == name]
+    found = [
+        command
+        for command in commands("python -m eval.") + commands("python -m studies.")
+        if command[2] == name
+    ]
     assert found
     for command in found:
         _, arguments = study.parse([*command[3:], "--out", str(tmp_path)])

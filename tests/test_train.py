@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import train
-from checkpoint import open_checkpoint
-from state import TrainState
 from tests.devices import DEVICES
 from tests.tiny import argv, metrics, weights
+from trainer.checkpoint.read import open_checkpoint
+from trainer.checkpoint.state import TrainState
 
 
 def test_a_run_learns_and_leaves_everything_behind(dataset, tmp_path):

@@ -13,10 +13,10 @@ import filelock
 import pytest
 import torch
 
-import checkpoint
 import train
-from dist import FROM_TORCHRUN
 from tests.tiny import argv, metrics, weights, write_dataset
+from trainer.checkpoint import read as checkpoint
+from trainer.parallel import FROM_TORCHRUN
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from bench.scale.step import Estimate
-from eval.looks import DASHES, HEIGHT, INK, STYLE, WIDTH, logarithmic
+from studies.report.style import DASHES, HEIGHT, INK, STYLE, WIDTH, logarithmic
 
 COLOURS = ("#41347b", "#31688e", "#1f9e89", "#7fb52c", "#d9a400")  # small to large; after viridis
 LINES = {"exact": DASHES[1], "fast": DASHES[2]}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bench.scale.plan import FP32, Placement, owned, owned_numel, packed_bytes, unit_bytes
 from bench.scale.shapes import Mode, Shape, layers, matrices, n_weights, units
 from bench.scale.work import Batch
-from optim.refresh import CHUNK_BYTES
+from optim.dopr.refresh import CHUNK_BYTES
 
 ACTIVATIONS = (
     34  # bytes a token, layer and feature: Korthikanti et al. 2022, without attention maps

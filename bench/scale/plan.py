@@ -12,9 +12,9 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from bench.scale.shapes import Mode, Shape, gpt, layers, matrices, units
+from optim.dopr.distributed import messages, owners_of, packed_numel, sent_sizes
+from optim.dopr.layer import Layer
 from optim.matrices import owners_of as owners_of_matrices
-from optim.reduction import messages, owners_of, packed_numel, sent_sizes
-from optim.statistics import Layer
 
 Kind = Literal["all_reduce", "broadcast", "all_gather", "reduce_scatter", "all_to_all"]
 Over = Literal["all", "shard", "replicate"]
@@ -73,7 +73,7 @@ def sent_bytes(call: Call, placement: Placement) -> float:
 class Refresh(NamedTuple):
     """The collectives of a refresh, in their order."""
 
-    heads: Call  # tokens and mean eigenvalues
+    token_counts_and_traces: Call  # tokens and mean eigenvalues
     sums: list[tuple[Call, list[Layer]]]  # packed Σ z zᵀ, message by message
     outcome: Call  # which inverses failed
     made: list[Call]  # P, damping and U, from their owners
@@ -81,7 +81,13 @@ class Refresh(NamedTuple):
 
     @property
     def calls(self) -> list[Call]:
-        return [self.heads, *(call for call, _ in self.sums), self.outcome, *self.made, *self.norms]
+        return [
+            self.token_counts_and_traces,
+            *(call for call, _ in self.sums),
+            self.outcome,
+            *self.made,
+            *self.norms,
+        ]
 
 
 @lru_cache
@@ -94,7 +100,7 @@ def owned(shape: Shape, mode: Mode, size: int) -> dict[int, list[Layer]]:
 
 
 def refresh_calls(shape: Shape, mode: Mode, placement: Placement) -> Refresh | None:
-    """optim/refresh.py, optim/reduction.py, optim/apply.py; None: one process sends nothing."""
+    """optim/dopr/refresh.py, optim/dopr/distributed.py, optim/dopr/refresh.py; None: one process sends nothing."""
     covered, n = layers(shape, mode), len(layers(shape, mode))
     if placement.size == 1:
         return None
@@ -105,8 +111,11 @@ def refresh_calls(shape: Shape, mode: Mode, placement: Placement) -> Refresh | N
         for message in messages(own)
     ]
     norms = [Call("all_reduce", n * 2 * FP32)] if placement.shards > 1 else []
-    heads, outcome = Call("all_reduce", n * 2 * FP64), Call("all_reduce", n * 3 * FP64)
-    return Refresh(heads, sums, outcome, made, norms)
+    token_counts_and_traces, outcome = (
+        Call("all_reduce", n * 2 * FP64),
+        Call("all_reduce", n * 3 * FP64),
+    )
+    return Refresh(token_counts_and_traces, sums, outcome, made, norms)
 
 
 def packed_bytes(covered: Iterable[Layer]) -> int:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from model import GPT, GPTConfig
 from optim import ActivationPreconditioner
+from optim.dopr.layer import Layer
 from optim.groups import assign_roles
-from optim.statistics import Layer
-from placement import blocks
+from trainer.sharding import transformer_blocks
 
 
 @dataclass(frozen=True)
@@ -96,15 +96,15 @@ def matrices(shape: Shape) -> list[tuple[list[tuple[int, ...]], int]]:
     groups: dict[int, list[tuple[int, ...]]] = defaultdict(list)
     for row in assign_roles(gpt(shape)):
         if row.role == "matrix":
-            groups[row.blocks].append(tuple(row.param.shape))
-    return [(shapes, blocks) for blocks, shapes in groups.items()]
+            groups[row.qkv_blocks].append(tuple(row.param.shape))
+    return [(shapes, qkv_blocks) for qkv_blocks, shapes in groups.items()]
 
 
 @lru_cache
 def units(shape: Shape) -> tuple[list[list[Tensor]], list[Tensor]]:
     """What FSDP2 gathers together: the parameters of each block, and all others."""
     model = gpt(shape)
-    repeated: list[list[Tensor]] = [list(block.parameters()) for block in blocks(model)]
+    repeated: list[list[Tensor]] = [list(block.parameters()) for block in transformer_blocks(model)]
     held = {param for block in repeated for param in block}
     return repeated, [param for param in model.parameters() if param not in held]
 

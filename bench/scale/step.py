@@ -25,7 +25,7 @@ from bench.scale.plan import (
 )
 from bench.scale.shapes import Mode, Shape, layers
 from bench.scale.work import Batch
-from optim.refresh import chunks
+from optim.dopr.refresh import chunks
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def refresh_seconds(
     for call, message in found.sums:
         clock += seconds(call, placement, hardware)
         arrival |= dict.fromkeys(message, clock)
-    small = total([found.heads, found.outcome, *found.norms], placement, hardware)
+    small = total([found.token_counts_and_traces, found.outcome, *found.norms], placement, hardware)
     finish = max(
         finished(held, arrival, mode, hardware)
         for held in owned(shape, mode, placement.size).values()

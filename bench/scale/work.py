@@ -7,12 +7,11 @@ from math import ceil
 from bench.scale.hardware import Hardware
 from bench.scale.plan import Placement, owned
 from bench.scale.shapes import Mode, Shape, gpt, layers, matrices, n_weights
-from kernels.cholesky import BF16X3_FLOOR, PLAIN_BF16X3_FLOOR, WANTED_ERROR
-from kernels.deflation import deflated_spread
-from kernels.newton_schulz import newton_iterations
-from optim.covariance import spread_bound
+from optim.dopr.layer import Layer, condition_bound
+from optim.kernels.cholesky import BF16X3_FLOOR, PLAIN_BF16X3_FLOOR, WANTED_ERROR
+from optim.kernels.deflation import deflated_condition_bound
+from optim.kernels.newton_schulz import newton_iterations
 from optim.matrices import owners_of
-from optim.statistics import Layer
 
 NS_STEPS = 5  # of Muon
 # Bytes that pass through a GPU's memory, counted by reading the code.
@@ -95,10 +94,10 @@ def _inverse(layer: Layer, mode: Mode, hardware: Hardware) -> float:
     if mode.inverse == "cholesky":  # fp64; torch inverts by solving for the identity: b³/3 + 2 b³
         share = hardware.cholesky_fraction * b / (b + hardware.cholesky_half)
         return blocks * 7 / 3 * b**3 / (hardware.fp64 * share)
-    spread = spread_bound(blocks * b, mode.gamma)
-    spread = spread if layer.directions is None else deflated_spread(spread)
-    condition = spread + b**0.5
-    floor = PLAIN_BF16X3_FLOOR if layer.directions is None else BF16X3_FLOOR
+    bound = condition_bound(blocks * b, mode.gamma)
+    bound = bound if layer.deflation_basis is None else deflated_condition_bound(bound)
+    condition = bound + b**0.5
+    floor = PLAIN_BF16X3_FLOOR if layer.deflation_basis is None else BF16X3_FLOOR
     rate = hardware.bf16 / 3 if condition * floor <= WANTED_ERROR else hardware.fp32
     flops = 2 * newton_iterations(condition, 1) * blocks * b**3  # two symmetric products each
     return flops / (rate * hardware.newton_fraction)

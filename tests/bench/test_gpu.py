@@ -15,7 +15,7 @@ from filelock import FileLock
 pytest.importorskip("triton", reason="triton is not installed: it is for Linux only")
 
 from bench import gpu, kernels
-from bench.gpu import STAGES, Stage
+from bench.gpu import STAGES, GpuStage
 from bench.timing import compared, interleaved
 from tests.kernels.interpreter import needs_interpreter
 
@@ -82,7 +82,7 @@ def test_a_head_over_whole_tiles_has_the_gradient_of_the_head_as_it_is(results):
 @needs_interpreter
 def test_steps_are_timed_in_every_mode(results):
     rows = [row for name, result in results.items() if "step" in name for row in result["rows"]]
-    settings = [tuple(row[key] for key in ("optimizer", "kernel", "inverse")) for row in rows]
+    settings = [tuple(row[key] for key in ("optimizer", "backend", "inverse")) for row in rows]
     assert settings == [
         ("adamw", "auto", "newton_schulz"),
         ("muon", "auto", "newton_schulz"),
@@ -94,8 +94,8 @@ def test_steps_are_timed_in_every_mode(results):
 
 def test_a_stage_that_fails_is_said_to(monkeypatch, capfd):
     stages = {
-        "good": Stage("this", [], [], has_result=False),
-        "bad": Stage("no_such_module", [], [], has_result=False),
+        "good": GpuStage("this", [], [], has_result=False),
+        "bad": GpuStage("no_such_module", [], [], has_result=False),
     }
     monkeypatch.setattr(gpu, "STAGES", stages)
     assert gpu.run("good", Path(), tiny=False)
@@ -104,14 +104,14 @@ def test_a_stage_that_fails_is_said_to(monkeypatch, capfd):
 
 
 def test_a_stage_that_fails_leaves_no_result_of_an_earlier_run(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu, "STAGES", {"bad": Stage("no_such_module", [], [])})
+    monkeypatch.setattr(gpu, "STAGES", {"bad": GpuStage("no_such_module", [], [])})
     (tmp_path / "gpu_bad.json").write_text("{}")
     assert not gpu.run("bad", tmp_path, tiny=False)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_result_that_a_stage_continues_is_kept(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu, "STAGES", {"bad": Stage("no_such_module", [], [], continues=True)})
+    monkeypatch.setattr(gpu, "STAGES", {"bad": GpuStage("no_such_module", [], [], continues=True)})
     (tmp_path / "gpu_bad.json").write_text("{}")
     assert not gpu.run("bad", tmp_path, tiny=False)
     assert (tmp_path / "gpu_bad.json").read_text() == "{}"
@@ -119,7 +119,7 @@ def test_a_result_that_a_stage_continues_is_kept(monkeypatch, tmp_path):
 
 def test_a_stage_gets_its_own_arguments_and_tiny_ones_begin_anew(monkeypatch, tmp_path):
     commands = []
-    monkeypatch.setattr(gpu, "STAGES", {"a": Stage("this", ["full"], ["tiny"], continues=True)})
+    monkeypatch.setattr(gpu, "STAGES", {"a": GpuStage("this", ["full"], ["tiny"], continues=True)})
     monkeypatch.setattr(
         gpu, "exit_code", lambda command, environment: commands.append(command) or 0
     )

@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-import optim.apply
+import optim.dopr.refresh
 import train
-from bench import precisions
 from bench.pretraining import (
     RATES,
     SWEPT,
@@ -22,8 +21,9 @@ from bench.pretraining import (
 )
 from bench.pretraining import train as train_run
 from bench.timing import write_rows
-from eval.training import DIVERGED
+from studies import precisions
 from tests.tiny import argv, weights
+from train import EXIT_DIVERGED
 
 
 def row(run, loss):
@@ -153,7 +153,7 @@ def test_a_variant_is_trained_by_its_config_and_change(monkeypatch, tmp_path):
 
 def test_a_run_that_diverged_has_a_row_and_one_that_failed_an_error(monkeypatch, tmp_path):
     run = Run("muon", 0.5, 7)
-    row, _ = commanded(monkeypatch, tmp_path, run, Done(1, f"error: 20 {DIVERGED}"))
+    row, _ = commanded(monkeypatch, tmp_path, run, Done(EXIT_DIVERGED, "error"))
     assert row["has_diverged"]
     with pytest.raises(RuntimeError, match="out of memory"):
         commanded(monkeypatch, tmp_path, run, Done(1, "out of memory"))
@@ -210,7 +210,7 @@ def test_bf16_gradients_are_those_of_a_bf16_product(dataset, tmp_path, dtype, is
 
 @pytest.mark.parametrize("precision", ["bf16x3", "ieee"])
 def test_a_product_is_made_in_the_precision_that_is_wanted(precision, monkeypatch):
-    triton_apply = pytest.importorskip("kernels._triton_apply", exc_type=ImportError)
+    triton_apply = pytest.importorskip("optim.kernels._triton_apply", exc_type=ImportError)
     asked = []
 
     def product(G, P, precision="tf32x3"):
@@ -218,11 +218,11 @@ def test_a_product_is_made_in_the_precision_that_is_wanted(precision, monkeypatc
         return G
 
     monkeypatch.setattr(triton_apply, "apply", product)
-    monkeypatch.setattr(optim.apply, "choose", lambda *args, **kwargs: "triton")
+    monkeypatch.setattr(optim.dopr.refresh, "choose_backend", lambda *args, **kwargs: "triton")
     layer = [torch.ones(2, 4)], [torch.ones(1, 4, 4)]
     with precisions.CHANGES[f"{precision}_apply"]():
-        optim.apply.products(*layer, "auto")
-    optim.apply.products(*layer, "auto")
+        optim.dopr.refresh.products(*layer, "auto")
+    optim.dopr.refresh.products(*layer, "auto")
     assert asked == [precision, "tf32x3"]
 
 

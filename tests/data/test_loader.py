@@ -30,17 +30,18 @@ def steps(dataset, n, **changes):
 
 def global_batch(ranks):
     """One step's (batch_size, 2T) rows, put together from the micro-batches of every rank."""
-    # micro-batch i of rank r is number i * world + r of the global batch
+    # micro-batch i of rank r is number i * world_size + r of the global batch
     micro_batches = [each for turn in zip(*ranks, strict=True) for each in turn]
     return torch.cat([torch.cat(pair, dim=1) for pair in micro_batches])
 
 
-@pytest.mark.parametrize(("world", "micro"), [(1, 4), (1, 1), (2, 4), (2, 2), (4, 1), (8, 1)])
-def test_the_stream_is_the_same_for_any_world_and_micro_batch(dataset, world, micro):
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 4), (1, 1), (2, 4), (2, 2), (4, 1), (8, 1)])
+def test_the_stream_is_the_same_for_any_world_and_micro_batch(dataset, world_size, micro):
     n = 12  # more than an epoch of 7.5 steps
     reference = [global_batch([micros]) for micros in steps(dataset, n)]
     ranks = [
-        steps(dataset, n, micro_batch_size=micro, rank=rank, world=world) for rank in range(world)
+        steps(dataset, n, micro_batch_size=micro, rank=rank, world_size=world_size)
+        for rank in range(world_size)
     ]
     for expected, parts in zip(reference, zip(*ranks, strict=True), strict=True):
         assert all(x.shape == y.shape == (micro, T) for part in parts for x, y in part)
@@ -96,7 +97,7 @@ def test_the_global_random_state_is_left_alone(dataset, workers):
 
 def test_a_batch_that_does_not_divide_is_refused(dataset):
     with pytest.raises(ValueError, match=r"batch_size=8 must be divisible .* 3 \* 2 = 6"):
-        steps(dataset, 1, micro_batch_size=2, world=3)
+        steps(dataset, 1, micro_batch_size=2, world_size=3)
 
 
 @pytest.mark.parametrize("change", [{"block_size": 0}, {"micro_batch_size": 0}, {"rank": 1}])

@@ -5,9 +5,9 @@ import io
 from pathlib import Path
 
 import train
-from checkpoint import open_checkpoint
 from tests.processes import Gang
 from tests.tiny import argv
+from trainer.checkpoint.read import open_checkpoint
 
 # Sizes that 3 and 4 processes cannot share evenly; fp32 where bf16 would hide differences. Without
 # biases: the gradient of a key's bias is zero but for rounding, which AdamW makes a step of.

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import distributed, nn
 
-import sharded
-from checkpoint import CheckpointError, open_checkpoint, plain_state
-from dist import World
 from eval.convert import main as convert
-from resuming import find_checkpoint
-from saving import save_checkpoint, save_sharded
 from tests.distributed.runs import SETTINGS, distance, main, run, trained
 from tests.tiny import argv, metrics
+from trainer.checkpoint import sharded
+from trainer.checkpoint.read import CheckpointError, open_checkpoint, plain_state
+from trainer.checkpoint.resume import find_checkpoint
+from trainer.checkpoint.write import save_checkpoint, save_sharded
+from trainer.parallel import Parallel
 
 pytestmark = pytest.mark.xdist_group("gang")  # one gang of processes for all of them
 
@@ -123,12 +123,14 @@ def test_shards_that_one_process_cannot_write_are_no_checkpoint(gang, dataset, t
 
 
 def save_to_folders_of_their_own(folder):
-    with World(torch.device("cpu"), parallel="fsdp", timeout_s=60) as world:
+    with Parallel(torch.device("cpu"), mode="fsdp", timeout_s=60) as parallel:
         model = nn.Linear(4, 6)
-        world.place(model)
+        parallel.place(model)
         files = {"train": {}, "tokenizer_json": b"{}", "manifest": {}, "keep": 1, "ema": None}
         with pytest.raises(CheckpointError) as caught:
-            save_sharded(folder / str(world.rank), 1, world, model=model.state_dict(), **files)
+            save_sharded(
+                folder / str(parallel.rank), 1, parallel, model=model.state_dict(), **files
+            )
     return str(caught.value)
 
 
@@ -190,9 +192,9 @@ def find_in_folders_of_their_own(data, folder):
 
     rank = os.environ["RANK"]
     config, _ = train.load_config(argv(data, folder / rank, **SETTINGS))
-    with World(torch.device("cpu"), timeout_s=60) as world:
+    with Parallel(torch.device("cpu"), timeout_s=60) as parallel:
         try:
-            find_checkpoint(config, train.open_data(str(data)), world)
+            find_checkpoint(config, train.open_data(str(data)), parallel)
         except CheckpointError as error:
             return str(error)
 

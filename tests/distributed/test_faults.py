@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import distributed
 
-import stopping
 import train
-from checkpoint import candidates, load_checkpoint, open_checkpoint
 from data.shards import DataError
-from dist import World
 from tests.distributed.runs import SETTINGS, main, trained
 from tests.tiny import argv, metrics, weights
+from trainer import signals as stopping
+from trainer.checkpoint.read import candidates, load_checkpoint, open_checkpoint
+from trainer.parallel import Parallel
 
 pytestmark = pytest.mark.xdist_group("gang")  # one gang of processes for all of them
 
@@ -80,7 +80,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step(gang, dataset, tmp_path, 
 def test_a_repeated_signal_is_one_and_a_later_one_is_an_order(monkeypatch):
     exits = []
     monkeypatch.setattr(os, "_exit", exits.append)
-    with stopping.StopRequest(agree=lambda signum: signum) as stop:
+    with stopping.StopRequest(all_reduce_flag=lambda signum: signum) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert not stop  # until all have agreed
@@ -217,9 +217,9 @@ def test_a_store_that_is_gone_does_not_hide_what_went_wrong(monkeypatch):
         raise distributed.DistNetworkError("Broken pipe")
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    world = World(torch.device("cpu"))
-    world._store = SimpleNamespace(set=gone)
-    assert not world.__exit__(KeyError, KeyError("a bug"), None)  # which goes on being raised
+    parallel = Parallel(torch.device("cpu"))
+    parallel._store = SimpleNamespace(set=gone)
+    assert not parallel.__exit__(KeyError, KeyError("a bug"), None)  # which goes on being raised
 
 
 def torchrun(n: int, *arguments: str) -> subprocess.Popen[str]:

@@ -4,10 +4,10 @@ from itertools import product
 
 import pytest
 
-from checkpoint import open_checkpoint
-from sharded import read_all
 from tests.distributed.runs import PARALLEL, distance, trained
 from tests.distributed.test_equality import TOLERANCE
+from trainer.checkpoint.read import open_checkpoint
+from trainer.checkpoint.sharded import read_all
 
 pytestmark = pytest.mark.xdist_group("gang")
 

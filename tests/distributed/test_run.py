@@ -6,9 +6,9 @@ import time
 import pytest
 import torch
 
-from dist import World
 from tests.distributed.runs import trained
 from tests.tiny import metrics, weights
+from trainer.parallel import Parallel
 
 pytestmark = pytest.mark.xdist_group("gang")  # one gang of processes for all of them
 
@@ -67,8 +67,8 @@ def slowly_prepared(path):
             path.write_text("data")
         return path.read_text()
 
-    with World(torch.device("cpu"), timeout_s=60) as world:
-        return world.main_first(prepared)
+    with Parallel(torch.device("cpu"), timeout_s=60) as parallel:
+        return parallel.main_process_first(prepared)
 
 
 def test_the_others_wait_for_what_the_first_process_prepares(gang, tmp_path):

@@ -7,20 +7,20 @@ summed and P not sent: a group of one leaves that out.
 import pytest
 import torch
 
-import dist
-from dist import World
 from model import GPT, GPTConfig
 from optim import ActivationPreconditioner
 from optim.build import build_optimizers
-from placement import full, make_mesh
 from tests.devices import DEVICES
+from trainer import parallel as dist
+from trainer.parallel import Parallel
+from trainer.sharding import full, make_mesh
 
 pytestmark = pytest.mark.xdist_group("gang")
 SHAPE = {"n_layer": 2, "block_size": 16, "n_embd": 32, "n_head": 2, "vocab_size": 64}
 NUMBERS = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "momentum": 0.95}
 
 
-class Forced(World):
+class Forced(Parallel):
     """A World that believes it has two processes, so that it leaves nothing out, and has one."""
 
     def __enter__(self):
@@ -34,33 +34,35 @@ class Forced(World):
             return super().__enter__()
 
 
-def weights_after(world: World, optimizer: str) -> list[torch.Tensor]:
+def weights_after(parallel: Parallel, optimizer: str) -> list[torch.Tensor]:
     """The weights of a tiny GPT after three steps of two micro-batches with DoPr."""
-    with world:
+    with parallel:
         torch.manual_seed(0)
         model = GPT(GPTConfig(bias=False, **SHAPE))
-        world.place(model)
+        parallel.place(model)
         settings = {"optimizer": optimizer, "lr": 1e-2, "ns_dtype": "float32", **NUMBERS}
-        optimizers = build_optimizers(model, **settings, process_group=world.group())
-        ActivationPreconditioner(model, gamma=0.1).attach(*optimizers, process_group=world.group())
-        forward = world.wrap(model, is_compiled=False)
+        optimizers = build_optimizers(model, **settings, process_group=parallel.group())
+        ActivationPreconditioner(model, gamma=0.1).attach(
+            *optimizers, process_group=parallel.group()
+        )
+        forward = parallel.wrap(model, is_compiled=False)
         ids = torch.randint(64, (3, 2, 4, 17), generator=torch.Generator().manual_seed(1))
         for step in ids:
             for i, rows in enumerate(step):
-                world.sync_gradients(forward, is_last=i == 1)
+                parallel.sync_gradients(forward, is_last=i == 1)
                 x, y = rows[:, :-1], rows[:, 1:].contiguous()
-                (forward(world.to_device(x), world.to_device(y))[1] / 2).backward()
+                (forward(parallel.to_device(x), parallel.to_device(y))[1] / 2).backward()
             for each in optimizers:
                 each.step()
             model.zero_grad()
-        assert (world.gather("here")[0], world.agree(3)) == ("here", 3)
+        assert (parallel.gather("here")[0], parallel.all_reduce_flag(3)) == ("here", 3)
         return [full(p.detach()).cpu() for p in model.parameters()]
 
 
 def distance(device: str, parallel: str, optimizer: str) -> float:
     """The largest difference of a weight between both kinds of world."""
-    plain = weights_after(World(torch.device(device)), optimizer)
-    forced = weights_after(Forced(torch.device(device), parallel=parallel, timeout_s=60), optimizer)
+    plain = weights_after(Parallel(torch.device(device)), optimizer)
+    forced = weights_after(Forced(torch.device(device), mode=parallel, timeout_s=60), optimizer)
     return max((a - b).abs().max().item() for a, b in zip(plain, forced, strict=True))
 
 

@@ -3,14 +3,19 @@
 import pytest
 import torch
 
-import kernels.cholesky
-from kernels import deflation
-from kernels.cholesky import damped_inverse_root
-from kernels.deflation import N_DIRECTIONS, deflate, deflated_spread, first_directions, restore
-from kernels.gram import mirror_
-from kernels.newton_schulz import newton_error, newton_iterations, upper_bound
+from optim.kernels import cholesky, deflation
+from optim.kernels.cholesky import damped_inverse_root
+from optim.kernels.deflation import (
+    DEFLATION_RANK,
+    deflate,
+    deflated_condition_bound,
+    first_deflation_basis,
+    restore,
+)
+from optim.kernels.gram import mirror_
+from optim.kernels.newton_schulz import newton_error, newton_iterations, upper_bound
 from tests.kernels.spectra import exact_inverse_root, relative_error
-from tests.optim.test_refresh import host_reads
+from tests.optim.dopr.test_refresh import host_reads
 
 D = deflation.NARROWEST
 
@@ -30,7 +35,7 @@ def covariance(top=0.5, *, d=D, n_top=3, decay=1.5, rank=None, seed=0, dtype=tor
 
 def random_directions(sigma, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(len(sigma), N_DIRECTIONS, generator=generator, dtype=torch.float64)
+    noise = torch.randn(len(sigma), DEFLATION_RANK, generator=generator, dtype=torch.float64)
     return torch.linalg.qr(noise)[0].to(sigma.dtype)
 
 
@@ -38,10 +43,10 @@ def damped(sigma, gamma):
     return sigma.double() + gamma * torch.eye(len(sigma), dtype=torch.float64)
 
 
-def inverted(sigma, gamma, directions=None):
+def inverted(sigma, gamma, deflation_basis=None):
     """(Σ + γ I)⁻¹ by Newton-Schulz: a covariance of trace d has the mean eigenvalue 1."""
     X, _, failures = damped_inverse_root(
-        sigma, torch.tensor(gamma), 1, inverse="newton_schulz", directions=directions
+        sigma, torch.tensor(gamma), 1, inverse="newton_schulz", deflation_basis=deflation_basis
     )
     assert not failures.any()
     return X
@@ -85,7 +90,7 @@ def test_the_spectrum_to_invert_is_between_the_damping_and_the_bound(steps, rank
     assert w[0] >= 0.05 * (1 - 1e-9)
     assert w[-1] <= upper_bound(part.A)[0]
     assert w[-1] <= torch.linalg.eigvalsh(damped(sigma, 0.05))[-1] * (1 + 1e-9)
-    eye = torch.eye(N_DIRECTIONS, dtype=torch.float64)
+    eye = torch.eye(DEFLATION_RANK, dtype=torch.float64)
     torch.testing.assert_close(part.U[0].mT @ part.U[0], eye)
 
 
@@ -94,11 +99,11 @@ def test_leading_eigenvectors_leave_at_most_the_bound_that_sets_the_iterations(n
     w = torch.zeros(D, dtype=torch.float64)
     w[:n] = D / n  # n equal eigenvalues, the worst case at n = 32
     sigma = torch.diag(w)
-    part = deflate(sigma[None], torch.tensor([0.1]), torch.eye(D, N_DIRECTIONS)[None])
+    part = deflate(sigma[None], torch.tensor([0.1]), torch.eye(D, DEFLATION_RANK)[None])
     left = part.A[0] - 0.1 * torch.eye(D)
-    bound = deflated_spread(D / 0.1) * 0.1
+    bound = deflated_condition_bound(D / 0.1) * 0.1
     assert left.norm() <= bound * (1 + 1e-6)
-    if n == 2 * N_DIRECTIONS:
+    if n == 2 * DEFLATION_RANK:
         assert left.norm() > bound * (1 - 1e-6)
 
 
@@ -107,7 +112,7 @@ def test_leading_eigenvectors_leave_at_most_the_bound_that_sets_the_iterations(n
 @pytest.mark.parametrize(("gamma", "tolerance"), [(0.2, 1e-4), (0.05, 1e-4), (0.01, 4e-4)])
 def test_m_is_within_the_stated_tolerance(gamma, tolerance, top, seed):
     sigma, G = covariance(top, n_top=1 + 5 * seed, decay=0.5 + 0.5 * seed, seed=seed)
-    U = first_directions(sigma, 1)
+    U = first_deflation_basis(sigma, 1)
     wanted = G @ exact_inverse_root(damped(sigma, gamma), 1)
     for _ in range(2):  # cold, and carried
         assert relative_error(G @ inverted(sigma, gamma, U).double(), wanted) < tolerance
@@ -117,7 +122,10 @@ def test_m_is_within_the_stated_tolerance(gamma, tolerance, top, seed):
 def test_m_is_better_than_without_deflation_where_one_direction_holds_most(top, gamma):
     sigma, G = covariance(top, n_top=1)  # κ up to 1e5
     wanted = G @ exact_inverse_root(damped(sigma, gamma), 1)
-    plain, deflated = inverted(sigma, gamma), inverted(sigma, gamma, first_directions(sigma, 1))
+    plain, deflated = (
+        inverted(sigma, gamma),
+        inverted(sigma, gamma, first_deflation_basis(sigma, 1)),
+    )
     errors = [relative_error(G @ X.double(), wanted) for X in (plain, deflated)]
     assert errors[1] < 1e-4
     assert errors[1] < errors[0] / 2
@@ -128,8 +136,10 @@ def test_poor_directions_cost_no_accuracy(kind):
     sigma, G = covariance(0.9)
     U = {
         "random": random_directions(sigma),
-        "stale": torch.linalg.eigh(sigma + 0.5 * covariance(0.9, seed=9)[0])[1][:, -N_DIRECTIONS:],
-        "of another matrix": torch.linalg.eigh(covariance(0.9, seed=9)[0])[1][:, -N_DIRECTIONS:],
+        "stale": torch.linalg.eigh(sigma + 0.5 * covariance(0.9, seed=9)[0])[1][
+            :, -DEFLATION_RANK:
+        ],
+        "of another matrix": torch.linalg.eigh(covariance(0.9, seed=9)[0])[1][:, -DEFLATION_RANK:],
     }[kind].contiguous()
     wanted = G @ exact_inverse_root(damped(sigma, 0.01), 1)
     assert relative_error(G @ inverted(sigma, 0.01, U).double(), wanted) < 1e-4
@@ -137,10 +147,10 @@ def test_poor_directions_cost_no_accuracy(kind):
 
 def test_directions_find_the_leading_eigenvectors_and_the_iterations_become_few():
     sigma, _ = covariance(0.9)
-    leading, U = torch.linalg.eigh(sigma)[1][:, -3:], first_directions(sigma, 1)
+    leading, U = torch.linalg.eigh(sigma)[1][:, -3:], first_deflation_basis(sigma, 1)
     inverted(sigma, 0.1, U)
     assert (leading - U @ (U.mT @ leading)).norm() < 1e-3
-    torch.testing.assert_close(U.mT @ U, torch.eye(N_DIRECTIONS))
+    torch.testing.assert_close(U.mT @ U, torch.eye(DEFLATION_RANK))
     part = deflate(sigma[None], torch.tensor([0.1]), U[None])
     before, after = (
         newton_iterations((upper_bound(A) / 0.1).item(), 1) for A in (damped(sigma, 0.1), part.A)
@@ -148,28 +158,28 @@ def test_directions_find_the_leading_eigenvectors_and_the_iterations_become_few(
     assert after <= before - 2
 
 
-@pytest.mark.parametrize("rank", [1, 5, N_DIRECTIONS, 40])
+@pytest.mark.parametrize("rank", [1, 5, DEFLATION_RANK, 40])
 def test_rank_deficient_covariances_are_inverted(rank):
     sigma, G = covariance(rank=max(rank, 4)) if rank > 1 else covariance(1.0, n_top=1)
     wanted = G @ exact_inverse_root(damped(sigma, 0.01), 1)
-    X = inverted(sigma, 0.01, first_directions(sigma, 1))
+    X = inverted(sigma, 0.01, first_deflation_basis(sigma, 1))
     tolerance = 6e-8 * 1.3e4 if rank == 1 else 1e-4  # of rank 1, M is what fp32 rounds P by
     assert relative_error(G @ X.double(), wanted) < tolerance
 
 
 def test_a_zero_covariance_is_inverted_and_the_directions_stay_orthonormal():
-    U = first_directions(torch.zeros(D, D), 1)
+    U = first_deflation_basis(torch.zeros(D, D), 1)
     X = inverted(torch.zeros(D, D), 0.5, U)
     torch.testing.assert_close(X, 2 * torch.eye(D), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(U.mT @ U, torch.eye(N_DIRECTIONS))
+    torch.testing.assert_close(U.mT @ U, torch.eye(DEFLATION_RANK))
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_the_scale_does_not_matter(scale):
     sigma, G = covariance()
-    U = first_directions(sigma, 1)
+    U = first_deflation_basis(sigma, 1)
     X, _, failures = damped_inverse_root(
-        sigma * scale, torch.tensor(0.1 * scale), 1, inverse="newton_schulz", directions=U
+        sigma * scale, torch.tensor(0.1 * scale), 1, inverse="newton_schulz", deflation_basis=U
     )
     wanted = G @ exact_inverse_root(damped(sigma, 0.1), 1)
     assert not failures
@@ -179,10 +189,10 @@ def test_the_scale_does_not_matter(scale):
 def test_a_batch_of_blocks_equals_its_matrices_one_by_one():
     sigma = torch.stack([covariance(top, seed=i)[0] for i, top in enumerate((0.2, 0.9, 0.5, 0.7))])
     blocks = sigma.view(2, 2, D, D)
-    U = first_directions(blocks, 1)
+    U = first_deflation_basis(blocks, 1)
     X = inverted(blocks, 0.05, U).view(4, D, D)
     for i, each in enumerate(sigma):
-        alone = first_directions(each, 1)
+        alone = first_deflation_basis(each, 1)
         assert relative_error(X[i], inverted(each, 0.05, alone)) < 1e-4  # more iterations in one
         torch.testing.assert_close(U.view(4, D, -1)[i], alone)
 
@@ -192,9 +202,9 @@ def test_what_has_no_inverse_is_redone_by_cholesky_and_leaves_finite_directions(
     sigma = torch.stack([covariance()[0], torch.diag(bad)])
     damping = torch.tensor([0.1, 0.01 if bad[0] else 0.0])
     sigma[1, 0, 0] = 1.0
-    U = first_directions(sigma, 1)
+    U = first_deflation_basis(sigma, 1)
     X, used, failures = damped_inverse_root(
-        sigma, damping, 1, inverse="newton_schulz", directions=U
+        sigma, damping, 1, inverse="newton_schulz", deflation_basis=U
     )
     assert failures[0] == 0 < failures[1]
     assert used[1] > damping[1]
@@ -204,7 +214,7 @@ def test_what_has_no_inverse_is_redone_by_cholesky_and_leaves_finite_directions(
 
 def test_nothing_waits_for_the_device():
     sigma, _ = covariance()
-    U, damping = first_directions(sigma, 1)[None], torch.tensor([0.1])
+    U, damping = first_deflation_basis(sigma, 1)[None], torch.tensor([0.1])
 
     def work():
         part = deflate(sigma[None], damping, U)
@@ -225,9 +235,14 @@ def test_the_error_that_is_left_is_that_of_the_iterations(p):
 
 @pytest.mark.parametrize(("d", "p"), [(D - 1, 1), (1, 1), (D, 2), (D, 4)])
 def test_narrow_matrices_and_roots_are_not_deflated(d, p, monkeypatch):
-    assert first_directions(torch.eye(d), p) is None
-    assert first_directions(torch.eye(D).expand(2, 3, D, D), 1).shape == (2, 3, D, N_DIRECTIONS)
-    monkeypatch.setattr(kernels.cholesky, "deflate", None)
+    assert first_deflation_basis(torch.eye(d), p) is None
+    assert first_deflation_basis(torch.eye(D).expand(2, 3, D, D), 1).shape == (
+        2,
+        3,
+        D,
+        DEFLATION_RANK,
+    )
+    monkeypatch.setattr(cholesky, "deflate", None)
     sigma = torch.diag(torch.linspace(0, 2, d))
     damped_inverse_root(sigma, torch.tensor(0.1), p, inverse="newton_schulz")
 
@@ -235,11 +250,11 @@ def test_narrow_matrices_and_roots_are_not_deflated(d, p, monkeypatch):
 @pytest.mark.parametrize(
     ("p", "shape", "message"),
     [
-        (2, (D, 16), "directions with p=2"),
-        (1, (D - 1, 16), r"directions are \(127, 16\) torch.float32"),
-        (1, (2, D, 16), r"directions are \(2, 128, 16\)"),
+        (2, (D, 16), "deflation_basis with p=2"),
+        (1, (D - 1, 16), r"deflation_basis is \(127, 16\) torch.float32"),
+        (1, (2, D, 16), r"deflation_basis is \(2, 128, 16\)"),
     ],
 )
 def test_directions_that_do_not_fit_are_refused(p, shape, message):
     with pytest.raises(ValueError, match=message):
-        damped_inverse_root(torch.eye(D), torch.tensor(0.1), p, directions=torch.zeros(shape))
+        damped_inverse_root(torch.eye(D), torch.tensor(0.1), p, deflation_basis=torch.zeros(shape))

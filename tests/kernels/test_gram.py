@@ -6,7 +6,7 @@ import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.gram import accumulate_gram, gram_, mirror_
+from optim.kernels.gram import accumulate_gram, gram_, mirror_
 
 RUNS, PAUSED = torch.tensor(False), torch.tensor(True)
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from kernels.newton_schulz import (
+from optim.kernels.newton_schulz import (
     QUINTIC,
     full_precision,
     inverse_root,
@@ -32,18 +32,18 @@ def inverted(A, p, lower):
 @pytest.mark.parametrize("shape", [(16, 16), (16, 64), (64, 16), (128, 512)])
 def test_quintic_equals_torch_muon_bit_for_bit_where_the_norm_is_exact(shape):
     signs = torch.randint(0, 2, shape).float() * 2 - 1  # ‖signs‖ is a power of two
-    assert torch.equal(orthogonalize(signs, coefficients="quintic"), torch_muon(signs))
+    assert torch.equal(orthogonalize(signs, ns_coefficients="quintic"), torch_muon(signs))
 
 
 @pytest.mark.parametrize("shape", [(48, 48), (37, 100), (100, 37)])
 def test_quintic_equals_torch_muon_up_to_bf16_rounding_of_the_norm(shape):
     G = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     # the norm, and its quotient, are fp32 here and bf16 there: 2⁻⁸, amplified by five steps
-    assert relative_error(orthogonalize(G, coefficients="quintic"), torch_muon(G)) < 0.04
+    assert relative_error(orthogonalize(G, ns_coefficients="quintic"), torch_muon(G)) < 0.04
 
 
 @pytest.mark.parametrize(
-    ("coefficients", "steps", "low", "high"),
+    ("ns_coefficients", "steps", "low", "high"),
     [
         ("quintic", 5, 0.65, 1.25),  # the classic band, from σ = 1e-2 up
         ("polar_express", 5, 0.84, 1.13),  # from σ = 1e-3 up, with the safety factor
@@ -51,11 +51,11 @@ def test_quintic_equals_torch_muon_up_to_bf16_rounding_of_the_norm(shape):
         ("polar_express", 10, 1 - 1e-6, 1 + 1e-6),
     ],
 )
-def test_singular_values_end_in_the_published_band(coefficients, steps, low, high):
-    least = -2 if coefficients == "quintic" else -3
+def test_singular_values_end_in_the_published_band(ns_coefficients, steps, low, high):
+    least = -2 if ns_coefficients == "quintic" else -3
     sigma = torch.logspace(0, least, 400, dtype=torch.float64)
     G = torch.diag_embed(torch.stack([sigma, (1 - sigma**2).sqrt()], dim=1))  # of unit norm
-    G = orthogonalize(G, steps=steps, coefficients=coefficients, dtype=torch.float64)
+    G = orthogonalize(G, steps=steps, ns_coefficients=ns_coefficients, dtype=torch.float64)
     assert low < G[:, 0, 0].min()
     assert G[:, 0, 0].max() < high
 
@@ -66,12 +66,12 @@ def test_the_polar_factor_is_reached_with_many_steps():
     torch.testing.assert_close(orthogonalize(G, steps=12, dtype=torch.float64), U @ Vh)
 
 
-@pytest.mark.parametrize("coefficients", ["quintic", "polar_express"])
+@pytest.mark.parametrize("ns_coefficients", ["quintic", "polar_express"])
 @pytest.mark.parametrize("scale", [1e-45, 1e-30, 1e-12, 1e30])
-def test_the_scale_of_the_gradient_does_not_matter(coefficients, scale):
+def test_the_scale_of_the_gradient_does_not_matter(ns_coefficients, scale):
     G = torch.ones(6, 4) * scale  # exactly representable, subnormals included
-    unit = orthogonalize(torch.ones(6, 4), coefficients=coefficients)
-    assert torch.equal(orthogonalize(G, coefficients=coefficients), unit)
+    unit = orthogonalize(torch.ones(6, 4), ns_coefficients=ns_coefficients)
+    assert torch.equal(orthogonalize(G, ns_coefficients=ns_coefficients), unit)
 
 
 def test_zero_matrices_give_zeros_beside_others_in_a_batch():
@@ -209,7 +209,7 @@ def test_the_probe_tells_a_failed_matrix_from_a_good_one(p):
     [
         (lambda: orthogonalize(torch.ones(3)), "wants a floating"),
         (lambda: orthogonalize(torch.ones(3, 3), steps=0), "steps=0"),
-        (lambda: orthogonalize(torch.ones(3, 3), coefficients="cubic"), "'cubic'"),
+        (lambda: orthogonalize(torch.ones(3, 3), ns_coefficients="cubic"), "'cubic'"),
         (lambda: inverse_root(torch.ones(3, 2), 1, lower_bound=1.0, iterations=1), r"\(3, 2\)"),
         (lambda: inverse_root(torch.eye(3), 3, lower_bound=1.0, iterations=1), "p=3"),
         (lambda: inverse_root(torch.eye(3), 1, lower_bound=1.0, iterations=-1), "iterations=-1"),

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-import kernels.cholesky
-from kernels.cholesky import WANTED_ERROR, damped_inverse_root
-from kernels.deflation import N_DIRECTIONS, first_directions
+from optim.kernels import cholesky
+from optim.kernels.cholesky import WANTED_ERROR, damped_inverse_root
+from optim.kernels.deflation import DEFLATION_RANK, first_deflation_basis
 from tests.kernels.spectra import exact_inverse_root, relative_error
 from tests.kernels.test_deflation import D, covariance, damped
 from tests.kernels.triton_device import DEVICE, triton_newton_schulz
@@ -21,22 +21,26 @@ def launches(monkeypatch):
         return inverse_root(*args, **kwargs)
 
     monkeypatch.setattr(triton_newton_schulz, "inverse_root", recorded)
-    monkeypatch.setattr(kernels.cholesky, "_measured_condition", None)
+    monkeypatch.setattr(cholesky, "_measured_condition", None)
     return seen
 
 
-def by_triton(sigma, gamma, directions=None, spread=None):
+def by_triton(sigma, gamma, deflation_basis=None, condition_bound=None):
     return damped_inverse_root(
         *(sigma.to(DEVICE), torch.tensor(gamma, device=DEVICE), 1),
-        **{"inverse": "newton_schulz", "kernel": "triton", "spread": spread or D / gamma},
-        directions=directions,
+        **{
+            "inverse": "newton_schulz",
+            "backend": "triton",
+            "condition_bound": condition_bound or D / gamma,
+        },
+        deflation_basis=deflation_basis,
     )
 
 
 # 1e-4 is left by the iterations; of bf16x3 about 1e-6 of the condition number of A', truncated here
 @pytest.mark.parametrize(("gamma", "tolerance"), [(0.1, 3e-4), (0.01, 1e-3)])
 def test_m_equals_float64_from_the_first_inverse_on(gamma, tolerance, launches):
-    U = first_directions(torch.zeros(D, D, device=DEVICE), 1)
+    U = first_deflation_basis(torch.zeros(D, D, device=DEVICE), 1)
     for seed in (0, 1):  # the second finds the directions of another covariance
         sigma, G = covariance((0.5, 0.95)[seed], seed=seed)
         X, _, failures = by_triton(sigma, gamma, U)
@@ -51,7 +55,7 @@ def test_iterations_and_precision_follow_from_the_bound_alone(launches):
     by_triton(covariance(0.9)[0], 0.1)
     for top, gamma in ((0.1, 0.1), (0.9, 0.1), (0.9, 0.01)):
         sigma, _ = covariance(top)
-        by_triton(sigma, gamma, first_directions(sigma.to(DEVICE), 1))
+        by_triton(sigma, gamma, first_deflation_basis(sigma.to(DEVICE), 1))
     plain, *deflated = launches
     assert plain == (8, "ieee")  # bf16x3 up to a condition of 250
     assert deflated == [(7, "bf16x3"), (7, "bf16x3"), (8, "bf16x3")]
@@ -61,7 +65,7 @@ def test_iterations_and_precision_follow_from_the_bound_alone(launches):
 def test_m_of_narrow_inputs_which_are_not_deflated_is_within_the_wanted_error(gamma, launches):
     for seed in range(3):
         sigma, G = covariance(0.9, d=64, n_top=1, seed=seed)
-        X, _, failures = by_triton(sigma, gamma, spread=64 / gamma)
+        X, _, failures = by_triton(sigma, gamma, condition_bound=64 / gamma)
         assert failures == 0
         wanted = G @ exact_inverse_root(damped(sigma, gamma), 1)
         assert relative_error(G @ X.cpu().double(), wanted) < WANTED_ERROR
@@ -70,16 +74,18 @@ def test_m_of_narrow_inputs_which_are_not_deflated_is_within_the_wanted_error(ga
 
 def test_too_few_iterations_are_found_out_and_redone_by_cholesky(launches):
     sigma, _ = covariance(0.9, n_top=60, decay=0.1)  # U holds no more than a third of the trace
-    U = first_directions(sigma.to(DEVICE), 1)
-    X, _, failures = by_triton(sigma, 0.01, U, spread=100.0)
+    U = first_deflation_basis(sigma.to(DEVICE), 1)
+    X, _, failures = by_triton(sigma, 0.01, U, condition_bound=100.0)
     assert len(launches) == failures == 1
     assert relative_error(X.cpu(), exact_inverse_root(damped(sigma, 0.01), 1)) < 1e-5
-    assert U.shape == (D, N_DIRECTIONS)
+    assert U.shape == (D, DEFLATION_RANK)
 
 
 def test_what_converges_too_little_for_the_wanted_error_would_pass_the_probe(launches, monkeypatch):
-    monkeypatch.setattr(kernels.cholesky, "WANTED_ERROR", 1.0)
+    monkeypatch.setattr(cholesky, "WANTED_ERROR", 1.0)
     sigma, _ = covariance(0.9, n_top=60, decay=0.1)
-    X, _, failures = by_triton(sigma, 0.01, first_directions(sigma.to(DEVICE), 1), spread=1000.0)
+    X, _, failures = by_triton(
+        sigma, 0.01, first_deflation_basis(sigma.to(DEVICE), 1), condition_bound=1000.0
+    )
     assert failures == 0  # so the bound, not the probe, is what finds it out
     assert relative_error(X.cpu(), exact_inverse_root(damped(sigma, 0.01), 1)) > WANTED_ERROR

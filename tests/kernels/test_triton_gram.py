@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import gram
+from optim.kernels import gram
 from tests.kernels.memory import guarded, is_intact
 from tests.kernels.triton_device import DEVICE, SMALL, randn, triton_gram
 

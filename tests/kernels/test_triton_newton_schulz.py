@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels import newton_schulz
-from kernels.newton_schulz import newton_iterations, probe_residual, upper_bound
+from optim.kernels import newton_schulz
+from optim.kernels.newton_schulz import newton_iterations, probe_residual, upper_bound
 from tests.kernels.spectra import exact_inverse_root, relative_error, spd
 from tests.kernels.triton_device import DEVICE, randn, triton_newton_schulz
 
@@ -54,11 +54,11 @@ def test_one_bound_serves_all_and_the_same_bits_come_every_time():
     assert (probe_residual(A, X, 1) < 1e-3).all()
 
 
-@pytest.mark.parametrize("coefficients", ["quintic", "polar_express"])
+@pytest.mark.parametrize("ns_coefficients", ["quintic", "polar_express"])
 @pytest.mark.parametrize("shape", [(2, 20, 33), (33, 20), (17, 17), (2, 2, 1, 5)])
-def test_orthogonalize_equals_the_reference_in_fp32(shape, coefficients):
+def test_orthogonalize_equals_the_reference_in_fp32(shape, ns_coefficients):
     G = randn(*shape)
-    arguments = {"steps": 3, "coefficients": coefficients, "dtype": torch.float32}
+    arguments = {"steps": 3, "ns_coefficients": ns_coefficients, "dtype": torch.float32}
     got, wanted = orthogonalize(G, **arguments), newton_schulz.orthogonalize(G, **arguments)
     assert relative_error(got, wanted) < 1e-5  # fp32 rounding, amplified by the polynomials
     assert got.shape == G.shape

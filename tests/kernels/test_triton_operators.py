@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.gram import accumulate_gram
+from optim.kernels.gram import accumulate_gram
 from tests.kernels.spectra import spd
 from tests.kernels.triton_device import (
     DEVICE,

@@ -1,12 +1,12 @@
-"""Training with kernel="triton" equals kernel="torch", on a GPU or in Triton's interpreter."""
+"""Training with backend="triton" equals backend="torch", on a GPU or in Triton's interpreter."""
 
 import pytest
 import torch
 
-import kernels.cholesky
-from kernels.cholesky import damped_inverse_root
 from optim import ActivationPreconditioner
 from optim.adamuon import AdaMuon
+from optim.kernels import cholesky
+from optim.kernels.cholesky import damped_inverse_root
 from optim.muon import Muon
 from tests.kernels.spectra import relative_error, spd
 from tests.kernels.triton_device import (
@@ -78,9 +78,9 @@ def sgd(params):
     ],
 )
 def test_dopr_takes_the_same_steps(settings, inverses, tolerance, calls):
-    wanted = change(sgd, kernel="torch", **settings)
+    wanted = change(sgd, backend="torch", **settings)
     assert not calls
-    got = change(sgd, kernel="triton", **settings)
+    got = change(sgd, backend="triton", **settings)
     assert relative_error(got, wanted) < tolerance
     assert calls["gram_"] == calls["apply"] == 2 * 3  # two layers, of two shapes, three steps
     assert calls.get("inverse_root", 0) == 2 * inverses
@@ -89,8 +89,8 @@ def test_dopr_takes_the_same_steps(settings, inverses, tolerance, calls):
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.1)])
 @pytest.mark.parametrize("kind", [Muon, AdaMuon])
 def test_muon_takes_the_same_steps(kind, dtype, tolerance, calls):
-    def optimizer(kernel):
-        return lambda params: kind(params, lr=0.1, ns_dtype=dtype, kernel=kernel)
+    def optimizer(backend):
+        return lambda params: kind(params, lr=0.1, ns_dtype=dtype, backend=backend)
 
     wanted = change(optimizer("torch"))
     assert not calls
@@ -102,7 +102,7 @@ def test_muon_takes_the_same_steps(kind, dtype, tolerance, calls):
 def test_layers_of_equal_shape_are_preconditioned_in_one_launch(calls):
     model = torch.nn.Sequential(*(torch.nn.Linear(6, 6, bias=False) for _ in range(5))).to(DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    ActivationPreconditioner(model, gamma=0.1, kernel="triton").attach(optimizer)
+    ActivationPreconditioner(model, gamma=0.1, backend="triton").attach(optimizer)
     model(randn(20, 6)).square().sum().backward()
     optimizer.step()
     assert calls == {"gram_": 5, "apply": 1}
@@ -111,13 +111,13 @@ def test_layers_of_equal_shape_are_preconditioned_in_one_launch(calls):
 @pytest.mark.parametrize("gamma", [0.1, 1e-4])  # bf16x3, and ieee where it would not do
 @pytest.mark.parametrize("p", [1, 2])
 def test_the_bound_alone_makes_an_inverse_as_good_as_wanted(p, gamma, calls, monkeypatch):
-    monkeypatch.setattr(kernels.cholesky, "_measured_condition", None)  # which reads the device
+    monkeypatch.setattr(cholesky, "_measured_condition", None)  # which reads the device
     A, _ = spd(16, 1e6, top=0.5)
     sigma = A[None].to(DEVICE)
     mean = sigma[0].trace() / 16
-    settings = {"inverse": "newton_schulz", "spread": 16 / gamma}
-    X, _, failures = damped_inverse_root(sigma, gamma * mean[None], p, kernel="triton", **settings)
-    wanted = damped_inverse_root(sigma.double(), gamma * mean[None], p, kernel="torch").X
+    settings = {"inverse": "newton_schulz", "condition_bound": 16 / gamma}
+    X, _, failures = damped_inverse_root(sigma, gamma * mean[None], p, backend="triton", **settings)
+    wanted = damped_inverse_root(sigma.double(), gamma * mean[None], p, backend="torch").X
     assert relative_error(X, wanted) < 1e-3
     assert (calls, failures.item()) == ({"inverse_root": 1}, 0)
 
@@ -125,7 +125,7 @@ def test_the_bound_alone_makes_an_inverse_as_good_as_wanted(p, gamma, calls, mon
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")  # numpy, interpreted
 def test_an_inverse_that_triton_misses_is_redone_by_cholesky(calls):
     sigma = torch.diag(torch.tensor([-0.5, 1.0, 1.0], device=DEVICE))[None]
-    settings = {"inverse": "newton_schulz", "kernel": "triton", "spread": 1e4}
+    settings = {"inverse": "newton_schulz", "backend": "triton", "condition_bound": 1e4}
     X, damping, failures = damped_inverse_root(sigma, sigma.new_full((1,), 0.01), 1, **settings)
     assert calls == {"inverse_root": 1}
     assert failures.item() == 3  # by Newton-Schulz, by Cholesky, and with a damping of 0.1
@@ -135,6 +135,6 @@ def test_an_inverse_that_triton_misses_is_redone_by_cholesky(calls):
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU auto takes Triton")
 def test_auto_is_torch_on_a_cpu_even_where_triton_is_interpreted(calls):
-    change(sgd, kernel="auto")
+    change(sgd, backend="auto")
     change(lambda params: Muon(params, lr=0.1))
     assert not calls

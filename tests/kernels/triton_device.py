@@ -12,11 +12,11 @@ INTERPRETED = triton.knobs.runtime.interpret
 if not (INTERPRETED or torch.cuda.is_available()):
     pytest.skip("no GPU: test_triton_interpreted.py runs this file", allow_module_level=True)
 
-from kernels import _triton_apply as triton_apply  # noqa: E402, F401
-from kernels import _triton_gram as triton_gram  # noqa: E402, F401
-from kernels import _triton_newton_schulz as triton_newton_schulz  # noqa: E402, F401
-from kernels import _triton_symmetric as triton_symmetric  # noqa: E402, F401
-from kernels import _triton_tiles as triton_tiles  # noqa: E402
+from optim.kernels import _triton_apply as triton_apply  # noqa: E402, F401
+from optim.kernels import _triton_gram as triton_gram  # noqa: E402, F401
+from optim.kernels import _triton_newton_schulz as triton_newton_schulz  # noqa: E402, F401
+from optim.kernels import _triton_symmetric as triton_symmetric  # noqa: E402, F401
+from optim.kernels import _triton_tiles as triton_tiles  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 SMALL = triton_tiles.Config(tile=16, depth=16, num_warps=4, num_stages=2)  # many tiles

@@ -9,8 +9,8 @@ from torch import Tensor, distributed, nn
 
 from optim import ActivationPreconditioner
 from optim.adamuon import AdaMuon
-from optim.collective import local
 from optim.muon import Muon
+from optim.process_group import local
 from optim.signum import Signum
 from tests.optim.models import mlp, randn, regression
 
@@ -166,4 +166,4 @@ def deflated(how: str):
         optimizer.step()
         optimizer.zero_grad()
     (layer,) = preconditioner.layers
-    return layer.directions.numpy(), layer.P.numpy()
+    return layer.deflation_basis.numpy(), layer.P.numpy()

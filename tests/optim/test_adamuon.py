@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from kernels.newton_schulz import orthogonalize
 from optim.adamuon import AdaMuon, adamuon_update
+from optim.kernels.newton_schulz import orthogonalize
 
-EXACT = {"ns_dtype": "float32", "coefficients": "quintic"}
+EXACT = {"ns_dtype": "float32", "ns_coefficients": "quintic"}
 
 
 def randn(*shape: int, seed: int) -> torch.Tensor:
@@ -30,7 +30,7 @@ def algorithm_1(weight, grads, *, lr, beta, weight_decay, nesterov, eps=1e-8) ->
     for G in grads:
         M = beta * M + G
         sign = torch.sign(G + beta * M if nesterov else M).float()
-        O = orthogonalize(sign, steps=5, coefficients="quintic", dtype=torch.float32)  # noqa: E741
+        O = orthogonalize(sign, steps=5, ns_coefficients="quintic", dtype=torch.float32)  # noqa: E741
         V = beta * V + (1 - beta) * O.double() ** 2
         O_hat = O.double() / (V.sqrt() + eps)
         gamma = 0.2 * math.sqrt(W.numel()) / O_hat.norm()
@@ -50,7 +50,7 @@ def test_equals_algorithm_1_of_the_paper(shape, nesterov):
 def test_momentum_zero_is_the_sign_of_the_orthogonalised_sign():
     grad = randn(6, 4, seed=0)
     update = -stepped(torch.zeros(6, 4), [grad], lr=1.0, momentum=0.0, weight_decay=0.0, **EXACT)
-    wanted = orthogonalize(grad.sign(), steps=5, coefficients="quintic", dtype=torch.float32)
+    wanted = orthogonalize(grad.sign(), steps=5, ns_coefficients="quintic", dtype=torch.float32)
     torch.testing.assert_close(update, 0.2 * wanted.sign(), rtol=1e-5, atol=0)  # eps / |O|
 
 
@@ -60,18 +60,20 @@ def test_gradient_scale_does_not_matter_bit_for_bit():
     assert torch.equal(large, stepped(weight, grads, lr=0.1))
 
 
-@pytest.mark.parametrize("blocks", [1, 3])
-def test_every_block_of_the_update_has_rms_one_fifth(blocks):
+@pytest.mark.parametrize("qkv_blocks", [1, 3])
+def test_every_block_of_the_update_has_rms_one_fifth(qkv_blocks):
     grads, buffers = [randn(12, 6, seed=0)], [torch.zeros(12, 6)]
     settings = {"momentum": 0.9, "nesterov": True, "eps": 1e-8, "ns_steps": 5, **EXACT}
-    (update,) = adamuon_update(grads, buffers, [torch.zeros(12, 6)], blocks=blocks, **settings)
-    rms = update.view(blocks, -1).square().mean(dim=1).sqrt()
-    torch.testing.assert_close(rms, torch.full((blocks,), 0.2))
+    (update,) = adamuon_update(
+        grads, buffers, [torch.zeros(12, 6)], qkv_blocks=qkv_blocks, **settings
+    )
+    rms = update.view(qkv_blocks, -1).square().mean(dim=1).sqrt()
+    torch.testing.assert_close(rms, torch.full((qkv_blocks,), 0.2))
 
 
 def test_fused_blocks_are_stepped_like_separate_matrices():
     weight, grads = randn(12, 6, seed=9), [randn(12, 6, seed=i) for i in range(3)]
-    whole = stepped(weight, grads, {"blocks": 3}, lr=0.1, **EXACT)
+    whole = stepped(weight, grads, {"qkv_blocks": 3}, lr=0.1, **EXACT)
     parts = [
         stepped(weight[rows], [grad[rows] for grad in grads], lr=0.1, **EXACT)
         for rows in (slice(0, 4), slice(4, 8), slice(8, 12))

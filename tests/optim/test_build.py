@@ -62,7 +62,7 @@ def test_matrices_to_it_and_everything_else_to_adamw(name):
     assert (type(main), type(aux)) == (MAIN[name], torch.optim.AdamW)
     assert {group["role"] for group in main.param_groups} == {"matrix"}
     assert {group["role"] for group in aux.param_groups} == {"embedding", "head", "gain", "bias"}
-    assert {group["blocks"] for group in main.param_groups} == {1, 3}
+    assert {group["qkv_blocks"] for group in main.param_groups} == {1, 3}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -80,9 +80,14 @@ def test_rates(aux_lr, wanted):
 
 
 def test_settings_reach_the_optimizers():
-    changes = {"nesterov": False, "ns_steps": 3, "coefficients": "quintic", "ns_dtype": "float32"}
-    for name, own in (("muon", {"scale": "spectral"}), ("adamuon", {"eps": 1e-6})):
-        main, aux = build(gpt(), name, muon_scale="spectral", eps=1e-6, **changes)
+    changes = {
+        "nesterov": False,
+        "ns_steps": 3,
+        "ns_coefficients": "quintic",
+        "ns_dtype": "float32",
+    }
+    for name, own in (("muon", {"adjust_lr": "spectral"}), ("adamuon", {"eps": 1e-6})):
+        main, aux = build(gpt(), name, adjust_lr="spectral", eps=1e-6, **changes)
         wanted = changes | own | {"momentum": 0.9, "lr_mult": 1.0}
         assert all(wanted.items() <= group.items() for group in main.param_groups)
         assert (aux.defaults["betas"], aux.defaults["eps"]) == ((0.9, 0.95), 1e-6)
@@ -160,7 +165,7 @@ def test_the_table_prints_peak_rates_with_the_multiplier():
         ("lion", {}, "optimizer='lion'"),
         ("adamw", {"aux_lr": 0.1}, "aux_lr=0.1: optimizer='adamw' has no auxiliary AdamW"),
         ("muon", {"momentum": 1.5}, "Muon: momentum=1.5"),
-        ("muon", {"muon_scale": "rms"}, "Muon: scale='rms'"),
+        ("muon", {"adjust_lr": "rms"}, "Muon: adjust_lr='rms'"),
         ("adamw", {"beta2": 1.0}, "beta parameter at index 1: 1.0"),
     ],
 )

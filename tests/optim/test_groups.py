@@ -47,7 +47,7 @@ def test_a_tied_head_that_comes_first_is_the_embedding():
 
 
 def test_only_the_fused_qkv_weight_has_three_blocks():
-    blocks = {row.name: row.blocks for row in assign_roles(gpt())}
+    blocks = {row.name: row.qkv_blocks for row in assign_roles(gpt())}
     assert {name for name, count in blocks.items() if count == 3} == {
         f"transformer.h.{i}.attn.c_attn.weight" for i in range(2)
     }

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from kernels.newton_schulz import orthogonalize
-from optim.muon import SCALES, Muon, orthogonalize_all
+from optim.kernels.newton_schulz import orthogonalize
+from optim.muon import ADJUST_LR, Muon, orthogonalize_all
 
-TORCH_LIKE = {"scale": "original", "coefficients": "quintic", "weight_decay": 0.1}
+TORCH_LIKE = {"adjust_lr": "original", "ns_coefficients": "quintic", "weight_decay": 0.1}
 SHAPES = [(8, 8), (16, 8), (8, 24), (8, 8)]
 FP32 = {"rtol": 1e-5, "atol": 1e-6}  # a few roundings of numbers of order 1
 
@@ -28,33 +28,37 @@ def stepped(optimizer_class, shapes=SHAPES, steps: int = 3, group=None, **settin
     return [param.detach() for param in params]
 
 
-def reference_muon(param, grads, *, lr, momentum, nesterov, scale, weight_decay):
+def reference_muon(param, grads, *, lr, momentum, nesterov, adjust_lr, weight_decay):
     """One matrix by the textbook: heavy-ball momentum in double precision, then fp32 iterations."""
     M = torch.zeros_like(param, dtype=torch.float64)
     for grad in grads:
         M = momentum * M + grad
         direction = (grad + momentum * M if nesterov else M).float()
-        update = orthogonalize(direction, steps=5, coefficients="quintic", dtype=torch.float32)
-        param = param * (1 - lr * weight_decay) - lr * SCALES[scale](*param.shape) * update
+        update = orthogonalize(direction, steps=5, ns_coefficients="quintic", dtype=torch.float32)
+        param = param * (1 - lr * weight_decay) - lr * ADJUST_LR[adjust_lr](*param.shape) * update
     return param
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize(("ours", "theirs"), [("original", None), ("match_rms", "match_rms_adamw")])
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("original", None), ("match_rms_adamw", "match_rms_adamw")]
+)
 def test_equals_torch_muon_up_to_bfloat16(ours, theirs, nesterov):
     settings = {"lr": 0.01, "nesterov": nesterov}
-    mine = stepped(Muon, **TORCH_LIKE | {"scale": ours}, **settings)
+    mine = stepped(Muon, **TORCH_LIKE | {"adjust_lr": ours}, **settings)
     reference = stepped(torch.optim.Muon, adjust_lr_fn=theirs, **settings)
     for a, b in zip(mine, reference, strict=True):
-        largest = 3 * 0.01 * SCALES[ours](*a.shape)  # three updates with entries below 1
+        largest = 3 * 0.01 * ADJUST_LR[ours](*a.shape)  # three updates with entries below 1
         assert (a - b).abs().max() < 0.03 * largest  # bfloat16 resolves 2^-8, five iterations deep
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize("scale", SCALES)
-def test_equals_the_textbook_with_fp32_iterations(scale, nesterov):
-    settings = {"lr": 0.5, "momentum": 0.9, "nesterov": nesterov, "scale": scale}
-    mine = stepped(Muon, coefficients="quintic", ns_dtype="float32", weight_decay=0.1, **settings)
+@pytest.mark.parametrize("adjust_lr", ADJUST_LR)
+def test_equals_the_textbook_with_fp32_iterations(adjust_lr, nesterov):
+    settings = {"lr": 0.5, "momentum": 0.9, "nesterov": nesterov, "adjust_lr": adjust_lr}
+    mine = stepped(
+        Muon, ns_coefficients="quintic", ns_dtype="float32", weight_decay=0.1, **settings
+    )
     for i, shape in enumerate(SHAPES):
         grads = [randn(*shape, seed=100 * step + i) for step in range(3)]
         wanted = reference_muon(randn(*shape, seed=i), grads, weight_decay=0.1, **settings)
@@ -64,37 +68,39 @@ def test_equals_the_textbook_with_fp32_iterations(scale, nesterov):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_stack_of_matrices_equals_one_at_a_time(dtype):
     matrices = [randn(*shape, seed=i) for i, shape in enumerate(SHAPES)]
-    settings = {"blocks": 1, "steps": 5, "coefficients": "polar_express", "ns_dtype": dtype}
-    together = orthogonalize_all(matrices, **settings)
-    for matrix, batched in zip(matrices, together, strict=True):
+    settings = {"qkv_blocks": 1, "steps": 5, "ns_coefficients": "polar_express", "ns_dtype": dtype}
+    raise_on_all_ranks = orthogonalize_all(matrices, **settings)
+    for matrix, batched in zip(matrices, raise_on_all_ranks, strict=True):
         (alone,) = orthogonalize_all([matrix], **settings)
         torch.testing.assert_close(
             batched, alone, rtol=0, atol=1e-6 if dtype == "float32" else 0.02
         )
 
 
-@pytest.mark.parametrize("scale", SCALES)
-def test_fused_blocks_are_stepped_like_separate_matrices(scale):
+@pytest.mark.parametrize("adjust_lr", ADJUST_LR)
+def test_fused_blocks_are_stepped_like_separate_matrices(adjust_lr):
     whole, parts = torch.nn.Parameter(randn(12, 6, seed=0)), []
     whole.grad = randn(12, 6, seed=1)
     for weight, grad in zip(whole.detach().split(4), whole.grad.split(4), strict=True):
         parts.append(torch.nn.Parameter(weight.clone()))
         parts[-1].grad = grad.clone()
-    settings = {"lr": 1.0, "scale": scale, "ns_dtype": "float32"}
-    Muon([{"params": [whole], "blocks": 3}], **settings).step()
+    settings = {"lr": 1.0, "adjust_lr": adjust_lr, "ns_dtype": "float32"}
+    Muon([{"params": [whole], "qkv_blocks": 3}], **settings).step()
     Muon(parts, **settings).step()
     torch.testing.assert_close(whole.detach(), torch.cat([p.detach() for p in parts]), **FP32)
 
 
 def test_a_fused_weight_without_blocks_is_stepped_differently():
-    one, three = (stepped(Muon, [(12, 6)], group={"blocks": n}, lr=1.0)[0] for n in (1, 3))
+    one, three = (stepped(Muon, [(12, 6)], group={"qkv_blocks": n}, lr=1.0)[0] for n in (1, 3))
     assert (one - three).abs().max() > 0.1
 
 
 def test_update_is_the_polar_factor_of_the_gradient_without_momentum():
     param = torch.nn.Parameter(torch.zeros(6, 4))
     param.grad = randn(6, 4, seed=3)
-    Muon([param], lr=1.0, momentum=0.0, scale="original", ns_steps=12, ns_dtype="float32").step()
+    Muon(
+        [param], lr=1.0, momentum=0.0, adjust_lr="original", ns_steps=12, ns_dtype="float32"
+    ).step()
     U, _, Vh = torch.linalg.svd(param.grad, full_matrices=False)
     torch.testing.assert_close(param.detach(), -math.sqrt(6 / 4) * U @ Vh, rtol=0, atol=1e-4)
 
@@ -126,7 +132,7 @@ def test_match_rms_gives_the_update_the_rms_of_adamw(shape):
 def test_spectral_scale_gives_outputs_of_equal_rms_change(shape):
     param = torch.nn.Parameter(torch.zeros(shape))
     param.grad = randn(*shape, seed=0)
-    Muon([param], lr=1.0, scale="spectral", ns_steps=8).step()
+    Muon([param], lr=1.0, adjust_lr="spectral", ns_steps=8).step()
     norm = torch.linalg.matrix_norm(param.detach(), ord=2).item()
     assert norm == pytest.approx(math.sqrt(shape[0] / shape[1]), rel=0.02)
 
@@ -149,8 +155,11 @@ def test_lr_mult_scales_the_update_and_not_the_decay():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"scale": "match_rmsprop"}, "scale='match_rmsprop': must be one of match_rms, spectral"),
-        ({"coefficients": "cubic"}, "coefficients='cubic'"),
+        (
+            {"adjust_lr": "match_rmsprop"},
+            "adjust_lr='match_rmsprop': must be one of match_rms_adamw, spectral",
+        ),
+        ({"ns_coefficients": "cubic"}, "ns_coefficients='cubic'"),
         ({"ns_dtype": "float16"}, "ns_dtype='float16': must be one of bfloat16, float32"),
         ({"ns_steps": 0}, "ns_steps=0: must be a whole number, at least 1"),
         ({"momentum": 1.0}, "Muon: momentum=1.0"),
@@ -169,6 +178,6 @@ def test_only_matrices_are_accepted_and_others_named(shape):
 
 
 def test_rows_must_be_divisible_into_the_blocks():
-    group = {"params": [("c_attn", torch.nn.Parameter(torch.ones(4, 4)))], "blocks": 3}
-    with pytest.raises(ValueError, match=r"c_attn is \(4, 4\).*blocks=3"):
+    group = {"params": [("c_attn", torch.nn.Parameter(torch.ones(4, 4)))], "qkv_blocks": 3}
+    with pytest.raises(ValueError, match=r"c_attn is \(4, 4\).*qkv_blocks=3"):
         Muon([group])

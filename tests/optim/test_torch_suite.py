@@ -38,14 +38,14 @@ def inputs_with(*own: dict):
 
 INFO_OF = {info.optim_cls: info for info in optim_db}
 CONTROL, SGD = INFO_OF[torch.optim.Muon], INFO_OF[torch.optim.SGD]  # SGD: for its many schedulers
-NEWTON_SCHULZ = ({"ns_steps": 6, "ns_dtype": "float32"}, {"coefficients": "quintic"})
+NEWTON_SCHULZ = ({"ns_steps": 6, "ns_dtype": "float32"}, {"ns_coefficients": "quintic"})
 OURS = [
     OptimizerInfo(
         cls, optim_inputs_func=inputs_with(*own), supported_impls=(), supports_complex=False
     )
     for cls, own in (
         (Signum, ()),
-        (Muon, ({"scale": "spectral", "nesterov": False}, *NEWTON_SCHULZ)),
+        (Muon, ({"adjust_lr": "spectral", "nesterov": False}, *NEWTON_SCHULZ)),
         (AdaMuon, ({"eps": 1e-6, "nesterov": False}, *NEWTON_SCHULZ)),
     )
 ]

@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.scale.plan import Placement
 from bench.scale.shapes import Mode, Shape
-from dist import World
 from model import GPT, GPTConfig
 from optim import ActivationPreconditioner
 from optim.build import build_optimizers
+from trainer.parallel import Parallel
 
 KINDS = {
     "allreduce_": "all_reduce",
@@ -61,12 +61,12 @@ def steps(shape: Shape, placement: Placement, base: str, mode: Mode | None, n: i
     shard_size = placement.shard_size if placement.parallel == "hsdp" else None
     with (
         redirect_stderr(StringIO()),
-        World(torch.device("cpu"), parallel=placement.parallel, shard_size=shard_size) as world,
+        Parallel(torch.device("cpu"), mode=placement.parallel, shard_size=shard_size) as parallel,
     ):
-        model, forward, optimizers = trainer(shape, world, base, mode)
+        model, forward, optimizers = trainer(shape, parallel, base, mode)
         found: list[Any] = []
         for _ in range(n):
-            found = [step(shape, world, forward, optimizers, micro) for micro in range(2)]
+            found = [step(shape, parallel, forward, optimizers, micro) for micro in range(2)]
             with Recorder() as recorder:
                 for optimizer in optimizers:
                     optimizer.step()
@@ -75,24 +75,26 @@ def steps(shape: Shape, placement: Placement, base: str, mode: Mode | None, n: i
         return found
 
 
-def trainer(shape: Shape, world: World, base: str, mode: Mode | None) -> tuple[Any, Any, Any]:
+def trainer(shape: Shape, parallel: Parallel, base: str, mode: Mode | None) -> tuple[Any, Any, Any]:
     """Model, what is called in training, and its optimizers, put together as train.py does."""
     sizes = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
     model = GPT(GPTConfig(bias=False, **{key: getattr(shape, key) for key in sizes}))
-    world.place(model)
+    parallel.place(model)
     numbers = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "momentum": 0.95}
     optimizers = build_optimizers(
-        model, optimizer=base, lr=1e-3, **numbers, process_group=world.group()
+        model, optimizer=base, lr=1e-3, **numbers, process_group=parallel.group()
     )
     if mode:
         preconditioner = ActivationPreconditioner(model, **mode.settings(shape.n_embd))
-        preconditioner.attach(*optimizers, process_group=world.group())
-    return model, world.wrap(model, is_compiled=False), optimizers
+        preconditioner.attach(*optimizers, process_group=parallel.group())
+    return model, parallel.wrap(model, is_compiled=False), optimizers
 
 
-def step(shape: Shape, world: World, forward: Any, optimizers: Any, micro: int) -> list[Counted]:
+def step(
+    shape: Shape, parallel: Parallel, forward: Any, optimizers: Any, micro: int
+) -> list[Counted]:
     """Forward and backward of one of two micro-batches."""
-    world.sync_gradients(forward, is_last=micro == 1)
+    parallel.sync_gradients(forward, is_last=micro == 1)
     x = torch.arange(2 * shape.block_size).view(2, -1) % shape.vocab_size
     with Recorder() as recorder:
         forward(x, x)[1].backward()

@@ -1,0 +1,205 @@
+"""Finding the way, goal after goal, in a fixed random digraph that a model must learn by heart.
+
+A document is one stream of journeys: a place, the goal to reach from there, then decision, answer,
+decision, answer, ... A decision names the next place; the answer is "on", or, where the goal is
+reached, the next goal. So the goal must be remembered, many answers are right (any shortest path
+is), and a wrong edge costs time but has a way on. A token that is no edge ends the episode.
+
+(place, goal) pairs are held out upstream: with a pair, all from which a shortest path leads through
+it. So no document of "train" has a held-out pair anywhere; all other journeys begin at one.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from eval.rollout.environment import Environment, draw
+from eval.rollout.tasks.task import OracleTask, TaskError
+
+HELD_OUT = 0.1  # of the places of every goal, at most
+
+
+@dataclass(frozen=True)
+class Graph:
+    """N nodes of out-degree D, strongly connected; who is how far from whom."""
+
+    successors: Tensor  # (N, D) int64
+    distance: Tensor  # (N, N) int64, moves from row to column
+    paths: Tensor  # (N, N) float64, number of shortest paths from row to column
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nav(OracleTask):
+    """Shortest paths between held-out pairs of nodes, one after another."""
+
+    horizon: int = 24
+    nodes: int = 32
+    degree: int = 4  # edges that leave a node
+
+    name: ClassVar[str] = "nav"
+    primary: ClassVar[str] = "success"
+    higher_is_better: ClassVar[bool] = True
+    prompt_tokens: ClassVar[int] = 2
+    answer_tokens: ClassVar[int] = 1
+
+    def claims(self) -> dict[str, bool]:
+        return super().claims() | {
+            f"nodes={self.nodes}: must be 16 to 1024": 16 <= self.nodes <= 1024,
+            f"degree={self.degree}: must be 2 to {self.nodes - 1}": 2 <= self.degree < self.nodes,
+        }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        moves = int(self.graph.distance.max())
+        if self.horizon < moves:
+            raise TaskError(
+                f"task nav: horizon={self.horizon}, but shortest paths take up to {moves} moves, "
+                f"so an episode might reach no goal; use horizon={moves} or a larger degree"
+            )
+        goals = self.held_out.sum(1)  # (N,)
+        if n := int(((goals == 0) | (goals == self.nodes - 1)).sum()):
+            raise TaskError(
+                f"task nav: nodes={self.nodes} are too few: of {n} of them as places, no goals are "
+                f"held out, or all, where up to {HELD_OUT:.0%} should be; use more nodes"
+            )
+
+    def symbols(self) -> list[str]:
+        places = [str(i) for i in range(self.nodes)]
+        return [*places, *(f"to{place}" for place in places), "on"]
+
+    def unscored(self) -> list[int]:
+        return list(range(self.nodes, 2 * self.nodes + 1))
+
+    def environment(self, n: int, seed: str | int) -> "NavEnvironment":
+        """Draws the start, and all goals that could be reached, each among those that are allowed
+        at the one before."""
+        allowed = ~self.held_out & (self.graph.distance > 0) if seed == "train" else self.held_out
+        law = allowed.double()  # (N, N), times the number of goals of a row
+        size, generator = (n, self.horizon + 2), self.generator(seed, "stops")
+        first, *others = torch.rand(size, generator=generator, dtype=torch.float64).unbind(1)
+        stops = [(first * self.nodes).long()]
+        for u in others:
+            stops.append(draw(law[stops[-1]], u))
+        return NavEnvironment(self.graph, self.held_out, torch.stack(stops, dim=1))
+
+    @cached_property
+    def graph(self) -> Graph:
+        successors = _random_digraph(self.nodes, self.degree, self.generator("graph"))
+        return Graph(successors, *_shortest_paths(successors))
+
+    @cached_property
+    def held_out(self) -> Tensor:  # (N, N) bool
+        """Pairs of place and goal that training never sees, wherever in a journey."""
+        return _held_out(self.graph.distance, self.generator("held out"))
+
+
+class NavEnvironment(Environment):
+    """Journeys along `stops` (B, 1 + G): the first place, then one goal after another.
+
+    G must be more than the decisions to come. Who has ended stays where the last edge led.
+    """
+
+    can_end = True
+
+    def __init__(self, graph: Graph, held_out: Tensor, stops: Tensor) -> None:
+        self.graph, self.held_out, self.stops = graph, held_out, stops
+        N, self.place = len(graph.successors), stops[:, 0]
+        self.first_goal, self.on = N, 2 * N  # ids
+        self.prompts = torch.stack([self.place, N + stops[:, 1]], dim=1)
+        self.ended = torch.zeros_like(self.place, dtype=torch.bool)
+        counts = torch.zeros(6, len(stops), dtype=torch.int64)
+        self.reached, self.decisions, self.legal, self.closer = counts[:4]
+        self.novel, self.novel_closer = counts[4:]
+        self.steps = 0
+
+    @property
+    def goal(self) -> Tensor:  # (B,)
+        return self.stops.gather(1, 1 + self.reached[:, None])[:, 0]
+
+    def oracle(self) -> Tensor:
+        """From any place, the next one of a uniformly random shortest path."""
+        graph, goal = self.graph, self.goal[:, None]
+        onward = graph.successors[self.place]  # (B, D)
+        closer = graph.distance[onward, goal] < graph.distance[self.place, self.goal][:, None]
+        share = graph.paths[onward, goal] / graph.paths[self.place, self.goal][:, None]  # (B, D)
+        p = share.new_zeros(len(share), self.on + 2)
+        return p.scatter_(1, onward, share * closer)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        goal, before = self.goal, self.place
+        is_novel = self.held_out[before, goal] & ~self.ended
+        legal = (self.graph.successors[before] == tokens[:, None]).any(1)
+        self.decisions += ~self.ended
+        self.ended = self.ended | ~legal
+        self.place = torch.where(self.ended, before, tokens)
+        self.legal += ~self.ended
+        closer = self.graph.distance[self.place, goal] < self.graph.distance[before, goal]
+        self.closer += closer
+        self.novel += is_novel
+        self.novel_closer += closer & is_novel
+        arrived = self.place == goal
+        self.reached += arrived
+        self.steps += 1
+        return torch.where(arrived, self.first_goal + self.goal, self.on)[:, None]
+
+    def has_ended(self) -> Tensor:
+        return self.ended
+
+    def outcomes(self) -> dict[str, Tensor]:
+        """success: goals reached, of those that shortest paths reach in as many decisions.
+        Over the decisions up to the first that is no edge: legality, the share that follow an edge;
+        optimality, the share that follow an edge of a shortest path; novel_optimality and
+        familiar_optimality, the same at held-out pairs of place and goal, where every journey
+        begins, and at pairs that training has.
+        """
+        moves = self.graph.distance[self.stops[:, :-1], self.stops[:, 1:]].cumsum(1)  # (B, G)
+        decisions = self.decisions.double()
+        return {
+            "success": self.reached / (moves <= self.steps).sum(1).double(),
+            "legality": self.legal / decisions,
+            "optimality": self.closer / decisions,
+            "novel_optimality": self.novel_closer / self.novel,
+            "familiar_optimality": (self.closer - self.novel_closer) / (decisions - self.novel),
+        }
+
+
+def _held_out(distance: Tensor, generator: torch.Generator) -> Tensor:  # (N, N) bool
+    """For every goal, random places with all that lie upstream of them, as long as they are no more
+    than HELD_OUT; first those that have had fewest goals held out."""
+    N = len(distance)
+    most, held = int(HELD_OUT * (N - 1)), torch.zeros(N, N, dtype=torch.bool)
+    for goal in torch.randperm(N, generator=generator).tolist():
+        ranks = held.sum(1) + torch.rand(N, generator=generator)
+        for place in ranks.argsort().tolist():
+            upstream = distance[:, place] + distance[place, goal] == distance[:, goal]  # (N,)
+            more = held[:, goal] | upstream
+            if (size := more.sum()) <= most:
+                held[:, goal] = more
+            if size == most:
+                break
+    return held
+
+
+def _random_digraph(nodes: int, degree: int, generator: torch.Generator) -> Tensor:  # (N, D) int64
+    """Successors of each node: one on a random cycle through all nodes, the others at random."""
+    cycle = torch.randperm(nodes, generator=generator)
+    score = torch.rand(nodes, nodes, generator=generator).fill_diagonal_(-1)
+    score[cycle, cycle.roll(-1)] = 2
+    return score.topk(degree).indices
+
+
+def _shortest_paths(successors: Tensor) -> tuple[Tensor, Tensor]:  # (N, N) int64, (N, N) float64
+    """Moves from every node to every other, and the number of shortest paths."""
+    N = len(successors)
+    edges = torch.zeros(N, N, dtype=torch.float64).scatter_(1, successors, 1)
+    ways = torch.eye(N, dtype=torch.float64)  # shortest paths of exactly `moves` moves
+    distance, paths, moves = torch.full((N, N), N).fill_diagonal_(0), ways, 0
+    while ways.any():
+        moves += 1
+        ways = (edges @ ways) * (distance == N)
+        distance[ways > 0] = moves
+        paths = paths + ways
+    return distance, paths

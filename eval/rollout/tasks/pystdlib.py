@@ -1,0 +1,242 @@
+"""Real text: the model continues the beginnings of validation documents, and no oracle is needed.
+
+`pystdlib`, the sources of Python's standard library, is graded by whether the text still parses
+(eval/rollout/viability.py); any other text by how far the entropy drifts. Every number about the text is
+given for the model's own rollouts (T = 1, untruncated) and, as data_..., for the documents' own
+continuations: a prompt of few tokens often ends inside a docstring, where everything parses.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.dataset import Dataset, open_dataset
+from data.tokenizer import Tokenizer
+from eval.rollout.environment import decide
+from eval.rollout.intervals import bootstrap_weights
+from eval.rollout.metrics import Grade, curve, entropy_drift, estimate
+from eval.rollout.policy import Predictor
+from eval.rollout.repetition import distinct, ends_in_loop, seq_rep, zipf
+from eval.rollout.tasks.task import Task, TaskError
+from eval.rollout.viability import hazard, survivors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continue(Task):
+    """Continuing text; documents of fewer than prompt_tokens + horizon tokens are left out."""
+
+    prompt_tokens: int = 32
+    horizon: int = 64
+
+    is_python: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        knobs = {"prompt_tokens": self.prompt_tokens, "horizon": self.horizon}
+        wrong = [f"{knob}={n}: must be at least 1" for knob, n in knobs.items() if n < 1]
+        if wrong:
+            raise TaskError(f"task {self.name}: {'; '.join(wrong)}")
+
+    @property
+    def context_tokens(self) -> int:
+        return self.prompt_tokens + self.horizon - 1  # the last token is never read
+
+    def grade(self, predictor: Predictor, *, n: int, seed: int) -> Grade:
+        """n rollouts; where there are fewer documents, each is continued several times."""
+        texts = choose_texts(self.open(), self.prompt_tokens, self.horizon, n, seed)
+        return grade_text(predictor, texts, seed=seed, is_python=self.is_python)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTask(Continue):
+    """Any prepared text."""
+
+    dataset: str  # a known name, or a folder
+
+    name: ClassVar[str] = "text"
+    primary: ClassVar[str] = "abs_entropy_drift"
+
+    def open(self) -> Dataset:
+        return open_dataset(self.dataset)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PyStdlib(Continue):
+    """The sources of Python's standard library."""
+
+    name: ClassVar[str] = "pystdlib"
+    primary: ClassVar[str] = "survival"
+    higher_is_better: ClassVar[bool] = True
+    is_python: ClassVar[bool] = True
+
+    def open(self) -> Dataset:
+        return open_dataset(self.name)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Beginnings of D documents, and which of them each of n rollouts continues."""
+
+    dataset: Dataset
+    prompts: Tensor  # (D, P) int64
+    truth: Tensor  # (D, H) int64, how they go on
+    document: Tensor  # (n,) int64, below D
+
+
+def choose_texts(dataset: Dataset, n_prompt: int, horizon: int, n: int, seed: int) -> Texts:
+    """Documents of the validation split in random order, none twice while there are others.
+
+    Raises TaskError if none has n_prompt + horizon tokens.
+    """
+    split, length = dataset.split("val"), n_prompt + horizon
+    places = []  # (shard, first token) of each document that is long enough
+    for number, shard in enumerate(split.shards):
+        tokens = shard.tokens()
+        ends = np.append(np.flatnonzero(tokens == dataset.tokenizer.eot), len(tokens))
+        starts = np.append(0, ends[:-1] + 1)
+        places += [(number, start) for start in starts[ends - starts >= length]]
+    if not places:
+        raise TaskError(
+            f"{dataset.dir}: no validation document has {length} tokens; "
+            "use a smaller prompt_tokens or horizon"
+        )
+    chosen = np.random.default_rng(seed).permutation(places)[:n]  # (D, 2)
+    rows = torch.from_numpy(split.rows(chosen[:, 0], chosen[:, 1], length))
+    return Texts(dataset, rows[:, :n_prompt], rows[:, n_prompt:], torch.arange(n) % len(rows))
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """H tokens behind each of B prompts; after end-of-text the token is -1 and the rest NaN."""
+
+    tokens: Tensor  # (B, H) int64
+    nll: Tensor  # (B, H) -log p_model(token), nats
+    entropy: Tensor  # (B, H) of the model's distribution, nats
+
+
+def grade_text(
+    predictor: Predictor, texts: Texts, *, seed: int, is_python: bool, batch_size: int = 256
+) -> Grade:
+    """Grade the model's continuations beside the documents' own.
+
+    batch_size: rows that are read at once; memory is one (batch_size, V) float64 array.
+    Rollouts of one document are not independent, so the bootstrap resamples documents: their
+    number is the n of every metric. n_t counts rollouts.
+    """
+    of, end = texts.document, texts.dataset.tokenizer.eot
+    generator, shape = torch.Generator().manual_seed(seed), (len(of), texts.truth.shape[1])
+    uniforms = torch.rand(shape, generator=generator, dtype=torch.float64)
+    read = _continue(predictor, texts.prompts, texts.truth, end, batch_size)  # D rows
+    data = Continuation(read.tokens[of], read.nll[of], read.entropy[of])
+    own = _continue(predictor, texts.prompts[of], uniforms, end, batch_size)
+    weights = bootstrap_weights(len(texts.prompts))[:, of]  # (R, n)
+    values = _metrics(weights, data, own, end)
+    curves = _survival(weights, texts, own.tokens) if is_python else {}
+    values |= {name: each[:, -1] for name, each in curves.items() if name != "hazard"}
+    return Grade(
+        metrics={name: estimate(each, len(texts.prompts)) for name, each in values.items()},
+        curves={name: curve(each) for name, each in curves.items()},
+        n_t={"data": _graded(data), "own": _graded(own)},
+        samples=_samples(texts, own.tokens),
+    )
+
+
+def _continue(
+    predictor: Predictor, prompts: Tensor, choices: Tensor, end: int, batch_size: int
+) -> Continuation:
+    """choices: (B, H), the tokens (int64), or the uniform numbers that draw them (float64)."""
+    batches = zip(prompts.split(batch_size), choices.split(batch_size), strict=True)
+    parts = [_continue_batch(predictor, *batch, end) for batch in batches]
+    return Continuation(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _continue_batch(
+    predictor: Predictor, prompts: Tensor, choices: Tensor, end: int
+) -> tuple[Tensor, ...]:  # tokens, nll, entropy: (B, H) each
+    columns: list[tuple[Tensor, ...]] = []
+    log_p = predictor.start(prompts, prompts.shape[1] + choices.shape[1] - 1)
+    for choice in choices.unbind(1):
+        if columns:
+            log_p = predictor.read(columns[-1][0][:, None])  # (B, V)
+        columns.append(decide(log_p, choice))  # (B,) each
+    tokens, *graded = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
+    is_end = tokens == end
+    ended = is_end.cumsum(1) > is_end  # before the token
+    return tokens.masked_fill(ended, -1), *(each.masked_fill(ended, torch.nan) for each in graded)
+
+
+def _metrics(
+    weights: np.ndarray, data: Continuation, own: Continuation, end: int
+) -> dict[str, np.ndarray]:  # (R,) each
+    drift = entropy_drift(weights, data.nll, own.entropy)
+    return {
+        "val_ce": _mean(weights, data.nll.mean(1).numpy()),
+        "entropy_drift": drift,
+        "abs_entropy_drift": np.abs(drift),
+        "ended": _mean(weights, (own.tokens == end).any(1).numpy()),
+        **_repetition(weights, own.tokens.masked_fill(own.tokens == end, -1).numpy(), ""),
+        **_repetition(weights, data.tokens.numpy(), "data_"),
+    }
+
+
+def _repetition(weights: np.ndarray, ids: np.ndarray, prefix: str) -> dict[str, np.ndarray]:
+    """Means over rollouts, and Zipf's coefficient of all of them together, (R,) each."""
+    rows = {
+        "seq_rep_4": seq_rep(ids, 4),
+        "distinct_2": distinct(ids, 2),
+        "loop_rate": ends_in_loop(ids, max(1, ids.shape[1] // 4)),
+    }
+    values = {name: _mean(weights, of_row) for name, of_row in rows.items()}
+    seen, codes = np.unique(ids, return_inverse=True)
+    counts = np.zeros((len(ids), len(seen)))
+    np.add.at(counts, (np.arange(len(ids))[:, None], codes.reshape(ids.shape)), 1)
+    parts = np.array_split(weights, 16)  # memory is a sixteenth of (R, V)
+    slopes = np.concatenate([zipf(part @ counts[:, seen >= 0]) for part in parts])
+    slopes[1:] += slopes[0] - slopes[1:].mean()  # repeated documents make every resample steeper
+    values["zipf"] = slopes
+    return {prefix + name: each for name, each in values.items()}
+
+
+def _survival(weights: np.ndarray, texts: Texts, own: Tensor) -> dict[str, np.ndarray]:
+    """Curves over l = 1..H, (R, H) each; a rollout that ended keeps its state."""
+    of, tokenizer = texts.document, texts.dataset.tokenizer
+    written = own.masked_fill(own == tokenizer.eot, -1)
+    alive = {
+        "survival": _alive(tokenizer, texts.prompts[of], written),
+        "data_survival": _alive(tokenizer, texts.prompts, texts.truth)[of],
+    }
+    curves = {name: weights @ each / weights.sum(1)[:, None] for name, each in alive.items()}
+    return curves | {"hazard": hazard(curves["survival"])}
+
+
+def _alive(tokenizer: Tokenizer, prompts: Tensor, tokens: Tensor) -> np.ndarray:  # (B, H) bool
+    rows = torch.cat([prompts, tokens], dim=1)
+    ids = [row[row >= 0].tolist() for row in rows]
+    return survivors(tokenizer, ids, prompts.shape[1], tokens.shape[1])
+
+
+def _mean(weights: np.ndarray, values: np.ndarray) -> np.ndarray:  # (R, n), (n,) -> (R,)
+    """Over the rollouts that have a value (are not NaN); NaN if there are none."""
+    known = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return weights @ np.where(known, values, 0.0) / (weights @ known)
+
+
+def _graded(texts: Continuation) -> list[int]:
+    """Rollouts that reach each step."""
+    return (~texts.nll.isnan()).sum(0).tolist()
+
+
+def _samples(texts: Texts, own: Tensor, n: int = 4) -> list[dict[str, list[int]]]:
+    """Ids of the first rollouts, with an end-of-text where the model set one."""
+    rows = zip(texts.document[:n], own[:n], strict=True)
+    return [
+        {
+            "prompt": texts.prompts[document].tolist(),
+            "data": texts.truth[document].tolist(),
+            "own": row[row >= 0].tolist(),
+        }
+        for document, row in rows
+    ]

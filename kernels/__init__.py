@@ -1,1 +1,0 @@
-"""Linear algebra of double preconditioning, on tensors alone: no hooks, no optimizer, no model."""

@@ -1,0 +1,97 @@
+"""The width studies of LOG.md: two hours of a CPU core, continue where they were stopped.
+
+    python -m studies.mup.all_stages                   everything
+    python -m studies.mup.all_stages transfer          the stages whose names begin like this
+
+A stage is one command of studies.mup.coord_check or studies.mup.width_sweep, on the bytes of the interpreter's
+own library. Stages of one folder add to each other.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import data.pystdlib.prepare
+from studies.mup import coord_check, width_sweep
+from studies.stages import chosen, run
+
+MUON = ("muon", "muon+adjust_lr=spectral", "muon+adjust_lr=original", "adamuon")
+BASES = ("adamw", "signum", "sgd", *MUON)
+RAW = "dopr-sgd+trace_normalized=false"
+MODES = ("independent", "constant")  # of weight decay
+DECAY = 9.0  # at rate 2^-9, η λ steps is 3.5 after 200: updates have settled
+
+
+@dataclass(frozen=True)
+class WidthStage:
+    """One command. The folder is under --out; `settings` are train.py's."""
+
+    name: str
+    command: ModuleType
+    folder: str
+    optimizers: tuple[str, ...]
+    arguments: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+
+    def argv(self, out: Path, workers: int) -> list[str]:
+        words = ["--optimizers", ",".join(self.optimizers), *self.arguments]
+        words += ["--seeds", "0,1,2", "--workers", str(workers), "--out", str(out / self.folder)]
+        return [*words, "--set", f"dataset={out / 'bytes'}", *self.settings]
+
+
+def transfer(optimizer: str, lowest: int = -2) -> tuple[WidthStage, WidthStage]:
+    """Sweeps of five rates under muP, and under sp of six, towards where it should drift."""
+    steps, narrow = ("--steps", "100"), ("--widths", "32,64,128")
+    mup = ("--parametrisations", "mup", f"--octaves={lowest}:{lowest + 4}", *steps)
+    sp = ("--parametrisations", "sp", f"--octaves={lowest + 1}:{lowest + 6}", *narrow, *steps)
+    return (
+        WidthStage(f"transfer-{optimizer}-mup", width_sweep, "transfer", (optimizer,), mup),
+        WidthStage(f"transfer-{optimizer}-sp", width_sweep, "transfer", (optimizer,), sp),
+    )
+
+
+STAGES = (
+    WidthStage(
+        "coordinates", coord_check, "coordinates", (*BASES, *(f"dopr-{each}" for each in BASES))
+    ),
+    *transfer("dopr-adamw", lowest=-1),
+    *transfer("dopr-muon"),
+    WidthStage(
+        "decay",
+        width_sweep,
+        "decay",
+        tuple(
+            f"{name}+wd_scaling={mode}" for name in ("adamw", "fast-dopr-adamw") for mode in MODES
+        ),
+        ("--parametrisations", "mup", "--octaves=1", "--steps", "200"),
+        (f"weight_decay={DECAY}", "schedule=constant"),
+    ),
+    WidthStage(
+        "wide-coordinates",
+        coord_check,
+        "wide-coordinates",
+        ("adamw", "dopr-adamw", "dopr-muon"),
+        ("--widths", "128,256,512"),
+    ),
+    WidthStage("untied", coord_check, "untied", ("adamw", "dopr-muon"), (), ("tie_weights=false",)),
+    WidthStage("raw", coord_check, "raw", (RAW,), ("--octaves=-4",)),
+    *transfer("adamw"),
+    *transfer("muon"),
+)
+
+
+def prepare(folder: Path) -> None:
+    """The data, if they are not there."""
+    if not (folder / "meta.json").exists():
+        data.pystdlib.prepare.main(["--tokenizer", "byte", "--out", str(folder)])
+
+
+def main(argv: list[str]) -> None:
+    stages, asked = chosen(argv, STAGES, "width_study", __doc__, "out/width")
+    prepare(asked.out / "bytes")
+    run(stages, asked.out, asked.workers)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

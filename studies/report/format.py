@@ -1,0 +1,150 @@
+"""Names and numbers as a page shows them."""
+
+import math
+from collections.abc import Container
+
+from eval.rollout.intervals import MIN_SEEDS, Estimate
+from studies.stats.analysis import Compared
+
+Cell = tuple[str, str]  # a number, and "± 0.12" or empty
+MINUS = "\u2212"
+LARGEST = 700.0  # of a logarithm whose exponential is shown
+NONE = "\u2013"  # where there is no number
+UNITS = {
+    "val_ce": "nats",
+    "val_kl": "nats",
+    "accumulated_kl": "nats",
+    "sequence_kl": "nats",
+    "jeffreys": "nats",
+    "overconfidence": "nats",
+    "gap": "nats per step",
+    "excess_percent": "%",
+    "entropy_drift": "nats",
+    "abs_entropy_drift": "nats",
+}
+WORDS = {"kl": "KL", "ce": "CE", "val": "validation", "percent": "", "abs": "absolute"}
+MODES = {
+    "": "base",
+    "dopr-": "DoPr",
+    "fast-dopr-": "fast DoPr",
+}  # prefixes, studies/sweep/variants.py
+
+
+def mode_of(variant: str, base: str) -> str:
+    """What was done to the base: "base", "DoPr", "fast DoPr, gamma=0.01"."""
+    prefix, _, changes = variant.partition(base)
+    return MODES.get(prefix, prefix) + changes.replace("+", ", ")
+
+
+def metric_label(name: str, error: str = "nats") -> str:
+    """The metric in words, with its unit where it has one; `error` is what a task counts in."""
+    words = " ".join(WORDS.get(word, word) for word in name.split("_")).strip()
+    return f"{words} ({UNITS[name].replace('nats', error)})" if name in UNITS else words
+
+
+def error_unit(metrics: Container[str]) -> str:
+    """What rollout errors are in: nats, but where a policy of real numbers is graded (lds)."""
+    return "squared action error" if "deviation" in metrics else "nats"
+
+
+def number(value: float, digits: int | None = None) -> str:
+    """With `digits` decimals, or four significant digits; a true minus sign."""
+    if not math.isfinite(value):
+        return NONE
+    if digits is not None:
+        return f"{value:,.{digits}f}".replace("-", MINUS)
+    if power := exponent(value):
+        return f"{number(value / 10**power, 3)}{power_of_ten(power)}"
+    return number(value, 3 - math.floor(math.log10(abs(value)))) if value else "0"
+
+
+def exponent(size: float) -> int:
+    """The power of ten to take out of a number of this size; 0 for sizes that read well without."""
+    power = math.floor(math.log10(abs(size))) if size and math.isfinite(size) else 0
+    return power if power < -3 or power > 5 else 0
+
+
+def power_of_ten(power: int) -> str:
+    return f"e{power}".replace("-", MINUS) if power else ""
+
+
+def factor(log: float, least: int = 0) -> str:
+    """e^log to three significant digits, far from one to two: 0.832, 144, 2.1e−7.
+
+    least: decimals, where three significant digits have fewer.
+    """
+    if math.isnan(log):
+        return NONE
+    value = math.exp(min(log, LARGEST))
+    size = int(f"{value:.2e}".split("e")[1])
+    if -4 < size < 4:
+        return number(value, max(least, 2 - size))
+    mantissa, power = f"{value:.1e}".split("e")
+    return mantissa + power_of_ten(int(power))
+
+
+def decimals(half: float) -> int | None:
+    """That show two significant digits of an interval's half; None if it has no width."""
+    if not (math.isfinite(half) and half > 0):
+        return None
+    return min(6, max(0, 1 - math.floor(math.log10(half))))
+
+
+def signed(value: float, digits: int | None = None) -> str:
+    return ("+" if value > 0 else "") + number(value, digits)
+
+
+def pair(estimate: Estimate, *, sign: bool = False) -> Cell:
+    """The mean, and the half of its interval ("± 0.12", empty without one), to fitting digits."""
+    half, write = (estimate.hi - estimate.lo) / 2, signed if sign else number
+    if decimals(half) is None:
+        return write(estimate.mean), ""
+    power = exponent(max(abs(estimate.mean), half))  # of both
+    mean, half, unit = estimate.mean / 10**power, half / 10**power, power_of_ten(power)
+    digits = decimals(half)
+    return write(mean, digits) + unit, f"± {number(half, digits)}{unit}"
+
+
+def times(log: Estimate) -> Cell:
+    """The factor, with its interval, of a difference of logarithms.
+
+    An interval that excludes one has the digits that show it: 0.9993 [0.999, 0.9997].
+    """
+    write = _beside_one if log.lo * log.hi > 0 else factor
+    lo, mean, hi = map(write, (log.lo, log.mean, log.hi))
+    if mean == NONE:
+        return NONE, ""
+    return f"× {mean}", "" if NONE in (lo, hi) else f"[{lo}, {hi}]"
+
+
+def _beside_one(log: float) -> str:
+    """e^log, with the digits that tell it from one."""
+    return factor(log, min(6, -math.floor(math.log10(abs(log)))) if abs(log) < 0.005 else 0)
+
+
+def p_value(p: float) -> str:
+    """Two significant digits, however small: 0.53, 0.049, 0.00068, 6.8e−5."""
+    if p >= 1e-4 or p == 0:
+        return f"{p:.2f}" if p >= 0.1 else number(p, decimals(p))
+    mantissa, power = f"{p:.1e}".split("e")
+    return mantissa + power_of_ten(int(power))
+
+
+def verdict(versus: Compared, at_this_rate: Compared | None = None) -> str:
+    """better | worse, where the interval excludes zero; unclear; too few seeds; diverged.
+
+    Lower is better. A variant that lost more pairs by divergence than its base is "diverged",
+    whatever the pairs say that are left: the seeds on which it fell are not among them. A
+    difference that is not there against the base at the variant's learning rate is "by its rate".
+    """
+    difference = versus.difference
+    if versus.n_lost > versus.n_base_lost:
+        return "diverged"
+    if difference.n < MIN_SEEDS:
+        return ("no pairs", "one seed", "two seeds")[difference.n]
+    if not (difference.lo > 0 or difference.hi < 0):
+        return "unclear"
+    found = "better" if difference.mean < 0 else "worse"
+    if at_this_rate is None or at_this_rate.difference.n < MIN_SEEDS:
+        return found
+    return found if verdict(at_this_rate) == found else "by its rate"

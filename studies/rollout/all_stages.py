@@ -1,0 +1,112 @@
+"""The rollout study of LOG.md: hours of CPU, continues where it was stopped.
+
+    python -m studies.rollout.all_stages                 everything, then the pages
+    python -m studies.rollout.all_stages ctrl-500 lds    the stages whose names begin like this
+
+A stage is one command of studies.sweep.compare, in a folder of its own under --out. The planned comparisons
+and the ablations get a page each, and are a family each: a star stands for p below 0.05 / its size.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from studies.report import __main__ as report
+from studies.stages import chosen, run
+from studies.sweep import compare
+from studies.sweep.variants import parse_variant
+
+BASES = ("adamw", "muon", "signum", "adamuon", "sgd")
+LONG = ("adamw", "muon")
+CHANGES = (  # of DoPr's exact mode, one at a time
+    *("gamma=0.01", "gamma=1", "sigma_beta=0.95", "refresh_every=10", "exponent=2"),
+    *("include=*.attn.*", "include=*.mlp.*"),
+)
+EPISODES = {"pdfa": 512, "ctrl": 1024, "nav": 1024, "lds": 1}
+
+
+@dataclass(frozen=True)
+class RolloutStage:
+    """One command of studies.sweep.compare; its name is that of its folder."""
+
+    name: str
+    task: str
+    steps: int
+    optimizers: tuple[str, ...]
+    seeds: int = 8
+
+    @property
+    def command(self) -> ModuleType:
+        return compare
+
+    def argv(self, out: Path, workers: int) -> list[str]:
+        words = ["--task", self.task, "--steps", self.steps, "--seeds", self.seeds]
+        words += ["--optimizers", ",".join(self.optimizers), "--workers", workers]
+        words += ["--episodes", EPISODES[self.task.split(",")[0]], "--out", out / self.name]
+        return list(map(str, words))
+
+
+def modes(bases: tuple[str, ...]) -> tuple[str, ...]:
+    """Each base, and both modes of DoPr in front of it."""
+    return tuple(prefix + base for base in bases for prefix in ("", "dopr-", "fast-dopr-"))
+
+
+def ablations(bases: tuple[str, ...]) -> tuple[str, ...]:
+    changed = (f"dopr-{base}+{change}" for base in bases for change in CHANGES)
+    return (*(prefix + base for base in bases for prefix in ("", "dopr-")), *changed)
+
+
+def little_damped(bases: tuple[str, ...]) -> tuple[str, ...]:
+    """The same for `lds`, whose hidden directions gamma = 0.1 would damp away."""
+    return tuple(
+        name if name == base else f"{name}+gamma=0.001" for base in bases for name in modes((base,))
+    )
+
+
+def damped(bases: tuple[str, ...]) -> tuple[str, ...]:
+    """Exact mode with the gamma of all other tasks."""
+    return tuple(f"dopr-{base}" for base in bases)
+
+
+STAGES = (
+    *(RolloutStage(f"{task}-500", task, 500, modes(BASES)) for task in ("pdfa", "ctrl", "nav")),
+    RolloutStage("lds-200", "lds", 200, little_damped(BASES) + damped(BASES)),
+    RolloutStage("lds-600", "lds", 600, little_damped(LONG) + damped(LONG)),
+    *(
+        RolloutStage(
+            f"lds-200-excitation-{value}", f"lds,excitation={value}", 200, little_damped(LONG)
+        )
+        for value in ("1e-2", "1")
+    ),
+    *(RolloutStage(f"{task}-1500", task, 1500, modes(LONG)) for task in ("pdfa", "ctrl", "nav")),
+)
+ABLATIONS = tuple(
+    RolloutStage(f"ablations-{task}-500", task, 500, ablations(LONG), seeds=5)
+    for task in ("pdfa", "ctrl")
+)
+
+
+def planned(stages: tuple[RolloutStage, ...]) -> int:
+    """Comparisons of an optimizer with its base; each is one of the family that LOG.md fixes."""
+    names = [name for stage in stages for name in stage.optimizers]
+    return sum(parse_variant(name).base != name for name in names)
+
+
+def write_page(stages: tuple[RolloutStage, ...], out: Path, page: str) -> None:
+    """A report of the stages with records; stars are by the comparisons of all these stages."""
+    found = (out / each.name for each in stages)
+    folders = [str(folder) for folder in found if (folder / "records.jsonl").exists()]
+    if folders:
+        report.main([*folders, "--out", str(out / page), "--comparisons", str(planned(stages))])
+
+
+def main(argv: list[str]) -> None:
+    stages, asked = chosen(argv, STAGES + ABLATIONS, "rollout_study", __doc__, "out/study")
+    run(stages, asked.out, asked.workers)
+    write_page(STAGES, asked.out, "page")
+    write_page(ABLATIONS, asked.out, "page-ablations")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,86 @@
+"""Names of optimizers in comparisons: `adamw`, `dopr-muon`, `fast-dopr-adamw`, `sgd+momentum=0.9`.
+
+NAME                the optimizer as train.py knows it
+dopr-NAME           with activation preconditioning in exact mode, the paper's
+fast-dopr-NAME      the same in fast mode
+...+key=value       with any other setting of train.py changed
+"""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from optim.build import OPTIMIZERS
+from trainer.config import coerce
+from trainer.settings import FIELDS
+
+PLAIN = {"dopr": False}
+EXACT = {"dopr": True, "refresh_every": 1}
+FAST = {"dopr": True, "refresh_every": 10, "sigma_beta": 0.95}
+MODES = {"fast-dopr-": FAST, "dopr-": EXACT, "": PLAIN}
+OF_THE_STUDY = {  # what a comparison sets itself
+    *("optimizer", "dopr", "lr", "seed", "max_steps", "batch_size", "micro_batch_size"),
+    *("dataset", "out_dir", "resume", "device"),
+}
+OF_THE_MODEL = {
+    *("n_layer", "n_head", "n_embd", "block_size", "dropout", "bias", "tie_weights", "init_from"),
+    *("mup", "mup_base_width", "mup_base_head_dim"),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One optimizer of a comparison, and the settings of train.py that make it."""
+
+    name: str
+    optimizer: str
+    settings: tuple[tuple[str, Any], ...]
+
+    @property
+    def base(self) -> str:
+        """What it is compared with: the same optimizer without DoPr."""
+        return self.optimizer
+
+
+def parse_variant(name: str) -> Variant:
+    """The variant of that name.
+
+    Raises ValueError: the name of no optimizer, or a change that is none of an optimizer's.
+    """
+    kind, *changes = name.split("+")
+    prefix = next(prefix for prefix in MODES if kind.startswith(prefix))
+    optimizer = kind.removeprefix(prefix)
+    if optimizer not in OPTIMIZERS:
+        known = ", ".join(OPTIMIZERS)
+        raise ValueError(
+            f"optimizer {name!r}: wants [fast-][dopr-]NAME[+key=value...], NAME one of {known}"
+        )
+    wrong = [change for change in changes if "=" not in change]
+    if wrong:
+        raise ValueError(f"optimizer {name!r}: {wrong[0]!r} is not of the form key=value")
+    texts = dict(change.split("=", 1) for change in changes)
+    check_names(texts, OF_THE_STUDY | OF_THE_MODEL, f"optimizer {name!r}")
+    changed = {key: coerce(key, text) for key, text in texts.items()}
+    settings = {"optimizer": optimizer} | MODES[prefix] | changed
+    return Variant(name, optimizer, tuple(settings.items()))
+
+
+def parse_changes(pairs: Iterable[str], refused: set[str]) -> dict[str, str]:
+    """The settings of --set. ValueError if one is unknown, or one of `refused`."""
+    if wrong := [pair for pair in pairs if "=" not in pair]:
+        raise ValueError(f"--set {wrong[0]}: wants KEY=VALUE")
+    changes = dict(pair.split("=", 1) for pair in pairs)
+    check_names(changes, refused, "--set")
+    return changes
+
+
+def check_names(keys: Iterable[str], refused: set[str], where: str) -> None:
+    """ValueError if a key is no setting of train.py, or one of `refused`."""
+    for key in keys:
+        if key in refused:
+            raise ValueError(f"{where}: {key} is fixed here, it is the same for all optimizers")
+        if key not in FIELDS:
+            close = difflib.get_close_matches(key, FIELDS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "python train.py --help lists all"
+            raise ValueError(f"{where}: unknown setting {key!r}; {hint}")

@@ -1,0 +1,59 @@
+"""Records of width studies whose optima and slopes are known."""
+
+import math
+from typing import Any
+
+from studies.mup.coordinates import KINDS, STEPS
+from trainer.settings import TrainConfig
+
+WIDTHS = (32, 64, 128, 256)
+OCTAVES = range(-14, -5)  # log2 of the rates that were tried
+
+
+def record(width: int, lr: float, seed: int = 0, **changes: Any) -> dict[str, Any]:
+    settings = {"warmup_steps": 10, "max_steps": 100, "weight_decay": 0.1, "mup": True}
+    settings |= {"wd_scaling": "independent", "mup_base_width": 256} | changes.pop("settings", {})
+    return {
+        "variant": "adamw",
+        "base": "adamw",
+        "parametrisation": "mup" if settings["mup"] else "sp",
+        "width": width,
+        "base_width": 256,
+        "lr": lr,
+        "seed": seed,
+        "steps": settings["max_steps"],
+        "val_loss": 3.0,
+        "curve": [],
+        "settings": vars(TrainConfig()) | settings,
+        **changes,
+    }
+
+
+def sweep(drift: float, *, seeds: int = 2, bowl: float = 0.05, **changes: Any) -> list[dict]:
+    """Losses 3 + bowl (log2 lr - best)², where the best rate moves by `drift` octaves a doubling.
+
+    At width 256 it is 2^-10.
+    """
+    return [
+        record(width, 2.0**octave, seed, val_loss=3 + bowl * (octave - best) ** 2, **changes)
+        for width in WIDTHS
+        for best in [-10 + drift * math.log2(width / 256)]
+        for octave in OCTAVES
+        for seed in range(seeds)
+    ]
+
+
+def sized(exponents: dict[tuple[str, int], float], **changes: Any) -> list[dict]:
+    """Records of coordinate checks: RMS of a kind at t is width^exponent; unnamed ones are flat."""
+    return [
+        record(width, 2.0**-10, seed, **changes)
+        | {
+            "coordinates": {
+                kind: {str(t): width ** exponents.get((kind, t), 0.0) for t in STEPS}
+                for kind in (*KINDS, "logits")
+            },
+            "ap": {"attn.c_attn": width**-0.5},
+        }
+        for width in WIDTHS
+        for seed in range(3)
+    ]

@@ -1,0 +1,116 @@
+"""Names and numbers on the page."""
+
+import math
+
+import pytest
+
+from eval.rollout.intervals import Estimate
+from studies.report.format import (
+    error_unit,
+    factor,
+    metric_label,
+    mode_of,
+    number,
+    p_value,
+    pair,
+    times,
+    verdict,
+)
+from studies.stats.analysis import Compared
+from studies.stats.seeds import paired
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "shown"),
+    [
+        (1.23456, 0.0321, ("1.235", "± 0.032")),
+        (-0.5, 0.25, ("−0.50", "± 0.25")),
+        (12345.6, 210.0, ("12,346", "± 210")),
+        (3.14159, math.nan, ("3.142", "")),  # a single seed
+        (0.0, 0.0, ("0", "")),  # exact
+        (2.5e8, math.nan, ("2.500e8", "")),
+        (2.05e-5, 3.2e-6, ("2.05e−5", "± 0.32e−5")),
+        (math.nan, math.nan, ("–", "")),
+    ],
+)
+def test_a_number_has_the_digits_that_its_interval_leaves(mean, half, shown):
+    assert pair(Estimate(mean, mean - half, mean + half, 3)) == shown
+
+
+def test_a_difference_has_a_sign():
+    assert pair(Estimate(0.5, 0.4, 0.6, 3), sign=True)[0] == "+0.50"
+    assert number(-2.0, 1) == "−2.0"
+
+
+def test_a_factor_has_its_digits_however_far_from_one():
+    values = (0.8321, 144.0, 2.06e-7, 9.964, 3e12, 1.0)
+    shown = ["0.832", "144", "2.1e−7", "9.96", "3.0e12", "1.00"]
+    assert [factor(math.log(value)) for value in values] == shown
+    assert (factor(math.nan), factor(-2000.0)) == ("–", "0.00")
+
+
+def test_an_interval_that_excludes_one_is_seen_to():
+    def shown(*ends):
+        return times(Estimate(ends[1], ends[0], ends[2], 8))
+
+    assert shown(-0.0011, -0.0007, -0.0003) == ("× 0.9993", "[0.999, 0.9997]")
+    assert shown(0.0011, 0.0042, 0.02) == ("× 1.004", "[1.001, 1.02]")
+    assert shown(0.0004, 0.08, 3.0) == ("× 1.08", "[1.0004, 20.1]")
+    assert shown(-0.0011, 0.0, 0.0011) == ("× 1.00", "[0.999, 1.00]")
+    assert shown(1e-9, 2e-9, 3e-9)[0] == "× 1.000000"
+    assert shown(-0.3, -0.2, -0.1) == ("× 0.819", "[0.741, 0.905]")
+
+
+def test_small_p_values_are_not_zero():
+    values = (1.23e-9, 6.8e-4, 7.4e-4, 0.0123, 0.5, 1.0)
+    shown = ["1.2e−9", "0.00068", "0.00074", "0.012", "0.50", "1.00"]
+    assert [p_value(p) for p in values] == shown
+
+
+def compared(ours, theirs, lost=0, base_lost=0):
+    return Compared(**vars(paired(ours, theirs)), n_lost=lost, n_base_lost=base_lost)
+
+
+def test_a_verdict_needs_an_interval_that_excludes_zero():
+    clear, unclear = ([3.0, 3.1, 3.2], [5.0, 5.2, 5.1]), ([3.0, 6.0, 4.0], [5.0, 4.0, 4.5])
+    assert verdict(compared(*clear)) == "better"
+    assert verdict(compared(*clear[::-1])) == "worse"
+    assert verdict(compared(*unclear)) == "unclear"
+    assert verdict(compared([1.0], [2.0])) == "one seed"
+
+
+def test_a_difference_that_is_not_there_at_equal_rates_is_the_rates():
+    low, high, between = [3.0, 3.1, 3.2], [5.0, 5.2, 5.1], [2.0, 5.0, 3.0]
+    better, worse, unclear = (
+        compared(low, high),
+        compared(high, low),
+        compared(low, between),
+    )
+    assert verdict(better, better) == "better"
+    assert verdict(better, unclear) == "by its rate"
+    assert verdict(better, worse) == "by its rate"
+    assert verdict(worse, unclear) == "by its rate"
+    assert verdict(unclear, better) == "unclear"
+    assert verdict(better, compared([3.0], [3.0])) == "better"  # too few pairs to say otherwise
+
+
+@pytest.mark.parametrize(
+    ("lost", "base_lost", "expected"),
+    [(0, 0, "better"), (5, 0, "diverged"), (5, 4, "diverged"), (5, 5, "better"), (1, 5, "better")],
+)
+def test_a_variant_that_diverged_more_often_than_its_base_is_not_better(lost, base_lost, expected):
+    assert verdict(compared([3.0, 3.1, 3.2], [5.0, 5.2, 5.1], lost, base_lost)) == expected
+
+
+def test_names_are_words():
+    assert mode_of("fast-dopr-adamw+gamma=0.01", "adamw") == "fast DoPr, gamma=0.01"
+    assert mode_of("muon", "muon") == "base"
+    assert metric_label("accumulated_kl") == "accumulated KL (nats)"
+    assert metric_label("gap", "squared action error") == "gap (squared action error per step)"
+    assert metric_label("success") == "success"
+
+
+def test_errors_are_nats_but_for_policies_of_real_numbers():
+    assert error_unit({"val_ce", "survival"}) == "nats"  # text has no oracle
+    assert error_unit({"val_kl", "gap"}) == "nats"
+    assert error_unit({"val_loss", "deviation", "gap"}) == "squared action error"

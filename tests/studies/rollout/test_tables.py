@@ -1,0 +1,167 @@
+"""The tables of the study, and those of README.md, are those of the records."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from studies.rollout.ablations import changes_table
+from studies.rollout.all_stages import STAGES
+from studies.rollout.results import RESULTS
+from studies.rollout.tables import (
+    BASES_APART,
+    TAU,
+    against_table,
+    all_tables,
+    equal_validation_table,
+    group_table,
+    main,
+    temperature_table,
+    tuning_table,
+)
+from studies.stats.analysis import AnalysisError
+from tests.studies.small_studies import fresh, graded, study, write_study
+from tests.studies.stats.test_matched import noisy
+
+README = (Path(__file__).parents[3] / "README.md").read_text()
+WORDS = (RESULTS / "README.md").read_text()
+INTERVAL = r"(\d[\d.]*)\s+\[([\d.]+),\s+([\d.]+)\]"
+
+
+def with_controls():
+    """DoPr at twice the rate, at which the base is twice as bad as DoPr."""
+    values = zip((100, 101, 102), (3.0, 4.1, 5.0), strict=True)
+    controls = [graded("adamw", s, 2 * v, role="control", lr=0.02) for s, v in values]
+    fresh = [each for each in study() if each["role"] == "fresh"]
+    return controls + [
+        each | {"lr": 0.02} if each["variant"] == "dopr-adamw" else each for each in fresh
+    ]
+
+
+def test_a_line_has_the_planned_ratio_and_that_at_equal_rates(tmp_path):
+    write_study(tmp_path / "pdfa-500", with_controls())
+    header, _, first, *_ = group_table("500 steps", tmp_path).splitlines()
+    assert header == "|  | pdfa, 500 steps: accumulated_kl | at equal rates |"
+    assert first == "| dopr-adamw | 0.664 [0.530, 0.832] | 0.500 [0.500, 0.500] |"  # p = .016
+    assert "dopr-muon" in group_table("500 steps", tmp_path)
+    assert "| muon" not in group_table("500 steps", tmp_path)  # compared with nothing
+
+
+def test_at_their_temperatures_variants_are_compared_with_their_bases(tmp_path):
+    folder = write_study(tmp_path / "nav-1500", study())
+    rows = [each | {"temperature": 0.5} for each in study() if each["role"] == "fresh"]
+    (folder / "temperature.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    header, _, first, *_ = temperature_table(STAGES, tmp_path).splitlines()
+    assert header == "|  | nav, 1500 steps | at equal rates and temperatures |"
+    assert first == "| dopr-adamw | 0.664 [0.530, 0.832] |  |"
+    (folder / "temperature.jsonl").write_text(json.dumps(rows[0] | {"lr": 9.0}) + "\n")
+    with pytest.raises(AnalysisError, match="is not the model of"):
+        temperature_table(STAGES, tmp_path)
+    alike = [row | {"role": "control"} for row in rows if row["variant"] == "adamw"]
+    text = "".join(json.dumps(row) + "\n" for row in [*rows, *alike])
+    (folder / "temperature.jsonl").write_text(text)
+    first = temperature_table(STAGES, tmp_path).splitlines()[2]
+    assert first == "| dopr-adamw | 0.664 [0.530, 0.832] | 0.664 [0.530, 0.832] |"
+
+
+def test_a_change_of_dopr_is_compared_with_dopr_without_it(tmp_path):
+    def fresh(variant, values, loss):
+        rows = zip((200, 201, 202), values, strict=True)
+        return [graded(variant, s, v, base="adamw", val_loss=v / 8 + loss) for s, v in rows]
+
+    runs = [*fresh("adamw", (9.0, 9.0, 9.0), 0), *fresh("dopr-adamw", (4.0, 5.0, 6.0), 0)]
+    changed = fresh("dopr-adamw+gamma=1", (2.0, 2.5, 3.0), 0.5)
+    runs += [each | {"lr": 0.02} for each in changed]
+    errors = {"dopr-adamw": (4.0, 4.0, 9.0), "dopr-adamw+gamma=1": (1.0, 9.0, None)}
+    for name, values in errors.items():  # at 0.01, 0.02, 0.04
+        rates = zip((0.01, 0.02, 0.04), values, strict=True)
+        changes = {"base": "adamw", "role": "tuning"}
+        runs += [graded(name, 0, value, lr=lr, **changes) for lr, value in rates]
+    write_study(tmp_path / "ablations-ctrl-500", runs)
+    header, _, *lines = changes_table(tmp_path).splitlines()
+    assert header.startswith("|  | ctrl: accumulated_kl | validation loss, nats | learning rates |")
+    ratio, loss = "0.500 [0.500, 0.500]", "+0.19 ± 0.16"  # 0.5 - (4, 5, 6) / 16
+    assert lines == [f"| dopr-adamw+gamma=1 | {ratio} | {loss} | 0.02 / 0.01 | 0.750 (1/2) |"]
+
+
+def test_what_has_not_run_has_no_table(tmp_path):
+    assert group_table("1,500 steps", tmp_path) == ""
+    assert "##" not in all_tables(tmp_path)
+
+
+def test_optimizers_whose_tuning_seeds_disagree_are_counted(tmp_path):
+    def tuned(variant, losses):  # seed -> loss at 0.01, at 0.02; None: diverged
+        return [
+            graded(variant, seed, 1.0 if loss else None, role="tuning", lr=lr, val_loss=loss)
+            for seed, pair in enumerate(losses)
+            for lr, loss in zip((0.01, 0.02), pair, strict=True)
+        ]
+
+    runs = [*tuned("adamw", [(1.0, 2.0), (2.0, 1.0)]), *tuned("muon", [(1.0, 2.0), (3.0, None)])]
+    write_study(tmp_path / "pdfa-500", runs)
+    assert tuning_table(tmp_path).splitlines()[-1] == "| pdfa-500 | 1 of 2 |"
+    assert tuning_table(tmp_path / "nothing") == ""
+
+
+def test_a_variant_that_is_not_of_the_study_is_last(tmp_path):
+    others = [each | {"variant": "dopr-adamw+gamma=3"} for each in fresh("adamw", [5.0, 6.0, 7.0])]
+    write_study(tmp_path / "pdfa-500", [*study(), *others])
+    assert group_table("500 steps", tmp_path).splitlines()[-1].startswith("| dopr-adamw+gamma=3 |")
+
+
+def test_a_stage_without_records_yet_has_no_table(tmp_path):
+    for stage in ("pdfa-500", "ablations-ctrl-500"):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "records.jsonl").touch()
+    assert "##" not in all_tables(tmp_path)
+
+
+def test_records_that_do_not_belong_together_are_an_error(tmp_path, capsys):
+    write_study(tmp_path / "pdfa-500", [*study(), *study()])
+    with pytest.raises(SystemExit, match="2"):
+        main(["--results", str(tmp_path)])
+    assert "error: task:pdfa, 500 steps, adamw, seed 100: 2" in capsys.readouterr().err
+
+
+def test_every_optimizer_is_compared_with_the_same_one(tmp_path):
+    write_study(tmp_path / "pdfa-500", study())
+    _, _, *lines = against_table("muon", tmp_path).splitlines()
+    found = {line.split("|")[1].strip(): line.split("|")[2].split()[0] for line in lines}
+    assert found.keys() == {"adamw", "dopr-adamw", "fast-dopr-adamw", "dopr-muon"}
+    assert float(found["adamw"]) == pytest.approx((5 / 4 * 6 / 5 * 7 / 6) ** (1 / 3), abs=5e-3)
+
+
+def test_at_equal_validation_bases_are_compared_with_each_other_too(tmp_path):
+    write_study(tmp_path / "pdfa-500", noisy(0))
+    header, _, *lines = equal_validation_table(tmp_path).splitlines()
+    assert header == "|  | pdfa, 500 steps: error | seeds |"
+    names = [line.split("|")[1].strip() for line in lines]
+    assert names[-2:] == [TAU, BASES_APART]
+    factors = [line.split("|")[2].strip() for line in lines]
+    assert float(factors[-1]) > 1  # of five bases
+    assert -1 <= float(factors[-2]) <= 1
+
+
+def test_committed_tables_are_those_of_the_committed_records():
+    assert (RESULTS / "tables.md").read_text() == all_tables() + "\n"
+
+
+@pytest.mark.parametrize("text", [README, WORDS], ids=["README", "the study's README"])
+def test_intervals_in_words_are_in_the_tables(text):
+    tables = [*map(numbers, re.findall(INTERVAL, (RESULTS / "tables.md").read_text()))]
+    quoted = re.findall(rf"x\s+{INTERVAL}", text)
+    assert quoted
+    wrong = [each for each in quoted if not any(is_rounded(each, table) for table in tables)]
+    assert not wrong
+
+
+def numbers(texts):
+    return [*map(float, texts)]
+
+
+def is_rounded(quoted, exact):
+    """Whether all of these texts are numbers rounded, which were rounded to more digits before."""
+    units = [10.0 ** -len(text.partition(".")[2]) for text in quoted]
+    pairs = zip(numbers(quoted), exact, units, strict=True)
+    return all(abs(text - number) < 0.56 * unit for text, number, unit in pairs)

@@ -1,0 +1,49 @@
+"""References: what is known of them without running anything."""
+
+import math
+
+import pytest
+
+from eval.rollout.tasks import parse_task
+from eval.rollout.tasks.lds import Lds
+from studies.sweep.reference import command_of, grade_reference, main, references_of
+
+SMALL = "pdfa,states=4,alphabet=4,horizon=8,n_documents=64"
+
+
+def test_the_oracle_has_no_error_and_the_uniform_model_the_entropy_that_is_missing():
+    task = parse_task(SMALL)
+    oracle = grade_reference(task, "oracle", n=64, seed=0).means()
+    assert oracle["sequence_kl"] == oracle["accumulated_kl"] == oracle["gap"] == 0
+    uniform = grade_reference(task, "uniform", n=64, seed=0).means()
+    assert uniform["val_ce"] == pytest.approx(math.log(5))  # four symbols and the end of text
+    assert uniform["sequence_kl"] > 1
+
+
+def test_who_never_acts_in_an_unstable_system_does_not_stay_near_the_expert():
+    lds = Lds(instance=3)
+    assert references_of(lds) == ("zero",)
+    means = grade_reference(lds, "zero", n=1, seed=0).means()
+    assert means["log10_deviation"] > 2  # two modes grow by 1.1 a step, for a hundred steps
+
+
+def test_text_has_no_references():
+    assert references_of(parse_task("pystdlib")) == ()
+
+
+def test_the_command_prints_a_line_for_each_and_repeats(capsys):
+    words = command_of(f"task:{SMALL}", n=16, seed=1).split()
+    main(words[3:])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["oracle", "greedy", "uniform"]
+    assert "sequence_kl 0 " in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [(["pystdlib"], "has no oracle"), ([SMALL, "--episodes", "0"], "at least 1"), (["x"], "x")],
+)
+def test_what_has_no_references_is_one_error(words, problem, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert problem in capsys.readouterr().err

@@ -1,0 +1,40 @@
+"""A signal is a request; a second one is an order."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from trainer.signals import StopRequest
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_sets_the_flag_and_interrupts_nothing(signum):
+    with StopRequest() as stop:
+        assert not stop
+        assert stop.exit_code == 0
+        os.kill(os.getpid(), signum)
+        assert stop
+        assert stop.exit_code == 128 + signum
+        assert str(stop) == signum.name
+
+
+def test_the_former_handlers_are_back_afterwards():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with StopRequest():
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_the_second_signal_ends_the_process_at_once():
+    code = (
+        "import os, signal, time\n"
+        "from trainer.signals import StopRequest\n"
+        "with StopRequest():\n"
+        "    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(30)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=20, check=False)
+    assert done.returncode == 128 + signal.SIGTERM

@@ -1,0 +1,97 @@
+"""Which checkpoint a run continues from, and what speaks against it."""
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from data.dataset import Dataset
+from trainer.checkpoint.read import (
+    Checkpoint,
+    CheckpointError,
+    candidates,
+    newest_good,
+    open_checkpoint,
+)
+from trainer.parallel import Parallel
+from trainer.settings import ConfigError, TrainConfig
+
+
+def check_agreement(config: TrainConfig, dataset: Dataset, parallel: Parallel) -> None:
+    """ConfigError if not all processes have the same settings and data."""
+    facts = asdict(config) | {"hash of the data": fingerprint(dataset)}
+    rows = parallel.gather(facts)
+    if differing := [key for key in facts if len({repr(row[key]) for row in rows}) > 1]:
+        values = {key: ", ".join(repr(row[key]) for row in rows) for key in differing}
+        listed = "; ".join(f"{key}: {text}" for key, text in values.items())
+        raise ConfigError(
+            f"the processes differ, by rank, in {listed}. Start all of them with the same command, "
+            "the same config files and the same data"
+        )
+
+
+def find_checkpoint(config: TrainConfig, dataset: Dataset, parallel: Parallel) -> Checkpoint | None:
+    """What `resume` asks for; CheckpointError if not all processes see the same."""
+    found = _find_checkpoint(config, dataset)
+    seen = parallel.gather(found and f"{found.path} ({found.digest[:12]})")
+    if len({*seen}) > 1:
+        raise CheckpointError(
+            f"the processes see different checkpoints, by rank: {', '.join(map(str, seen))}; "
+            "out_dir must be a folder that all of them share"
+        )
+    return found
+
+
+def _find_checkpoint(config: TrainConfig, dataset: Dataset) -> Checkpoint | None:
+    """What `resume` asks for. Refuses to train over a run, or on another tokenizer."""
+    root = Path(config.out_dir) / "checkpoints"
+    if config.resume == "never":
+        if candidates(root):
+            raise ConfigError(
+                f"resume=never, but {root} holds a run; choose another out_dir or resume=auto"
+            )
+        return None
+    found = newest_good(root) if config.resume == "auto" else open_checkpoint(Path(config.resume))
+    if found is None:
+        return None
+    if found.path.resolve().parent != root.resolve() and candidates(root):
+        raise ConfigError(
+            f"resume={config.resume}, but {root} holds another run; use a new out_dir"
+        )
+    if found.step > config.max_steps:
+        raise ConfigError(
+            f"max_steps={config.max_steps}, but checkpoint {found.path} is past it; raise max_steps"
+        )
+    if found.manifest["tokenizer_sha256"] != dataset.tokenizer.sha256:
+        raise CheckpointError(
+            f"checkpoint {found.path} was trained with another tokenizer than {dataset.dir} has; "
+            "resume it on the data that it was trained on"
+        )
+    if found.manifest["dataset_sha256"] != fingerprint(dataset):
+        print(f"warning: {dataset.dir} is not the data that {found.path} was trained on")
+    return found
+
+
+def check_same_function(found: Checkpoint, model: dict[str, Any]) -> None:
+    """CheckpointError if a checkpoint's weights, though they fit, would compute something else.
+
+    model: the settings of the model that they are for, as in the checkpoint's manifest.
+    """
+    saved = {"attention_mult": 1.0, "logits_mult": 1.0} | found.manifest["model"]
+    changed = [
+        f"{key} was {saved[key]:g}, is {model[key]:g}"
+        for key in ("n_head", "attention_mult", "logits_mult")
+        if saved[key] != model[key]
+    ]
+    if changed:
+        raise CheckpointError(
+            f"checkpoint {found.path} is of another function of the same weights: "
+            f"{'; '.join(changed)}; give n_head, mup, mup_base_width and mup_base_head_dim as then"
+        )
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """The hash of all shards' hashes: the same for the same data, wherever it lies."""
+    splits = dataset.meta["splits"]
+    hashes = [file["sha256"] for name in sorted(splits) for file in splits[name]["files"]]
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
