@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 export PYTHONUNBUFFERED = 1
+DEMO   := out/demo/pdfa_adamw out/demo/pdfa out/demo/text_adamw out/demo/text
 
 .PHONY: setup setup-dev demo test test-full check bench kernel-report bench-gpu study width-study clean
 
@@ -19,13 +20,14 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
 
-demo: setup            ## train three models, grade their rollouts, write a page; 5 to 6 minutes on 2 cores
-	OMP_NUM_THREADS=1 $(PY) train.py config/ttf.py --lr=8e-3 --out_dir=out/demo/adamw
-	OMP_NUM_THREADS=1 $(PY) train.py config/ttf.py --lr=8e-3 --dopr=true --out_dir=out/demo/dopr_adamw
+demo: setup            ## train AdamW and DoPr-AdamW on two tasks, grade their rollouts, write a page; minutes
+	OMP_NUM_THREADS=1 $(PY) train.py config/ttf.py --lr=8e-3 --out_dir=out/demo/pdfa_adamw
+	OMP_NUM_THREADS=1 $(PY) train.py config/ttf.py --lr=8e-3 --out_dir=out/demo/pdfa --dopr=true --sigma_beta=0.95 --refresh_every=10
+	OMP_WAIT_POLICY=passive $(PY) train.py config/demo.py --out_dir=out/demo/text_adamw --dopr=false
 	OMP_WAIT_POLICY=passive $(PY) train.py config/demo.py
 	$(PY) -m eval.sample out/demo/text --prompt "def " --num_samples 2 --temperature 0.8
-	$(PY) -m eval.rollout.ttf out/demo/adamw out/demo/dopr_adamw out/demo/text
-	$(PY) -m studies.report out/demo/adamw out/demo/dopr_adamw out/demo/text --out out/demo
+	$(PY) -m eval.rollout.ttf $(DEMO)
+	$(PY) -m studies.report $(DEMO) --out out/demo
 
 check: setup-dev       ## lint, format, types
 	$(VENV)/bin/ruff check .
@@ -48,10 +50,10 @@ kernel-report: setup-dev  ## registers, spills, shared memory of the Triton kern
 bench-gpu: setup-dev   ## kernels and GPT-2 124M on a GPU, into bench/results; NANOGPT=checkout; one to two hours
 	$(PY) -m bench.gpu $(if $(NANOGPT),--nanogpt $(NANOGPT))
 
-study: setup           ## the rollout study of LOG.md; hours of CPU, continues where it was stopped
+study: setup           ## the rollout study of docs/results.md; hours of CPU, continues where it was stopped
 	$(PY) -m studies.rollout.all_stages
 
-width-study: setup     ## muP's coordinate checks and sweeps of LOG.md; two hours of a core, continues, too
+width-study: setup     ## muP's coordinate checks and sweeps of docs/mup.md; two hours of a core, continues, too
 	$(PY) -m studies.mup.all_stages
 
 clean:

@@ -1,4 +1,4 @@
-"""Arguments that several benches share. Without torch: bench/gpu.py only starts others."""
+"""Command-line arguments that several benchmarks share. Imports no torch."""
 
 import argparse
 from collections.abc import Collection
@@ -7,40 +7,50 @@ from pathlib import Path
 from eval.command import command_parser
 
 
-def at_least_one(text: str) -> int:
-    """A number of rounds."""
+def positive_int(text: str) -> int:
+    """Parse an integer of at least 1."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
     return int(text)
 
 
 def nanogpt_checkout(text: str) -> Path:
-    """A folder with nanoGPT's sources."""
+    """Parse the path of a folder that contains nanoGPT's sources."""
     if not (Path(text) / "train.py").is_file():
-        raise argparse.ArgumentTypeError(f"{text}: no train.py there; wants a checkout of nanoGPT")
+        raise argparse.ArgumentTypeError(f"{text}: contains no train.py; give a nanoGPT checkout")
     return Path(text)
 
 
-def operations_parser(
-    name: str, about: str | None, operations: Collection[str], *, rounds: int, tiny: str
-) -> argparse.ArgumentParser:
-    """The parser of a bench of the kernels' operations; see `parse_operations`."""
-    parser = command_parser(name, about)
-    parser.add_argument("operations", nargs="*", metavar="OPERATION", help=", ".join(operations))
-    parser.add_argument("--rounds", type=at_least_one, default=rounds)
-    parser.add_argument("--tiny", action="store_true", help=tiny)
-    parser.add_argument("--out", type=Path, help="write the result as JSON here")
+def bench_parser(name: str, about: str | None, *, rounds: int) -> argparse.ArgumentParser:
+    """Make the parser of `bench.<name>`, with the arguments --rounds and --out."""
+    parser = command_parser(f"bench.{name}", about)
+    parser.add_argument("--rounds", type=positive_int, default=rounds, help=f"default: {rounds}")
+    parser.add_argument("--out", type=Path, help="write the result to this file, as JSON")
     return parser
 
 
 def parse_operations(
-    parser: argparse.ArgumentParser, operations: Collection[str], *, has_gpu: bool
+    name: str,
+    about: str | None,
+    operations: Collection[str],
+    *,
+    rounds: int,
+    tiny: str,
+    has_gpu: bool,
 ) -> argparse.Namespace:
-    """The arguments, `operations` being all if none were given, and `rounds` 1 if tiny."""
+    """Parse the command line of a benchmark of single operations.
+
+    `operations` defaults to all operations, and --tiny sets `rounds` to 1. `tiny` is the help text
+    of --tiny.
+    """
+    parser = bench_parser(name, about, rounds=rounds)
+    parser.add_argument("operations", nargs="*", metavar="OPERATION", help=", ".join(operations))
+    parser.add_argument("--tiny", action="store_true", help=tiny)
     arguments = parser.parse_args()
     unknown = set(arguments.operations) - set(operations)
     if unknown:
-        parser.error(f"no operation {', '.join(unknown)}; there are {', '.join(operations)}")
+        names = ", ".join(operations)
+        parser.error(f"unknown operation {', '.join(sorted(unknown))}; choose from {names}")
     require_gpu(parser, arguments.tiny or has_gpu)
     arguments.operations = arguments.operations or list(operations)
     arguments.rounds = 1 if arguments.tiny else arguments.rounds
@@ -48,6 +58,6 @@ def parse_operations(
 
 
 def require_gpu(parser: argparse.ArgumentParser, can_run: bool) -> None:
-    """End with an error unless the bench can run here."""
+    """Exit with an error unless the benchmark can run on this machine."""
     if not can_run:
-        parser.error("needs a CUDA GPU; --tiny with TRITON_INTERPRET=1 runs without one")
+        parser.error("needs a CUDA GPU; use --tiny and TRITON_INTERPRET=1 to run without one")

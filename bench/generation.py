@@ -1,11 +1,12 @@
-"""Is our generation faster than Hugging Face's? Tokens per second of both, run alternately.
+"""Compare the speed of our generation with Hugging Face's, in tokens per second.
 
     python -m bench.generation [--sizes demo gpt2] [--batches 1 16 64] [--rounds 9] [--out FILE]
 
-The same weights on both sides: a GPT of random weights (speed does not depend on their values) and
-its export through eval/hf.py, in one process, fp32, with the same prompts, no stop token and no
-truncation of the distribution. Reported: median tokens per second, and the median over rounds of
-the ratio within a round, with its quartiles; the order within a round alternates.
+Both sides run the same weights in one process, in fp32: a GPT with random weights, because speed
+does not depend on their values, and its export through eval/hf.py. Both get the same prompts and
+use no stop token and no truncation of the distribution. The two sides alternate, and the order
+within a round alternates too. Size gpt2 runs a third of the rounds. The result has the median
+tokens per second, and the median and the quartiles over rounds of the ratio within a round.
 """
 
 import json
@@ -14,14 +15,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from bench.arguments import bench_parser
 from data.tokenizer import byte_tokenizer
-from eval.command import command_parser
+from eval.generate import generate
 from eval.hf import export_hf
 from model import GPT, GPTConfig
 from trainer.metrics import environment
@@ -30,68 +31,70 @@ SIZES: dict[str, dict[str, Any]] = {
     "demo": {"vocab_size": 8192, "block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 128},
     "gpt2": {"vocab_size": 50304, "block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768},
 }
-TOKENS = {"demo": (16, 64), "gpt2": (4, 8)}  # of the prompt, and new ones
+TOKENS = {"demo": (16, 64), "gpt2": (4, 8)}  # prompt tokens, new tokens
 Generate = Callable[[list[list[int]], int, bool], list[list[int]]]
 
 
 def make_pair(size: str) -> dict[str, Generate]:
-    """Our generate and Hugging Face's on the same random weights."""
+    """Return our function and Hugging Face's to generate with the same random weights."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SIZES[size], bias=False)).eval()
     with tempfile.TemporaryDirectory() as folder:
         export_hf(model, byte_tokenizer(), folder)
-        theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    theirs.generation_config.eos_token_id = None  # as many tokens as were asked for
+        exported: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32
+        )
+    exported.generation_config.eos_token_id = None  # so that no row stops early
 
     def ours(prompts: list[list[int]], n: int, greedy: bool) -> list[list[int]]:
-        return model.generate(prompts, n, greedy=greedy)
+        return generate(model, prompts, n, greedy=greedy)
 
     def hugging_face(prompts: list[list[int]], n: int, greedy: bool) -> list[list[int]]:
         x = torch.tensor(prompts)
-        how = {"do_sample": False} if greedy else {"do_sample": True, "top_k": 0, "top_p": 1.0}
+        options = {"do_sample": False} if greedy else {"do_sample": True, "top_k": 0, "top_p": 1.0}
         mask = torch.ones_like(x)
-        y = theirs.generate(x, attention_mask=mask, max_new_tokens=n, pad_token_id=0, **how)
+        y = exported.generate(x, attention_mask=mask, max_new_tokens=n, pad_token_id=0, **options)
         return y[:, x.size(1) :].tolist()
 
     return {"ours": ours, "hugging_face": hugging_face}
 
 
 def agreement(pair: dict[str, Generate], prompts: list[list[int]], n: int) -> float:
-    """Share of greedy tokens that are equal: 1 but for ties that rounding breaks."""
-    ours, theirs = (torch.tensor(generate(prompts, n, True)) for generate in pair.values())
+    """Return the share of equal greedy tokens: 1 except where rounding breaks a tie."""
+    ours, theirs = (torch.tensor(side(prompts, n, True)) for side in pair.values())
     return (ours == theirs).double().mean().item()
 
 
 def measure(
     pair: dict[str, Generate], prompts: list[list[int]], n: int, greedy: bool, rounds: int
 ) -> dict[str, Any]:
-    """Tokens per second of both sides and their ratio."""
+    """Return the tokens per second of both sides and their ratio."""
     speeds: dict[str, list[float]] = {side: [] for side in pair}
     for round_number in range(rounds + 1):
         sides = list(pair) if round_number % 2 else list(pair)[::-1]
         for side in sides:
             started = time.perf_counter()
-            new = pair[side](prompts, n, greedy)
+            new_tokens = pair[side](prompts, n, greedy)
             seconds = time.perf_counter() - started
-            if [len(row) for row in new] != [n] * len(prompts):
-                raise RuntimeError(f"{side} made rows of {sorted({*map(len, new)})}, wanted {n}")
+            lengths = [len(row) for row in new_tokens]
+            if lengths != [n] * len(prompts):
+                found = sorted({*lengths})
+                raise RuntimeError(f"{side}: generated rows of {found} tokens, expected {n}")
             if round_number:  # the first round warms up
                 speeds[side].append(len(prompts) * n / seconds)
     ratios = [a / b for a, b in zip(*speeds.values(), strict=True)]  # > 1: ours is faster
     quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
     return {
-        "tokens_per_s": {side: round(statistics.median(each)) for side, each in speeds.items()},
+        "tokens_per_s": {side: round(statistics.median(s)) for side, s in speeds.items()},
         "ratio": round(statistics.median(ratios), 3),
         "ratio_quartiles": [round(quartiles[0], 3), round(quartiles[2], 3)],
     }
 
 
 def main() -> None:
-    parser = command_parser("bench.generation", __doc__)
+    parser = bench_parser("generation", __doc__, rounds=9)
     parser.add_argument("--sizes", choices=SIZES, nargs="+", default=list(SIZES))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--rounds", type=int, default=9, help="a third of them at size gpt2")
-    parser.add_argument("--out", type=Path, help="write the result as JSON here")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     rows = []

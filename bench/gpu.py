@@ -1,21 +1,22 @@
-"""All that is to be measured on a GPU, in stages that each end within ten minutes.
+"""Run every GPU benchmark and the GPU tests, in stages of at most ten minutes each.
 
     python -m bench.gpu [STAGE ...] [--out FOLDER] [--nanogpt CHECKOUT] [--tiny]
 
 Stages, in this order:
-    tests            of the Triton kernels
-    report           what the compiler makes of them
-    kernels          each against torch
-    tiles            their configurations against each other
-    head             of 50,257 ids, as it is and over whole tiles
-    step_adamw       time and memory of a step of GPT-2 124M, 0.5M tokens, with DoPr and without
-    step_muon        the same
-    step_muon_torch  the same without the kernels
-    throughput       of our loop, and with --nanogpt of nanoGPT's
-    pretraining      a real run: Muon, DoPr-Muon and precisions; call it again to go on with it
-    suite            every test but the slow
-A stage that fails or takes longer is reported and the others run; what was measured until then is
-in its file. --tiny runs the logic of every stage in Triton's interpreter, without a GPU.
+    tests            test the Triton kernels
+    report           report the registers and the shared memory of the Triton kernels
+    kernels          compare each kernel with torch
+    tiles            compare the tile configurations of each kernel
+    head             compare a head of 50,257 ids with and without padding to whole tiles
+    step_adamw       time and memory of a step of GPT-2 124M, 0.5M tokens, with and without DoPr
+    step_muon        the same with Muon
+    step_muon_torch  the same with Muon and without the Triton kernels
+    throughput       speed of our training loop, and with --nanogpt also of nanoGPT's
+    pretraining      train with Muon, DoPr-Muon and other precisions; repeat this stage to continue
+    suite            run all tests that are not marked slow
+If a stage fails or exceeds its time limit, the command reports it and runs the other stages. The
+stage's file keeps the rows measured until then. --tiny runs the code of every stage on any
+machine, in Triton's interpreter where it needs Triton.
 """
 
 import contextlib
@@ -36,24 +37,27 @@ GRACE_S = 10
 
 
 class GpuStage(NamedTuple):
-    """A module to run, its arguments at full size and tiny, and whether it writes a result."""
+    """A module to run, with its arguments at full size and with --tiny."""
 
     module: str
     full: list[str]
     tiny: list[str]
-    has_result: bool = True
-    is_compiled: bool = False  # even if tiny: not in the interpreter
-    continues: bool = False  # from the result of an earlier call
+    has_result: bool = True  # whether it writes a JSON file
+    needs_compiler: bool = False  # whether --tiny runs it without Triton's interpreter, too
+    continues: bool = False  # whether it continues the result of an earlier call
 
 
-def step(*arguments: str) -> GpuStage:
+def step_stage(*arguments: str) -> GpuStage:
     module = "bench.step_overhead"
     full, tiny = ["--preset", "gpt2", "--rounds", "3"], ["--preset", "tiny", "--rounds", "1"]
     return GpuStage(module, [*full, *arguments], [*tiny, *arguments])
 
 
 def test_files() -> list[str]:
-    """The tests that run on a GPU; without one they are run by test_triton_interpreted.py."""
+    """Return the test files of the Triton kernels.
+
+    Without a GPU, test_triton_interpreted.py runs these tests.
+    """
     files = sorted((ROOT / "tests/kernels").glob("test_triton_*.py"))
     return [str(file) for file in files if file.stem != "test_triton_interpreted"]
 
@@ -70,14 +74,14 @@ STAGES = {
     "report": GpuStage(
         *("bench.kernel_report", [], ["--archs", "90", "--kernels", "reduce"]),
         has_result=False,
-        is_compiled=True,
+        needs_compiler=True,
     ),
     "kernels": GpuStage("bench.kernels", [], ["--tiny"]),
     "tiles": GpuStage("bench.tiles", [], ["--tiny"]),
     "head": GpuStage("bench.head", [], ["--tiny"]),
-    "step_adamw": step("--optimizers", "adamw", *NEWTON_SCHULZ),
-    "step_muon": step("--optimizers", "muon", *NEWTON_SCHULZ),
-    "step_muon_torch": step("--optimizers", "muon", "--backend", "torch"),
+    "step_adamw": step_stage("--optimizers", "adamw", *NEWTON_SCHULZ),
+    "step_muon": step_stage("--optimizers", "muon", *NEWTON_SCHULZ),
+    "step_muon_torch": step_stage("--optimizers", "muon", "--backend", "torch"),
     "throughput": GpuStage(
         *("bench.train_throughput", ["--preset", "gpt2", "--rounds", "2"]),
         ["--preset", "tiny", "--rounds", "1"],
@@ -86,37 +90,40 @@ STAGES = {
     "suite": GpuStage(
         *("pytest", SUITE, [*PYTEST, str(ROOT / "tests/trainer/test_signals.py")]),
         has_result=False,
-        is_compiled=True,
+        needs_compiler=True,
     ),
 }
 
 
-def run(name: str, out: Path, *, tiny: bool, more: list[str] | None = None) -> bool:
-    """Whether the stage, with `more` arguments, came to its end; its output passes through."""
+def run(name: str, out: Path, *, tiny: bool, extra: list[str] | None = None) -> bool:
+    """Run a stage with `extra` arguments. Return whether it succeeded."""
     stage = STAGES[name]
     command = [sys.executable, "-m", stage.module, *(stage.tiny if tiny else stage.full)]
-    command += more or []
+    command += extra or []
     if stage.has_result:
         result = out / f"gpu_{name}.json"
         if tiny or not stage.continues:
-            result.unlink(missing_ok=True)  # one of an earlier run would pass for this one's
+            result.unlink(missing_ok=True)  # so that no old result looks new
         command += ["--out", str(result)]
     environment = {**os.environ}
-    if tiny and not stage.is_compiled:
+    if tiny and not stage.needs_compiler:
         environment["TRITON_INTERPRET"] = "1"
     if stage.module == "pytest":
         environment["OMP_NUM_THREADS"] = "1"
     print(f"== {name}: {' '.join(command[1:])}", flush=True)
     started = time.perf_counter()
     code = exit_code(command, environment)
-    how = "ok" if code == 0 else f"FAILED with exit code {code}"
-    how = f"STOPPED after {LIMIT_S} s" if code is None else how
-    print(f"== {name}: {how}, {time.perf_counter() - started:.0f} s", flush=True)
+    outcome = "ok" if code == 0 else f"FAILED with exit code {code}"
+    outcome = f"STOPPED after {LIMIT_S} s" if code is None else outcome
+    print(f"== {name}: {outcome}, {time.perf_counter() - started:.0f} s", flush=True)
     return code == 0
 
 
 def exit_code(command: list[str], environment: dict[str, str]) -> int | None:
-    """None if it took longer than LIMIT_S; nothing that it started runs on, whatever happens."""
+    """Run a command and return its exit code, or None if it takes longer than LIMIT_S.
+
+    All processes that the command started are ended in any case.
+    """
     process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
     try:
         return process.wait(LIMIT_S)
@@ -124,7 +131,7 @@ def exit_code(command: list[str], environment: dict[str, str]) -> int | None:
         return None
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)  # to clean up after itself
+            os.killpg(process.pid, signal.SIGTERM)  # lets the command remove its temporary files
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE_S)
             os.killpg(process.pid, signal.SIGKILL)
@@ -134,21 +141,24 @@ def exit_code(command: list[str], environment: dict[str, str]) -> int | None:
 def main() -> None:
     parser = command_parser("bench.gpu", __doc__)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
-    parser.add_argument("--out", type=Path, help="a folder: bench/results, or if tiny out/gpu_tiny")
-    parser.add_argument("--nanogpt", type=nanogpt_checkout, help="a checkout of nanoGPT")
-    parser.add_argument("--tiny", action="store_true", help="the logic alone, on any machine")
+    parser.add_argument(
+        "--out", type=Path, help="default: bench/results; with --tiny, out/gpu_tiny"
+    )
+    parser.add_argument("--nanogpt", type=nanogpt_checkout, help="a folder with nanoGPT's sources")
+    parser.add_argument("--tiny", action="store_true", help="run tiny versions on any machine")
     arguments = parser.parse_args()
     unknown = set(arguments.stages) - STAGES.keys()
     if unknown:
-        parser.error(f"no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
+        names = ", ".join(STAGES)
+        parser.error(f"unknown stage {', '.join(sorted(unknown))}; choose from {names}")
     default = ROOT / ("out/gpu_tiny" if arguments.tiny else "bench/results")
     out = (arguments.out or default).resolve()
-    more = {}
+    extra = {}
     if arguments.nanogpt:
-        more["throughput"] = ["--nanogpt", str(arguments.nanogpt.resolve())]
+        extra["throughput"] = ["--nanogpt", str(arguments.nanogpt.resolve())]
     names = arguments.stages or list(STAGES)
-    done = [run(name, out, tiny=arguments.tiny, more=more.get(name)) for name in names]
-    raise SystemExit(not all(done))
+    succeeded = [run(name, out, tiny=arguments.tiny, extra=extra.get(name)) for name in names]
+    raise SystemExit(not all(succeeded))
 
 
 if __name__ == "__main__":

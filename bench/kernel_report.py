@@ -1,19 +1,18 @@
-"""What the compiler makes of the Triton kernels: registers, spills, shared memory. Needs no GPU.
+"""Report the registers, spills and shared memory of the compiled Triton kernels. Needs no GPU.
 
     python -m bench.kernel_report [--archs 80 90] [--kernels gram]
 
-Every shipped configuration is compiled ahead of time, for pointers and sizes that are multiples of
-16. Reported: tile x depth, warps and stages; registers a thread; bytes of them spilled to the
-stack; dynamic shared memory of a block; and how many instructions of the machine code are wgmma
-(HGMMA), mma (HMMA) and asynchronous copies (LDGSTS). Needs triton, which comes with the CUDA wheels
-of torch.
+Compiles every default configuration ahead of time, for pointers and sizes that are multiples of 16.
+The columns are: the tile and its depth; warps and stages; registers per thread; bytes per thread
+spilled to the stack; bytes of dynamic shared memory per block; and the number of wgmma (HGMMA), mma
+(HMMA) and asynchronous copy (LDGSTS) instructions in the machine code. Needs triton, which comes
+with the CUDA wheels of torch.
 """
 
 from __future__ import annotations
 
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -25,16 +24,22 @@ from triton.compiler import ASTSource
 
 from eval.command import command_parser
 from optim.kernels import _triton_apply, _triton_gram, _triton_symmetric
-from optim.kernels._triton_tiles import Config
+from optim.kernels._triton_tiles import TileConfig
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block can have, CUDA C++ guide, table 15
-SHARED_RESERVED = {80: 1024, 90: 1024}  # of them by the system
+SHARED_LIMIT = {
+    80: 163 * 1024,
+    90: 227 * 1024,
+}  # bytes per block: CUDA C++ Programming Guide, table 15
+SHARED_RESERVED = {80: 1024, 90: 1024}  # bytes of these that the system reserves
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 ROW = "{:20} {:>4} {:>7} {:>5} {:>6} {:>9} {:>7} {:>7} {:>5} {:>4} {:>6}"
 
 
-class Variant(NamedTuple):
-    """A kernel as it is launched. Types in Triton's notation; ":16" marks multiples of 16."""
+class KernelVariant(NamedTuple):
+    """A kernel and its launch options.
+
+    The types use Triton's notation; ":16" marks pointers and sizes that are multiples of 16.
+    """
 
     name: str
     kernel: Any
@@ -44,19 +49,19 @@ class Variant(NamedTuple):
     num_stages: int
 
 
-class Usage(NamedTuple):
-    """What one compiled kernel takes."""
+class KernelUsage(NamedTuple):
+    """The resources of one compiled kernel, and counts of its instructions."""
 
     registers: int
-    spilled: int  # bytes of the stack
-    shared: int  # bytes
+    spilled: int  # bytes per thread
+    shared: int  # bytes per block
     hgmma: int
     hmma: int
     ldgsts: int
 
 
-def variants() -> Iterator[Variant]:
-    """Every configuration that is shipped."""
+def variants() -> Iterator[KernelVariant]:
+    """Yield every kernel in every default configuration."""
     yield from _gram_variants()
     yield from _symmetric_variants()
     for precision, config in _triton_apply.CONFIGS.items():
@@ -66,9 +71,9 @@ def variants() -> Iterator[Variant]:
         yield _variant("apply", precision, _triton_apply.apply_kernel, types, constants, config)
 
 
-def _gram_variants() -> Iterator[Variant]:
+def _gram_variants() -> Iterator[KernelVariant]:
     kernels = _triton_gram
-    for dtype in (torch.bfloat16, torch.float32):  # fp16 is as bf16
+    for dtype in (torch.bfloat16, torch.float32):  # fp16 compiles like bf16
         precision, name = kernels.PRECISIONS[dtype], TYPES[dtype]
         config = kernels.CONFIGS[precision]
         types = {"z_ptr": f"*{name}:16", "partial_ptr": "*fp32:16", "offset_ptr": "*i64:16"}
@@ -81,10 +86,10 @@ def _gram_variants() -> Iterator[Variant]:
         types = dict.fromkeys(pointers, "*fp32:16") | _sizes("splits:1 b block_stride row_stride")
         constants = {"column_stride": 1, "TILE": config.tile, "ROWS": kernels.REDUCE_ROWS}
         name = f"gram_reduce {config.tile}"
-        yield Variant(name, kernels.reduce_kernel, types, constants, 4, 3)
+        yield KernelVariant(name, kernels.reduce_kernel, types, constants, 4, 3)
 
 
-def _symmetric_variants() -> Iterator[Variant]:
+def _symmetric_variants() -> Iterator[KernelVariant]:
     kernel = _triton_symmetric.symmetric_kernel
     for (dtype, precision), config in _triton_symmetric.CONFIGS.items():
         matrices = dict.fromkeys(("A_ptr", "B_ptr", "O_ptr"), f"*{TYPES[dtype]}:16")
@@ -98,7 +103,7 @@ def _symmetric_variants() -> Iterator[Variant]:
 
 
 def _sizes(names: str) -> dict[str, str]:
-    """Types of sizes: of "d k:1", d is a multiple of 16 and k any number."""
+    """Return the types of size arguments. In "d k:1", d is a multiple of 16 and k is any number."""
     pairs = (name.split(":") for name in names.split())
     return {name: "i32" if multiple else "i32:16" for name, *multiple in pairs}
 
@@ -109,15 +114,15 @@ def _variant(
     kernel: Any,
     types: dict[str, str],
     constants: dict[str, Any],
-    config: Config,
-) -> Variant:
+    config: TileConfig,
+) -> KernelVariant:
     constants = {**constants, "TILE": config.tile, "DEPTH": config.depth}
     label = f"{name} {detail}"
-    return Variant(label, kernel, types, constants, config.num_warps, config.num_stages)
+    return KernelVariant(label, kernel, types, constants, config.num_warps, config.num_stages)
 
 
-def usage(variant: Variant, arch: int) -> Usage:
-    """Compile for compute capability arch / 10 and read the machine code."""
+def usage(variant: KernelVariant, arch: int) -> KernelUsage:
+    """Compile for compute capability arch / 10, and count in the machine code."""
     names, types = variant.kernel.arg_names, variant.types
     source = ASTSource(
         variant.kernel,
@@ -137,24 +142,30 @@ def usage(variant: Variant, arch: int) -> Usage:
         tool = triton.knobs.nvidia.cuobjdump.path
         command = [tool, "-res-usage", "-sass", file.name]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    taken = re.search(r"REG:(\d+) STACK:(\d+)", listing)
-    assert taken, listing[:1000]
+    resources = re.search(r"REG:(\d+) STACK:(\d+)", listing)
+    assert resources, listing[:1000]
     count = {name: len(re.findall(rf"\b{name}\b", listing)) for name in ("HGMMA", "HMMA", "LDGSTS")}
-    return Usage(int(taken[1]), int(taken[2]), compiled.metadata.shared, *count.values())
+    return KernelUsage(
+        int(resources[1]), int(resources[2]), compiled.metadata.shared, *count.values()
+    )
 
 
 def main() -> None:
     parser = command_parser("bench.kernel_report", __doc__)
     parser.add_argument("--archs", type=int, nargs="+", choices=SHARED_LIMIT, default=[80, 90])
-    parser.add_argument("--kernels", default="", help="only those whose name contains this")
+    parser.add_argument(
+        "--kernels",
+        default="",
+        metavar="TEXT",
+        help="report only the kernels whose name contains TEXT",
+    )
     arguments = parser.parse_args()
-    chosen = [each for each in variants() if arguments.kernels in each.name]
+    chosen = [variant for variant in variants() if arguments.kernels in variant.name]
     if not chosen:
-        names = ", ".join(each.name for each in variants())
-        print(f"error: no kernel is named like {arguments.kernels!r}: {names}", file=sys.stderr)
-        raise SystemExit(2)
+        names = ", ".join(variant.name for variant in variants())
+        parser.error(f"no kernel's name contains {arguments.kernels!r}; the names are {names}")
     print(f"triton {triton.__version__}")
-    print(ROW.format("kernel", "arch", "tile", "warps", "stages", *Usage._fields))
+    print(ROW.format("kernel", "arch", "tile", "warps", "stages", *KernelUsage._fields))
     for variant in chosen:
         for arch in arguments.archs:
             tile = f"{variant.constants['TILE']}x{variant.constants.get('DEPTH', '-')}"

@@ -1,15 +1,17 @@
-"""The Triton kernels against what torch has for the same work, run alternately.
+"""Compare the Triton kernels with torch on the same work: time and accuracy.
 
     python -m bench.kernels [gram inverse apply orthogonalize] [--rounds 50] [--out FILE] [--tiny]
 
-Of each case: median milliseconds, the median over rounds of the ratio to the first contender (below
-1 is faster), and the error relative to float64. Cases in which the error of what ships is above its
-tolerance are named at the end, with exit code 1. Needs a GPU; --tiny runs the same logic on small
-matrices anywhere, in Triton's interpreter (TRITON_INTERPRET=1) without a GPU.
+The contenders take turns. Each case reports the median milliseconds, the median over rounds of the
+ratio to the first contender (below 1 is faster), and the error relative to float64. If the default
+implementation misses its tolerance in some case, the command names that case at the end and exits
+with code 1. Needs a GPU. With --tiny, the same code runs on small matrices on any machine; without
+a GPU, set TRITON_INTERPRET=1 to use Triton's interpreter.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -19,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.arguments import operations_parser, parse_operations
-from bench.timing import DEVICE, compared, facts, interleaved, write_rows
+from bench.arguments import parse_operations
+from bench.timing import DEVICE, compared, interleaved, measure_all
 from optim.dopr.layer import precondition
 from optim.kernels import _triton_apply, _triton_gram, _triton_newton_schulz, gram, newton_schulz
 from optim.kernels.cholesky import dense_inverse_root
@@ -29,21 +31,23 @@ from optim.kernels.newton_schulz import full_precision, newton_iterations
 
 GAMMA = 0.1
 BETA = 0.95
+SECONDS = 5.0  # No new round of a case starts after this time, from the fourth on.
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SIZES: dict[str, list[Any]] = {
-    "gram": list(itertools.product((768, 1024, 1600, 3072), (8192, 65536))),  # d, n
+    "gram": list(itertools.product((768, 1024, 1600, 3072), (8192, 65536))),  # d, tokens
     "inverse": [(48, 768), (12, 3072)],  # matrices, d
-    "apply": [  # layers, d_out, blocks, block: those of GPT-2 124M
+    "apply": [  # layers, d_out, covariance blocks, block width: the shapes of GPT-2 124M
         *((12, 2304, 1, 768), (12, 768, 1, 768), (12, 3072, 1, 768), (12, 768, 4, 768)),
         (12, 768, 1, 3072),
     ],
+    # matrices, d_out, d_in
     "orthogonalize": [(36, 768, 768), (12, 3072, 768), (12, 768, 3072), (12, 1600, 1600)],
 }
-SHIPPED = {  # what ships, and the error that it may have
-    "gram": ("triton", 2e-4),  # tensor cores cut off what they add to an fp32 sum of up to n terms
+SHIPPED = {  # the default implementation of each operation on a GPU, and its error tolerance
+    "gram": ("triton", 2e-4),  # Tensor cores truncate the terms of an fp32 sum of up to n terms.
     "inverse": ("triton deflated", 1e-3),  # kernels.cholesky.WANTED_ERROR
     "apply": ("triton tf32x3", 1e-5),  # 21 bits
-    "orthogonalize": ("triton", 0.1),  # bf16 resolves 2^-8, five iterations deep
+    "orthogonalize": ("triton", 0.1),  # five iterations in bf16, whose resolution is 2^-8
 }
 TINY = {
     "gram": [(24, 64)],
@@ -53,8 +57,8 @@ TINY = {
 }
 
 
-class Case(NamedTuple):
-    """One piece of work, its contenders, and what they should give, in float64."""
+class KernelCase(NamedTuple):
+    """One operation at one size: the contenders, and the exact result in float64."""
 
     name: str
     contenders: Mapping[str, Callable[[], Tensor]]
@@ -67,30 +71,33 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def activations(*shape: int) -> Tensor:  # (..., n, d)
-    """Rows whose covariance has eigenvalues like 1 / i², in no special basis."""
+    """Draw rows whose covariance has eigenvalues proportional to 1 / i², in a random basis."""
     d = shape[-1]
     Q = torch.linalg.qr(randn(d, d))[0]
     return randn(*shape) / torch.arange(1, d + 1, device=DEVICE) @ Q
 
 
-def gram_cases(d: int, n: int) -> Iterator[Case]:
-    """S <- β S + (1 - β)/n zᵀ z; `mm` is only the product, half of whose elements are needed."""
+def gram_cases(d: int, n: int) -> Iterator[KernelCase]:
+    """Compare implementations of S <- β S + (1 - β)/n zᵀ z.
+
+    The contender `mm` computes the product only, and both triangles of it.
+    """
     for name, dtype in DTYPES.items():
         z = randn(n, d, dtype=dtype)
-        numbers = {"beta": BETA, "alpha": (1 - BETA) / n}
+        factors = {"beta": BETA, "alpha": (1 - BETA) / n}
         contenders = {
             "unfused": partial(_updated, gram.gram_, z, torch.zeros(1, d, d, device=DEVICE)),
-            "mm": partial(_product, z, numbers["alpha"]),
+            "mm": partial(_product, z, factors["alpha"]),
             "triton": partial(_updated, _triton_gram.gram_, z, torch.zeros(1, d, d, device=DEVICE)),
         }
         for key in ("unfused", "triton"):
-            contenders[key] = partial(contenders[key], **numbers)
-        yield Case(f"gram {name} d={d} n={n}", contenders, partial(_product64, z, **numbers))
+            contenders[key] = partial(contenders[key], **factors)
+        yield KernelCase(f"gram {name} d={d} n={n}", contenders, partial(_product64, z, **factors))
 
 
-def _updated(gram_: Callable[..., int], z: Tensor, S: Tensor, **numbers: float) -> Tensor:
+def _updated(gram_: Callable[..., int], z: Tensor, S: Tensor, **factors: float) -> Tensor:
     with full_precision(DEVICE.type):
-        gram_(S, z, **numbers)
+        gram_(S, z, **factors)
     return S
 
 
@@ -105,8 +112,11 @@ def _product64(z: Tensor, beta: float, alpha: float) -> Tensor:
     return alpha * (z.double().mT @ z.double())[None]
 
 
-def inverse_cases(N: int, d: int) -> Iterator[Case]:
-    """(Σ + γ̄ I)⁻¹ of N covariances; `cholesky` and `triton deflated` are what ships."""
+def inverse_cases(N: int, d: int) -> Iterator[KernelCase]:
+    """Compare inversions of Σ + γ̄ I of N covariances.
+
+    `cholesky` and `triton deflated` are the implementations that DoPr uses.
+    """
     z = activations(N, 4 * d, d)
     sigma = gram.mirror_(z.mT @ z / (4 * d))
     damping = GAMMA * sigma.diagonal(dim1=-2, dim2=-1).mean(-1)  # (N,)
@@ -114,27 +124,27 @@ def inverse_cases(N: int, d: int) -> Iterator[Case]:
     condition_bound, U = d / GAMMA, torch.linalg.qr(randn(N, d, DEFLATION_RANK))[0]
     iterations = newton_iterations(condition_bound + d**0.5, 1)
     deflated_iterations = newton_iterations(deflated_condition_bound(condition_bound) + d**0.5, 1)
-    numbers = {"lower_bound": damping, "iterations": iterations}
-    triton = partial(_triton_newton_schulz.inverse_root, A, 1, **numbers)
+    options = {"lower_bound": damping, "iterations": iterations}
+    triton = partial(_triton_newton_schulz.inverse_root, A, 1, **options)
     contenders = {
         "cholesky": lambda: dense_inverse_root(A, 1)[0],
         "cholesky fp32": lambda: torch.cholesky_inverse(torch.linalg.cholesky(A)),
-        **({"eigh fp32": partial(_by_eigh, A)} if d <= 1024 else {}),  # minutes beyond
-        "newton_schulz": partial(newton_schulz.inverse_root, A, 1, **numbers),
+        **({"eigh fp32": partial(_by_eigh, A)} if d <= 1024 else {}),  # takes minutes if wider
+        "newton_schulz": partial(newton_schulz.inverse_root, A, 1, **options),
         "triton deflated": partial(_by_deflation, sigma, damping, U, deflated_iterations),
         "triton bf16x3": partial(triton, precision="bf16x3"),
         "triton tf32": partial(triton, precision="tf32"),
         "triton ieee": partial(triton, precision="ieee"),
     }
     name = f"inverse N={N} d={d} iterations={iterations} deflated={deflated_iterations}"
-    yield Case(name, contenders, lambda: torch.linalg.inv(A.double()))
+    yield KernelCase(name, contenders, lambda: torch.linalg.inv(A.double()))
 
 
 def _by_deflation(sigma: Tensor, damping: Tensor, U: Tensor, iterations: int) -> Tensor:
-    """All of a deflated inverse: U moves on, A' is formed and inverted, A⁻¹ is brought back."""
-    part = deflate(sigma, damping, U)
-    numbers = {"lower_bound": damping, "iterations": iterations}
-    return restore(_triton_newton_schulz.inverse_root(part.A, 1, **numbers), part)
+    """Invert with deflation: update U, form and invert the deflated A', restore A⁻¹ from it."""
+    deflated = deflate(sigma, damping, U)
+    options = {"lower_bound": damping, "iterations": iterations}
+    return restore(_triton_newton_schulz.inverse_root(deflated.A, 1, **options), deflated)
 
 
 def _by_eigh(A: Tensor) -> Tensor:
@@ -143,9 +153,12 @@ def _by_eigh(A: Tensor) -> Tensor:
         return (Q / w[..., None, :]) @ Q.mT
 
 
-def apply_cases(N: int, m: int, blocks: int, b: int) -> Iterator[Case]:
-    """M = G P of N layers; `bmm` takes the layers, or the blocks of one layer, as a batch."""
-    G, P = randn(N, m, blocks * b), gram.mirror_(randn(N, blocks, b, b))
+def apply_cases(N: int, m: int, n_blocks: int, b: int) -> Iterator[KernelCase]:
+    """Compare implementations of M = G P for N layers, with P in blocks of width b.
+
+    The contender `bmm` multiplies all blocks of all layers as one batch.
+    """
+    G, P = randn(N, m, n_blocks * b), gram.mirror_(randn(N, n_blocks, b, b))
     triton = partial(_triton_apply.apply, G, P)
     contenders = {
         "bmm": partial(_bmm, G, P),
@@ -155,18 +168,18 @@ def apply_cases(N: int, m: int, blocks: int, b: int) -> Iterator[Case]:
         "triton ieee": partial(triton, precision="ieee"),
     }
     exact = partial(_bmm, G.double(), P.double())
-    yield Case(f"apply N={N} m={m} blocks={blocks} b={b}", contenders, exact)
+    yield KernelCase(f"apply N={N} m={m} blocks={n_blocks} b={b}", contenders, exact)
 
 
 def _bmm(G: Tensor, P: Tensor) -> Tensor:
-    (N, m, d), (_, blocks, b, _) = G.shape, P.shape
+    (N, m, d), (_, n_blocks, b, _) = G.shape, P.shape
     with full_precision(DEVICE.type):
-        slices = G.view(N, m, blocks, b).transpose(1, 2)  # (N, blocks, m, b)
+        slices = G.view(N, m, n_blocks, b).transpose(1, 2)  # (N, n_blocks, m, b)
         return (slices @ P).transpose(1, 2).reshape(N, m, d)
 
 
-def orthogonalize_cases(N: int, m: int, n: int) -> Iterator[Case]:
-    """Muon's five steps on N gradients; exact is the same polynomial in float64."""
+def orthogonalize_cases(N: int, m: int, n: int) -> Iterator[KernelCase]:
+    """Compare implementations of Muon's five steps with the same polynomial in float64."""
     G = randn(N, m, n)
     for name, dtype in DTYPES.items():
         contenders = {
@@ -174,10 +187,10 @@ def orthogonalize_cases(N: int, m: int, n: int) -> Iterator[Case]:
             "triton": partial(_triton_newton_schulz.orthogonalize, G, dtype=dtype),
         }
         exact = partial(newton_schulz.orthogonalize, G.double(), dtype=torch.float64)
-        yield Case(f"orthogonalize {name} {N}x{m}x{n}", contenders, exact)
+        yield KernelCase(f"orthogonalize {name} {N}x{m}x{n}", contenders, exact)
 
 
-CASES: dict[str, Callable[..., Iterator[Case]]] = {
+CASES: dict[str, Callable[..., Iterator[KernelCase]]] = {
     "gram": gram_cases,
     "inverse": inverse_cases,
     "apply": apply_cases,
@@ -185,25 +198,33 @@ CASES: dict[str, Callable[..., Iterator[Case]]] = {
 }
 
 
-def measure(case: Case, *, rounds: int, seconds: float) -> dict[str, Any]:
-    """One row of the result."""
+def cases(arguments: argparse.Namespace) -> Iterator[KernelCase]:
+    sizes = TINY if arguments.tiny else SIZES
+    for operation in arguments.operations:
+        for size in sizes[operation]:
+            yield from CASES[operation](*size)
+
+
+def measure(case: KernelCase, *, rounds: int) -> dict[str, Any]:
+    """Return the row of one case: times, ratios and errors of its contenders."""
     exact = case.exact()
     errors = {}
     for name, work in case.contenders.items():  # the first call compiles
         errors[name] = ((work() - exact).norm() / exact.norm()).item()
     del exact
-    times = interleaved(case.contenders, DEVICE, rounds=rounds, seconds=seconds)
+    times = interleaved(case.contenders, DEVICE, rounds=rounds, seconds=SECONDS)
     return {"case": case.name, "error": errors, **compared(times)}
 
 
-def is_exact(operation: str, row: dict[str, Any]) -> bool:
-    """Whether what ships of `operation` is within its tolerance; false where it is NaN."""
+def is_accurate(row: dict[str, Any]) -> bool:
+    """Whether the error of the default implementation is within its tolerance, and not NaN."""
+    operation = row["case"].split()[0]
     shipped, tolerance = SHIPPED[operation]
     return row["error"][shipped] <= tolerance
 
 
-def shown(row: dict[str, Any]) -> str:
-    """Milliseconds, ratio and error of every contender, for people."""
+def describe(row: dict[str, Any]) -> str:
+    """Format the milliseconds, the ratio and the error of every contender."""
     texts = (
         f"{name} {ms:.3f} ms ({row['ratio'][name]:.2f}, error {row['error'][name]:.0e})"
         for name, ms in row["ms"].items()
@@ -212,20 +233,16 @@ def shown(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    tiny = "small matrices, one round"
-    parser = operations_parser("kernels", __doc__, CASES, rounds=50, tiny=tiny)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of a case, about")
-    arguments = parse_operations(parser, CASES, has_gpu=DEVICE.type == "cuda")
-    environment, rows, inexact = facts(DEVICE), [], []
-    for operation in arguments.operations:
-        for sizes in (TINY if arguments.tiny else SIZES)[operation]:
-            for case in CASES[operation](*sizes):
-                rows.append(measure(case, rounds=arguments.rounds, seconds=arguments.seconds))
-                inexact += [] if is_exact(operation, rows[-1]) else [case.name]
-                print(shown(rows[-1]), flush=True)
-                write_rows(arguments.out, environment, rows)
-    if inexact:
-        print(f"error: beyond the tolerance: {'; '.join(inexact)}", file=sys.stderr)
+    arguments = parse_operations(
+        *("kernels", __doc__, CASES),
+        rounds=50,
+        tiny="measure small matrices, in one round",
+        has_gpu=DEVICE.type == "cuda",
+    )
+    measure_case = partial(measure, rounds=arguments.rounds)
+    rows = measure_all(cases(arguments), measure_case, describe, arguments.out)
+    if inaccurate := [row["case"] for row in rows if not is_accurate(row)]:
+        print(f"error: above the error tolerance: {'; '.join(inaccurate)}", file=sys.stderr)
         raise SystemExit(1)
 
 

@@ -1,11 +1,14 @@
-"""train.py with one precision of DoPr changed, to measure what it is worth.
+"""Run train.py with one precision of DoPr changed, to measure the effect of this precision.
 
     python -m bench.precisions CHANGE config/gpt2_dopr.py [--key=value ...]
 
-shipped            nothing is changed
-bf16_gradients     weight gradients leave their product in bf16, as without DoPr; shipped: fp32
-bf16x3_apply       M = G P by Triton, three bf16 products for one of fp32; shipped: three of tf32
-ieee_apply         M = G P by Triton in fp32
+CHANGE is one of:
+    shipped         change nothing
+    bf16_gradients  compute weight gradients as bf16 products, as training without DoPr does;
+                    the default is fp32
+    bf16x3_apply    compute M = G P in Triton with three bf16 products per fp32 product;
+                    the default is three tf32 products
+    ieee_apply      compute M = G P in Triton in fp32
 """
 
 import sys
@@ -27,7 +30,7 @@ def bf16_gradients() -> AbstractContextManager:
 
 
 def apply_in(precision: Literal["bf16x3", "ieee"]) -> AbstractContextManager:
-    from optim.kernels import _triton_apply  # wants triton
+    from optim.kernels import _triton_apply  # imports triton
 
     return patch.object(_triton_apply, "apply", partial(_triton_apply.apply, precision=precision))
 
@@ -41,12 +44,12 @@ CHANGES: dict[str, Callable[[], AbstractContextManager]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """train.py's exit code."""
+    """Run the command and return the exit code of train.py."""
     parser = command_parser("bench.precisions", __doc__)
     parser.add_argument("change", choices=CHANGES)
-    arguments, of_train = parser.parse_known_args(argv)
+    arguments, train_argv = parser.parse_known_args(argv)
     with CHANGES[arguments.change]():
-        return train.main(of_train)
+        return train.main(train_argv)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
-"""Muon against DoPr-Muon on GPT-2 at the same tokens, and what two precisions do to DoPr: on a GPU.
+"""Train GPT-2 with Muon, with DoPr-Muon and with DoPr in other precisions, on equal tokens.
 
     python -m bench.pretraining [--seconds 540] --out FILE
 
-GPT-2 124M (87M weights with a vocabulary of 2,048) by config/gpt2_muon.py and config/gpt2_dopr.py
-on `pystdlib`: 300 steps of 65,536 tokens, more than five passes over it. First the learning rate of
-both is swept on a tuning seed, by validation loss; then fresh seeds run at the best, one after the
-other, each with all variants: as shipped, with bf16 weight gradients, and with G P in bf16x3 and in
-fp32 (bench/precisions.py), at DoPr-Muon's rate. Kept of a run: its curves of validation loss and of
-own rollouts, and the time of its steps. --tiny is the same in seconds, on any machine.
+Trains GPT-2 124M (87M weights with a vocabulary of 2,048) with config/gpt2_muon.py and
+config/gpt2_dopr.py on `pystdlib`: 300 steps of 65,536 tokens, which is more than five epochs. First
+the learning rate of both is swept on a tuning seed, by validation loss. Then each fresh seed trains
+all variants in turn: Muon and DoPr-Muon at their best learning rates, and, at DoPr-Muon's learning
+rate, DoPr-Muon with bf16 weight gradients, with G P in bf16x3 and with G P in fp32 (see
+bench/precisions.py). The result keeps the curves of validation loss and of rollout survival of each
+run, and its step time. Needs a GPU; --tiny trains tiny models in seconds on any machine.
 
-Runs that FILE holds are not repeated, and after the first none is started that would take longer
-than --seconds: call it again to go on. The table at the end has means over fresh seeds, and loss
-and step time against DoPr-Muon's, of that against Muon's, paired by seed.
+The command continues the runs in FILE. It makes at least one run, and starts no further run that
+would exceed --seconds; repeat the command to continue. At the end it prints means over the fresh
+seeds. DoPr-Muon is compared with Muon, and every other variant with DoPr-Muon, by the difference in
+loss and the ratio of step times, paired by seed.
 """
 
 import json
@@ -34,11 +36,11 @@ from train import EXIT_DIVERGED
 
 ROOT = Path(__file__).resolve().parent.parent
 TUNING_SEED, FRESH_SEEDS = 0, (200, 201, 202)
-RATES = (1e-3, 2e-3, 4e-3)  # of a sweep, which goes on by factors of 2 while its edge is best
+RATES = (1e-3, 2e-3, 4e-3)  # A sweep extends these by factors of 2 while its best is at an edge.
 MAX_RATES = 8
-WARMUP_ROWS = 2  # logged step times that are not measured: of compilation, and of its end
-SWEPT = {"muon": "muon", "dopr-muon": "dopr"}  # and its config file
-VARIANTS = {  # what is changed (bench/precisions.py), and whose config file and rate it has
+WARMUP_ROWS = 2  # The first logged step times include compilation and are left out.
+SWEPT = {"muon": "muon", "dopr-muon": "dopr"}  # variant: config/gpt2_<name>.py
+VARIANTS = {  # variant: change of bench/precisions.py, and the swept variant that it is based on
     "muon": ("shipped", "muon"),
     "dopr-muon": ("shipped", "dopr-muon"),
     "dopr-muon, bf16 gradients": ("bf16_gradients", "dopr-muon"),
@@ -56,45 +58,47 @@ TINY = SETTINGS | {
     **{"max_steps": 6, "warmup_steps": 1, "eval_every": 6, "save_every": 6, "block_diagonal": 16},
     **{"ttf_every": 6, "ttf_episodes": 2, "log_every": 1, "refresh_every": 2, "collect_every": 2},
 }
-FIXED = ("device", "settings")  # of a result that is continued
+FIXED = ("device", "settings")  # must be equal to continue a result
 DOPR_ONLY = ("block_diagonal", "refresh_every", "collect_every")
 
 
-class Run(NamedTuple):
-    """What makes a run."""
+class PretrainingRun(NamedTuple):
+    """The parameters of one run."""
 
     variant: str
     lr: float
     seed: int
 
 
-LeaderboardRow = dict[str, Any]  # a Run, and what came of it
+PretrainingRow = dict[str, Any]  # the fields of a PretrainingRun, and its results
 
 
-def next_run(rows: list[LeaderboardRow]) -> Run | None:
-    """What is to be run after these; None: nothing."""
-    done = {Run(row["variant"], row["lr"], row["seed"]) for row in rows}
+def next_run(rows: list[PretrainingRow]) -> PretrainingRun | None:
+    """Return the next run after those in `rows`, or None if all are done."""
+    done = {PretrainingRun(row["variant"], row["lr"], row["seed"]) for row in rows}
     for variant in SWEPT:
         lr = next_rate(sweep(rows, variant))
         if lr is not None:
-            return Run(variant, lr, TUNING_SEED)
+            return PretrainingRun(variant, lr, TUNING_SEED)
     rates = {variant: best_rate(sweep(rows, variant)) for variant in SWEPT}
-    wanted = (
-        Run(v, rates[base], seed) for seed in FRESH_SEEDS for v, (_, base) in VARIANTS.items()
+    runs = (
+        PretrainingRun(variant, rates[base], seed)
+        for seed in FRESH_SEEDS
+        for variant, (_, base) in VARIANTS.items()
     )
-    return next((run for run in wanted if run not in done), None)
+    return next((run for run in runs if run not in done), None)
 
 
-def sweep(rows: list[LeaderboardRow], variant: str) -> dict[float, float]:
-    """Validation loss at the rates that were tried; of a run that diverged, infinite."""
+def sweep(rows: list[PretrainingRow], variant: str) -> dict[float, float]:
+    """Return the validation loss at each learning rate tried. A diverged run counts as infinite."""
     tuning = [row for row in rows if row["variant"] == variant and row["seed"] == TUNING_SEED]
     return {row["lr"]: math.inf if row["loss"] is None else row["loss"] for row in tuning}
 
 
 def next_rate(losses: dict[float, float]) -> float | None:
-    """The next learning rate of a sweep; None: its best is known.
+    """Return the next learning rate of a sweep, or None if the sweep is complete.
 
-    Raises RuntimeError if every rate that was tried diverged.
+    Raises RuntimeError if the run diverged at every learning rate.
     """
     for lr in RATES:
         if lr not in losses:
@@ -105,13 +109,16 @@ def next_rate(losses: dict[float, float]) -> float | None:
     return further_rate(losses) if len(losses) < MAX_RATES else None
 
 
-def train(run: Run, out: Path, settings: dict[str, Any]) -> LeaderboardRow:
-    """Train in a process of its own. RuntimeError if that failed other than by diverging."""
+def train(run: PretrainingRun, out: Path, settings: dict[str, Any]) -> PretrainingRow:
+    """Train in a subprocess and return the row of the run.
+
+    Raises RuntimeError if training fails for another reason than divergence.
+    """
     change, base = VARIANTS[run.variant]
     settings = settings | {"lr": run.lr, "seed": run.seed, "out_dir": out, "device": DEVICE.type}
-    left_out = DOPR_ONLY if base == "muon" else ()
+    excluded = DOPR_ONLY if base == "muon" else ()
     command = [sys.executable, "-m", "bench.precisions", change, f"config/gpt2_{SWEPT[base]}.py"]
-    command += [f"--{key}={value}" for key, value in settings.items() if key not in left_out]
+    command += [f"--{key}={value}" for key, value in settings.items() if key not in excluded]
     started = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode not in (0, EXIT_DIVERGED):
@@ -120,9 +127,9 @@ def train(run: Run, out: Path, settings: dict[str, Any]) -> LeaderboardRow:
     return row | curves(out, has_diverged=bool(done.returncode))
 
 
-def curves(out: Path, *, has_diverged: bool) -> LeaderboardRow:
-    """Validation loss and survival of own rollouts by step, and at the end; milliseconds a step."""
-    rows: dict[str, list[LeaderboardRow]] = {"train": [], "val": [], "ttf": [], "run": []}
+def curves(out: Path, *, has_diverged: bool) -> PretrainingRow:
+    """Read a run's metrics: loss and rollout survival by step and at the end, and its step time."""
+    rows: dict[str, list[PretrainingRow]] = {"train": [], "val": [], "ttf": [], "run": []}
     for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
         rows[row["kind"]].append(row)
     timed = rows["train"][WARMUP_ROWS:]
@@ -137,85 +144,78 @@ def curves(out: Path, *, has_diverged: bool) -> LeaderboardRow:
     }
 
 
-def table(rows: list[LeaderboardRow]) -> Iterator[str]:
-    """The sweeps; then a line a variant, over the fresh seeds that are there, paired by seed."""
+def table(rows: list[PretrainingRow]) -> Iterator[str]:
+    """Yield one line per sweep, then one line per variant over the fresh seeds run so far."""
     for variant in SWEPT:
         rates = (f"{lr:g}: {loss:.4f}" for lr, loss in sorted(sweep(rows, variant).items()))
         yield f"{variant}, val loss by learning rate: {', '.join(rates)}"
     for variant, (_, base) in VARIANTS.items():
         runs = fresh(rows, variant)
-        others = fresh(rows, "muon" if variant == base else base) if variant != "muon" else {}
+        baseline = "muon" if variant == base else base
+        baseline_runs = fresh(rows, baseline) if variant != "muon" else {}
         if any(run["has_diverged"] for run in runs.values()) or not runs:
             yield f"{variant:26} {'diverged' if runs else 'not run yet'}"
             continue
         figures = (f"{key} {mean(runs, key):.4f}" for key in ("loss", "survival", "step_ms"))
-        yield f"{variant:26} {'  '.join(figures)}  {len(runs)} seeds  {against(runs, others)}"
+        comparison = difference(runs, baseline_runs)
+        yield f"{variant:26} {'  '.join(figures)}  {len(runs)} seeds  {comparison}"
 
 
-def fresh(rows: list[LeaderboardRow], variant: str) -> dict[int, LeaderboardRow]:
-    """The runs of a variant by their seed, but for the tuning seed's."""
+def fresh(rows: list[PretrainingRow], variant: str) -> dict[int, PretrainingRow]:
+    """Return the runs of a variant on the fresh seeds, by seed."""
     found = [row for row in rows if row["variant"] == variant and row["seed"] != TUNING_SEED]
     return {row["seed"]: row for row in found}
 
 
-def mean(runs: dict[int, LeaderboardRow], key: str) -> float:
+def mean(runs: dict[int, PretrainingRow], key: str) -> float:
     return statistics.mean(run[key] for run in runs.values())
 
 
-def against(runs: dict[int, LeaderboardRow], others: dict[int, LeaderboardRow]) -> str:
-    """Loss minus that of others, with a 95 % interval, and the median ratio of step times."""
-    seeds = [seed for seed in runs if seed in others and not others[seed]["has_diverged"]]
+def difference(runs: dict[int, PretrainingRow], baseline_runs: dict[int, PretrainingRow]) -> str:
+    """Describe the difference in loss, with a 95 % interval, and the median ratio of step times."""
+    seeds = [s for s in runs if s in baseline_runs and not baseline_runs[s]["has_diverged"]]
     if not seeds:
         return ""
-    pairs = [[each[seed] for seed in seeds] for each in (runs, others)]
+    pairs = [[side[seed] for seed in seeds] for side in (runs, baseline_runs)]
     d = paired(*([row["loss"] for row in side] for side in pairs)).difference
     ratio = statistics.median(a["step_ms"] / b["step_ms"] for a, b in zip(*pairs, strict=True))
-    name = others[seeds[0]]["variant"]
+    name = baseline_runs[seeds[0]]["variant"]
     return f"{d.mean:+.4f} [{d.lo:+.4f}, {d.hi:+.4f}] nats, x {ratio:.3f} ms of {name}"
 
 
-def rows_of(path: Path, environment: dict[str, Any]) -> list[LeaderboardRow]:
-    """What an earlier call measured. ValueError if on another device or with other settings."""
+def read_rows(path: Path, environment: dict[str, Any]) -> list[PretrainingRow]:
+    """Read the rows of an earlier call.
+
+    Raises ValueError if the file is damaged, or if it has another device or other settings.
+    """
     if not path.exists():
         return []
     try:
-        found = json.loads(path.read_text())
-        rows, there = found["rows"], {key: found["environment"][key] for key in FIXED}
+        result = json.loads(path.read_text())
+        rows, stored = result["rows"], {key: result["environment"][key] for key in FIXED}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no result of this command ({error!r}); move it away") from None
-    here = {key: environment[key] for key in FIXED}
-    if there != here:
-        raise ValueError(f"{path} has runs of {there}, here it is {here}; use another")
+        raise ValueError(
+            f"{path} is not a result of bench.pretraining ({error!r}); move it away"
+        ) from None
+    current = {key: environment[key] for key in FIXED}
+    if stored != current:
+        raise ValueError(f"{path} has runs with {stored}, not {current}; give another --out")
     return rows
 
 
-def main() -> None:
-    parser = command_parser("bench.pretraining", __doc__)
-    parser.add_argument("--seconds", type=float, default=540, help="of this call, all runs")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, on any machine")
-    parser.add_argument("--out", type=Path, required=True, help="the result, as JSON")
-    arguments = parser.parse_args()
-    require_gpu(parser, arguments.tiny or DEVICE.type == "cuda")
-    settings = TINY if arguments.tiny else SETTINGS
-    environment = facts(DEVICE) | {"settings": settings}
-    try:
-        rows = rows_of(arguments.out, environment)
-        go_on(rows, environment, arguments.out, arguments.seconds)
-    except (ValueError, RuntimeError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
-    print(*table(rows), sep="\n")
-
-
-def go_on(
-    rows: list[LeaderboardRow], environment: dict[str, Any], out: Path, seconds: float
+def run_missing(
+    rows: list[PretrainingRow], environment: dict[str, Any], out: Path, seconds: float
 ) -> None:
-    """Do the runs that are missing, the first whatever it takes, and keep each at once."""
+    """Make the missing runs and write each row at once, until the next run may exceed `seconds`.
+
+    The first run is made in any case.
+    """
     started, n_before = time.perf_counter(), len(rows)
     versions = {key: environment[key] for key in ("git", "torch")}
     while run := next_run(rows):
         longest = max((row["seconds"] for row in rows), default=0.0)
         if len(rows) > n_before and time.perf_counter() - started + longest > seconds:
-            print(f"{len(rows)} runs are done, not all: the same command goes on")
+            print(f"{len(rows)} runs are done, more are left; repeat the command to continue")
             return
         with tempfile.TemporaryDirectory() as folder:
             rows.append(train(run, Path(folder) / "run", environment["settings"]) | versions)
@@ -225,6 +225,23 @@ def go_on(
     print("all runs are done")
 
 
+def main() -> None:
+    parser = command_parser("bench.pretraining", __doc__)
+    parser.add_argument("--seconds", type=float, default=540, help="time limit of this call")
+    parser.add_argument("--tiny", action="store_true", help="train a tiny model on any machine")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write or continue")
+    arguments = parser.parse_args()
+    require_gpu(parser, arguments.tiny or DEVICE.type == "cuda")
+    settings = TINY if arguments.tiny else SETTINGS
+    environment = facts(DEVICE) | {"settings": settings}
+    try:
+        rows = read_rows(arguments.out, environment)
+        run_missing(rows, environment, arguments.out, arguments.seconds)
+    except (ValueError, RuntimeError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
+    print(*table(rows), sep="\n")
+
+
 if __name__ == "__main__":
-    leave_on_signals()  # and so remove the runs
+    leave_on_signals()  # removes the temporary folders on a signal
     main()

@@ -1,21 +1,24 @@
-"""What does DoPr add to a step? Time and memory of an optimizer and its DoPr versions, in turns.
+"""Measure the time and memory that DoPr adds to a training step.
 
     python -m bench.step_overhead [--preset cpu] [--widths 128 256 512] [--rounds 12] [--out FILE]
     python -m bench.step_overhead --preset gpt2 --rounds 3    # GPT-2 124M, 0.5M tokens a step: GPU
 
-One process, one GPT per variant with the same weights and the same batch. Variants take turns of as
-many steps as lie between two refreshes of the fast mode, so that its turn holds exactly one.
-Reported: median over rounds of the mean step time, and its ratio to the base's; on a GPU the most
-memory that a variant holds during a round, its weights and optimizer state included.
+Each optimizer trains alone and with DoPr in three modes: exact (a new Σ and P in every step),
+averaged (the setting that README.md recommends: Σ of every token, a new P every 10 steps) and fast
+(the same, but Σ of one token in several and in one step in 10, as in config/gpt2_dopr.py). The
+variants run in one process, on GPTs with the same weights and the same batch. They take turns; a
+turn has as many steps as lie between two refreshes of the fast mode, so it contains exactly one
+refresh. The result has the median over rounds of the mean step time, and its ratio to the optimizer
+alone. On a GPU it also has the peak memory of each variant in a round, including its weights and
+optimizer state.
 """
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from bench.timing import DEVICE, compared, facts, milliseconds, write_rows
-from eval.command import command_parser
+from bench.arguments import bench_parser
+from bench.timing import DEVICE, compared, measure_all, milliseconds
 from model import GPT, GPTConfig
 from optim import ActivationPreconditioner
 from optim.build import OPTIMIZERS, build_optimizers
@@ -23,8 +26,8 @@ from optim.dopr.layer import INVERSES
 from optim.kernels.dispatch import BACKENDS, Backend
 
 
-class Preset(NamedTuple):
-    """The model, its batch, and how the fast mode samples tokens."""
+class StepPreset(NamedTuple):
+    """The model, its batch, and the sampling of DoPr's fast mode."""
 
     widths: tuple[int, ...]
     n_layer: int
@@ -32,64 +35,61 @@ class Preset(NamedTuple):
     block_size: int
     vocab_size: int
     micro_batch_size: int
-    accumulation: int  # micro-batches of a step
+    accumulation: int  # micro-batches per step
     token_stride: int
     refresh_every: int = 10
     compile_in_bf16: bool = False
 
 
 PRESETS = {
-    "cpu": Preset((128, 256, 512), 4, 32, 128, 2048, 32, 1, 4),  # 4,096 tokens, as in the demo
-    "gpt2": Preset((768,), 12, 64, 1024, 50304, 32, 16, 8, compile_in_bf16=True),  # 524,288 tokens
-    "tiny": Preset((16,), 1, 8, 8, 32, 2, 2, 2, refresh_every=2),
+    # 4,096 tokens per step, as in the demo
+    "cpu": StepPreset((128, 256, 512), 4, 32, 128, 2048, 32, 1, 4),
+    # 524,288 tokens per step
+    "gpt2": StepPreset((768,), 12, 64, 1024, 50304, 32, 16, 8, compile_in_bf16=True),
+    "tiny": StepPreset((16,), 1, 8, 8, 32, 2, 2, 2, refresh_every=2),
 }
 
 
-def modes(preset: Preset, width: int, inverse: str) -> dict[str, dict[str, Any] | None]:
-    """The settings of DoPr in each mode; None: no DoPr."""
+def modes(preset: StepPreset, width: int, inverse: str) -> dict[str, dict[str, Any] | None]:
+    """Return the settings of DoPr in each mode. None trains without DoPr."""
     every = preset.refresh_every
     exact = {"gamma": 0.1, "inverse": inverse}
-    lazy = {"sigma_beta": 0.95, "refresh_every": every, "collect_every": every}
-    sampled = {"token_stride": preset.token_stride, "block_diagonal": width}
-    return {"base": None, "exact": exact, "fast": exact | lazy | sampled}
+    averaged = exact | {"sigma_beta": 0.95, "refresh_every": every}
+    fast = averaged | {"collect_every": every, "token_stride": preset.token_stride}
+    fast |= {"block_diagonal": width}
+    return {"base": None, "exact": exact, "averaged": averaged, "fast": fast}
 
 
-class Variant:
-    """Training of a fresh GPT, step by step."""
+class StepVariant:
+    """A fresh GPT and its optimizers, trained step by step."""
 
     def __init__(
         self,
-        preset: Preset,
+        preset: StepPreset,
         width: int,
         optimizer: str,
         dopr: dict[str, Any] | None,
         backend: Backend,
     ) -> None:
         torch.manual_seed(0)
-        self.refresh_every, before = preset.refresh_every, allocated()
-        shape: dict[str, Any] = {
-            "n_layer": preset.n_layer,
-            "block_size": preset.block_size,
-            "n_embd": width,
-        }
-        shape |= {"n_head": width // preset.head_width, "vocab_size": preset.vocab_size}
-        self.model = GPT(GPTConfig(bias=False, **shape)).to(DEVICE)
-        numbers = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "momentum": 0.95}
-        chosen: dict[str, Any] = {"optimizer": optimizer, "backend": backend}
-        self.optimizers = build_optimizers(self.model, lr=1e-3, **numbers, **chosen)
+        self.refresh_every, allocated_before = preset.refresh_every, allocated()
+        self.model = GPT(gpt_config(preset, width)).to(DEVICE)
+        options = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "momentum": 0.95}
+        choices: dict[str, Any] = {"optimizer": optimizer, "backend": backend}
+        self.optimizers = build_optimizers(self.model, lr=1e-3, **options, **choices)
         if dopr is not None:
             preconditioner = ActivationPreconditioner(self.model, backend=backend, **dopr)
             preconditioner.attach(*self.optimizers)
         self.forward = torch.compile(self.model) if preset.compile_in_bf16 else self.model
         self.autocast = torch.autocast(DEVICE.type, torch.bfloat16, preset.compile_in_bf16)
-        rows = preset.accumulation, preset.micro_batch_size
-        tokens = torch.randint(preset.vocab_size, (*rows, preset.block_size + 1), device=DEVICE)
+        shape = (preset.accumulation, preset.micro_batch_size, preset.block_size + 1)
+        tokens = torch.randint(preset.vocab_size, shape, device=DEVICE)
         self.x, self.y = tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous()
-        self.round()  # compiles, and makes the optimizers' state
-        self.held = allocated() - before  # bytes between two steps
+        self.round()  # compiles, and creates the optimizer state
+        self.resident = allocated() - allocated_before  # bytes held between two steps
 
     def round(self) -> None:
-        """The steps from one refresh of the fast mode to the next."""
+        """Run the steps from one refresh of the fast mode to the next."""
         for _ in range(self.refresh_every):
             for x, y in zip(self.x, self.y, strict=True):
                 with self.autocast:
@@ -100,13 +100,24 @@ class Variant:
             self.model.zero_grad()
 
     def measured_round(self) -> tuple[float, int]:
-        """Milliseconds of a step, and the most bytes that this variant held; 0 on a CPU."""
-        others = allocated() - self.held
+        """Return the milliseconds per step, and the peak bytes of this variant (0 on a CPU)."""
+        bytes_of_others = allocated() - self.resident
         if DEVICE.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         ms = milliseconds(self.round, DEVICE) / self.refresh_every
-        most = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0
-        return ms, max(0, most - others)
+        peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0
+        return ms, max(0, peak - bytes_of_others)
+
+
+def gpt_config(preset: StepPreset, width: int) -> GPTConfig:
+    return GPTConfig(
+        vocab_size=preset.vocab_size,
+        block_size=preset.block_size,
+        n_layer=preset.n_layer,
+        n_head=width // preset.head_width,
+        n_embd=width,
+        bias=False,
+    )
 
 
 def allocated() -> int:
@@ -114,51 +125,55 @@ def allocated() -> int:
 
 
 def measure(
-    preset: Preset, width: int, optimizer: str, *, inverse: str, backend: Backend, rounds: int
+    preset: StepPreset, width: int, optimizer: str, *, inverse: str, backend: Backend, rounds: int
 ) -> dict[str, Any]:
-    """One row of the result: step times of every mode, and their memory in MiB."""
+    """Return one row of the result: step times of every mode, and their memory in MiB."""
     variants = {
-        mode: Variant(preset, width, optimizer, dopr, backend)
+        mode: StepVariant(preset, width, optimizer, dopr, backend)
         for mode, dopr in modes(preset, width, inverse).items()
     }
     times: dict[str, list[float]] = {mode: [] for mode in variants}
-    most = dict.fromkeys(variants, 0)
+    peaks = dict.fromkeys(variants, 0)
     for _ in range(rounds):
         for mode, variant in variants.items():
-            ms, held = variant.measured_round()
+            ms, peak = variant.measured_round()
             times[mode].append(ms)
-            most[mode] = max(most[mode], held)
+            peaks[mode] = max(peaks[mode], peak)
     result = compared(times)
     return {
         **{"width": width, "optimizer": optimizer, "inverse": inverse, "backend": backend},
         **{"tokens": variants["base"].x.numel(), "rounds": rounds},
         **{"step_ms": result["ms"], "ratio": result["ratio"]},
-        "MiB": {mode: held / 2**20 for mode, held in most.items()},
+        "MiB": {mode: peak / 2**20 for mode, peak in peaks.items()},
     }
 
 
+def describe(row: dict[str, Any]) -> str:
+    figures = zip(row["step_ms"].items(), row["ratio"].values(), strict=True)
+    texts = (f"{mode} {ms:.1f} ms ({ratio:.3f})" for (mode, ms), ratio in figures)
+    return "  ".join([f"width {row['width']} {row['optimizer']}", *texts])
+
+
 def main() -> None:
-    parser = command_parser("bench.step_overhead", __doc__)
+    parser = bench_parser("step_overhead", __doc__, rounds=12)
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
-    parser.add_argument("--widths", type=int, nargs="+", help="instead of the preset's")
+    parser.add_argument("--widths", type=int, nargs="+", help="replace the preset's widths")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=["adamw", "muon"])
     parser.add_argument("--inverse", choices=INVERSES, default="cholesky")
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--out", type=Path, help="write the result as JSON here")
     arguments = parser.parse_args()
     preset = PRESETS[arguments.preset]
     if preset.compile_in_bf16 and DEVICE.type != "cuda":
-        parser.error(f"--preset {arguments.preset} needs a CUDA GPU; use cpu")
-    environment, rows = facts(DEVICE), []
-    for width in arguments.widths or preset.widths:
-        for optimizer in arguments.optimizers:
-            choices = {"inverse": arguments.inverse, "backend": arguments.backend}
-            rows.append(measure(preset, width, optimizer, rounds=arguments.rounds, **choices))
-            figures = zip(rows[-1]["step_ms"].items(), rows[-1]["ratio"].values(), strict=True)
-            texts = (f"{mode} {ms:.1f} ms ({ratio:.3f})" for (mode, ms), ratio in figures)
-            print(f"width {width} {optimizer}", *texts, sep="  ", flush=True)
-            write_rows(arguments.out, environment, rows)
+        parser.error(f"--preset {arguments.preset} needs a CUDA GPU; use --preset cpu")
+    options = {key: getattr(arguments, key) for key in ("inverse", "backend", "rounds")}
+
+    def measure_case(case: tuple[int, str]) -> dict[str, Any]:
+        width, optimizer = case
+        return measure(preset, width, optimizer, **options)
+
+    widths = arguments.widths or preset.widths
+    cases = [(width, optimizer) for width in widths for optimizer in arguments.optimizers]
+    measure_all(cases, measure_case, describe, arguments.out)
 
 
 if __name__ == "__main__":

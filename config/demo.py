@@ -1,4 +1,4 @@
-# A GPT small enough for two CPU cores, on the interpreter's own sources; a part of `make demo`.
+# A GPT small enough for two CPU cores, on Python's standard library. Part of `make demo`.
 out_dir = "out/demo/text"
 dataset = "pystdlib"
 
@@ -8,15 +8,16 @@ n_embd = 128
 block_size = 128
 bias = False
 
-batch_size = 32  # 4,096 tokens a step
-micro_batch_size = 32
-max_steps = 400
-warmup_steps = 40
-eval_every = 200
-save_every = 200
+batch_size = 16  # sequences: 2,048 tokens a step
+micro_batch_size = 16
+max_steps = 300
+warmup_steps = 30
+eval_every = 150
+save_every = 150
 
-optimizer = "muon"
-lr = 1e-2
-aux_lr = 4e-3
-dopr = True
-gamma = 0.1  # exact mode: the covariance of every step, from all of its tokens
+optimizer = "adamw"
+lr = 4e-3
+dopr = True  # fast mode, the recommended setting
+gamma = 0.1
+sigma_beta = 0.95
+refresh_every = 10

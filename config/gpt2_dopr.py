@@ -1,11 +1,11 @@
-# GPT-2 124M on FineWeb with DoPr-Muon: gpt2_muon.py and the last lines.
+# GPT-2 124M with DoPr-Muon on FineWeb: gpt2_muon.py with the DoPr settings at the end.
 out_dir = "out/gpt2_dopr"
 dataset = "fineweb"
 dtype = "bfloat16"
 compile = True
 loader_workers = 1
 bias = False
-batch_size = 512  # sequences of 1,024: 524,288 tokens a step
+batch_size = 512  # sequences of 1,024 tokens: 524,288 tokens per step
 micro_batch_size = 32
 max_steps = 19_073  # 10B tokens
 warmup_steps = 700
@@ -14,8 +14,8 @@ lr = 2e-3  # with adjust_lr = match_rms_adamw
 aux_lr = 6e-4
 weight_decay = 0.1
 eval_batches = 20  # 10M tokens
-# DoPr, fast mode. Exact mode (take out the lines after gamma) would add a third to a step on paper
-# (bench/scale_model.py) and was better in some small runs, not in all (LOG.md).
+# DoPr in fast mode. For exact mode, remove the lines after gamma. A step then takes a third longer
+# (estimate of bench/scale_model.py). It was better in some small runs, not in all (docs/log).
 dopr = True
 gamma = 0.1
 sigma_beta = 0.95

@@ -1,4 +1,4 @@
-# GPT-2 124M on FineWeb with DoPr-AdamW: gpt2_adamw.py, another lr and the last lines.
+# GPT-2 124M with DoPr-AdamW on FineWeb: gpt2_adamw.py with another lr and the DoPr settings.
 out_dir = "out/gpt2_dopr_adamw"
 dataset = "fineweb"
 dtype = "bfloat16"
@@ -6,15 +6,15 @@ compile = True
 loader_workers = 1
 bias = False
 
-batch_size = 512  # sequences of 1,024: 524,288 tokens a step
+batch_size = 512  # sequences of 1,024 tokens: 524,288 tokens per step
 micro_batch_size = 32
 max_steps = 19_073  # 10B tokens
 warmup_steps = 700
-lr = 1.2e-3  # not gpt2_adamw.py's: a guess from small runs
+lr = 1.2e-3  # unlike gpt2_adamw.py; a guess based on small runs
 weight_decay = 0.1
 eval_batches = 20  # 10M tokens
 
-# DoPr, fast mode: see gpt2_dopr.py.
+# DoPr in fast mode; see gpt2_dopr.py.
 dopr = True
 gamma = 0.1
 sigma_beta = 0.95

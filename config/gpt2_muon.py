@@ -1,4 +1,4 @@
-# GPT-2 124M on FineWeb with Muon on the matrices, AdamW on the rest. The base of gpt2_dopr.py.
+# GPT-2 124M on FineWeb with Muon for the matrices and AdamW for the other parameters.
 out_dir = "out/gpt2_muon"
 dataset = "fineweb"
 dtype = "bfloat16"
@@ -7,7 +7,7 @@ loader_workers = 1
 
 bias = False
 
-batch_size = 512  # sequences of 1,024: 524,288 tokens a step
+batch_size = 512  # sequences of 1,024 tokens: 524,288 tokens per step
 micro_batch_size = 32
 max_steps = 19_073  # 10B tokens
 warmup_steps = 700

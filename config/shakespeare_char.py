@@ -1,4 +1,4 @@
-# nanoGPT's CPU settings on characters. First: python -m data.shakespeare_char.prepare
+# nanoGPT's CPU example, on characters. First run: python -m data.shakespeare_char.prepare
 out_dir = "out/shakespeare_char"
 dataset = "shakespeare_char"
 

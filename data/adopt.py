@@ -1,7 +1,7 @@
-"""Make a folder of foreign shards a dataset: `python -m data.adopt DIR --tokenizer gpt2`.
+"""Turn a folder of token files into a dataset: `python -m data.adopt DIR --tokenizer gpt2`.
 
-Takes llm.c's `.bin` files with train or val in their names, and nanoGPT's train.bin and val.bin,
-which have no header. Every token is read once; nothing but meta.json and tokenizer.json is written.
+Accepts llm.c's `.bin` files with "train" or "val" in their names, and nanoGPT's train.bin and
+val.bin, which have no header. Reads every token once; writes only meta.json and tokenizer.json.
 """
 
 import argparse
@@ -21,7 +21,10 @@ CHUNK = 1 << 22  # tokens read at a time
 
 
 def adopt(folder: Path, tokenizer: Tokenizer) -> None:
-    """Write meta.json for the shards in `folder`. DataError: none there, damaged, foreign ids."""
+    """Write meta.json and tokenizer.json for the token files in `folder`.
+
+    Raises DataError if a split has no file, a file is damaged, or an id is not in the tokenizer.
+    """
     if (folder / META).exists():
         raise DataError(f"{folder}: has a {META} already; delete it to write a new one")
     splits = {name: empty_split() for name in SPLITS}
@@ -40,7 +43,7 @@ def adopt(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def _add(split: dict[str, Any], path: Path, tokenizer: Tokenizer) -> None:
-    """Count one shard in its split."""
+    """Check one token file and add its counts to its split."""
     headerless = path.name in {"train.bin", "val.bin"} and not has_header(path)
     shard = Shard(path, headerless=headerless)
     lengths = tokenizer.token_bytes()
@@ -63,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--tokenizer", required=True, help="gpt2, byte or a tokenizer.json")
     args = options.parse_args(argv)
     adopt(args.folder, named_tokenizer(args.tokenizer))
-    print(f"{args.folder}: is a dataset now")
+    print(f"{args.folder}: is now a dataset")
 
 
 if __name__ == "__main__":

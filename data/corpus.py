@@ -1,4 +1,4 @@
-"""Where documents come from: local files, or a dataset streamed from the Hugging Face hub."""
+"""Read documents from local files or from a dataset streamed from the Hugging Face hub."""
 
 import hashlib
 import os
@@ -11,9 +11,9 @@ from typing import Any
 from data.files import is_reachable
 from data.shards import DataError
 
-Document = str | bytes  # bytes are decoded as UTF-8 later, where failures are counted
+Document = str | bytes  # bytes are decoded as UTF-8 during preparation, which counts failures
 
-# Files of rows, with the reader of `datasets`; any other file is one document.
+# Table formats by suffix, with the name of their reader in `datasets`.
 TABLES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -21,10 +21,11 @@ TABLES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv
 class Corpus:
     """Documents in a fixed order.
 
-    source: what identifies the corpus; goes into meta.json.
-    documents: gives the documents from the n-th on, in the same order at every call.
-    split_of: split of the n-th document; none: drawn by the hash of its text.
-    manifest: description of every file; none: not recorded.
+    source: facts that identify the corpus; they are written to meta.json.
+    documents: function of n that returns the documents from the n-th on, always in the same order.
+    split_of: function of n that returns the split of the n-th document. By default the hash of the
+        document's text decides.
+    manifest: a description of every file, written to manifest.json if given.
     """
 
     source: dict[str, Any]
@@ -34,10 +35,10 @@ class Corpus:
 
 
 def local_corpus(path: str | Path, *, column: str = "text") -> Corpus:
-    """The files of a folder, in the order of their names, or one file.
+    """Return the documents in one file, or in all files of a folder in the order of their names.
 
-    JSON, JSON lines, parquet and CSV hold one document a row, in `column`; any other file is one
-    document. Hidden files are left out. Raises DataError if there is nothing at `path`.
+    JSON, JSON lines, parquet and CSV files hold one document per row, in `column`; any other file
+    is one document. Hidden files are skipped. Raises DataError if there is nothing at `path`.
     """
     root = Path(path)
     if not root.exists():
@@ -58,9 +59,9 @@ def local_corpus(path: str | Path, *, column: str = "text") -> Corpus:
 def one_text_corpus(
     source: dict[str, Any], read: Callable[[], bytes], val_fraction: float
 ) -> Corpus:
-    """One text, cut in two documents: its last `val_fraction` is for validation.
+    """Return one text as two documents; the last `val_fraction` of it is for validation.
 
-    Its documents raise DataError if the text is not UTF-8.
+    Reading the documents raises DataError if the text is not UTF-8.
     """
 
     def documents(start: int) -> Iterator[Document]:
@@ -77,9 +78,9 @@ def one_text_corpus(
 
 
 def hub_corpus(path: str, *, subset: str | None = None, column: str = "text") -> Corpus:
-    """Split "train" of a dataset on the Hugging Face hub, streamed, never stored as a whole.
+    """Stream the split "train" of a dataset on the Hugging Face hub without storing it.
 
-    Its documents raise DataError in under a second if the hub cannot be reached.
+    Reading the documents raises DataError in under a second if the hub cannot be reached.
     """
 
     def documents(start: int) -> Iterator[Document]:
@@ -90,7 +91,7 @@ def hub_corpus(path: str, *, subset: str | None = None, column: str = "text") ->
 
 
 def _fingerprint(files: list[Path], root: Path) -> str:
-    """Changes when a file is added, removed, renamed or of another size."""
+    """Return a hash that changes when a file is added, removed, renamed or changes its size."""
     listing = [f"{file.relative_to(root)} {file.stat().st_size}" for file in files]
     return hashlib.sha256("\n".join(listing).encode()).hexdigest()[:16]
 
@@ -107,15 +108,15 @@ def _documents_in(file: Path, column: str) -> Iterator[Document]:
 
 
 def _rows(column: str, start: int, **where: Any) -> Iterator[str]:
-    """`column` of the rows from `start` on of a dataset that `datasets` streams."""
-    from datasets import load_dataset  # takes a second to import; errors come before it
+    """Yield `column` of a dataset's rows from `start` on; `datasets` streams them."""
+    from datasets import load_dataset  # takes a second to import
 
     rows = load_dataset(split="train", streaming=True, **where)
     for row in rows.skip(start):
         if not isinstance(row.get(column), str):
             raise DataError(
                 f"{where}: column {column!r} of a row is {type(row.get(column)).__name__}, "
-                f"expected text; columns: {', '.join(row)} (--column names another one)"
+                f"expected text; the columns are: {', '.join(row)} (choose one with --column)"
             )
         yield row[column]
 
@@ -129,6 +130,6 @@ def _require_hub(path: str) -> None:
     else:
         return
     raise DataError(
-        f"dataset {path!r} must be streamed from the Hugging Face hub, but {reason}, or give its "
-        "parquet files, downloaded elsewhere, with --local FOLDER"
+        f"dataset {path!r} must be streamed from the Hugging Face hub, but {reason}, or download "
+        "its parquet files elsewhere and pass --local FOLDER"
     )

@@ -1,4 +1,4 @@
-"""A prepared dataset: a folder with meta.json, tokenizer.json and shards, checked at opening."""
+"""Open and check a prepared dataset: a folder with meta.json, tokenizer.json and shards."""
 
 import difflib
 from pathlib import Path
@@ -18,7 +18,7 @@ DATA = Path(__file__).parent
 
 
 class TokenShards:
-    """One split: `n_tokens` ids in `shards`, every id below `n_vocab`."""
+    """The tokens of one split, stored in `shards`. Every id must be below `n_vocab`."""
 
     def __init__(self, shards: list[Shard], n_vocab: int) -> None:
         self.shards = shards
@@ -27,9 +27,13 @@ class TokenShards:
         self.n_tokens = int(self.sizes.sum())
 
     def rows(self, shard_ids: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
-        """`length` ids of a shard from each start, (len(starts), length) int64; -1 behind its end.
+        """Return `length` ids from each start, (len(starts), length) int64; -1 after a shard's end.
 
-        Raises DataError if a file has vanished or changed size, or holds an id outside of n_vocab.
+        Args:
+            shard_ids: index of the shard of each row, (n,).
+            starts: position of each row's first token in its shard, (n,).
+        Raises:
+            DataError: a file has vanished or changed size, or an id is not below `n_vocab`.
         """
         tokens = {shard: self.shards[shard].tokens() for shard in set(shard_ids.tolist())}
         rows = np.full((len(starts), length), -1, dtype=np.int64)
@@ -49,17 +53,21 @@ class TokenShards:
 
 
 class Dataset:
-    """A folder of prepared tokens. Opening finds every structural fault and raises DataError."""
+    """A folder of prepared tokens.
+
+    Raises DataError if meta.json, the tokenizer and the shards are incomplete or contradict each
+    other. The content of the shards is not read; see data.verify.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.dir = Path(folder)
         self.meta: dict[str, Any] = read_meta(self.dir)
-        self.layout = Layout.of(self.meta)  # None: a stream of text
+        self.layout = Layout.of(self.meta)  # None if the data is one stream of text
         self.tokenizer = self._load_tokenizer()
         self._splits = {name: self._open(name) for name in SPLITS}
 
     def split(self, name: str) -> TokenShards:
-        """The tokens of "train" or "val"."""
+        """Return the tokens of "train" or "val"."""
         return self._splits[name]
 
     def _load_tokenizer(self) -> Tokenizer:
@@ -77,11 +85,11 @@ class Dataset:
     def _open(self, split: str) -> TokenShards:
         entries = self.meta["splits"][split]["files"]
         shards = [self._open_shard(entry) for entry in entries]
-        announced = self.meta["splits"][split]["tokens"]
+        stated = self.meta["splits"][split]["tokens"]
         found = sum(shard.n_tokens for shard in shards)
-        if found != announced:
+        if found != stated:
             raise DataError(
-                f"{self.dir / META}: split {split!r} announces {announced:,} tokens, "
+                f"{self.dir / META}: split {split!r} states {stated:,} tokens, "
                 f"but its {len(shards)} files hold {found:,}"
             )
         if found == 0:
@@ -99,14 +107,15 @@ class Dataset:
 
 
 def known_datasets() -> list[str]:
-    """Names that have a `prepare` module."""
+    """Return the names of the datasets that have a `prepare` module."""
     return sorted(path.parent.name for path in DATA.glob("*/prepare.py"))
 
 
 def open_dataset(name_or_path: str | Path) -> Dataset:
-    """The dataset of a known name, from data/<name>/prepared, or of a folder with meta.json.
+    """Open a known dataset, prepared in data/<name>/prepared, or a folder with meta.json.
 
-    `pystdlib` prepares itself. Raises DataError with the command to run if there is no such data.
+    Prepares `pystdlib` if necessary. Raises DataError, with the command to run, if there is no such
+    data.
     """
     name = str(name_or_path)
     if name in known_datasets():
@@ -116,7 +125,7 @@ def open_dataset(name_or_path: str | Path) -> Dataset:
         return Dataset(folder)
     if folder.is_dir():
         raise DataError(
-            f"{folder}: has no {META}; for shards made elsewhere it is written by "
+            f"{folder}: has no {META}; for shards made elsewhere, write it with "
             f"`python -m data.adopt {folder} --tokenizer gpt2`"
         )
     close = difflib.get_close_matches(name, known_datasets(), n=1, cutoff=0.5)

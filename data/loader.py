@@ -1,7 +1,7 @@
-"""Batches of token sequences, training and validation, as functions of numbers alone.
+"""Load batches of token sequences for training and validation.
 
-Training batches depend on (seed, step) and on nothing else: not on how many ranks, micro-batches
-or worker processes share the work. A run continues from its step number.
+A training batch is a function of (seed, step). It does not depend on the number of ranks,
+micro-batches or worker processes, so a run resumes from its step number alone.
 """
 
 import os
@@ -22,7 +22,7 @@ _ENDLESS = 2**62  # steps
 
 
 class TrainSteps(torch.utils.data.Dataset):
-    """Item `step` is one rank's part of that optimizer step: a list of micro-batches."""
+    """Dataset whose item `step` is one rank's list of micro-batches for that optimizer step."""
 
     def __init__(
         self,
@@ -67,12 +67,19 @@ def train_batches(
     world_size: int = 1,
     workers: int = 0,
 ) -> Iterator[list[Batch]]:
-    """For each step from `start_step` on, without end, this rank's micro-batches of (x, y).
+    """Return an endless iterator over this rank's micro-batches (x, y) of each step.
 
-    batch_size: sequences per step over all ranks. It is cut into micro-batches, of which rank r has
-    numbers r, r + world_size, ...: any number of ranks works on the same micro-batches.
-    workers: processes that read ahead. x, y: (micro_batch_size, block_size) int64 on the CPU.
-    Raises ValueError on sizes that do not divide; DataError on too little or damaged data.
+    x and y are (micro_batch_size, block_size) int64 tensors on the CPU.
+
+    Args:
+        batch_size: sequences per step over all ranks. The batch is cut into micro-batches, and rank
+            r gets numbers r, r + world_size, ..., so the micro-batches do not depend on the number
+            of ranks.
+        start_step: the first step.
+        workers: number of processes that read ahead.
+    Raises:
+        ValueError: the sizes are out of range or do not divide.
+        DataError: there is too little data, or it is damaged.
     """
     if min(batch_size, micro_batch_size, block_size) < 1 or not 0 <= rank < world_size:
         raise ValueError(
@@ -82,7 +89,8 @@ def train_batches(
     if batch_size % (world_size * micro_batch_size):
         raise ValueError(
             f"batch_size={batch_size} must be divisible by world_size * micro_batch_size = "
-            f"{world_size} * {micro_batch_size} = {world_size * micro_batch_size} (sequences per forward)"
+            f"{world_size} * {micro_batch_size} = {world_size * micro_batch_size} "
+            "(sequences per forward)"
         )
     split = dataset.split("train")
     steps = TrainSteps(
@@ -101,7 +109,7 @@ def train_batches(
         num_workers=workers,
         collate_fn=_as_is,
         worker_init_fn=_leave_the_group,
-        generator=torch.Generator(),  # or the loader would draw from the global one
+        generator=torch.Generator(),  # keeps the loader from drawing from the global generator
     )
     return iter(loader)
 
@@ -111,12 +119,12 @@ def _as_is(item: list[Batch]) -> list[Batch]:
 
 
 def _leave_the_group(_worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM go to a whole process group; the main process decides."""
+    """Leave the process group, so that Ctrl-C and SIGTERM reach only the main process."""
     os.setpgid(0, 0)
 
 
 class ValBatches(Sequence[Batch]):
-    """The validation split cut into windows, the same for everybody; see `val_batches`."""
+    """One rank's batches of the validation split; see `val_batches`."""
 
     def __init__(
         self,
@@ -139,7 +147,7 @@ class ValBatches(Sequence[Batch]):
         self.shard_ids = np.repeat(np.arange(len(starts)), [len(s) for s in starts])
         if len(self.starts) == 0:
             raise DataError("split 'val' has no token with another one before it")
-        if 0 < limit < len(self.starts):  # evenly spread
+        if 0 < limit < len(self.starts):  # choose evenly spaced windows
             chosen = np.arange(limit) * len(self.starts) // limit
             self.starts, self.shard_ids = self.starts[chosen], self.shard_ids[chosen]
 
@@ -169,16 +177,18 @@ def val_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> ValBatches:
-    """This rank's fixed validation batches (x, y), each (batch_size, block_size) int64.
+    """Return this rank's fixed validation batches (x, y), each (batch_size, block_size) int64.
 
-    Rank r has batches r, r + world_size, ...; all ranks have as many, at the end some without targets.
-    limit=0: all of the split; each token but the first of a shard is a target exactly once.
-    limit=n: n of the windows, evenly spread and the same for every batch_size.
-    Where nothing is scored y is -1; where the shard has ended x is 0, too.
+    Rank r gets batches r, r + world_size, ... All ranks have the same number of batches; the last
+    ones may hold no targets. y is -1 where no token is scored, and x is 0 after a shard's end.
+
+    Args:
+        limit: number of windows, evenly spaced and the same for every batch_size. With 0, every
+            token but the first of each shard is a target exactly once.
     """
     if batch_size < 1 or block_size < 1 or limit < 0:
         raise ValueError(
             f"batch_size={batch_size}, block_size={block_size} must be positive, "
-            f"limit={limit} not negative"
+            f"limit={limit} must not be negative"
         )
     return ValBatches(dataset, batch_size, block_size, limit, rank, world_size)

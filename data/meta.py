@@ -1,4 +1,4 @@
-"""meta.json: what a folder of prepared tokens holds, and the check that it says so completely."""
+"""Read, check and write meta.json, which describes a folder of prepared tokens."""
 
 import json
 import platform
@@ -15,7 +15,7 @@ META, TOKENIZER = "meta.json", "tokenizer.json"
 FORMAT = 1
 SPLITS = ("train", "val")
 
-# The parts of meta.json that are read again, with their types.
+# The keys of meta.json that are checked, with their types.
 _SCHEMA = {"format": int, "source": dict, "tokenizer": dict, "splits": dict, "created_with": dict}
 _TOKENIZER = {"name": str, "sha256": str, "n_vocab": int}
 _SPLIT = {"files": list, "tokens": int, "documents": int, "text_bytes": int}
@@ -24,14 +24,17 @@ _FILE = {"name": str, "tokens": int, "bytes": int, "header": bool, "sha256": str
 
 
 def empty_split() -> dict[str, Any]:
-    """A split that holds nothing yet; preparation adds to it."""
+    """Return the meta.json entry of a split without tokens."""
     return {"tokens": 0, "documents": 0, "text_bytes": 0, "files": []}
 
 
 def write_meta(
     folder: Path, source: Mapping[str, Any], tokenizer: Tokenizer, splits: Mapping[str, Any], **more
 ) -> None:
-    """Write meta.json, which makes `folder` a dataset. DataError if a split holds no token."""
+    """Write meta.json, which makes `folder` a dataset.
+
+    Raises DataError if a split holds no tokens.
+    """
     for name in SPLITS:
         if not splits[name]["tokens"]:
             raise DataError(f"{folder}: split {name!r} holds no tokens")
@@ -47,35 +50,41 @@ def write_meta(
 
 
 def describe(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What identifies a tokenizer."""
+    """Return the facts that identify a tokenizer."""
     return {"name": tokenizer.name, "sha256": tokenizer.sha256, "n_vocab": tokenizer.n_vocab}
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write readable JSON, atomically."""
-    write_atomic(path, [(json.dumps(content, indent=2) + "\n").encode()])
+    """Write indented JSON atomically."""
+    write_atomic(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. DataError if the file cannot be read or holds something else."""
+    """Read a JSON object.
+
+    Raises DataError if the file cannot be read or holds something else.
+    """
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise DataError(f"{path}: not JSON: {error}") from None
+        raise DataError(f"{path}: is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: holds a {type(content).__name__}, expected an object")
     return content
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The checked content of meta.json. DataError names what is missing or of the wrong type."""
+    """Read and check meta.json.
+
+    Raises DataError naming the key that is missing or has the wrong type.
+    """
     path = folder / META
     meta = read_json(path)
     _check(path, "", meta, _SCHEMA)
     if meta["format"] != FORMAT:
-        raise DataError(f"{path}: format {meta['format']}, expected {FORMAT}: prepare it again")
+        raise DataError(f"{path}: has format {meta['format']}, expected {FORMAT}; prepare it again")
     _check(path, "tokenizer.", meta["tokenizer"], _TOKENIZER)
     if not 2 <= meta["tokenizer"]["n_vocab"] <= MAX_VOCAB:
         raise DataError(
@@ -93,7 +102,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def _check(path: Path, where: str, content: Any, schema: dict[str, type]) -> None:
-    """Every key of `schema` is in `content`, with its type."""
+    """Raise DataError unless `content` has every key of `schema` with its type."""
     if not isinstance(content, dict):
         raise DataError(f"{path}: {where.rstrip('.')} is missing or not an object")
     for key, kind in schema.items():

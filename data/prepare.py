@@ -1,8 +1,8 @@
-"""Documents -> token shards, tokenizer.json and meta.json: the work that every dataset shares.
+"""Prepare a dataset: tokenize documents into shards, and write tokenizer.json and meta.json.
 
-Documents are tokenised side by side and written in order, part by part; each part ends at a
-document and adds one shard to each split. `progress.json` is updated after a part, so a killed
-preparation continues behind its last part and ends with the same bytes. meta.json comes last.
+Documents are tokenized in parallel and written in order. Every part of about `shard_tokens` tokens
+adds one shard to each split and updates `progress.json`, so a preparation that was killed continues
+after its last part and ends with the same bytes. meta.json is written last.
 """
 
 import hashlib
@@ -22,15 +22,15 @@ from data.shards import DataError, write_shard
 from data.tokenizer import Tokenizer, char_tokenizer, named_tokenizer, train_bpe
 
 PROGRESS, MANIFEST = "progress.json", "manifest.json"
-BPE_SAMPLE = 64 << 20  # characters of training documents from which a BPE is learnt
+BPE_SAMPLE = 64 << 20  # characters of training documents on which a BPE is trained
 READ_AHEAD = 64  # documents in flight per thread
 
 
 class Tokens(NamedTuple):
-    """One document, tokenised."""
+    """The tokens of one document."""
 
     split: str
-    ids: np.ndarray  # (n,) uint16, end-of-text last
+    ids: np.ndarray  # (n,) uint16, ends with end-of-text
     text_bytes: int
 
 
@@ -45,11 +45,16 @@ def prepare(
     val_fraction: float,
     bpe_vocab_size: int = 8192,
 ) -> None:
-    """Make `out` a dataset of the documents in `corpus`, unless it already is.
+    """Write the documents of `corpus` to the folder `out` as a dataset, unless it is there already.
 
-    tokenizer: "bpe" and "char" are learnt from the corpus, see `named_tokenizer` for the others.
-    vocab_size: ids of a BPE; none: bpe_vocab_size. num_proc: documents tokenised side by side.
-    Raises ValueError on bad settings, DataError if `out` holds something else or a split is empty.
+    Args:
+        tokenizer: "bpe" and "char" are trained on the corpus; see `named_tokenizer` for the others.
+        vocab_size: number of ids of a BPE. Defaults to `bpe_vocab_size`.
+        num_proc: number of documents to tokenize in parallel.
+        val_fraction: probability that a document goes to the validation split.
+    Raises:
+        ValueError: a setting is out of range.
+        DataError: `out` holds data prepared with other settings, or a split would be empty.
     """
     _check_settings(tokenizer, vocab_size, num_proc, shard_tokens, val_fraction)
     settings = {**corpus.source, "tokenizer": tokenizer}
@@ -61,13 +66,15 @@ def prepare(
         if _is_prepared(out, settings):
             print(f"{out}: already prepared")
             return
+        for leftover in out.glob("*.bin.*.tmp"):  # an earlier preparation was killed
+            leftover.unlink()
         work = _Preparation(corpus, out, settings, num_proc)
         work.write_parts()
         work.finish()
 
 
 class _Preparation:
-    """A preparation under way: the tokenizer, and what progress.json records."""
+    """A preparation in progress: its tokenizer and the content of progress.json."""
 
     def __init__(self, corpus: Corpus, out: Path, settings: dict[str, Any], num_proc: int) -> None:
         self.corpus = corpus
@@ -92,22 +99,22 @@ class _Preparation:
             }
 
     def write_parts(self) -> None:
-        """Write all that is left of the corpus, recording progress after each part."""
+        """Tokenize and write the remaining documents; record progress after each part."""
         with tqdm(desc=str(self.out), unit="B", unit_scale=True, disable=None) as bar:
-            documents = self._tokenised(self.progress["documents_read"])
+            documents = self._tokenized(self.progress["documents_read"])
             while part := self._next_part(documents, bar):
                 self._write(part)
 
     def finish(self) -> None:
-        """Write meta.json. DataError if a split got nothing; then the preparation is undone."""
+        """Write meta.json, print a summary, and remove progress.json. DataError: an empty split."""
         splits = self.progress["splits"]
         for name in splits:
             if not splits[name]["tokens"]:
                 (self.out / PROGRESS).unlink(missing_ok=True)
                 raise DataError(
                     f"{self.out}: none of {self.progress['documents_read']:,} documents went into "
-                    f"split {name!r} with val_fraction={self.settings['val_fraction']}; whole "
-                    "documents are drawn: use more of them or another --val_fraction"
+                    f"split {name!r} with val_fraction={self.settings['val_fraction']}; documents "
+                    "are not cut: use more of them or another --val_fraction"
                 )
         if self.corpus.manifest is not None:
             write_json(self.out / MANIFEST, self.corpus.manifest)
@@ -121,7 +128,7 @@ class _Preparation:
                 f"{ratio:.3f} bytes per token"
             )
         if skipped:
-            print(f"{skipped:,} documents are not UTF-8 and were left out")
+            print(f"{skipped:,} documents are not UTF-8 and were skipped")
 
     def _split_of(self, index: int, text: str) -> str:
         if self.corpus.split_of is not None:
@@ -129,22 +136,22 @@ class _Preparation:
         draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
         return "val" if draw < self.settings["val_fraction"] else "train"
 
-    def _tokenise(self, item: tuple[int, Document]) -> Tokens | None:
-        """One document; none if it is not UTF-8."""
+    def _tokenize(self, item: tuple[int, Document]) -> Tokens | None:
+        """Tokenize one document; return None if it is not UTF-8."""
         text = _text(item[1])
         if text is None:
             return None
         ids = np.append(self.tokenizer.encode_array(text), np.uint16(self.tokenizer.eot))
         return Tokens(self._split_of(item[0], text), ids, len(text.encode()))
 
-    def _tokenised(self, start: int) -> Iterator[Tokens | None]:
-        """All documents from `start` on, in order, `num_proc` of them at a time."""
+    def _tokenized(self, start: int) -> Iterator[Tokens | None]:
+        """Yield the tokens of every document from `start` on, in order."""
         with ThreadPoolExecutor(self.num_proc) as pool:
             items = enumerate(self.corpus.documents(start), start)
-            yield from _map_ahead(pool, self._tokenise, items, READ_AHEAD * self.num_proc)
+            yield from _map_ahead(pool, self._tokenize, items, READ_AHEAD * self.num_proc)
 
     def _next_part(self, documents: Iterator[Tokens | None], bar: tqdm) -> list[Tokens | None]:
-        """Documents with `shard_tokens` tokens in all, or what is left of them."""
+        """Return the next documents, up to `shard_tokens` tokens in total; [] at the end."""
         part: list[Tokens | None] = []
         tokens = 0
         for document in documents:
@@ -157,17 +164,17 @@ class _Preparation:
         return part
 
     def _write(self, part: list[Tokens | None]) -> None:
-        """Write one part's shards, then the progress that counts them."""
+        """Write the shards of one part, then record the progress."""
         for name, split in self.progress["splits"].items():
-            mine = [document for document in part if document and document.split == name]
-            if not mine:
+            in_split = [document for document in part if document and document.split == name]
+            if not in_split:
                 continue
             path = self.out / f"{name}_{len(split['files']):06d}.bin"
-            entry = write_shard(path, [document.ids for document in mine])
+            entry = write_shard(path, [document.ids for document in in_split])
             split["files"].append(entry)
             split["tokens"] += entry["tokens"]
-            split["documents"] += len(mine)
-            split["text_bytes"] += sum(document.text_bytes for document in mine)
+            split["documents"] += len(in_split)
+            split["text_bytes"] += sum(document.text_bytes for document in in_split)
         self.progress["documents_read"] += len(part)
         self.progress["documents_skipped"] += part.count(None)
         write_json(self.out / PROGRESS, self.progress)
@@ -182,7 +189,7 @@ class _Preparation:
         return named_tokenizer(kind)
 
     def _bpe_sample(self) -> Iterator[str]:
-        """The first documents of split train."""
+        """Yield the first `BPE_SAMPLE` characters of the training documents."""
         left = BPE_SAMPLE
         for index, document in enumerate(self.corpus.documents(0)):
             text = _text(document)
@@ -195,7 +202,7 @@ class _Preparation:
 
 
 def _text(document: Document) -> str | None:
-    """The document's text; none if it is not UTF-8."""
+    """Return the document's text; None if it is not UTF-8."""
     try:
         return document.decode() if isinstance(document, bytes) else document.encode().decode()
     except UnicodeError:
@@ -205,14 +212,14 @@ def _text(document: Document) -> str | None:
 def _map_ahead(
     pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int
 ) -> Iterator[Any]:
-    """`map` on a pool, in order, with at most `ahead` items in flight."""
-    flying: deque = deque()
+    """Map a function over items on a pool, in order, with at most `ahead` items in flight."""
+    pending: deque = deque()
     for item in items:
-        flying.append(pool.submit(function, item))
-        if len(flying) >= ahead:
-            yield flying.popleft().result()
-    while flying:
-        yield flying.popleft().result()
+        pending.append(pool.submit(function, item))
+        if len(pending) >= ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def _check_settings(
@@ -227,7 +234,7 @@ def _check_settings(
 
 
 def _is_prepared(out: Path, settings: dict[str, Any]) -> bool:
-    """Whether `out` is finished. DataError if it was begun with other settings."""
+    """Return whether `out` is a finished dataset. Raises DataError if its settings differ."""
     for name in (META, PROGRESS):
         if not (out / name).exists():
             continue
@@ -235,7 +242,7 @@ def _is_prepared(out: Path, settings: dict[str, Any]) -> bool:
         if found != settings:
             raise DataError(
                 f"{out}: holds data prepared with other settings\n  there:  {found}\n"
-                f"  wanted: {settings}\nDelete the folder or write elsewhere with --out."
+                f"  wanted: {settings}\nDelete the folder or choose another one with --out."
             )
         return name == META
     return False

@@ -1,7 +1,7 @@
-"""Token files: llm.c's `.bin` (header, then uint16 ids), and nanoGPT's, which have no header.
+"""Read and write token files: llm.c's `.bin` (header, then uint16 ids) and nanoGPT's (no header).
 
-A file's size is checked against what it should hold before any token is used, at the start and
-again whenever it is read: a mapped file that shrank would kill the process without a message.
+The size of a file is checked when it is opened and again on every access, because reading a
+memory-mapped file that has shrunk kills the process without a message.
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ TOKEN_BYTES = 2
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message names the file, what it holds and what was expected."""
+    """The data cannot be used. The message names the file, its content and what was expected."""
 
 
 class Shard:
-    """One file of `n_tokens` ids. Opening checks the file; DataError says what is wrong with it."""
+    """One token file with `n_tokens` ids. Raises DataError if the file is damaged."""
 
     def __init__(self, path: str | Path, *, headerless: bool = False) -> None:
         self.path = Path(path)
@@ -37,7 +37,10 @@ class Shard:
         self._mapped: np.ndarray | None = None
 
     def tokens(self) -> np.ndarray:
-        """All ids, (n_tokens,) uint16, mapped read-only. DataError if the file has changed size."""
+        """Return all ids, (n_tokens,) uint16, mapped read-only.
+
+        Raises DataError if the size of the file has changed.
+        """
         size = self._size()
         if size != self.n_bytes:
             self._fail(size)
@@ -63,7 +66,7 @@ class Shard:
 
 
 def _read_header(path: Path, size: int) -> int:
-    """Number of tokens that the header announces."""
+    """Return the number of tokens stated in the header."""
     if size < HEADER_BYTES:
         raise DataError(f"{path}: {size:,} bytes, expected at least {HEADER_BYTES:,} of header")
     magic, version, n_tokens = np.fromfile(path, "<i4", 3).tolist()
@@ -72,17 +75,17 @@ def _read_header(path: Path, size: int) -> int:
     if version != VERSION:
         raise DataError(f"{path}: version {version}, expected {VERSION}")
     if n_tokens < 0:
-        raise DataError(f"{path}: header announces {n_tokens} tokens")
+        raise DataError(f"{path}: its header states {n_tokens} tokens")
     return n_tokens
 
 
 def has_header(path: Path) -> bool:
-    """Whether a file begins as llm.c's shards do."""
+    """Return whether a file begins like llm.c's shards."""
     return np.fromfile(path, "<i4", 1).tolist() == [MAGIC]
 
 
 def write_shard(path: Path, documents: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Write the ids of `documents` in a row and return the file's entry for meta.json."""
+    """Write the concatenated ids of `documents` and return the file's entry for meta.json."""
     n_tokens = sum(map(len, documents))
     if not 0 < n_tokens < 2**31:
         raise DataError(f"{path}: {n_tokens:,} tokens; a shard holds 1 to {2**31 - 1:,}")
@@ -94,7 +97,7 @@ def write_shard(path: Path, documents: Sequence[np.ndarray]) -> dict[str, Any]:
 
 
 def shard_entry(name: str, n_tokens: int, offset: int, sha256: str) -> dict[str, Any]:
-    """A file as meta.json lists it."""
+    """Return the entry of a file in meta.json."""
     return {
         "name": name,
         "tokens": n_tokens,

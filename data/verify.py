@@ -1,6 +1,6 @@
 """Compare every shard of a dataset with the sha256 in its meta.json: `python -m data.verify DIR`.
 
-Opening a dataset checks its structure in milliseconds; this reads all of it.
+Opening a dataset checks only its structure; this command reads all of its content.
 """
 
 import argparse
@@ -16,7 +16,10 @@ from data.shards import DataError
 
 
 def verify(dataset: Dataset) -> int:
-    """Number of files whose content is what meta.json says. DataError names those that differ."""
+    """Check the sha256 of every shard and return the number of shards.
+
+    Raises DataError naming the files that differ from meta.json.
+    """
     entries = [entry for name in SPLITS for entry in dataset.meta["splits"][name]["files"]]
     damaged = [
         entry["name"]
@@ -35,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = argparse.ArgumentParser(prog="python -m data.verify", description=__doc__)
     options.add_argument("dataset", help="name or folder")
     dataset = open_dataset(options.parse_args(argv).dataset)
-    print(f"{dataset.dir}: {verify(dataset)} files are what {META} says")
+    print(f"{dataset.dir}: {verify(dataset)} files agree with {META}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Which tokens the n-th training sequence holds: a pure function of the seed and n.
+"""Compute the position of the n-th training sequence as a function of the seed and n.
 
-Every epoch cuts each shard into windows that do not overlap, from a new random offset so that
-their borders move, and visits all windows once in a new random order. No state but n is needed.
-Documents that all have one length are windows themselves: their borders stay.
+Every epoch cuts each shard into windows that do not overlap, starting at a new random offset, and
+visits all windows once in a new random order. If all documents have one length (data.layout), the
+windows are the documents, without an offset.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from data.shards import DataError
 
 
 class EpochWindows:
-    """Windows of `block_size` inputs and one more target in shards of `sizes` tokens."""
+    """Windows of `block_size` + 1 tokens in shards of `sizes` tokens, shuffled in every epoch."""
 
     def __init__(
         self, sizes: np.ndarray, block_size: int, seed: int, layout: Layout | None = None
@@ -22,9 +22,9 @@ class EpochWindows:
             self.stride = layout.length  # tokens from one window to the next
             self.counts = sizes // layout.length  # (n_shards,)
         else:
-            self.stride = block_size  # the last target is the next window's first input
+            self.stride = block_size  # a window's last target is the next window's first input
             fitting = (sizes - 1) // block_size  # (n_shards,)
-            # One window less than fits leaves room for any offset; a lone window stays.
+            # One window fewer than fit leaves room for any offset; a single window is kept.
             self.counts = np.maximum(fitting - 1, np.minimum(fitting, 1))
         self.total = int(self.counts.sum())
         if self.total == 0:
@@ -40,26 +40,26 @@ class EpochWindows:
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Shard and first token of the sequences with these global `indices`, (n,) each."""
+        """Return shard and first token, (n,) each, of the sequences with these global indices."""
         epochs, positions = np.divmod(indices, self.total)
         shard_ids, starts = np.empty_like(indices), np.empty_like(indices)
         for epoch in np.unique(epochs).tolist():
             offsets, order = self._epoch(epoch)
-            here = epochs == epoch
-            window = order[positions[here]]
+            in_epoch = epochs == epoch
+            window = order[positions[in_epoch]]
             shard = np.searchsorted(self._ends, window, side="right")
             within = window - (self._ends - self.counts)[shard]
-            shard_ids[here] = shard
-            starts[here] = offsets[shard] + within * self.stride
+            shard_ids[in_epoch] = shard
+            starts[in_epoch] = offsets[shard] + within * self.stride
         return shard_ids, starts
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Offset of each shard, (n_shards,), and order of all windows, (total,), in one epoch."""
+        """Return the offset of each shard, (n_shards,), and the order of all windows, (total,)."""
         if epoch not in self._epochs:
             random = np.random.Generator(
                 np.random.PCG64(np.random.SeedSequence([self.seed, epoch]))
             )
             drawn = random.integers(0, self._spare + 1), random.permutation(self.total)
-            before = {e: kept for e, kept in self._epochs.items() if e == epoch - 1}
-            self._epochs = {**before, epoch: drawn}
+            previous = {e: kept for e, kept in self._epochs.items() if e == epoch - 1}
+            self._epochs = {**previous, epoch: drawn}
         return self._epochs[epoch]

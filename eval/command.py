@@ -1,4 +1,4 @@
-"""What the commands of eval/ and bench/ share: a parser whose help is the module's docstring."""
+"""Helpers for the command-line programs in eval/, studies/ and bench/."""
 
 import argparse
 import signal
@@ -6,7 +6,7 @@ from typing import NoReturn
 
 
 def command_parser(module: str, about: str | None) -> argparse.ArgumentParser:
-    """An empty parser for `python -m <module>`; its help shows `about` with its line breaks."""
+    """Return a parser for `python -m <module>` whose help shows `about` with its line breaks."""
     return argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=about,
@@ -15,7 +15,7 @@ def command_parser(module: str, about: str | None) -> argparse.ArgumentParser:
 
 
 def leave_on_signals() -> None:
-    """SIGINT, SIGTERM and SIGHUP end this command with 128 + signal, by way of its `finally`s."""
+    """Exit with 128 + signal number on SIGINT, SIGTERM or SIGHUP, and run `finally` blocks."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
 

@@ -1,9 +1,10 @@
-"""A checkpoint in another format: whole, in shards, or as a Hugging Face folder.
+"""Convert a checkpoint between the full and the sharded format, or export it to Hugging Face.
 
     python -m eval.convert out/run out/run_full --to full
     python -m eval.convert out/run/checkpoints/step-00000100 hf_model --to hf
 
-full and sharded write TARGET/checkpoints/step-N, which train.py resumes: --resume=that folder.
+`--to full` and `--to sharded` write TARGET/checkpoints/step-N. To resume from it, pass that folder
+to train.py as --resume.
 """
 
 import argparse
@@ -20,12 +21,12 @@ from trainer.checkpoint.sharded import read_all
 from trainer.checkpoint.write import save_checkpoint, save_sharded
 from trainer.parallel import Parallel
 
-OF_THE_FILE = ("schema", "step", "files", "format")  # what a manifest says of the checkpoint itself
+WRITER_FIELDS = ("schema", "step", "files", "format")  # manifest fields that the writer sets anew
 
 
 def convert(source: Checkpoint, root: Path, *, to_shards: bool) -> Path:
-    """Write `source` under `root` in the other format; returns the folder."""
-    facts = {key: value for key, value in source.manifest.items() if key not in OF_THE_FILE}
+    """Write `source` as `root/step-N`, full or in shards, and return the new folder."""
+    facts = {key: value for key, value in source.manifest.items() if key not in WRITER_FIELDS}
     tensors = {"model": source.model, "ema": source.ema, "train": source.train}
     arguments: dict[str, Any] = read_all(tensors) | {"manifest": facts, "keep": 1}
     arguments["tokenizer_json"] = (source.path / "tokenizer.json").read_bytes()
@@ -38,10 +39,10 @@ def convert(source: Checkpoint, root: Path, *, to_shards: bool) -> Path:
 def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = command_parser("eval.convert", __doc__)
     add = parser.add_argument
-    add("source", type=Path, help="an out_dir (its newest checkpoint), or one checkpoint's folder")
-    add("target", type=Path, help="the folder to write, without checkpoints in it")
-    add("--to", choices=["full", "sharded", "hf"], required=True)
-    add("--ema", action="store_true", help="the averaged weights (hf only)")
+    add("source", type=Path, help="a run's out_dir (newest checkpoint) or a checkpoint's folder")
+    add("target", type=Path, help="the folder to write; it must not contain checkpoints")
+    add("--to", choices=["full", "sharded", "hf"], required=True, help="the format to write")
+    add("--ema", action="store_true", help="export the averaged weights (with --to hf only)")
     return parser, parser.parse_args(argv)
 
 
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"step {run.step} of {source} exported to {target}")
             return
         if candidates(target / "checkpoints"):
-            raise CheckpointError(f"{target} holds checkpoints; choose another folder")
+            raise CheckpointError(f"{target} already contains checkpoints; choose another folder")
         found = open_checkpoint(source)
         written = convert(found, target / "checkpoints", to_shards=to == "sharded")
         print(f"step {found.step} of {source} written to {written}")

@@ -1,12 +1,12 @@
-"""A run on the tasks of EleutherAI's lm-evaluation-harness.
+"""Evaluate a run on tasks of EleutherAI's lm-evaluation-harness.
 
     python -m eval.harness out/run --tasks hellaswag,lambada_openai --data DIR
     python -m eval.harness out/run --tasks hellaswag --limit 200 --out hellaswag.json
 
-With --data nothing is downloaded: DIR holds the files as their authors publish them,
-hellaswag_val.jsonl and lambada_test.jsonl. Without, the harness fetches its data from the Hugging
-Face hub, and knows many more tasks. Prompts and metrics are the harness's own in both cases.
-A text that does not fit into block_size loses its beginning; the output says how many did.
+With --data nothing is downloaded: DIR must contain hellaswag_val.jsonl and lambada_test.jsonl as
+their authors publish them. Without --data all tasks of the harness are available, and it downloads
+their data from the Hugging Face hub. Prompts and metrics are the harness's own in both cases. Texts
+longer than block_size are truncated on the left; the output says how many.
 """
 
 import argparse
@@ -30,12 +30,12 @@ from trainer.checkpoint.read import CheckpointError
 
 @dataclass(frozen=True)
 class Published:
-    """A data set as its authors publish it, and where the harness looks for it."""
+    """A dataset file as its authors publish it, and the harness task that reads it."""
 
     file: str
-    config: str  # below lm_eval/tasks
+    config: str  # path of the task's definition below lm_eval/tasks
     split: str
-    columns: dict[str, tuple[type, ...]]
+    columns: dict[str, tuple[type, ...]]  # the types allowed in each column
 
 
 HELLASWAG = {"activity_label": (str,), "ctx_a": (str,), "ctx_b": (str,), "endings": (list,)}
@@ -44,7 +44,7 @@ LOCAL = {
         "hellaswag_val.jsonl",
         "hellaswag/hellaswag.yaml",
         "validation",
-        HELLASWAG | {"label": (int, str)},  # a number in the authors' file, a text on the hub
+        HELLASWAG | {"label": (int, str)},  # an int in the authors' file, a string on the hub
     ),
     "lambada_openai": Published(
         "lambada_test.jsonl", "lambada/lambada_openai.yaml", "test", {"text": (str,)}
@@ -53,7 +53,11 @@ LOCAL = {
 
 
 def harness(module: str = "lm_eval") -> Any:
-    """A module of the harness, whose name in this folder is this file's. ImportError: a remedy."""
+    """Import a module of lm-evaluation-harness.
+
+    Raises:
+        ImportError: the package is not installed; the message says how to install it.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -63,7 +67,7 @@ def harness(module: str = "lm_eval") -> Any:
 
 
 def as_harness_lm(scorer: Scorer) -> Any:
-    """The scorer as the harness's `LM`."""
+    """Wrap the scorer in a subclass of the harness's `LM`."""
 
     class GPTLM(harness("lm_eval.api.model").LM):
         def loglikelihood(self, requests: Any) -> list[tuple[float, bool]]:
@@ -79,12 +83,16 @@ def as_harness_lm(scorer: Scorer) -> Any:
 
 
 def local_files(tasks: Sequence[str], folder: Path) -> dict[str, Path]:
-    """The file of each task in `folder`. ValueError: which one is missing, or which line is bad."""
+    """Find the file of each task in `folder` and check its rows.
+
+    Raises:
+        ValueError: a task has no local file, a file is missing or empty, or a row is malformed.
+    """
     if unknown := [task for task in tasks if task not in LOCAL]:
-        raise ValueError(f"--data serves {', '.join(LOCAL)}, not {', '.join(unknown)}")
+        raise ValueError(f"--data supports {', '.join(LOCAL)}, but not {', '.join(unknown)}")
     files = {task: folder.resolve() / LOCAL[task].file for task in tasks}
     if missing := [str(path) for path in files.values() if not path.is_file()]:
-        raise ValueError(f"no such file: {', '.join(missing)}; wanted as its authors publish it")
+        raise ValueError(f"no such file: {', '.join(missing)}; get it from the dataset's authors")
     for task, path in files.items():
         lines = path.read_text(encoding="utf-8").splitlines()
         for number, line in enumerate(lines, start=1):
@@ -102,14 +110,14 @@ def _check_row(line: str, columns: dict[str, tuple[type, ...]], where: str) -> N
             bad = ["label"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{where}: wanted an object with {', '.join(columns)}: {error!r}"
+            f"{where}: expected a JSON object with {', '.join(columns)}: {error!r}"
         ) from None
     if bad:
-        raise ValueError(f"{where}: {bad[0]}={row[bad[0]]!r} is not what its authors publish")
+        raise ValueError(f"{where}: {bad[0]}={row[bad[0]]!r} is invalid; use the published file")
 
 
 def local_manager(files: dict[str, Path], folder: Path) -> Any:
-    """The harness's own tasks, reading our files; their definitions are written to `folder`."""
+    """Return a task manager whose tasks read `files`; write their definitions to `folder`."""
     library = harness("lm_eval.tasks")
     for task, path in files.items():
         content = {
@@ -117,7 +125,7 @@ def local_manager(files: dict[str, Path], folder: Path) -> Any:
             "task": task,
             "dataset_path": "json",
             "dataset_name": None,
-            "training_split": None,  # of use for few-shot examples only
+            "training_split": None,  # the harness needs it for few-shot examples only
             "dataset_kwargs": {"data_files": {LOCAL[task].split: str(path)}},
         }
         write_atomic(folder / f"{task}.yaml", [json.dumps(content).encode()])  # JSON is YAML
@@ -125,17 +133,23 @@ def local_manager(files: dict[str, Path], folder: Path) -> Any:
 
 
 def hub_manager(tasks: Sequence[str]) -> Any:
-    """All tasks that the harness knows. ValueError in time: no network, or no such task."""
+    """Return the harness's task manager, whose tasks download their data.
+
+    Raises:
+        ValueError: the hub cannot be reached, or a task is unknown. Without this check the harness
+            would fail late or wait for the network.
+    """
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     if not os.environ.get("HF_HUB_OFFLINE") and not is_reachable(endpoint):
         raise ValueError(
             f"{endpoint} does not answer: put {', '.join(task.file for task in LOCAL.values())} "
-            "into a folder and give it as --data, or set HF_HUB_OFFLINE=1 if they were fetched once"
+            "into a folder and pass it as --data, or set HF_HUB_OFFLINE=1 to use cached downloads"
         )
     manager = harness("lm_eval.tasks").TaskManager()
     if unknown := sorted({*tasks} - {*manager.all_tasks}):
         near = difflib.get_close_matches(unknown[0], manager.all_tasks)
-        raise ValueError(f"the harness has no task {unknown[0]!r}; near it: {', '.join(near)}")
+        hint = f"; similar names: {', '.join(near)}" if near else ""
+        raise ValueError(f"the harness has no task {unknown[0]!r}{hint}")
     return manager
 
 
@@ -147,10 +161,21 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 8,
 ) -> dict[str, Any]:
-    """{task: {metric: value}} with all that it takes to make it again, as JSON."""
+    """Evaluate `run` on tasks of the harness.
+
+    Args:
+        data: folder with local dataset files. Defaults to downloads from the Hugging Face hub.
+        limit: use only the first rows of each task.
+    Returns:
+        A JSON-compatible report: {task: {metric: value}} under "results", and what is needed to
+        reproduce it.
+    Raises:
+        ImportError: lm-evaluation-harness is not installed.
+        ValueError: see `local_files` and `hub_manager`.
+    """
     library = harness()
     files = local_files(tasks, data) if data else {}
-    os.environ["DISABLE_MULTIPROC"] = "1"  # the harness would fork a process that has threads
+    os.environ["DISABLE_MULTIPROC"] = "1"  # the harness would fork this multi-threaded process
     scorer = Scorer(run.model, run.tokenizer, batch_size)
     with tempfile.TemporaryDirectory() as folder:
         found = library.simple_evaluate(
@@ -173,26 +198,26 @@ def evaluate(
 
 
 def _metrics(found: dict[str, Any], task: str) -> dict[str, Any]:
-    """What the harness keeps under "metric,filter", if it is a number, and how many rows."""
-    kept = {
+    """Return a task's numeric metrics without the harness's filter names, and its row count n."""
+    metrics = {
         key.removesuffix(",none"): value
         for key, value in found["results"][task].items()
         if "," in key and isinstance(value, int | float)
     }
-    return kept | {"n": found["n-samples"].get(task, {}).get("effective")}
+    return metrics | {"n": found["n-samples"].get(task, {}).get("effective")}
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = command_parser("eval.harness", __doc__)
     add = parser.add_argument
-    add("run", help="an out_dir, or one checkpoint's folder")
-    add("--tasks", default="hellaswag,lambada_openai", help="names, separated by commas")
-    add("--data", type=Path, help="folder with the published files; none: the Hugging Face hub")
-    add("--limit", type=int, help="only the first rows of each task")
-    add("--out", type=Path, help="JSON to write")
-    add("--batch_size", type=int, default=8)
+    add("run", help="a run's out_dir or a checkpoint's folder")
+    add("--tasks", default="hellaswag,lambada_openai", help="task names, separated by commas")
+    add("--data", type=Path, help="folder with the published files; default: download the data")
+    add("--limit", type=int, help="evaluate only the first rows of each task")
+    add("--out", type=Path, help="a JSON file for the report")
+    add("--batch_size", type=int, default=8, help="texts that are scored at once")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    add("--ema", action="store_true", help="the averaged weights")
+    add("--ema", action="store_true", help="use the averaged weights")
     return parser, parser.parse_args(argv)
 
 
@@ -204,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
             if value is not None and value < 1:
                 raise ValueError(f"--{key}={value}: must be at least 1")
         if arguments.out and not arguments.out.parent.is_dir():
-            raise ValueError(f"--out={arguments.out}: there is no folder {arguments.out.parent}")
+            raise ValueError(f"--out: the folder {arguments.out.parent} does not exist")
         run = load_run(arguments.run, device=pick_device(arguments.device), ema=arguments.ema)
         report = evaluate(run, arguments.tasks.split(","), data=arguments.data, **limits)
     except (CheckpointError, ImportError, OSError, ValueError) as error:
@@ -213,7 +238,9 @@ def main(argv: list[str] | None = None) -> None:
         write_atomic(arguments.out, [(json.dumps(report, indent=2) + "\n").encode()])
     for task, metrics in report["results"].items():
         print(task, *(f"{key}={value:.6g}" for key, value in metrics.items()), sep="  ")
-    print(f"{report['n_truncated']} texts lost their beginning to block_size")
+    print(
+        f"{report['n_truncated']} texts were longer than block_size and were truncated on the left"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""GPT-2 models from and to Hugging Face folders on this machine; nothing is ever downloaded.
+"""Load and save GPT-2 models as local Hugging Face folders, without downloading anything.
 
     python -m eval.hf export out/demo/text DIR
 
@@ -23,7 +23,7 @@ from eval.run import load_run
 from model import GPT, GPTConfig
 from trainer.checkpoint.read import CheckpointError
 
-# GPT-2's own settings: what model.py computes. A folder that says otherwise is another model.
+# The settings of GPT-2 that model.py implements. A folder with other values is rejected.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -32,15 +32,18 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
 }
-TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # Conv1D keeps (d_in, d_out)
-BUFFERS = re.compile(r"\.attn\.(masked_)?bias$")  # the causal mask, in old files
+TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # Conv1D stores (d_in, d_out)
+BUFFERS = re.compile(r"\.attn\.(masked_)?bias$")  # the causal mask, which old files contain
 
 
 def load_hf(directory: str | Path) -> GPT:
-    """The GPT-2 in a local Hugging Face folder (config.json, model.safetensors), in float32.
+    """Load a GPT-2 from a folder with config.json and model.safetensors.
 
-    Dropout is a choice of training, so it is 0 here.
-    Raises ValueError: what is missing, unexpected, of another shape, or not GPT-2.
+    The weights are converted to float32. Dropout is 0, whatever config.json says.
+
+    Raises:
+        ValueError: a file is missing or damaged, the model is not a GPT-2, or weights are missing,
+            unexpected or of another shape.
     """
     directory = Path(directory)
     config = _read_config(directory / "config.json")
@@ -53,16 +56,16 @@ def load_hf(directory: str | Path) -> GPT:
 
 def _read_config(path: Path) -> GPTConfig:
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; wanted a folder written by save_pretrained()")
+        raise ValueError(f"{path}: no such file; pass a folder written by save_pretrained()")
     try:
         given = json.loads(path.read_text())
         sizes = {key: given[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
         block_size = given.get("n_positions", 1024)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not the config of a GPT-2 ({error!r})") from None
+        raise ValueError(f"{path}: not the configuration of a GPT-2 ({error!r})") from None
     allowed = SUPPORTED | {"n_inner": (None, 4 * sizes["n_embd"])}
     problems = [
-        f"{path}: {key}={given[key]!r} is not supported; wanted {' or '.join(map(repr, values))}"
+        f"{path}: {key}={given[key]!r} is not supported; must be {' or '.join(map(repr, values))}"
         for key, values in allowed.items()
         if key in given and given[key] not in values
     ]
@@ -74,11 +77,11 @@ def _read_config(path: Path) -> GPTConfig:
 
 
 def _read_weights(path: Path, tie_weights: bool) -> dict[str, Tensor]:
-    """The file's tensors under our names and in our orientation."""
+    """Read a safetensors file and convert it to the names and orientation of model.py."""
     if not path.is_file():
         raise ValueError(
-            f"{path}: no such file; one unsharded safetensors file is wanted: "
-            "model.save_pretrained(folder, max_shard_size='100GB') writes it"
+            f"{path}: no such file; the weights must be in one safetensors file, which "
+            "model.save_pretrained(folder, max_shard_size='100GB') writes"
         )
     try:
         tensors = load_file(path)
@@ -94,34 +97,37 @@ def _read_weights(path: Path, tie_weights: bool) -> dict[str, Tensor]:
     return weights
 
 
-def _check_weights(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    problems = [f"missing {key}" for key in sorted(wanted.keys() - found.keys())]
-    problems += [f"unexpected {key}" for key in sorted(found.keys() - wanted.keys())]
+def _check_weights(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    problems = [f"missing {key}" for key in sorted(expected.keys() - found.keys())]
+    problems += [f"unexpected {key}" for key in sorted(found.keys() - expected.keys())]
     problems += [
-        f"{key} is {tuple(found[key].shape)}, config.json says {tuple(wanted[key].shape)}"
-        for key in sorted(found.keys() & wanted.keys())
-        if found[key].shape != wanted[key].shape
+        f"{key} is {tuple(found[key].shape)}, config.json says {tuple(expected[key].shape)}"
+        for key in sorted(found.keys() & expected.keys())
+        if found[key].shape != expected[key].shape
     ]
     if problems:
-        raise ValueError(f"{path} does not fit its config: " + "; ".join(problems))
+        raise ValueError(f"{path} does not match its config.json: " + "; ".join(problems))
 
 
 def export_hf(model: GPT, tokenizer: Tokenizer, directory: str | Path) -> None:
-    """Write the model and its tokenizer as a Hugging Face folder, same logits and same ids.
+    """Write the model and its tokenizer as a Hugging Face folder with the same logits and ids.
 
-    The factors of muP are folded into the weights: what is written is a standard GPT-2.
-    Hugging Face's GPT-2 always has biases: a model without gets zeros, which is exact. The exported
-    tokenizer takes "<|endoftext|>" in a text for ordinary text, as ours does.
-    Raises ValueError if they do not belong together; ImportError without the package `tokenizers`.
+    The result is a standard GPT-2: the multipliers of muP are folded into the weights. Hugging
+    Face's GPT-2 always has biases, so a model without biases gets zeros. The exported tokenizer
+    reads "<|endoftext|>" in a text as ordinary text, like `data.tokenizer.Tokenizer`.
+
+    Raises:
+        ValueError: the model has fewer ids than the tokenizer, or `directory` contains a run.
+        ImportError: the package `tokenizers` is not installed.
     """
     if model.config.vocab_size < tokenizer.n_vocab:
         raise ValueError(
-            f"the model has {model.config.vocab_size} ids, tokenizer {tokenizer.name!r} has "
-            f"{tokenizer.n_vocab}: they do not belong together"
+            f"the model has {model.config.vocab_size} ids, but tokenizer {tokenizer.name!r} has "
+            f"{tokenizer.n_vocab}; export a model with its own tokenizer"
         )
     directory = Path(directory)
     if (directory / "checkpoints").exists() or (directory / "manifest.json").exists():
-        raise ValueError(f"{directory} holds a run; export into a folder of its own")
+        raise ValueError(f"{directory} contains a run; export to another folder")
     texts = {
         "tokenizer.json": _tokenizer_json(tokenizer),
         "tokenizer_config.json": _to_json(_tokenizer_config(model.config)),
@@ -165,23 +171,21 @@ def _end_of_text_ids(eot: int) -> dict[str, int]:
 
 def _tokenizer_config(config: GPTConfig) -> dict[str, Any]:
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # GPT2Tokenizer ignores the pattern
+        "tokenizer_class": "PreTrainedTokenizerFast",  # GPT2Tokenizer would ignore the pattern
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT),
         "model_max_length": config.block_size,
-        "split_special_tokens": True,  # end-of-text comes as an id, never out of a text
+        "split_special_tokens": True,  # so that no text is encoded as the end-of-text id
         "clean_up_tokenization_spaces": False,
     }
 
 
 def _tokenizer_json(tokenizer: Tokenizer) -> str:
-    """tokenizer.json: cut the text by our pattern, map bytes to letters, merge by our ranks."""
+    """Return tokenizer.json: split by the pattern, map bytes to letters, merge by rank."""
     try:
         from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
         from tokenizers import Tokenizer as HFTokenizer
     except ImportError:
-        raise ImportError(
-            "the export needs transformers: pip install 'transformers>=5.0'"
-        ) from None
+        raise ImportError("the export needs tokenizers: pip install 'tokenizers>=0.22'") from None
     vocab = {_letters(token): rank for token, rank in tokenizer.ranks.items()}
     vocab[END_OF_TEXT] = tokenizer.eot
     bpe = models.BPE(vocab=vocab, merges=_merges(tokenizer.ranks), ignore_merges=True)
@@ -198,7 +202,7 @@ def _tokenizer_json(tokenizer: Tokenizer) -> str:
 
 
 def _merges(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
-    """Every way to put a token together from two others, lowest rank first: what tiktoken does."""
+    """Return every split of a token into two tokens, lowest rank first, as tiktoken merges."""
     return [
         (_letters(token[:cut]), _letters(token[cut:]))
         for token in sorted(ranks, key=ranks.__getitem__)
@@ -208,16 +212,16 @@ def _merges(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
 
 
 def _letters(token: bytes) -> str:
-    """Bytes as GPT-2's files spell them: a printable letter for each byte."""
+    """Spell bytes as GPT-2's vocabulary files do, with one printable letter for each byte."""
     return "".join(map(BYTE_LETTERS.__getitem__, token))
 
 
 def _byte_letters() -> list[str]:
-    """The letter of each byte: itself where Latin-1 prints it, else the next one from U+0100."""
+    """List GPT-2's letter for each byte: its Latin-1 character, or one from U+0100 on if none."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
     printable += range(ord("®"), ord("ÿ") + 1)
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(b if b in printable else 256 + others.index(b)) for b in range(256)]
+    unprintable = [byte for byte in range(256) if byte not in printable]
+    return [chr(b if b in printable else 256 + unprintable.index(b)) for b in range(256)]
 
 
 BYTE_LETTERS = _byte_letters()
@@ -230,9 +234,9 @@ def _to_json(content: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = command_parser("eval.hf", __doc__)
     parser.add_argument("command", choices=["export"])
-    parser.add_argument("run", help="an out_dir, or one checkpoint's folder")
+    parser.add_argument("run", help="a run's out_dir or a checkpoint's folder")
     parser.add_argument("directory", help="the folder to write")
-    parser.add_argument("--ema", action="store_true", help="the averaged weights")
+    parser.add_argument("--ema", action="store_true", help="export the averaged weights")
     arguments = parser.parse_args(argv)
     try:
         run = load_run(arguments.run, ema=arguments.ema)

@@ -1,4 +1,4 @@
-"""The loss on a fixed set of batches: an exact sum over tokens, whatever the batches look like."""
+"""Compute the loss on a fixed set of batches as an exact sum over tokens."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -15,9 +15,11 @@ from model import IGNORE, eval_mode
 
 @dataclass(frozen=True)
 class Loss:
+    """The result of `evaluate`."""
+
     loss: float  # nats per scored token
-    bits_per_byte: float  # comparable between tokenizers; nan if only end-of-text was scored
-    n_tokens: int  # scored
+    bits_per_byte: float  # comparable between tokenizers; NaN if only end-of-text was scored
+    n_tokens: int  # number of scored tokens
 
 
 def evaluate(
@@ -30,18 +32,20 @@ def evaluate(
     should_stop: Callable[[], bool] = lambda: False,
     total: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Loss | None:
-    """Cross-entropy of `model` over every scored target, each counted once.
+    """Compute the cross-entropy of `model` over all scored targets.
 
         loss = Σ nats / n_tokens        bits_per_byte = Σ nats / ln 2 / Σ bytes of the targets
 
+    Every scored target counts once, so the result does not depend on how tokens are batched.
+
     Args:
-        model: returns (logits (B, T, V), _); is in eval mode meanwhile, then as it was.
-        batches: (x, y) int64 (B, T) on the CPU; y == -1 is not scored.
-        token_bytes: (n_vocab,) bytes of each token; 0 for end-of-text.
-        autocast: entered once per batch.
-        should_stop: asked before each batch; if it says yes the result is None, because the loss
-            of a part of the batches compares to nothing.
-        total: sums over the processes, where each evaluates some of the batches.
+        model: returns (logits (B, T, V), _). It runs in eval mode and gets its mode back.
+        batches: pairs (x, y) of int64 tensors (B, T) on the CPU; a target of -1 is not scored.
+        token_bytes: (n_vocab,) number of bytes of each token; 0 for end-of-text.
+        autocast: a context manager that is entered once per batch.
+        should_stop: called before each batch. If it returns True, `evaluate` returns None, because
+            a loss over some of the batches cannot be compared with any other loss.
+        total: sums a tensor over all processes. Pass it when each process evaluates some batches.
     Raises:
         ValueError: no target is scored.
     """
@@ -68,6 +72,8 @@ def evaluate(
 
 def _loss(nats: float, n_tokens: int, n_bytes: int) -> Loss:
     if not n_tokens:
-        raise ValueError("the batches hold no scored target (every y is -1, or there is no batch)")
+        raise ValueError(
+            "the batches contain no scored target: every y is -1, or there is no batch"
+        )
     bits_per_byte = nats / math.log(2) / n_bytes if n_bytes else math.nan
     return Loss(loss=nats / n_tokens, bits_per_byte=bits_per_byte, n_tokens=n_tokens)

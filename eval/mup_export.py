@@ -1,9 +1,11 @@
-"""A muP model's factors moved into its weights, or out of them: the logits of a standard GPT-2.
+"""Fold the forward multipliers of a muP model into its weights, and unfold them again.
 
-    logits_mult      the last LayerNorm, whose output only the head sees
-    attention_mult   the rows of q, and their biases
+A GPT-2 without multipliers computes the same logits from the folded weights:
 
-Equal bit for bit where the factors are powers of two, up to rounding elsewhere.
+    logits_mult      multiplies the last LayerNorm, whose output only the head reads
+    attention_mult   multiplies the rows of q and their biases
+
+The logits are equal bit for bit if the multipliers are powers of two, else up to rounding.
 """
 
 from collections.abc import Mapping
@@ -14,23 +16,23 @@ from model import GPT, GPTConfig
 
 
 def folded_weights(model: GPT) -> dict[str, Tensor]:
-    """The model's state_dict (on the CPU) for a GPT without factors."""
+    """Return a state_dict on the CPU for a GPT without multipliers that computes the same."""
     weights = {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}
     return _scaled(weights, model.config.logits_mult, model.config.attention_mult)
 
 
 def unfolded_weights(weights: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """The state_dict of a GPT without factors for one that has those of `config`."""
+    """Convert the weights of a standard GPT for a GPT with the multipliers of `config`."""
     return _scaled(weights, 1 / config.logits_mult, 1 / config.attention_mult)
 
 
 def _scaled(weights: Mapping[str, Tensor], logits: float, attention: float) -> dict[str, Tensor]:
-    """A copy in which what makes the logits, and what makes those of attention, is multiplied."""
-    found = dict(weights)
+    """Return a copy with ln_f multiplied by `logits` and the q parts by `attention`."""
+    scaled = dict(weights)
     for key, tensor in weights.items():
         if ".ln_f." in key and logits != 1:
-            found[key] = tensor * logits
+            scaled[key] = tensor * logits
         if ".c_attn." in key and attention != 1:
             q, k_and_v = tensor.tensor_split([len(tensor) // 3])  # (3 C, C) or (3 C,)
-            found[key] = cat([q * attention, k_and_v])
-    return found
+            scaled[key] = cat([q * attention, k_and_v])
+    return scaled

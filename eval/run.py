@@ -1,4 +1,4 @@
-"""Load what a run left behind: the model in eval mode, its tokenizer, its settings."""
+"""Load a trained run: the model in eval mode, its tokenizer and its settings."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,37 +10,42 @@ from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 from trainer.checkpoint.read import Checkpoint, CheckpointError, load_into, open_checkpoint
 
-ENVIRONMENT = ("device", "threads", "python", "torch", "git", "world")  # see runlog.environment
+# The fields of trainer.metrics.environment, which a checkpoint's manifest repeats.
+ENVIRONMENT = ("device", "threads", "python", "torch", "git", "world")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A trained model with everything that is needed to evaluate it."""
+    """A trained model with everything needed to evaluate it."""
 
     path: Path  # the checkpoint's folder
     step: int
     model: GPT
     tokenizer: Tokenizer
-    config: dict[str, Any]  # the run's settings
-    environment: dict[str, Any]  # where it was trained: device, versions, git revision
+    config: dict[str, Any]  # the settings of the training run
+    environment: dict[str, Any]  # device, versions and git revision of the training run
 
 
 def load_run(path: str | Path, *, device: str | torch.device = "cpu", ema: bool = False) -> Run:
-    """The run at `path`, an out_dir (newest good checkpoint) or one checkpoint's folder.
+    """Load a run from disk.
 
     Args:
-        ema: the averaged weights instead of the last ones.
+        path: a run's out_dir (its newest undamaged checkpoint is loaded) or a checkpoint's folder.
+        device: the device to put the model on.
+        ema: load the averaged weights instead of the last ones.
     Raises:
-        CheckpointError: there is no usable checkpoint, or no averaged weights in it.
+        CheckpointError: there is no usable checkpoint, or it contains no averaged weights.
     """
     return run_of(open_checkpoint(Path(path)), device=device, ema=ema)
 
 
 def run_of(found: Checkpoint, *, device: str | torch.device = "cpu", ema: bool = False) -> Run:
-    """The same of a checkpoint that was opened already."""
+    """Build a run from a checkpoint that is already open. See `load_run`."""
     weights = found.ema if ema else found.model
     if weights is None:
-        raise CheckpointError(f"checkpoint {found.path} holds no averaged weights (ema_decay=0)")
+        raise CheckpointError(
+            f"checkpoint {found.path} has no averaged weights: the run had ema_decay=0"
+        )
     model = GPT(GPTConfig(**found.manifest["model"]))
     load_into(model, weights, found.path)
     return Run(

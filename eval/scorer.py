@@ -1,4 +1,4 @@
-"""Log-likelihoods and continuations of texts, in the conventions of lm-evaluation-harness."""
+"""Compute log-likelihoods and continuations of texts as lm-evaluation-harness defines them."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,42 +8,52 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.tokenizer import Tokenizer
+from eval.generate import generate
 from model import GPT, eval_mode
 
 Ids = list[int]
-LENGTH_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens")  # the harness's names for one thing
+LENGTH_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens")  # the harness accepts all three
 
 
 class Scorer:
-    """What the harness asks of a model, on texts. Sums over tokens are in nats, float64."""
+    """Answer the harness's three kinds of requests for a GPT and its tokenizer.
+
+    Log-likelihoods are sums over tokens in nats, computed in float64. A text that is too long for
+    block_size is truncated on the left.
+    """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, batch_size: int = 8) -> None:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.device = next(model.parameters()).device
-        self.n_truncated = 0  # texts that lost their beginning so far
+        self.n_truncated = 0  # texts truncated so far
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        """(log p(continuation | context), whether greedy decoding yields it) of each pair.
+        """Score pairs (context, continuation).
 
-        Raises ValueError before any work if a continuation has no token of its own, or more than
-        block_size.
+        Returns:
+            For each pair, log p(continuation | context) and whether greedy decoding yields the
+            continuation.
+        Raises:
+            ValueError: a continuation has no token or more than block_size tokens. It is raised
+                before any scoring.
         """
         encoded = [self.encode_pair(*pair) for pair in pairs]
         T = self.model.config.block_size
         for pair, (_, continuation) in zip(pairs, encoded, strict=True):
             if not 1 <= len(continuation) <= T:
                 raise ValueError(
-                    f"continuation {pair[1][:60]!r} has {len(continuation)} tokens of its own; "
-                    f"this model can score 1 to block_size={T}"
+                    f"continuation {pair[1][:60]!r} has {len(continuation)} tokens; "
+                    f"this model can score 1 to block_size={T} tokens"
                 )
         self.n_truncated += sum(len(a) + len(b) > T + 1 for a, b in encoded)
         return self._score(encoded)
 
     def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
-        """log p(text) of each text, every token predicted once.
+        """Return log p(text) for each text, where every token is predicted exactly once.
 
-        Windows of block_size targets; the last one reaches back for a full context (the harness's
-        `get_rolling_token_windows` with context_len=1). An empty text has log p = 0.
+        A text is scored in windows of block_size targets. The last window has fewer targets and
+        gets earlier tokens as additional context, as in the harness's `get_rolling_token_windows`
+        with context_len=1. An empty text has log p = 0.
         """
         T, windows, owners = self.model.config.block_size, [], []
         for owner, text in enumerate(texts):
@@ -57,16 +67,20 @@ class Scorer:
         return totals
 
     def generate_until(self, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
-        """A continuation of each context, cut before the first of its stop strings.
+        """Continue each context and cut the result before the first of its stop strings.
 
-        Raises ValueError before any work about a setting that is unknown or leaves no room.
+        Args:
+            requests: pairs (context, generation settings) in the harness's format.
+        Raises:
+            ValueError: a generation setting is unknown, or the requested length leaves no room for
+                a context. It is raised before any generation.
         """
         plans = [self._plan(settings) for _, settings in requests]
         texts = [""] * len(requests)
-        alike: dict[str, list[int]] = {}
+        rows_of_plan: dict[str, list[int]] = {}
         for row, plan in enumerate(plans):
-            alike.setdefault(repr(plan), []).append(row)
-        for rows in alike.values():
+            rows_of_plan.setdefault(repr(plan), []).append(row)
+        for rows in rows_of_plan.values():
             for part in _batches(rows, self.batch_size):
                 contexts = [requests[row][0] for row in part]
                 for row, text in zip(part, self._generate(contexts, *plans[part[0]]), strict=True):
@@ -74,10 +88,11 @@ class Scorer:
         return texts
 
     def encode_pair(self, context: str, continuation: str) -> tuple[Ids, Ids]:
-        """Ids of both, cut as the harness cuts (`TemplateLM._encode_pair`).
+        """Return the ids of context and continuation, split as `TemplateLM._encode_pair` does.
 
-        Spaces that end the context go to the continuation, whose ids are those of the whole text
-        beyond the context's number of ids. An empty context is end-of-text.
+        Trailing spaces of the context are moved to the continuation. The ids of the continuation
+        are those of the joined text from position len(context ids) on. An empty context is replaced
+        by end-of-text.
         """
         if not context:
             return [self.tokenizer.eot], self.tokenizer.encode(continuation)
@@ -88,7 +103,11 @@ class Scorer:
 
     @torch.no_grad()
     def _score(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[tuple[float, bool]]:
-        """Longest first, so that a batch holds little padding and the first needs most memory."""
+        """Score encoded pairs in batches.
+
+        The longest pairs come first, so that batches contain little padding and the first batch
+        needs the most memory.
+        """
         T = self.model.config.block_size
         rows = [(context + continuation)[-(T + 1) :] for context, continuation in pairs]
         order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
@@ -99,17 +118,17 @@ class Scorer:
                 logits = self._logits([rows[row][:-1] for row in part])  # (B, t, V)
                 for row, each in zip(part, logits, strict=True):
                     end, n = len(rows[row]) - 1, len(pairs[row][1])
-                    scores[row] = _grade(each[end - n : end], pairs[row][1])
+                    scores[row] = _score_row(each[end - n : end], pairs[row][1])
         return scores
 
     def _logits(self, rows: list[Ids]) -> Tensor:  # (B, t, V)
-        """Rows are padded on the right, where a causal model's real tokens do not look."""
+        """Pad the rows on the right, which does not affect a causal model's logits before it."""
         longest = max(map(len, rows))
         padded = [row + [0] * (longest - len(row)) for row in rows]
         return self.model(torch.tensor(padded, device=self.device))[0]
 
     def _plan(self, settings: dict[str, Any]) -> tuple[list[str], int, dict[str, Any]]:
-        """Stop strings, number of new tokens, and the fields of `Sampling`."""
+        """Translate generation settings to (stop strings, new tokens, fields of `Sampling`)."""
         given, T = dict(settings), self.model.config.block_size
         until = given.pop("until", None) or []
         lengths = [n for key in LENGTH_KEYS if (n := given.pop(key, None)) is not None]
@@ -122,7 +141,7 @@ class Scorer:
         if not 1 <= length < T:
             raise ValueError(
                 f"{length} new tokens leave no room for a context in block_size={T}; set "
-                f"max_gen_toks in the task's generation_kwargs to 1 to {T - 1}"
+                f"max_gen_toks in the task's generation_kwargs to a value from 1 to {T - 1}"
             )
         how |= {"greedy": greedy} if greedy else {"temperature": temperature or 1.0}
         return [until] if isinstance(until, str) else list(until), length, how
@@ -134,15 +153,16 @@ class Scorer:
         encoded = [self.tokenizer.encode(context) or [eot] for context in contexts]
         self.n_truncated += sum(len(ids) > room for ids in encoded)
         prompts = [ids[-room:] for ids in encoded]
-        for ids in self.model.generate(prompts, length, stop_token=eot, **how):
+        for ids in generate(self.model, prompts, length, stop_token=eot, **how):
             text = self.tokenizer.decode(ids[:-1] if ids[-1] == eot else ids)
             yield text[: min((text.find(stop) for stop in until if stop in text), default=None)]
 
 
-def _grade(logits: Tensor, targets: Ids) -> tuple[float, bool]:  # (n, V)
-    wanted = torch.tensor(targets, device=logits.device)
-    log_p = logits.double().log_softmax(-1).gather(1, wanted[:, None])
-    return log_p.sum().item(), bool((logits.argmax(-1) == wanted).all())
+def _score_row(logits: Tensor, targets: Ids) -> tuple[float, bool]:  # (n, V)
+    """Return the summed log p of n targets and whether each is the likeliest token."""
+    ids = torch.tensor(targets, device=logits.device)
+    log_p = logits.double().log_softmax(-1).gather(1, ids[:, None])
+    return log_p.sum().item(), bool((logits.argmax(-1) == ids).all())
 
 
 def _batches(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:

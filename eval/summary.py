@@ -1,4 +1,4 @@
-"""One table of what runs reached: `python -m eval.summary out/run1 out/run2 ...`"""
+"""Print a table of the results of runs: `python -m eval.summary out/run1 out/run2 ...`"""
 
 import json
 import statistics
@@ -14,23 +14,25 @@ COLUMNS = ("run", "optimizer", "steps", "val loss", "bits/byte", "tokens/s")
 
 
 class SummaryError(ValueError):
-    """A folder without the records of a run."""
+    """Raised for a folder without the records of a run."""
 
 
 def summarize(out_dir: Path) -> dict[str, Any]:
-    """What a run reached, from its metrics.jsonl and config.json.
+    """Summarize a run from its metrics.jsonl and config.json.
+
+    The losses are those of the last validation; tokens/s is the median over the training.
 
     Raises:
-        SummaryError: the folder holds no run, or one that was never validated.
+        SummaryError: the folder contains no run, or the run has no validation yet.
     """
     try:
         config = json.loads((out_dir / "config.json").read_text())
         rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
     except (OSError, ValueError) as error:
-        raise SummaryError(f"{out_dir} holds no run ({error})") from error
+        raise SummaryError(f"{out_dir} contains no run ({error})") from error
     val = [row for row in rows if row["kind"] == "val"]
     if not val:
-        raise SummaryError(f"{out_dir} holds no validation yet")
+        raise SummaryError(f"{out_dir} contains a run without any validation yet")
     speeds = [row["tokens_per_s"] for row in rows if row["kind"] == "train"]
     return {
         "run": str(out_dir),
@@ -43,7 +45,7 @@ def summarize(out_dir: Path) -> dict[str, Any]:
 
 
 def table(summaries: list[dict[str, Any]]) -> str:
-    """Aligned columns, one run a row."""
+    """Format the summaries as text with aligned columns and one row per run."""
     rows: list[Sequence[str]] = [COLUMNS]
     for each in summaries:
         losses = (_number(each["val loss"]), _number(each["bits/byte"]))
@@ -58,7 +60,7 @@ def _number(value: float | None) -> str:
 
 def main(argv: list[str]) -> int:
     parser = command_parser("eval.summary", __doc__)
-    parser.add_argument("out_dir", type=Path, nargs="+")
+    parser.add_argument("out_dir", type=Path, nargs="+", help="a run's folder")
     try:
         print(table([summarize(path) for path in parser.parse_args(argv).out_dir]))
     except SummaryError as error:

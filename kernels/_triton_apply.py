@@ -1,7 +1,7 @@
-"""M = G P on the GPU: gradients times their preconditioners, for layers of equal shape at once.
+"""M = G P on the GPU: multiply gradients by their preconditioners, for layers of equal shape.
 
-P amplifies rounding by up to its condition number, so G is never rounded to bf16. Semantics:
-`optim.dopr.layer.precondition`.
+P amplifies rounding errors by up to its condition number, so G is never rounded to bf16. The
+reference is `precondition` in optim/dopr/layer.py.
 """
 
 from __future__ import annotations
@@ -11,25 +11,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton_tiles import Config, Precision, check_runs, multiply_add
+from ._triton_tiles import Precision, TileConfig, check_runs, multiply_add
 
-CONFIGS: dict[Precision, Config] = {
-    "bf16x3": Config(tile=128, depth=32, num_warps=8, num_stages=3),
-    "tf32x3": Config(tile=64, depth=32, num_warps=4, num_stages=3),
-    "ieee": Config(tile=64, depth=16, num_warps=4, num_stages=3),
+CONFIGS: dict[Precision, TileConfig] = {
+    "bf16x3": TileConfig(tile=128, depth=32, num_warps=8, num_stages=3),
+    "tf32x3": TileConfig(tile=64, depth=32, num_warps=4, num_stages=3),
+    "ieee": TileConfig(tile=64, depth=16, num_warps=4, num_stages=3),
 }
 
 
 def apply(
-    G: Tensor,  # (N, m, blocks·b) fp32, in any strides
+    G: Tensor,  # (N, m, blocks·b) fp32, with any strides
     P: Tensor,  # (N, blocks, b, b) fp32
     *,
     precision: Precision = "tf32x3",
-    config: Config | None = None,
+    config: TileConfig | None = None,
 ) -> Tensor:  # (N, m, blocks·b) fp32
-    """M = G P, P block-diagonal, with fp32 sums; precisions as in `multiply_add`.
+    """Return M = G P for a block-diagonal P, with fp32 sums.
 
-    Raises ValueError for another dtype or precision, shapes that do not fit, or no GPU.
+    See `multiply_add` for the precisions.
+
+    Raises:
+        ValueError: `precision` is not one of CONFIGS, the shapes do not match, a tensor is not
+            fp32, or the tensors are not on a supported GPU.
     """
     _check(G, P, precision)
     return _apply(G, P, precision, list(config or CONFIGS[precision]))
@@ -37,7 +41,7 @@ def apply(
 
 @torch.library.custom_op("dopr::apply", mutates_args=())
 def _apply(G: Tensor, P: Tensor, precision: str, config: list[int]) -> Tensor:
-    """The launch, as one operator that torch.compile does not look into."""
+    """Launch the kernel; an opaque operator that torch.compile does not trace."""
     check_runs("apply", G)
     tile, depth, num_warps, num_stages = config
     (N, m, d), (_, blocks, b, _) = G.shape, P.shape
@@ -72,7 +76,7 @@ def apply_kernel(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of M; neighbouring programs share the rows of G."""
+    """Compute one tile of M. Neighboring programs read the same rows of G."""
     tile, block, n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     blocks = tl.num_programs(1)
     across = tl.cdiv(b, TILE)
@@ -97,21 +101,21 @@ def apply_kernel(
 
 def _check(G: Tensor, P: Tensor, precision: str) -> None:
     if precision not in CONFIGS:
-        raise ValueError(f"apply: precision={precision!r}; use {', '.join(CONFIGS)}")
-    fits = G.ndim == 3 and P.ndim == 4 and len(P) == len(G) and P.shape[2] == P.shape[3]
-    if not fits or P.shape[1] * P.shape[2] != G.shape[2]:
+        raise ValueError(f"apply: precision={precision!r}: must be one of {', '.join(CONFIGS)}")
+    is_batch = G.ndim == 3 and P.ndim == 4 and len(P) == len(G) and P.shape[2] == P.shape[3]
+    if not is_batch or P.shape[1] * P.shape[2] != G.shape[2]:
         raise ValueError(
-            f"apply: G is {tuple(G.shape)} and P is {tuple(P.shape)}; "
-            "wants G (N, m, d) and P (N, blocks, d/blocks, d/blocks)"
+            "apply: expected G of shape (N, m, d) and P of shape (N, blocks, d/blocks, d/blocks), "
+            f"but G is {tuple(G.shape)} and P is {tuple(P.shape)}"
         )
     (m, d), (row, column) = G.shape[1:], G.stride()[1:]
     if max(m * d, m * row + d * column) >= 2**31:
         raise ValueError(
-            f"apply: G is {tuple(G.shape)} in strides {G.stride()}; wants < 2³¹ elements a matrix, "
-            "and from its first to its last"
+            f"apply: G is {tuple(G.shape)} with strides {G.stride()}; a matrix must have and span "
+            "< 2³¹ elements"
         )
     if G.dtype != torch.float32 or P.dtype != torch.float32 or P.device != G.device:
         raise ValueError(
-            f"apply: G is {G.dtype} on {G.device} and P {P.dtype} on {P.device}; "
-            "wants fp32 on one device"
+            f"apply: expected fp32 tensors on one device, but G is {G.dtype} on {G.device} "
+            f"and P is {P.dtype} on {P.device}"
         )

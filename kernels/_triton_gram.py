@@ -1,9 +1,9 @@
-"""S <- β S + α Σ z zᵀ on the GPU: the lower triangle in tiles, the tokens in splits.
+"""S <- β S + α Σ z zᵀ on the GPU, in tiles of the lower triangle and splits of the tokens.
 
-Each split of the sampled tokens sums its own copy of every lower tile; then each element has one
-owner, which adds the copies in a fixed order, takes the moving average with the lower element of S,
-and writes it to both sides of the diagonal. So it is bitwise reproducible and exactly symmetric,
-and neither pass reads the upper triangle. Semantics: `kernels.gram.gram_`.
+The reference is `gram_` in gram.py. The first kernel sums each split of the sampled tokens into its
+own copy of every lower tile. In the second kernel, one program per element adds the copies in a
+fixed order, updates the element of S, and writes it to both sides of the diagonal. The result is
+therefore bitwise reproducible and exactly symmetric. Neither kernel reads the upper triangle.
 """
 
 from __future__ import annotations
@@ -14,42 +14,47 @@ import triton.language as tl
 from torch import Tensor
 
 from ._triton_tiles import (
-    Config,
+    TileConfig,
     check_runs,
     lower_tile,
     multiply_add,
     n_lower_tiles,
     scalars,
 )
+from .gram import check_gram
 
 PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "bf16", torch.float32: "tf32x3"}
 CONFIGS = {
-    "bf16": Config(tile=128, depth=64, num_warps=8, num_stages=3),
-    "tf32x3": Config(tile=64, depth=32, num_warps=4, num_stages=3),
+    "bf16": TileConfig(tile=128, depth=64, num_warps=8, num_stages=3),
+    "tf32x3": TileConfig(tile=64, depth=32, num_warps=4, num_stages=3),
 }
-REDUCE_ROWS = 16  # of a tile, each added by a program of its own
-PROGRAMS = 264  # to split the tokens for: two for every multiprocessor of an H100
-SPLIT_ROWS = 512  # a split takes at least so many tokens
+REDUCE_ROWS = 16  # rows of a tile per program of reduce_kernel
+PROGRAMS = 264  # target for the number of programs: two per multiprocessor of an H100
+SPLIT_ROWS = 512  # minimum number of tokens per split
 
 
 def gram_(
     S: Tensor,  # (blocks, b, b) fp32, updated in place
-    z: Tensor,  # (..., T, blocks·b) bf16, fp16 or fp32, one row a token
+    z: Tensor,  # (..., T, blocks·b) bf16, fp16 or fp32, one row per token
     *,
     beta: float | Tensor = 1.0,
     alpha: float | Tensor = 1.0,
     stride: int = 1,
     offset: int | Tensor = 0,
-    config: Config | None = None,
+    config: TileConfig | None = None,
 ) -> int:  # count
-    """S <- β S + α Σ z zᵀ over the sampled tokens, in place; returns how many these are.
+    """Update S <- β S + α Σ z zᵀ in place over the sampled tokens and return their number.
 
-    As `kernels.gram.gram_`, and S is symmetric before as after. `beta`, `alpha` and `offset` may be
-    tensors on the device: nothing waits for it. Sums are fp32, products of fp32 inputs tf32x3.
+    Like the reference, except that S must be symmetric. `beta`, `alpha` and `offset` may be tensors
+    on the device and are not read on the host. Sums are in fp32; products of fp32 inputs are in
+    tf32x3 precision.
 
-    Raises ValueError for a dtype that it does not take, shapes that do not fit, or no GPU.
+    Raises:
+        ValueError: like the reference, the dtype of S or z is not supported, or the tensors are not
+            on a supported GPU.
     """
-    _check(S, z, stride)
+    check_gram(S, z, stride)
+    _check_dtypes(S, z)
     check_runs("gram_", z)
     rows = z.detach().reshape(-1, z.shape[-1])  # (B T, d)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
@@ -72,7 +77,7 @@ def gram_(
 
 
 def split_rows(n: int, programs: int, depth: int) -> int:
-    """How many of n tokens a split takes: a multiple of `depth`, the same on every device."""
+    """Return the number of tokens per split of n: a multiple of `depth`, equal on all devices."""
     splits = max(1, min(PROGRAMS // programs, n // SPLIT_ROWS))
     return triton.cdiv(triton.cdiv(n, splits), depth) * depth
 
@@ -83,8 +88,9 @@ def _partials(
     sampling: tuple[int, int, int, int],  # n, T, per_sequence, stride
     offset: Tensor,  # () int64
     precision: str,
-    config: Config,
+    config: TileConfig,
 ) -> Tensor:  # (splits, blocks, tiles, tile, tile)
+    """Return the sum of each split for each tile of the lower triangles."""
     blocks, b, _ = shape
     tile, depth, num_warps, num_stages = config
     tiles = n_lower_tiles(b, tile)
@@ -99,7 +105,8 @@ def _partials(
     return partial
 
 
-def _reduce(S: Tensor, partial: Tensor, beta: Tensor, alpha: Tensor, config: Config) -> None:
+def _reduce(S: Tensor, partial: Tensor, beta: Tensor, alpha: Tensor, config: TileConfig) -> None:
+    """Reduce the partial sums of all splits into S."""
     splits, blocks, tiles, tile, _ = partial.shape
     rows = min(REDUCE_ROWS, tile)
     reduce_kernel[(tiles, blocks, tile // rows)](
@@ -110,21 +117,21 @@ def _reduce(S: Tensor, partial: Tensor, beta: Tensor, alpha: Tensor, config: Con
 
 @triton.jit
 def partial_kernel(
-    z_ptr,  # (B T, blocks·b), rows row_stride apart
+    z_ptr,  # (B T, blocks·b), with stride row_stride between rows
     partial_ptr,  # (splits, blocks, tiles, TILE, TILE)
     offset_ptr,  # () int64
-    n,  # sampled tokens
-    T,  # tokens of a sequence
-    per_sequence,  # sampled tokens of a sequence
+    n,  # number of sampled tokens
+    T,  # tokens per sequence
+    per_sequence,  # sampled tokens per sequence
     stride,
-    chunk,  # sampled tokens of a split
+    chunk,  # sampled tokens per split
     row_stride,
     b,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """partial[split, block, (i, j)] <- Σ z_i z_jᵀ over this split's tokens, i >= j."""
+    """Compute partial[split, block, (i, j)] = Σ z_i z_jᵀ over the tokens of one split, i >= j."""
     tile, block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i, j = lower_tile(tile)
     within = tl.arange(0, TILE)
@@ -165,7 +172,7 @@ def reduce_kernel(
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """S[r, c] = S[c, r] <- β S[r, c] + α Σ_split partial, for ROWS rows r >= c of one tile."""
+    """Set S[r, c] = S[c, r] <- β S[r, c] + α Σ_split partial for ROWS rows of one tile, r >= c."""
     tile, block, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i, j = lower_tile(tile)
     row = part * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
@@ -187,18 +194,10 @@ def reduce_kernel(
     tl.store(mirrored, tl.trans(new), mask=tl.trans(is_lower))
 
 
-def _check(S: Tensor, z: Tensor, stride: int) -> None:
-    if z.ndim < 2 or z.dtype not in PRECISIONS:
+def _check_dtypes(S: Tensor, z: Tensor) -> None:
+    if z.dtype not in PRECISIONS:
         raise ValueError(
-            f"gram_: z is {tuple(z.shape)} {z.dtype}; the Triton kernel wants (..., T, d) in bf16, "
-            "fp16 or fp32"
+            f"gram_: the Triton kernel supports bf16, fp16 and fp32, but z is {z.dtype}"
         )
-    if S.ndim != 3 or S.shape[1] != S.shape[2] or S.shape[0] * S.shape[1] != z.shape[-1]:
-        raise ValueError(
-            f"gram_: S is {tuple(S.shape)} and z is {tuple(z.shape)}; "
-            "wants S (blocks, d/blocks, d/blocks) for z (..., T, d)"
-        )
-    if S.dtype != torch.float32 or S.device != z.device:
-        raise ValueError(f"gram_: S is {S.dtype} on {S.device}; wants fp32 on z's {z.device}")
-    if stride < 1:
-        raise ValueError(f"gram_: stride={stride}; wants at least 1")
+    if S.dtype != torch.float32:
+        raise ValueError(f"gram_: the Triton kernel needs S in fp32, but S is {S.dtype}")

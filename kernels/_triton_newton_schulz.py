@@ -1,7 +1,7 @@
-"""Newton-Schulz iterations on the GPU, their symmetric products at half the work.
+"""Newton-Schulz iterations on the GPU, with symmetric products at half the work.
 
-Semantics: `kernels.newton_schulz`, whose docstrings hold the mathematics. Nothing waits for the
-device: the number of iterations is fixed, and the coefficients of each step stay where they are.
+See `newton_schulz.py` for the mathematics. Nothing here synchronizes with the device: the number of
+iterations is fixed, and the coefficients of each step stay on the device.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from ._triton_symmetric import symmetric_product
 from ._triton_tiles import Precision, scalars
 from .newton_schulz import (
     NSCoefficients,
+    check_inverse_root,
     check_orthogonalize,
     normalized,
     polynomials,
@@ -30,13 +31,14 @@ def orthogonalize(
     ns_coefficients: NSCoefficients = "polar_express",
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:  # (..., m, n), in G's dtype
-    """As `kernels.newton_schulz.orthogonalize`: X Xᵀ and b A + c A² by tiles, B X by cuBLAS.
+    """Like `newton_schulz.orthogonalize`, with X Xᵀ and b A + c A² by Triton and B X by cuBLAS.
 
-    Raises ValueError for bad arguments, and for a `dtype` other than bf16 and fp32.
+    Raises:
+        ValueError: like the reference, or `dtype` is neither bf16 nor fp32.
     """
     check_orthogonalize(G, steps, ns_coefficients)
     if dtype not in ITERATION_PRECISION:
-        raise ValueError(f"orthogonalize: dtype={dtype}; the Triton kernel wants bf16 or fp32")
+        raise ValueError(f"orthogonalize: dtype={dtype}: the Triton kernel supports bf16 and fp32")
     precision = ITERATION_PRECISION[dtype]
     is_tall = G.shape[-2] > G.shape[-1]
     X = normalized(G.mT if is_tall else G, ns_coefficients).to(dtype)
@@ -57,15 +59,22 @@ def inverse_root(
     iterations: int,
     precision: Precision = "bf16x3",
 ) -> Tensor:  # (..., d, d) fp32, exactly symmetric
-    """A^(-1/p) as `kernels.newton_schulz.inverse_root`, with T = a (I - c M) folded into products.
+    """Like `newton_schulz.inverse_root`, with T = a (I - c M) folded into the products.
 
-    X T = a X - a c X M, and in the same way Tᵖ M: every product is a polynomial in A, so all are
-    symmetric. The error floor is about the condition number times 5e-9 (ieee), 1e-7 (bf16x3) or
-    8e-6 (tf32): check the result with `probe_residual`.
+    X T is computed as a X - a c X M, and Tᵖ M in the same way. Every factor is a polynomial in A,
+    so every product is symmetric. The relative error is about the condition number times 5e-9
+    (precision="ieee"), 1e-7 ("bf16x3") or 8e-6 ("tf32"); check the result with `probe_residual`.
 
-    Raises ValueError for bad arguments.
+    Raises:
+        ValueError: like the reference, A is not fp32, or `precision` is not one of the three.
     """
-    _check_inverse_root(A, p, iterations, precision)
+    check_inverse_root(A, p, iterations)
+    if A.dtype != torch.float32:
+        raise ValueError(f"inverse root: the Triton kernel supports fp32 only, but got {A.dtype}")
+    if precision not in ("bf16x3", "tf32", "ieee"):
+        raise ValueError(
+            f"inverse root: precision={precision!r}: must be 'bf16x3', 'tf32' or 'ieee'"
+        )
     flat = A.reshape(-1, *A.shape[-2:])  # (N, d, d)
     upper = upper_bound(flat)  # (N,)
     if isinstance(lower_bound, Tensor):
@@ -82,7 +91,10 @@ def inverse_root(
 
 
 def _times_power(M: Tensor, a: Tensor, c: Tensor, p: int, precision: Precision) -> Tensor:
-    """Tᵖ M, (N, d, d), for T = a (I - c M) and a, c (N,): by p products, or three for p = 4."""
+    """Return Tᵖ M (N, d, d) for T = a (I - c M) and a, c (N,).
+
+    This takes one product for p = 1, two for p = 2 and three for p = 4.
+    """
     if p == 4:
         square = symmetric_product(  # T² = a² (I - 2 c M + c² M²)
             *(M, M), alpha=(a * c) ** 2, beta=-2 * a**2 * c, C=M, gamma=a**2, precision=precision
@@ -93,17 +105,3 @@ def _times_power(M: Tensor, a: Tensor, c: Tensor, p: int, precision: Precision) 
     for _ in range(p):
         power = symmetric_product(power, M, alpha=-a * c, beta=a, C=power, precision=precision)
     return power
-
-
-def _check_inverse_root(A: Tensor, p: int, iterations: int, precision: str) -> None:
-    if A.ndim < 2 or A.shape[-1] != A.shape[-2] or A.dtype != torch.float32:
-        raise ValueError(
-            f"inverse_root: A is {tuple(A.shape)} {A.dtype}; the Triton kernel wants (..., d, d) "
-            "in fp32"
-        )
-    if p not in (1, 2, 4):
-        raise ValueError(f"inverse_root: p={p}; wants 1, 2 or 4")
-    if iterations < 0:
-        raise ValueError(f"inverse_root: iterations={iterations}; wants 0 or more")
-    if precision not in ("bf16x3", "tf32", "ieee"):
-        raise ValueError(f"inverse_root: precision={precision!r}; use 'bf16x3', 'tf32' or 'ieee'")

@@ -1,8 +1,8 @@
-"""O = α A Bᵀ + β C + γ I on the GPU, where the result is symmetric: half of a product's work.
+"""Symmetric products O = α A Bᵀ + β C + γ I on the GPU, at half the work of a full product.
 
-Only tiles of the lower triangle are computed; each element has one owner, which writes it to both
-sides of the diagonal, so O is exactly symmetric and bitwise reproducible. A Bᵀ is symmetric for
-B = A, and for polynomials A and B in one symmetric matrix, where it is A B.
+Only the tiles of the lower triangle are computed. Each element is computed by one program, which
+writes it to both sides of the diagonal, so O is exactly symmetric and bitwise reproducible. A Bᵀ is
+symmetric if B = A, and if A and B are polynomials in one symmetric matrix (then A Bᵀ = A B).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._triton_tiles import (
-    Config,
     Precision,
+    TileConfig,
     check_runs,
     lower_tile,
     multiply_add,
@@ -22,11 +22,11 @@ from ._triton_tiles import (
     scalars,
 )
 
-CONFIGS: dict[tuple[torch.dtype, Precision], Config] = {
-    (torch.bfloat16, "bf16"): Config(tile=128, depth=64, num_warps=8, num_stages=3),
-    (torch.float32, "bf16x3"): Config(tile=128, depth=32, num_warps=8, num_stages=3),
-    (torch.float32, "tf32"): Config(tile=128, depth=32, num_warps=8, num_stages=3),
-    (torch.float32, "ieee"): Config(tile=64, depth=16, num_warps=4, num_stages=3),
+CONFIGS: dict[tuple[torch.dtype, Precision], TileConfig] = {
+    (torch.bfloat16, "bf16"): TileConfig(tile=128, depth=64, num_warps=8, num_stages=3),
+    (torch.float32, "bf16x3"): TileConfig(tile=128, depth=32, num_warps=8, num_stages=3),
+    (torch.float32, "tf32"): TileConfig(tile=128, depth=32, num_warps=8, num_stages=3),
+    (torch.float32, "ieee"): TileConfig(tile=64, depth=16, num_warps=4, num_stages=3),
 }
 
 
@@ -39,20 +39,21 @@ def symmetric_product(
     C: Tensor | None = None,  # (N, d, d), like A; only its lower triangle is read
     gamma: float | Tensor = 0.0,  # number or (N,)
     precision: Precision,
-    config: Config | None = None,
+    config: TileConfig | None = None,
 ) -> Tensor:  # (N, d, d), like A, exactly symmetric
-    """α A Bᵀ + β C + γ I with fp32 sums, for A and B such that A Bᵀ is symmetric.
+    """Return α A Bᵀ + β C + γ I with fp32 sums; A Bᵀ must be symmetric.
 
-    The coefficients may be tensors on the device: nothing waits for it. Of bf16 factors the only
-    precision is "bf16"; for fp32 ones see `multiply_add`.
+    The coefficients may be tensors on the device and are not read on the host. bf16 factors need
+    precision="bf16"; see `multiply_add` for the precisions of fp32 factors.
 
-    Raises ValueError for a dtype or precision that it does not take, shapes that do not fit, or
-    no GPU.
+    Raises:
+        ValueError: the combination of dtype and precision is not supported, the shapes or dtypes do
+            not match, or the tensors are not on a supported GPU.
     """
     _check(A, B, C, precision)
-    ns_coefficients = [scalars(each, len(A), A) for each in (alpha, beta, gamma)]
+    coefficients = [scalars(value, len(A), A) for value in (alpha, beta, gamma)]
     config = config or CONFIGS[A.dtype, precision]
-    return _symmetric_product(A, B, C, *ns_coefficients, precision, list(config))
+    return _symmetric_product(A, B, C, *coefficients, precision, list(config))
 
 
 @torch.library.custom_op("dopr::symmetric_product", mutates_args=())
@@ -66,7 +67,7 @@ def _symmetric_product(
     precision: str,
     config: list[int],
 ) -> Tensor:  # (N, d, d)
-    """The launch, as one operator that torch.compile does not look into."""
+    """Launch the kernel; an opaque operator that torch.compile does not trace."""
     check_runs("symmetric_product", A)
     tile, depth, num_warps, num_stages = config
     N, d, k = A.shape
@@ -111,7 +112,7 @@ def symmetric_kernel(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Tile (i, j), i >= j, of O, and its mirror image."""
+    """Compute tile (i, j), i >= j, of O and store it and its mirror image."""
     tile, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i, j = lower_tile(tile)
     row, column = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE)
@@ -140,20 +141,26 @@ def symmetric_kernel(
 
 def _check(A: Tensor, B: Tensor, C: Tensor | None, precision: str) -> None:
     if (A.dtype, precision) not in CONFIGS:
-        shipped = ", ".join(f"{p} of {str(t).removeprefix('torch.')}" for t, p in CONFIGS)
-        raise ValueError(f"symmetric_product: {precision} of {A.dtype}; takes {shipped}")
+        supported = ", ".join(f"{p} for {str(t).removeprefix('torch.')}" for t, p in CONFIGS)
+        raise ValueError(
+            f"symmetric_product: precision={precision!r} is not available for {A.dtype}; "
+            f"supported: {supported}"
+        )
     if A.ndim != 3 or A.shape != B.shape:
         raise ValueError(
-            f"symmetric_product: A is {tuple(A.shape)} and B {tuple(B.shape)}; wants (N, d, k) both"
+            "symmetric_product: expected A and B of one shape (N, d, k), but A is "
+            f"{tuple(A.shape)} and B is {tuple(B.shape)}"
         )
     if A.shape[1] * max(A.shape[1:]) >= 2**31:
-        raise ValueError(f"symmetric_product: {tuple(A.shape)}; wants < 2³¹ elements a matrix")
+        raise ValueError(
+            f"symmetric_product: A is {tuple(A.shape)}; a matrix must have < 2³¹ elements"
+        )
     square = (A.shape[0], A.shape[1], A.shape[1])
     if C is not None and C.shape != square:
-        raise ValueError(f"symmetric_product: C is {tuple(C.shape)}; wants {square}")
-    for each in (B, C):
-        if each is not None and (each.dtype != A.dtype or each.device != A.device):
+        raise ValueError(f"symmetric_product: expected C of shape {square}, got {tuple(C.shape)}")
+    for X in (B, C):
+        if X is not None and (X.dtype != A.dtype or X.device != A.device):
             raise ValueError(
-                f"symmetric_product: got {A.dtype} on {A.device} and {each.dtype} on "
-                f"{each.device}; wants one dtype and one device"
+                "symmetric_product: expected one dtype and one device, but got "
+                f"{A.dtype} on {A.device} and {X.dtype} on {X.device}"
             )

@@ -1,15 +1,16 @@
-"""Deflation: the few huge eigenvalues of a covariance are kept out of its iterative inverse.
+"""Deflation: remove the few largest eigenvalues of a covariance before inverting it iteratively.
 
-With U, k orthonormal columns near the leading eigenvectors of A = Σ + γ̄ I, and Q = I - U Uᵀ:
+Let U hold k orthonormal columns near the leading eigenvectors of A = Σ + γ̄ I, and Q = I - U Uᵀ:
 
-    A' = Q Σ Q + γ̄ I                       to be inverted; spectrum in [γ̄, γ̄ + λmax(QΣQ)]
+    A' = Q Σ Q + γ̄ I                       the matrix to invert, spectrum in [γ̄, γ̄ + λmax(QΣQ)]
     W = Q A U,  H = Q A'⁻¹ W
     S = UᵀAU - WᵀH                         the Schur complement, S⁻¹ = Uᵀ A⁻¹ U
     A⁻¹ = Q A'⁻¹ Q + (U - H) S⁻¹ (U - H)ᵀ
 
-All of it holds for any U, the bounds by Cauchy's interlacing: a poor U leaves A' worse conditioned
-and the result no less exact. There is no such formula for the roots of p = 2 and 4, so these are
-not deflated. What has k columns is in float64. Nothing here waits for the device.
+These formulas are exact for any U; the bounds follow from Cauchy's interlacing theorem. A poor U
+makes A' worse conditioned but the result no less exact. No such formula exists for p = 2 and 4,
+so these roots are not deflated. Matrices with k columns are in float64. Nothing here synchronizes
+with the device.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ from torch import Tensor
 from .gram import mirror_
 
 DEFLATION_RANK = 16  # k
-NARROWEST = 8 * DEFLATION_RANK  # of the matrices that are deflated
-POWER_STEPS = 2  # of U towards the leading eigenvectors, at every inverse
+NARROWEST = 8 * DEFLATION_RANK  # the smallest d of a matrix that is deflated
+POWER_STEPS = 2  # steps of block power iteration on U per inverse
 
 
 class Deflated(NamedTuple):
-    """A', and what brings A⁻¹ back from A'⁻¹."""
+    """The deflated matrix A' and the factors that `restore` needs to compute A⁻¹ from A'⁻¹."""
 
-    A: Tensor  # (N, d, d) of Σ's dtype, exactly symmetric
+    A: Tensor  # A' (N, d, d) in Σ's dtype, exactly symmetric
     U: Tensor  # (N, d, k) float64, orthonormal
     W: Tensor  # (N, d, k) float64
     corner: Tensor  # (N, k, k) float64, UᵀAU
 
 
 def first_deflation_basis(sigma: Tensor, p: int) -> Tensor | None:  # (..., d, d) -> (..., d, k)
-    """U before the first inverse: like noise, the same every time. None: nothing is deflated."""
+    """Return U for the first inverse, deterministic pseudo-noise, or None if Σ is not deflated."""
     d = sigma.shape[-1]
     if p > 1 or d < NARROWEST:
         return None
@@ -47,15 +48,16 @@ def first_deflation_basis(sigma: Tensor, p: int) -> Tensor | None:  # (..., d, d
 
 
 def deflated_condition_bound(condition_bound: float) -> float:
-    """At least ‖QΣQ‖_F / γ̄, if U are the leading eigenvectors and `spread` bounds tr(Σ) / γ̄.
+    """Return an upper bound on ‖QΣQ‖_F / γ̄, where `condition_bound` bounds tr(Σ) / γ̄.
 
-    The worst Σ has n = 2k equal eigenvalues: n - k stay, of norm √(n - k) tr(Σ) / n.
+    The bound holds if U are the leading eigenvectors. In the worst case, Σ has n = 2k equal
+    eigenvalues; n - k of them remain, with the norm √(n - k) tr(Σ) / n.
     """
     return condition_bound / (2 * DEFLATION_RANK**0.5)
 
 
 def deflate(sigma: Tensor, damping: Tensor, deflation_basis: Tensor) -> Deflated:
-    """A' of Σ (N, d, d) and γ̄ (N,), once U (N, d, k) has made `POWER_STEPS` of block iteration."""
+    """Improve U (N, d, k) by power iteration, then deflate A = Σ + γ̄ I for Σ (N, d, d), γ̄ (N,)."""
     A = sigma.to(torch.float64, copy=True)
     A.diagonal(dim1=-2, dim2=-1).add_(damping[:, None])
     U = deflation_basis.to(torch.float64)
@@ -71,9 +73,10 @@ def deflate(sigma: Tensor, damping: Tensor, deflation_basis: Tensor) -> Deflated
 
 
 def restore(X: Tensor, deflated: Deflated) -> Tensor:
-    """A⁻¹ (N, d, d) from X ≈ A'⁻¹, exactly symmetric; NaN where the Schur complement is not > 0.
+    """Compute A⁻¹ (N, d, d), exactly symmetric, from X ≈ A'⁻¹.
 
-    H is refined once: for a poor U, S is a small difference of large numbers.
+    A⁻¹ is NaN where the Schur complement is not positive definite. H is refined once because S is a
+    small difference of large numbers for a poor U.
     """
     A, U, W, corner = deflated
     H = _complement(U, X.double() @ W)
@@ -89,16 +92,29 @@ def restore(X: Tensor, deflated: Deflated) -> Tensor:
     return mirror_(full.to(X.dtype))
 
 
+def check_deflation_basis(sigma: Tensor, p: int, deflation_basis: Tensor | None) -> None:
+    """Raise ValueError if the deflation basis does not match Σ, or if `p` is not 1."""
+    if deflation_basis is None:
+        return
+    if p != 1:
+        raise ValueError(f"deflation_basis with p={p}: only p=1 supports deflation")
+    if deflation_basis.shape[:-1] != sigma.shape[:-1] or deflation_basis.dtype != sigma.dtype:
+        raise ValueError(
+            f"deflation_basis is {tuple(deflation_basis.shape)} {deflation_basis.dtype}; "
+            f"expected {(*sigma.shape[:-1], 'k')} {sigma.dtype} like sigma"
+        )
+
+
 def _complement(U: Tensor, Y: Tensor) -> Tensor:
-    """Q Y, what of Y (N, d, m) is orthogonal to U."""
+    """Return Q Y, the part of Y (N, d, m) that is orthogonal to U."""
     return Y - U @ (U.mT @ Y)
 
 
-def _orthonormal(Y: Tensor, otherwise: Tensor) -> Tensor:
-    """An orthonormal basis of the columns of Y (N, d, k), or `otherwise` where there is none.
+def _orthonormal(Y: Tensor, fallback: Tensor) -> Tensor:
+    """Return an orthonormal basis of the columns of Y (N, d, k), or `fallback` where it fails.
 
-    By Cholesky of YᵀY, twice: of k x k matrices alone, unlike a QR decomposition. Source: Yamamoto
-    et al., Roundoff error analysis of the CholeskyQR2 algorithm (2015).
+    CholeskyQR2: unlike a QR decomposition, it factorizes k x k matrices only. Source: Yamamoto et
+    al., Roundoff error analysis of the CholeskyQR2 algorithm (2015).
     """
     Q, is_basis = Y, True
     for _ in range(2):
@@ -106,4 +122,4 @@ def _orthonormal(Y: Tensor, otherwise: Tensor) -> Tensor:
         Q = torch.linalg.solve_triangular(L.mT, Q, upper=True, left=False)
         is_basis = (info == 0) & is_basis
     is_basis = is_basis & Q.isfinite().all(dim=(-2, -1))
-    return torch.where(is_basis[:, None, None], Q, otherwise)
+    return torch.where(is_basis[:, None, None], Q, fallback)

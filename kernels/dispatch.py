@@ -1,6 +1,6 @@
-"""Which implementation of an operation runs: torch's, or the Triton kernels of `_triton_*.py`.
+"""Select an implementation of an operation: the torch reference or the Triton kernel.
 
-Triton is optional and slow to import, so it is looked for only where it would be used.
+Triton is optional and slow to import, so it is imported only where it would be used.
 """
 
 from __future__ import annotations
@@ -17,31 +17,36 @@ Backend = Literal["auto", "torch", "triton"]
 Implementation = Literal["torch", "triton"]
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-COPY_BYTES = 16  # an asynchronous copy moves so many, from an address that is a multiple of it
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+COPY_BYTES = 16  # the size and the alignment of an asynchronous copy
 log = logging.getLogger("dopr")
 
 
 def choose_backend(
     backend: Backend, operation: str, *tensors: Tensor, row_bytes: Iterable[int]
 ) -> Implementation:
-    """Which implementation of `operation` takes these tensors: `kernel`, unless that is auto.
+    """Return the implementation of `operation` to use for these tensors.
 
-    Auto takes Triton where all tensors are on a CUDA GPU that it can run on, in bf16, fp16 or fp32,
-    and the rows that it reads, `row_bytes` apart, suit asynchronous copies: multiples of 16 bytes.
-    Its choice is logged, once a process for each operation and reason. Raises ValueError for an
-    unknown `kernel`; whether "triton" can run is for `check_kernel` to say, and for the kernel.
+    "torch" and "triton" are returned unchanged. "auto" selects Triton if all tensors are bf16, fp16
+    or fp32 on a CUDA GPU that Triton supports, and if their rows suit asynchronous copies: every
+    row pitch in `row_bytes` must be a multiple of 16 bytes. The choice of "auto" is logged once per
+    process for each operation and reason.
+
+    This function does not check whether an explicit "triton" can run: call `check_backend` first.
+
+    Raises:
+        ValueError: `backend` is not one of BACKENDS.
     """
     check_backend(backend, ())
     if backend != "auto":
         return backend
-    reason = _auto_obstacle(tensors, row_bytes)
+    reason = _reason_for_torch(tensors, row_bytes)
     _log_choice(operation, reason)
     return "torch" if reason else "triton"
 
 
 def check_backend(backend: str, tensors: Iterable[Tensor]) -> None:
-    """Raises ValueError for an unknown `kernel`, or for "triton" where it cannot run on these."""
+    """Raise ValueError if `backend` is unknown, or is "triton" and cannot run on the tensors."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
     if backend != "triton":
@@ -53,15 +58,45 @@ def check_backend(backend: str, tensors: Iterable[Tensor]) -> None:
 
 
 def triton_problem(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """What is wrong with backend="triton" for such tensors; empty if nothing is."""
-    obstacle = device_obstacle(device)
-    if not obstacle and dtype not in DTYPES:
-        obstacle = f"takes no {dtype}"
+    """Return an error message if backend="triton" cannot run on such tensors, else ""."""
+    obstacle = _device_obstacle(device)
+    if not obstacle and dtype not in TRITON_DTYPES:
+        obstacle = f"does not support {dtype}"
     return obstacle and f"backend='triton' {obstacle}. Use backend='torch'."
 
 
-def device_obstacle(device: torch.device) -> str:
-    """Why the Triton kernels cannot run on tensors of `device`; empty if they can."""
+def describe_backend(backend: Backend, device: torch.device) -> str:
+    """Return one line for the log that says which backend runs on `device`."""
+    if backend != "auto":
+        return f"backend: {backend}"
+    reason = _gpu_obstacle(device)
+    if reason:
+        return f"backend: torch (auto: {reason})"
+    return f"backend: triton (auto; torch for rows that are not multiples of {COPY_BYTES} bytes)"
+
+
+def _reason_for_torch(tensors: tuple[Tensor, ...], row_bytes: Iterable[int]) -> str:
+    """Return the reason why "auto" selects torch, or "" if it selects Triton."""
+    for tensor in tensors:
+        reason = _gpu_obstacle(tensor.device)
+        if reason:
+            return reason
+        if tensor.dtype not in TRITON_DTYPES:
+            return f"Triton does not support {tensor.dtype}"
+    if any(n % COPY_BYTES for n in row_bytes):
+        return f"rows are not multiples of {COPY_BYTES} bytes"
+    return ""
+
+
+def _gpu_obstacle(device: torch.device) -> str:
+    """Like `_device_obstacle`, but never accept the CPU, even if Triton is interpreted."""
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}"
+    return _device_obstacle(device)
+
+
+def _device_obstacle(device: torch.device) -> str:
+    """Return the reason why the Triton kernels cannot run on `device`, or ""."""
     is_interpreted = _is_interpreted()
     if not torch.cuda.is_available() and not is_interpreted:
         return "needs CUDA or TRITON_INTERPRET=1; this host has neither"
@@ -77,45 +112,15 @@ def device_obstacle(device: torch.device) -> str:
     return ""
 
 
-def describe_backend(backend: Backend, device: torch.device) -> str:
-    """One line for people: what `kernel` means on `device`."""
-    if backend != "auto":
-        return f"kernels: {backend}"
-    reason = _on_gpu_obstacle(device)
-    if reason:
-        return f"kernels: torch (auto: {reason})"
-    return f"kernels: triton (auto; torch for rows that are not multiples of {COPY_BYTES} bytes)"
-
-
-def _auto_obstacle(tensors: tuple[Tensor, ...], row_bytes: Iterable[int]) -> str:
-    """Why auto takes torch; empty if it takes Triton."""
-    for tensor in tensors:
-        reason = _on_gpu_obstacle(tensor.device)
-        if reason:
-            return reason
-        if tensor.dtype not in DTYPES:
-            return f"Triton takes no {tensor.dtype}"
-    if any(each % COPY_BYTES for each in row_bytes):
-        return f"rows are not multiples of {COPY_BYTES} bytes"
-    return ""
-
-
-def _on_gpu_obstacle(device: torch.device) -> str:
-    """As `device_obstacle`, but that Triton is interpreted is no reason to take it on a CPU."""
-    if device.type != "cuda":
-        return f"the tensors are on {device.type}"
-    return device_obstacle(device)
-
-
 @cache
 def _log_choice(operation: str, reason: str) -> None:
     chosen = f"torch ({reason})" if reason else "triton"
-    log.info("%s: backend='auto' takes %s", operation, chosen)
+    log.info("%s: backend='auto' uses %s", operation, chosen)
 
 
 @cache
 def _is_interpreted() -> bool | None:
-    """Whether Triton interprets its kernels on the CPU; None where it cannot be imported."""
+    """Return whether Triton interprets its kernels on the CPU, or None if it is not installed."""
     try:
         from ._triton_tiles import INTERPRETED
     except ImportError:

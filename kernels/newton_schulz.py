@@ -1,6 +1,6 @@
-"""Matrix functions by Newton-Schulz iteration: polar factors of gradients, inverse roots of Σ.
+"""Newton-Schulz iterations for polar factors of gradients and inverse roots of covariances.
 
-This is the torch reference, and the specification of the Triton kernels.
+This is the torch reference and the specification of `_triton_newton_schulz.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .gram import mirror_
 
 NSCoefficients = Literal["polar_express", "quintic"]
 
-# One row (a, b, c) is one step p(x) = a x + b x³ + c x⁵.
+# A row (a, b, c) holds the coefficients of one step p(x) = a x + b x³ + c x⁵.
 QUINTIC = ((3.4445, -4.7750, 2.0315),)
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -29,14 +29,14 @@ POLAR_EXPRESS = (
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
     (1.875, -1.25, 0.375),
 )
-# Each polynomial but the last takes x / SAFETY, so that rounding cannot push x past its interval.
+# All polynomials but the last take x / SAFETY, so that rounding cannot push x out of the interval.
 SAFETY = 1.01
 NS_COEFFICIENTS = {
-    "quintic": QUINTIC,
     "polar_express": (
         *((a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in POLAR_EXPRESS[:-1]),
         POLAR_EXPRESS[-1],
     ),
+    "quintic": QUINTIC,
 }
 
 
@@ -47,13 +47,17 @@ def orthogonalize(
     ns_coefficients: NSCoefficients = "polar_express",
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:  # (..., m, n), in G's dtype
-    """Push every singular value of G towards 1: U S Vᵀ -> U p(S) Vᵀ, with p(S) ≈ I.
+    """Move every singular value of G towards 1: U S Vᵀ -> U p(S) Vᵀ with p(S) ≈ I.
 
-    X <- G / ‖G‖_F, then X <- a X + (b A + c A²) X with A = X Xᵀ, `steps` times. `dtype` is that of
-    the iteration; the norm is taken in fp32 or better. A zero matrix gives zeros.
+    Start from X = G / ‖G‖_F and repeat X <- a X + (b A + c A²) X with A = X Xᵀ, `steps` times. The
+    iteration runs in `dtype`; the norm is computed in fp32 or better. A zero matrix stays zero.
 
-    Raises ValueError for bad arguments. Sources: "quintic" is Jordan et al., Muon (2024);
-    "polar_express" is Amsel et al., arXiv 2505.16932, Algorithm 1.
+    Raises:
+        ValueError: G is not a floating-point matrix or batch of matrices, `steps` is below 1, or
+            `ns_coefficients` is unknown.
+
+    Sources: "quintic" is Jordan et al., Muon (2024); "polar_express" is Amsel et al.,
+    arXiv 2505.16932, Algorithm 1.
     """
     check_orthogonalize(G, steps, ns_coefficients)
     is_tall = G.shape[-2] > G.shape[-1]
@@ -68,20 +72,26 @@ def orthogonalize(
 
 
 def check_orthogonalize(G: Tensor, steps: int, ns_coefficients: str) -> None:
+    """Raise ValueError if the arguments of `orthogonalize` are invalid."""
     if G.ndim < 2 or not G.is_floating_point():
         raise ValueError(
-            f"orthogonalize: G is {tuple(G.shape)} {G.dtype}; wants a floating (..., m, n)"
+            f"orthogonalize: expected a floating-point G of shape (..., m, n), but G is "
+            f"{tuple(G.shape)} {G.dtype}"
         )
     if steps < 1:
-        raise ValueError(f"orthogonalize: steps={steps}; wants at least 1")
+        raise ValueError(f"orthogonalize: steps={steps}: must be at least 1")
     if ns_coefficients not in NS_COEFFICIENTS:
         raise ValueError(
-            f"orthogonalize: ns_coefficients={ns_coefficients!r}; use 'polar_express' or 'quintic'"
+            f"orthogonalize: ns_coefficients={ns_coefficients!r}: must be one of "
+            f"{', '.join(NS_COEFFICIENTS)}"
         )
 
 
 def normalized(G: Tensor, ns_coefficients: NSCoefficients) -> Tensor:
-    """G / ‖G‖_F in fp32 or better, for any scale of G: the largest entry is divided out first."""
+    """Return G / ‖G‖_F in fp32 or better.
+
+    G is divided by its largest entry first, so that the norm neither overflows nor underflows.
+    """
     G = G.to(torch.promote_types(G.dtype, torch.float32))
     largest = G.abs().amax(dim=(-2, -1), keepdim=True)
     G = G / torch.where(largest > 0, largest, 1)
@@ -90,10 +100,9 @@ def normalized(G: Tensor, ns_coefficients: NSCoefficients) -> Tensor:
     return G / torch.where(norm > 0, norm * margin, 1)
 
 
-def polynomials(
-    ns_coefficients: NSCoefficients, steps: int
-) -> Iterator[tuple[float, float, float]]:
-    rows = NS_COEFFICIENTS[ns_coefficients]
+def polynomials(name: NSCoefficients, steps: int) -> Iterator[tuple[float, float, float]]:
+    """Yield (a, b, c) of each step; the last row of the table repeats."""
+    rows = NS_COEFFICIENTS[name]
     return islice(chain(rows, repeat(rows[-1])), steps)
 
 
@@ -104,20 +113,24 @@ def inverse_root(
     lower_bound: float | Tensor,  # (...), at most the smallest eigenvalue of each matrix, > 0
     iterations: int,
 ) -> Tensor:  # (..., d, d), exactly symmetric, in A's dtype
-    """A^(-1/p) by coupled Newton iteration, scaled at each step to the bounds on the spectrum.
+    """Compute A^(-1/p) by a coupled Newton iteration that is rescaled at each step.
 
-    X <- X T and M <- Tᵖ M with T = a (I - c M), from M = A / u and X = u^(-1/p) I, so that
-    M = A Xᵖ throughout. (a, c) minimise the condition number of the next M for a spectrum
-    anywhere in [l, 1]; both products are made symmetric. For A = Σ + γ̄ I the bound l = γ̄ is free.
+    Start from M = A / u, where u is `upper_bound(A)`, and X = u^(-1/p) I. Repeat X <- X T and
+    M <- Tᵖ M with T = a (I - c M), which keeps M = A Xᵖ. The scalars (a, c) minimize the condition
+    number of the next M over all spectra in [l, 1], where l bounds the eigenvalues of M from below.
+    Both products are symmetrized. For A = Σ + γ̄ I, γ̄ is a valid `lower_bound`.
 
-    Take `iterations` from `newton_iterations`. There is no data-dependent control flow: a matrix
-    that did not converge is found by `probe_residual`. In fp32 the error of the result is about
-    1e-8 times the condition number, and TF32 is switched off.
+    Take `iterations` from `newton_iterations`. There is no data-dependent control flow; use
+    `probe_residual` to find the matrices that did not converge. In fp32, the relative error of the
+    result is about 1e-8 times the condition number; TF32 is switched off.
 
-    Raises ValueError for bad arguments. Sources: Higham, Functions of Matrices (2008), section 7.3,
-    for the iteration; the scaling for p = 1 is that of Chebyshev-accelerated Newton-Schulz.
+    Raises:
+        ValueError: A, `p` or `iterations` is invalid.
+
+    Sources: Higham, Functions of Matrices (2008), section 7.3, for the iteration. For p = 1, the
+    scaling is that of the Chebyshev-accelerated Newton-Schulz iteration.
     """
-    _check_inverse_root(A, p, iterations)
+    check_inverse_root(A, p, iterations)
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     upper = upper_bound(A)[..., None, None]  # (..., 1, 1)
     lower = torch.as_tensor(lower_bound, dtype=A.dtype, device=A.device)[..., None, None]
@@ -128,17 +141,23 @@ def inverse_root(
             T = a * (eye - c * M)
             X = mirror_(X @ T)
             M = mirror_(_times_power(M, T, p))
-    return X * ((1 + low) / 2) ** (-1 / p)  # M lies in [low, 1]: centre it on 1
+    return X * ((1 + low) / 2) ** (-1 / p)  # center the remaining interval [low, 1] on 1
 
 
 def newton_iterations(condition: float, p: int, *, tolerance: float = 1e-4) -> int:
-    """Steps after which `inverse_root` is within `tolerance` (relative), in exact arithmetic.
+    """Return the number of iterations after which `inverse_root` is accurate to `tolerance`.
 
-    `condition` bounds upper_bound(A) / lower_bound; for A = Σ + γ tr(Σ)/d I it is at most
-    d/γ + √d, which needs no look at the data.
+    The tolerance is relative and holds in exact arithmetic. `condition` must be at least
+    upper_bound(A) / lower_bound. For A = Σ + γ tr(Σ)/d I, d/γ + √d is such a bound and does not
+    depend on the data.
+
+    Raises:
+        ValueError: `condition` is not a finite number >= 1.
     """
     if not 1 <= condition < float("inf"):
-        raise ValueError(f"newton_iterations: condition={condition}; wants a finite number >= 1")
+        raise ValueError(
+            f"newton_iterations: condition={condition}: must be a finite number, at least 1"
+        )
     low, steps = 1 / condition, 0
     while (1 - low) / (2 * p) > tolerance:
         low, steps = scaled_step(low, p)[2], steps + 1
@@ -146,9 +165,7 @@ def newton_iterations(condition: float, p: int, *, tolerance: float = 1e-4) -> i
 
 
 def newton_error(condition: Tensor, p: int, iterations: int) -> Tensor:  # (...) -> (...)
-    """The relative error that `iterations` leave in exact arithmetic; `newton_iterations` has it
-    below its tolerance.
-    """
+    """Return the relative error of `inverse_root` after `iterations`, in exact arithmetic."""
     low = 1 / condition
     for _ in range(iterations):
         low = scaled_step(low, p)[2]
@@ -156,19 +173,19 @@ def newton_error(condition: Tensor, p: int, iterations: int) -> Tensor:  # (...)
 
 
 def upper_bound(A: Tensor) -> Tensor:  # (..., d, d) -> (...)
-    """min(‖A‖_F, ‖A‖_∞), which for a symmetric A is at least the largest eigenvalue."""
-    scale = A.abs().amax(dim=(-2, -1), keepdim=True)  # keeps the squares in range
+    """Return min(‖A‖_F, ‖A‖_∞), an upper bound on the largest eigenvalue of a symmetric A."""
+    scale = A.abs().amax(dim=(-2, -1), keepdim=True)  # prevents overflow of the squares
     unit = A / torch.where(scale > 0, scale, 1)
     frobenius = torch.linalg.matrix_norm(unit)
     row_sum = unit.abs().sum(dim=-1).amax(dim=-1)
     return torch.minimum(frobenius, row_sum) * scale[..., 0, 0]
 
 
-def probe_residual(A: Tensor, X: Tensor, p: int) -> Tensor:  # (..., d, d) twice -> (...)
-    """‖V - A Xᵖ V‖_F / ‖V‖_F for fixed probe vectors V: 0 if X = A^(-1/p), NaN if not finite."""
+def probe_residual(A: Tensor, X: Tensor, p: int) -> Tensor:  # both (..., d, d) -> (...)
+    """Return ‖V - A Xᵖ V‖_F / ‖V‖_F for fixed V (d, 4): 0 if X = A^(-1/p), NaN if X has a NaN."""
     i = torch.arange(1, A.shape[-1] + 1, dtype=torch.float64, device=A.device)[:, None]
     roots = torch.tensor([2.0, 3.0, 5.0, 7.0], dtype=torch.float64, device=A.device).sqrt()
-    V = torch.cos(i.square() * roots).to(A.dtype)  # (d, 4), like noise but the same every time
+    V = torch.cos(i.square() * roots).to(A.dtype)  # (d, 4), deterministic pseudo-noise
     with full_precision(A.device.type):
         Y = V
         for _ in range(p):
@@ -179,10 +196,10 @@ def probe_residual(A: Tensor, X: Tensor, p: int) -> Tensor:  # (..., d, d) twice
 
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
-    """Matrix products in their factors' own precision: no TF32, no autocast, whatever is set.
+    """Compute matrix products in the precision of their factors: without TF32 and autocast.
 
-    Of torch's two ways to set it, `fp32_precision` is what products look at, and may always be
-    read: `get_float32_matmul_precision` raises where someone has set `fp32_precision`.
+    The context manager sets `fp32_precision`, which matrix products read and which can always be
+    queried. torch.get_float32_matmul_precision() raises if `fp32_precision` was set before.
     """
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     before = [backend.fp32_precision for backend in backends]
@@ -196,22 +213,24 @@ def full_precision(device_type: str) -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-def _check_inverse_root(A: Tensor, p: int, iterations: int) -> None:
+def check_inverse_root(A: Tensor, p: int, iterations: int = 0) -> None:
+    """Raise ValueError if the arguments of an inverse root are invalid."""
     if A.ndim < 2 or A.shape[-1] != A.shape[-2] or A.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"inverse_root: A is {tuple(A.shape)} {A.dtype}; wants (..., d, d) in fp32 or float64"
+            "inverse root: expected a matrix of shape (..., d, d) in fp32 or float64, but got "
+            f"{tuple(A.shape)} {A.dtype}"
         )
     if p not in (1, 2, 4):
-        raise ValueError(f"inverse_root: p={p}; wants 1, 2 or 4")
+        raise ValueError(f"inverse root: p={p}: must be 1, 2 or 4")
     if iterations < 0:
-        raise ValueError(f"inverse_root: iterations={iterations}; wants 0 or more")
+        raise ValueError(f"inverse root: iterations={iterations}: must be at least 0")
 
 
 def scaled_step(low, p: int):
-    """(a, c) of T = a (I - c M) for a spectrum of M in [low, 1], and the next low.
+    """Return (a, c) of T = a (I - c M) for a spectrum of M in [low, 1], and the next `low`.
 
-    f(x) = x (1 - c x)ᵖ peaks at x = 1 / (c (p + 1)); c makes f(low) = f(1), a makes the peak 1.
-    Plain arithmetic, so `low` may be a float or a tensor.
+    f(x) = x (1 - c x)ᵖ has its maximum at x = 1 / (c (p + 1)). c is chosen such that f(low) = f(1),
+    and a such that the maximum of aᵖ f is 1. `low` may be a float or a tensor.
     """
     root = low ** (1 / p)
     c = 1 / sum(root**j for j in range(p + 1))
@@ -221,7 +240,7 @@ def scaled_step(low, p: int):
 
 
 def _times_power(M: Tensor, T: Tensor, p: int) -> Tensor:
-    """Tᵖ M, with T, a polynomial in M, spread evenly over both sides where p is even."""
+    """Return Tᵖ M, where T is a polynomial in M; for an even p, as T^(p/2) M T^(p/2)."""
     if p == 1:
         return T @ M
     half = T if p == 2 else T @ T

@@ -1,4 +1,4 @@
-"""What Signum, Muon and AdaMuon share: everything around their update rules."""
+"""The base class of Signum, Muon and AdaMuon: everything except their update rules."""
 
 import math
 from collections.abc import Callable
@@ -14,15 +14,15 @@ from .process_group import local
 class DecoupledOptimizer(torch.optim.Optimizer):
     """W <- (1 - lr·weight_decay) W - lr·lr_mult·update, for every parameter with a gradient.
 
-    `lr_mult` (a key of a param group, default 1) scales the update and leaves the decay alone: a
-    rule of width belongs there, and lr·weight_decay then does not depend on it.
+    `lr_mult` is a key of a param group (default 1). It scales the update but not the decay. Use it
+    for factors that depend on the width, so that lr·weight_decay does not.
 
-    A subclass names its state in `buffers` (zeros of the parameter's shape and dtype at first) and
-    returns the updates of some parameters of one group from `updates`.
+    A subclass lists the names of its state tensors in `buffers`; they start as zeros of the
+    parameter's shape and dtype. It computes the updates in `updates`.
 
     Raises:
-        ValueError: a number outside its range, a complex parameter, a sparse gradient. Nothing was
-            changed then.
+        ValueError: if a number is out of range, a parameter is complex, or a gradient is sparse. In
+            this case nothing has changed.
     """
 
     buffers: tuple[str, ...] = ()
@@ -31,14 +31,15 @@ class DecoupledOptimizer(torch.optim.Optimizer):
         super().__init__(params, {"lr_mult": 1.0, **defaults})
 
     def updates(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """One update per parameter; `self.state` of the parameters is ready, and is advanced.
+        """Return one update per parameter of a group and advance `self.state`.
 
-        Of a DTensor, the update of the part that is in this process.
+        `self.state` of each parameter holds the tensors of `buffers`. The update of a DTensor is
+        that of its local part.
         """
         raise NotImplementedError
 
     def check_group(self, group: dict[str, Any]) -> None:
-        """Raise ValueError for settings or parameters that this optimizer cannot work with."""
+        """Raise ValueError if the settings or parameters of a group are not supported."""
         if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
             raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(group['lr'].shape)}")
         for key in ("lr", "weight_decay", "lr_mult"):
@@ -48,10 +49,11 @@ class DecoupledOptimizer(torch.optim.Optimizer):
             if param.is_complex():
                 raise ValueError(f"{type(self).__name__} does not support complex: {name}")
 
-    def check_number(self, group: dict[str, Any], key: str, low: float, below: float) -> None:
-        if not low <= float(group[key]) < below:
+    def check_number(self, group: dict[str, Any], key: str, low: float, high: float) -> None:
+        """Raise ValueError unless group[key] is in [low, high)."""
+        if not low <= float(group[key]) < high:
             raise ValueError(
-                f"{type(self).__name__}: {key}={group[key]}: must be in [{low}, {below})"
+                f"{type(self).__name__}: {key}={group[key]}: must be in [{low}, {high})"
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -64,7 +66,13 @@ class DecoupledOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; returns what `closure`, which may recompute loss and gradients, returned."""
+        """Perform one step.
+
+        Args:
+            closure: reevaluates the model, computes the gradients and returns the loss.
+        Returns:
+            The loss that `closure` returned, or None.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -97,7 +105,7 @@ class DecoupledOptimizer(torch.optim.Optimizer):
 
 
 def named_params(group: dict[str, Any]) -> list[tuple[str, Tensor]]:
-    """(name, parameter) of a param group; a parameter without a name is called by its shape."""
+    """Return (name, parameter) pairs of a param group; unnamed parameters are named by shape."""
     params = group["params"]
     names = group.get("param_names") or [f"a parameter of shape {tuple(p.shape)}" for p in params]
     return list(zip(names, params, strict=True))

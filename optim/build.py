@@ -1,9 +1,9 @@
-"""From an optimizer's name and its numbers to the list of optimizers that train a model."""
+"""Build the optimizers that train a model from a name and its settings."""
 
 import difflib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,14 +14,21 @@ from .groups import ParamRole, Role, assign_roles, check_complete
 from .kernels.dispatch import Backend
 from .kernels.newton_schulz import NSCoefficients
 from .muon import AdjustLR, IterationDtype, Muon
-from .mup import WeightDecayScaling, follow_width
+from .mup import WeightDecayScaling, scale_to_width
 from .process_group import ProcessGroup, is_sharded
 from .signum import Signum
 
-OPTIMIZERS = ("adamw", "sgd", "signum", "muon", "adamuon")
-MATRIX_OPTIMIZERS = ("muon", "adamuon")  # AdamW takes what is no matrix
-AUX_LR = 6e-4  # the usual AdamW rate of GPT-2 124M
-DECAYED_ROLES = ("matrix", "embedding", "head")  # all that is 2-D; gains and biases do not decay
+CLASSES: dict[str, type[torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+    "signum": Signum,
+    "muon": Muon,
+    "adamuon": AdaMuon,
+}
+OPTIMIZERS = tuple(CLASSES)
+MATRIX_OPTIMIZERS = ("muon", "adamuon")  # AdamW trains the parameters that are not matrices
+AUX_LR = 6e-4  # the usual AdamW learning rate of GPT-2 124M
+DECAYED_ROLES = ("matrix", "embedding", "head")  # the 2-D parameters; gains and biases do not decay
 COLUMNS = ("parameter", "shape", "role", "optimizer", "lr", "weight decay", "count")
 
 
@@ -39,7 +46,6 @@ def build_optimizers(
     nesterov: bool = True,
     adjust_lr: AdjustLR = "match_rms_adamw",
     ns_coefficients: NSCoefficients = "polar_express",
-    ns_steps: int = 5,
     ns_dtype: IterationDtype = "bfloat16",
     backend: Backend = "auto",
     process_group: ProcessGroup | None = None,
@@ -47,60 +53,60 @@ def build_optimizers(
     wd_scaling: WeightDecayScaling = "independent",
     dopr: bool = False,
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers that together hold every trainable parameter of `model` exactly once.
+    """Return optimizers that together hold every trainable parameter of `model` exactly once.
 
-        adamw, sgd, signum   one optimizer for everything
-        muon, adamuon        it for the matrices; AdamW for embeddings, head, gains and biases
+        adamw, sgd, signum   one optimizer for all parameters
+        muon, adamuon        one optimizer for the matrices, AdamW for all other parameters
 
-    Matrices, embeddings and head decay by `weight_decay`; gains and biases do not. AdamW and SGD
-    are torch's, with `fused=True` (torch raises where a device has no fused kernel), but for SGD of
-    sharded parameters (FSDP2), which has `foreach=True`: torch's fused one does not take them.
-    SGD's decay is torch's, too: it is added to the gradient before the momentum.
+    Weight decay applies to matrices, embeddings and head, not to gains and biases. The decay of
+    torch's SGD is not decoupled: it is added to the gradient before the momentum. AdamW and SGD
+    run fused (torch raises if a device has no fused kernel). SGD of sharded parameters (FSDP2) runs
+    with `foreach=True`, because fused SGD does not support them.
 
-    Every param group carries `base_lr`, which a schedule multiplies into `lr`, and `role`, `blocks`
-    and `param_names`: plain values that pass through `state_dict`.
+    Every param group has the keys `base_lr`, which the schedule multiplies into `lr`, `role`,
+    `qkv_blocks` and `param_names`. These are plain values that `state_dict` keeps.
 
     Args:
-        aux_lr: rate of the AdamW beside muon and adamuon; None: AUX_LR, whatever `lr` is, because a
-            rate that suits one of the two says little about the other. None with other optimizers.
-        beta1, beta2: of AdamW.
-        eps: of AdamW and adamuon.
-        momentum: of sgd, signum, muon, adamuon.
-        nesterov: of muon and adamuon.
-        adjust_lr: of muon.
-        coefficients, ns_steps, ns_dtype, kernel, process_group: of muon and adamuon; see there.
-        width_mult: m of mup.py, the width relative to the one that all these numbers suit.
-        wd_scaling: how weight decay follows m; see mup.DECAY.
-        dopr: whether the matrices' gradients will be preconditioned, which changes SGD's rule of m.
+        aux_lr: learning rate of the AdamW beside muon and adamuon. Defaults to AUX_LR, whatever
+            `lr` is. Must be None for other optimizers.
+        beta1, beta2: for AdamW.
+        eps: for AdamW and adamuon.
+        momentum: for sgd, signum, muon and adamuon.
+        nesterov, ns_coefficients, ns_dtype, backend, process_group: for muon and adamuon; see
+            `Muon`.
+        adjust_lr: for muon.
+        width_mult: the width relative to the base width for which the settings are tuned.
+        wd_scaling: how the weight decay depends on the width; see DECAY in mup.py.
+        dopr: whether activation preconditioning runs before the optimizer of the matrices, which
+            changes the width rule of SGD.
     Raises:
-        ValueError: an unknown name, a number outside its range, an `aux_lr` that nothing would use,
-            a parameter without a role, a kernel that cannot run.
+        ValueError: if a name is unknown, a number is out of range, `aux_lr` is set but has no
+            effect, a parameter has no role, or the backend cannot run.
     """
     _check_name(optimizer, aux_lr)
-    adam: dict[str, Any] = {"betas": (beta1, beta2), "eps": eps, "fused": True}
-    matrix: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
-    matrix |= {"ns_coefficients": ns_coefficients, "ns_dtype": ns_dtype, "backend": backend}
-    matrix |= {"process_group": process_group}
     is_foreach = any(map(is_sharded, model.parameters()))
-    sgd = {"momentum": momentum, "foreach": is_foreach, "fused": not is_foreach}
-    make: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
-        "adamw": lambda groups: torch.optim.AdamW(groups, **adam),
-        "sgd": lambda groups: torch.optim.SGD(groups, **sgd),
-        "signum": lambda groups: Signum(groups, momentum=momentum),
-        "muon": lambda groups: Muon(groups, adjust_lr=adjust_lr, **matrix),
-        "adamuon": lambda groups: AdaMuon(groups, eps=eps, **matrix),
+    adamw = {"betas": (beta1, beta2), "eps": eps, "fused": True}
+    matrix = {
+        **{"momentum": momentum, "nesterov": nesterov},
+        **{"ns_coefficients": ns_coefficients, "ns_dtype": ns_dtype},
+        **{"backend": backend, "process_group": process_group},
     }
-    rows = assign_roles(model)
-    takes_all = optimizer not in MATRIX_OPTIMIZERS
-    own = [row for row in rows if takes_all or row.role == "matrix"]
-    rest = [row for row in rows if not takes_all and row.role != "matrix"]
-    optimizers = [make[optimizer](_param_groups(own, lr, weight_decay))]
-    if rest:
-        rate = AUX_LR if aux_lr is None else aux_lr
-        optimizers.append(make["adamw"](_param_groups(rest, rate, weight_decay)))
-    for each in optimizers:
-        follow_width(each, width_mult, wd_scaling, dopr=dopr)
-    check_complete(model, [group for each in optimizers for group in each.param_groups])
+    settings: dict[str, dict[str, Any]] = {
+        "adamw": adamw,
+        "sgd": {"momentum": momentum, "foreach": is_foreach, "fused": not is_foreach},
+        "signum": {"momentum": momentum},
+        "muon": {"adjust_lr": adjust_lr, **matrix},
+        "adamuon": {"eps": eps, **matrix},
+    }
+    main, aux = _split_params(model, optimizer)
+    groups = _param_groups(main, lr, weight_decay)
+    optimizers = [CLASSES[optimizer](groups, **settings[optimizer])]
+    if aux:
+        groups = _param_groups(aux, AUX_LR if aux_lr is None else aux_lr, weight_decay)
+        optimizers.append(torch.optim.AdamW(groups, **adamw))
+    for built in optimizers:
+        scale_to_width(built, width_mult, wd_scaling, dopr=dopr)
+    check_complete(model, [group for built in optimizers for group in built.param_groups])
     return optimizers
 
 
@@ -112,15 +118,24 @@ def _check_name(optimizer: str, aux_lr: float | None) -> None:
     if aux_lr is not None and optimizer not in MATRIX_OPTIMIZERS:
         raise ValueError(
             f"aux_lr={aux_lr}: optimizer={optimizer!r} has no auxiliary AdamW; leave aux_lr unset "
-            f"(it belongs to {' and '.join(MATRIX_OPTIMIZERS)})"
+            f"(only {' and '.join(MATRIX_OPTIMIZERS)} use it)"
         )
 
 
-def _param_groups(rows: list[ParamRole], lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """One param group per role and number of blocks, in order of first appearance."""
+def _split_params(model: nn.Module, optimizer: str) -> tuple[list[ParamRole], list[ParamRole]]:
+    """Return the parameters of the main optimizer and those of the auxiliary AdamW."""
+    params = assign_roles(model)
+    if optimizer not in MATRIX_OPTIMIZERS:
+        return params, []
+    matrices = [param for param in params if param.role == "matrix"]
+    return matrices, [param for param in params if param.role != "matrix"]
+
+
+def _param_groups(params: list[ParamRole], lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Return one param group per role and `qkv_blocks`, in the order of first appearance."""
     members: dict[tuple[Role, int], list[tuple[str, Tensor]]] = defaultdict(list)
-    for row in rows:
-        members[row.role, row.qkv_blocks].append((row.name, row.param))
+    for each in params:
+        members[each.role, each.qkv_blocks].append((each.name, each.param))
     return [
         {
             "params": named_params,
@@ -135,20 +150,20 @@ def _param_groups(rows: list[ParamRole], lr: float, weight_decay: float) -> list
 
 
 def describe_groups(optimizers: Iterable[torch.optim.Optimizer]) -> str:
-    """One table of all parameters; those that differ only in the number of their layer share a row.
+    """Return a table of all parameters, with one row for the same parameter of all layers.
 
-    `lr` is the peak rate, base_lr times lr_mult.
+    The column lr holds the peak learning rate, base_lr times lr_mult.
     """
     counts: Counter[tuple[str, ...]] = Counter()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            rate = group["base_lr"] * group.get("lr_mult", 1.0)
+            peak_lr = group["base_lr"] * group.get("lr_mult", 1.0)
             decay = f"{group['weight_decay']:g}"
-            kind = (group["role"], type(optimizer).__name__, f"{rate:g}", decay)
+            settings = (group["role"], type(optimizer).__name__, f"{peak_lr:g}", decay)
             for name, param in zip(group["param_names"], group["params"], strict=True):
-                layer = re.sub(r"\.\d+\.", ".*.", name)
+                pattern = re.sub(r"\.\d+\.", ".*.", name)
                 shape = " x ".join(map(str, param.shape))
-                counts[(layer, shape, *kind)] += 1
+                counts[(pattern, shape, *settings)] += 1
     rows = [COLUMNS, *((*row, str(count)) for row, count in counts.items())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

@@ -1,4 +1,4 @@
-"""Muon: the momentum of a weight matrix, orthogonalised. For the 2-D weights of hidden layers."""
+"""Muon: orthogonalized momentum, for the 2-D weights of hidden layers."""
 
 import math
 from collections import defaultdict
@@ -12,26 +12,26 @@ from torch.optim.optimizer import ParamsT
 
 from .base import DecoupledOptimizer, named_params
 from .kernels.dispatch import Backend, check_backend, choose_backend
-from .kernels.newton_schulz import NSCoefficients, orthogonalize
+from .kernels.newton_schulz import NS_COEFFICIENTS, NSCoefficients, orthogonalize
 from .matrices import Matrices
 from .process_group import ProcessGroup, local
 
 AdjustLR = Literal["match_rms_adamw", "spectral", "original"]
 IterationDtype = Literal["bfloat16", "float32"]
 
-# An orthogonal (d_out, d_in) matrix has spectral norm 1 and RMS entry 1/√max(d_out, d_in).
+# Factors on an orthogonal (d_out, d_in) matrix, whose spectral norm is 1 and whose RMS entry is
+# 1/√max(d_out, d_in).
 ADJUST_LR: dict[str, Callable[[int, int], float]] = {
     "match_rms_adamw": lambda d_out, d_in: 0.2 * math.sqrt(max(d_out, d_in)),
     "spectral": lambda d_out, d_in: math.sqrt(d_out / d_in),
     "original": lambda d_out, d_in: math.sqrt(max(1, d_out / d_in)),
 }
-NS_COEFFICIENTS = ("polar_express", "quintic")
 ITERATION_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def muon_update(
-    grads: list[Tensor],  # each (d_out, d_in), or the rows of it that are here
-    momentum_buffers: list[Tensor],  # like grads
+    grads: list[Tensor],  # each (d_out, d_in), or its local rows
+    momentum_buffers: list[Tensor],  # like grads, updated in place
     *,
     momentum: float,
     nesterov: bool,
@@ -43,9 +43,11 @@ def muon_update(
     backend: Backend = "auto",
     matrices: Matrices | None = None,
 ) -> list[Tensor]:  # like grads
-    """scale(d_out/blocks, d_in) · orthogonalised momentum, for many matrices; buffers are advanced.
+    """Return Muon's update of many matrices: orthogonalized momentum times its `adjust_lr` factor.
 
-    Arguments as in `Muon`; `matrices` says what of them is here, none given: all.
+    Args:
+        matrices: the layout of the weights over processes. Defaults to unsharded weights.
+        others: see `Muon`. The factor is that of one block, (d_out / qkv_blocks, d_in).
 
     Source: Jordan et al., Muon (2024), kellerjordan.github.io/posts/muon.
     """
@@ -54,7 +56,7 @@ def muon_update(
         for grad, buffer in zip(grads, momentum_buffers, strict=True)
     ]
     matrices = matrices or Matrices(grads, None)
-    orthogonalize_ = partial(
+    work = partial(
         orthogonalize_all,
         qkv_blocks=qkv_blocks,
         steps=ns_steps,
@@ -62,7 +64,7 @@ def muon_update(
         ns_dtype=ns_dtype,
         backend=backend,
     )
-    updates = matrices.by_owners(directions, orthogonalize_)
+    updates = matrices.by_owners(directions, work)
     return [
         update.mul_(ADJUST_LR[adjust_lr](d_out // qkv_blocks, d_in))
         for update, (d_out, d_in) in zip(updates, matrices.shapes, strict=True)
@@ -72,10 +74,10 @@ def muon_update(
 def momentum_direction(
     grad: Tensor, momentum_buffer: Tensor, *, momentum: float, nesterov: bool
 ) -> Tensor:
-    """m <- momentum·m + (1 - momentum)·grad, in place; returns m, or looks ahead from it.
+    """Update m <- momentum·m + (1 - momentum)·grad in place and return m.
 
-    Looking ahead (Nesterov) takes the average once more, from the new m, and does not store it.
-    With momentum 0 both are grad.
+    With `nesterov`, return the same average of the new m and grad again, without storing it. With
+    momentum 0, both are grad.
     """
     momentum_buffer.lerp_(grad, 1 - momentum)
     return grad.lerp(momentum_buffer, momentum) if nesterov else momentum_buffer
@@ -90,29 +92,29 @@ def orthogonalize_all(
     ns_dtype: IterationDtype,
     backend: Backend = "auto",
 ) -> list[Tensor]:  # new tensors, like matrices
-    """Each of the `blocks` equal row blocks of each matrix, orthogonalised on its own.
+    """Orthogonalize each of the `qkv_blocks` equal row blocks of each matrix.
 
-    Matrices of equal shape go through the iteration as one batch.
+    Matrices of equal shape are iterated as one batch.
     """
-    alike: dict[Any, list[int]] = defaultdict(list)
+    same_shape: dict[Any, list[int]] = defaultdict(list)
     for i, matrix in enumerate(matrices):
-        alike[matrix.shape, matrix.dtype, matrix.device].append(i)
+        same_shape[matrix.shape, matrix.dtype, matrix.device].append(i)
     result = list(matrices)
-    for (shape, _, _), indices in alike.items():
+    for (shape, _, _), indices in same_shape.items():
         d_out, d_in = shape
         batch = torch.stack([matrices[i] for i in indices])  # (n, d_out, d_in)
-        batch = batch.view(-1, d_out // qkv_blocks, d_in)  # (n·blocks, d_out/blocks, d_in)
+        batch = batch.view(-1, d_out // qkv_blocks, d_in)  # (n·qkv_blocks, d_out/qkv_blocks, d_in)
         dtype = ITERATION_DTYPES[ns_dtype]
-        implementation = _orthogonalize_of(backend, batch, dtype)
+        implementation = _choose_orthogonalize(backend, batch, dtype)
         batch = implementation(batch, steps=steps, ns_coefficients=ns_coefficients, dtype=dtype)
         for i, matrix in zip(indices, batch.reshape(-1, d_out, d_in), strict=True):
             result[i] = matrix
     return result
 
 
-def _orthogonalize_of(backend: Backend, G: Tensor, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """The implementation of `orthogonalize` that `kernel` means for G (..., m, n)."""
-    row_bytes = [size * dtype.itemsize for size in G.shape[-2:]]  # of X, and of X Xᵀ
+def _choose_orthogonalize(backend: Backend, G: Tensor, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """Return the implementation of `orthogonalize` that `backend` selects for G (..., m, n)."""
+    row_bytes = [size * dtype.itemsize for size in G.shape[-2:]]  # of X and of X Xᵀ
     if choose_backend(backend, "orthogonalize", G, row_bytes=row_bytes) == "torch":
         return orthogonalize
     from .kernels._triton_newton_schulz import orthogonalize as triton_orthogonalize
@@ -121,11 +123,10 @@ def _orthogonalize_of(backend: Backend, G: Tensor, dtype: torch.dtype) -> Callab
 
 
 class MatrixOptimizer(DecoupledOptimizer):
-    """A DecoupledOptimizer for matrices, with the settings of the orthogonalisation.
+    """Base class of Muon and AdaMuon: a DecoupledOptimizer for matrices that orthogonalizes.
 
-    `kernel` says who orthogonalises here (kernels/dispatch.py), `process_group` with whom the work is
-    shared. They are of the machine, not of the training: no param group and no `state_dict` holds
-    them, and a copy of the optimizer shares with nobody.
+    `backend` and `process_group` describe the machine, not the training, so they are not in the
+    param groups or the `state_dict`. A copy of the optimizer keeps `backend` but no process group.
     """
 
     _process_group: ProcessGroup | None = None
@@ -137,12 +138,12 @@ class MatrixOptimizer(DecoupledOptimizer):
         backend: Backend,
         process_group: ProcessGroup | None,
     ) -> None:
-        self.backend: Backend = backend  # `check_group` needs it
+        self.backend: Backend = backend  # super().__init__ calls `check_group`, which reads it
         super().__init__(params, defaults)
         self._process_group = process_group
 
     def settings(self, params: list[Tensor], group: dict[str, Any]) -> dict[str, Any]:
-        """What the update rules of matrices have in common."""
+        """Return the keyword arguments that `muon_update` and `adamuon_update` share."""
         keys = ("momentum", "nesterov", "qkv_blocks", "ns_steps", "ns_coefficients", "ns_dtype")
         matrices = Matrices(params, self._process_group)
         return {key: group[key] for key in keys} | {"backend": self.backend, "matrices": matrices}
@@ -153,25 +154,28 @@ class MatrixOptimizer(DecoupledOptimizer):
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
         check_backend(self.backend, group["params"])
-        kind, qkv_blocks = type(self).__name__, group["qkv_blocks"]
+        class_name, qkv_blocks = type(self).__name__, group["qkv_blocks"]
         for key in ("qkv_blocks", "ns_steps"):
             if not (isinstance(group[key], int) and group[key] >= 1):
-                raise ValueError(f"{kind}: {key}={group[key]}: must be a whole number, at least 1")
+                raise ValueError(
+                    f"{class_name}: {key}={group[key]}: must be an integer, at least 1"
+                )
         for key, choices in (("ns_coefficients", NS_COEFFICIENTS), ("ns_dtype", ITERATION_DTYPES)):
             self.check_choice(group, key, choices)
         for name, param in named_params(group):
             if param.ndim != 2:
                 raise ValueError(
-                    f"{kind} only supports 2D parameters; {name} is {tuple(param.shape)}; "
-                    "give it to another optimizer, for example torch.optim.AdamW"
+                    f"{class_name} only supports 2D parameters; {name} is {tuple(param.shape)}; "
+                    "pass it to another optimizer, for example torch.optim.AdamW"
                 )
             if param.shape[0] % qkv_blocks:
                 raise ValueError(
-                    f"{kind}: {name} is {tuple(param.shape)}: its rows must be divisible by "
-                    f"qkv_blocks={qkv_blocks}"
+                    f"{class_name}: {name} is {tuple(param.shape)}: the number of rows must be "
+                    f"divisible by qkv_blocks={qkv_blocks}"
                 )
 
     def check_choice(self, group: dict[str, Any], key: str, choices: Any) -> None:
+        """Raise ValueError unless group[key] is one of `choices`."""
         if group[key] not in choices:
             raise ValueError(
                 f"{type(self).__name__}: {key}={group[key]!r}: must be one of {', '.join(choices)}"
@@ -179,25 +183,28 @@ class MatrixOptimizer(DecoupledOptimizer):
 
 
 class Muon(MatrixOptimizer):
-    """W <- (1 - lr·weight_decay) W - lr·lr_mult·scale·orthogonalise(momentum).
+    """W <- (1 - lr·weight_decay) W - lr·lr_mult·factor·orthogonalize(momentum).
 
     Args:
         params: 2-D parameters (d_out, d_in). A param group with `qkv_blocks=3` holds fused weights,
-            such as q, k, v one below the other: each block is orthogonalised and scaled alone.
+            such as q, k and v stacked by rows; each block is orthogonalized and scaled separately.
         momentum, nesterov: see `momentum_direction`; momentum in [0, 1).
-        scale: "match_rms_adamw" 0.2·√max(d_out, d_in), which gives the update the RMS of a typical AdamW
-            update, so that its lr and weight decay carry over (Liu et al., arXiv 2502.16982);
-            "spectral" √(d_out/d_in), for an lr that does not depend on width;
-            "original" √max(1, d_out/d_in).
-        ns_steps, coefficients, ns_dtype: of `kernels.newton_schulz.orthogonalize`.
-        kernel: auto, torch or triton, for the orthogonalisation; see `kernels.dispatch.choose`.
-        process_group: the processes that hold the same parameters (DDP) and orthogonalise some
-            each; None: each all of them. Sharded parameters (FSDP2) bring their own.
+        adjust_lr: the factor on the orthogonal update, named as torch.optim.Muon's `adjust_lr_fn`.
+            "match_rms_adamw": 0.2·√max(d_out, d_in), which gives the update the RMS of a typical
+            AdamW update, so that AdamW's lr and weight decay can be reused (Liu et al., arXiv
+            2502.16982). "spectral": √(d_out/d_in), for an lr that does not depend on the width; not
+            in torch. "original": √max(1, d_out/d_in).
+        ns_steps, ns_coefficients, ns_dtype: number of steps, coefficients and dtype of the
+            iteration; see `orthogonalize` in kernels/newton_schulz.py.
+        backend: "auto", "torch" or "triton"; see `choose_backend` in kernels/dispatch.py.
+        process_group: the processes that store the same parameters (DDP) and share the
+            orthogonalization. If None, every process orthogonalizes all parameters. Sharded
+            parameters (FSDP2) bring their own group.
     Raises:
-        ValueError: a number or name outside its range, a parameter that is not 2-D or not divisible
-            into its blocks, a complex parameter, a sparse gradient, a kernel that cannot run.
+        ValueError: if a setting is out of range, a parameter is not 2-D, not divisible into its
+            blocks or complex, a gradient is sparse, or the backend cannot run.
 
-    With adjust_lr="original" and ns_coefficients="quintic" this is torch.optim.Muon, up to rounding.
+    adjust_lr="original" with ns_coefficients="quintic" equals torch.optim.Muon up to rounding.
     """
 
     buffers = ("momentum_buffer",)
@@ -217,18 +224,17 @@ class Muon(MatrixOptimizer):
         backend: Backend = "auto",
         process_group: ProcessGroup | None = None,
     ) -> None:
-        settings = {
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
             "momentum": momentum,
             "nesterov": nesterov,
             "adjust_lr": adjust_lr,
             "qkv_blocks": 1,
-        }
-        newton_schulz = {
             "ns_steps": ns_steps,
             "ns_coefficients": ns_coefficients,
             "ns_dtype": ns_dtype,
         }
-        defaults = {"lr": lr, "weight_decay": weight_decay, **settings, **newton_schulz}
         super().__init__(params, defaults, backend, process_group)
 
     def check_group(self, group: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""What the processes that train one model do together in the optimizers; one alone does nothing.
+"""Collective operations over the processes that train one model, and layouts of sharded tensors.
 
-A parameter is a plain tensor, the same in every process (one process, DDP), or a DTensor, of which
-every process holds some rows (FSDP2): `local` is what is here of either.
+A parameter is either a plain tensor with the same values in every process (one process, DDP) or a
+DTensor of which every process stores some rows (FSDP2). `local` returns the local part of either.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-ProcessGroup = Any  # torch.distributed.ProcessGroup, which not every build of torch has
+ProcessGroup = Any  # torch.distributed.ProcessGroup, which some builds of torch do not have
 
 
 class Collective:
-    """Sums and broadcasts over a group of processes; None is this process alone."""
+    """Sum and broadcast over a process group. None stands for the current process alone."""
 
     def __init__(self, group: ProcessGroup | None = None) -> None:
         self.group = group
@@ -25,45 +25,47 @@ class Collective:
         self.rank = 0 if group is None else distributed.get_rank(group)
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """`tensor`, replaced by its sum over the processes."""
+        """Replace `tensor` by its sum over all processes and return it."""
         self.wait([self.start_sum_(tensor)])
         return tensor
 
     def start_sum_(self, tensor: Tensor) -> Any:
-        """The same, under way: `wait` for what is returned."""
+        """Start `sum_` and return its handle. Pass the handle to `wait` before using `tensor`."""
         if self.size > 1:
             return distributed.all_reduce(tensor, group=self.group, async_op=True)
         return None
 
     def start_broadcast_(self, tensor: Tensor, source: int) -> Any:
-        """`tensor`, replaced by that of the process with rank `source` in the group, under way."""
+        """Start to replace `tensor` by that of rank `source` in the group; return a handle."""
         if self.group is not None and self.size > 1:
             rank = distributed.get_global_rank(self.group, source)
             return distributed.broadcast(tensor, rank, group=self.group, async_op=True)
         return None
 
     def check_same(self, description: str, device: torch.device) -> None:
-        """Raise ValueError in every process if they do not all pass the same text."""
-        own = zlib.crc32(description.encode())
-        digest = torch.tensor([own, own**2 % 2**31], device=device)
+        """Raise ValueError in every process unless all of them pass the same `description`."""
+        checksum = zlib.crc32(description.encode())
+        digest = torch.tensor([checksum, checksum**2 % 2**31], device=device)
         if not torch.equal(self.sum_(digest.clone()), digest * self.size):
             raise ValueError(
-                f"process {self.rank} of {self.size} preconditions other layers, or with other "
-                "settings, than the rest; if not all processes train one model together, pass "
-                f"those that do as process_group. Here: {description}"
+                f"the {self.size} processes do not precondition the same layers with the same "
+                "settings; use the same model and settings in all processes, or pass those that "
+                f"train one model together as process_group. Process {self.rank}: {description}"
             )
 
     @staticmethod
     def wait(works: Iterable[Any]) -> None:
+        """Wait for the handles that `start_sum_` and `start_broadcast_` returned."""
         for work in works:
             if work is not None:
                 work.wait()
 
 
 def everybody() -> Collective:
-    """All processes, in a group of its own, so that its traffic waits for nobody else's.
+    """Return a new group of all processes, or the current process without torch.distributed.
 
-    Every process has to call this. Without torch.distributed: this process alone.
+    All processes must call this function. A separate group keeps its traffic independent of that of
+    the default group.
     """
     if n_processes() == 1:
         return Collective()
@@ -71,40 +73,44 @@ def everybody() -> Collective:
 
 
 def n_processes() -> int:
+    """Return the number of processes of torch.distributed, or 1 if it is not initialized."""
     is_parallel = distributed.is_available() and distributed.is_initialized()
     return distributed.get_world_size() if is_parallel else 1
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this is a DTensor, which is not imported for the question."""
+    """Return whether `tensor` is a DTensor, without importing DTensor."""
     return hasattr(tensor, "placements")
 
 
 def local(tensor: Any) -> Tensor:
-    """The part of a tensor that is in this process, not a copy."""
+    """Return the part of a tensor that this process stores, as a view."""
     with torch.no_grad():
         return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def row_mesh_dim(tensor: Any) -> int | None:
-    """The dimension of a DTensor's mesh over which its rows are spread; None: all are here.
+    """Return the mesh dimension over which the rows of a DTensor are sharded.
 
-    Raises ValueError for any other layout: a product with P, or an orthogonalisation by owners,
-    needs whole rows.
+    Returns None if this process stores all rows.
+
+    Raises:
+        ValueError: if the tensor has any other layout. Products with P and orthogonalization need
+            whole rows.
     """
     if not is_sharded(tensor):
         return None
-    spread = [i for i, each in enumerate(tensor.placements) if not each.is_replicate()]
-    if len(spread) > 1 or any(str(tensor.placements[i]) != "S(0)" for i in spread):
+    sharded = [i for i, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    if len(sharded) > 1 or any(str(tensor.placements[i]) != "S(0)" for i in sharded):
         raise ValueError(
-            f"its layout is {tuple(tensor.placements)}: only whole rows may be spread (Shard(0), "
-            "as FSDP2 does, over one dimension of the mesh), not columns (Shard(1), row-parallel)"
+            f"its layout is {tuple(tensor.placements)}: only rows may be sharded, over one mesh "
+            "dimension (Shard(0), as FSDP2 does), not columns (Shard(1), as row-parallel layers do)"
         )
-    return spread[0] if spread else None
+    return sharded[0] if sharded else None
 
 
 def first_row(tensor: Any) -> int:
-    """The number of the first row that is here, among all rows of the tensor."""
+    """Return the index of the first local row among all rows of the tensor."""
     dim = row_mesh_dim(tensor)
     if dim is None:
         return 0
@@ -113,13 +119,16 @@ def first_row(tensor: Any) -> int:
 
 
 def row_bounds(n_rows: int, size: int) -> list[int]:
-    """Where the rows of each of `size` processes begin, and the end: as torch.chunk cuts them."""
-    each = -(-n_rows // size)
-    return [min(rank * each, n_rows) for rank in range(size + 1)]
+    """Return the first row of each of `size` processes, then `n_rows`, as torch.chunk splits."""
+    chunk = -(-n_rows // size)
+    return [min(rank * chunk, n_rows) for rank in range(size + 1)]
 
 
 def owners(costs: Sequence[float], size: int) -> list[int]:
-    """Who does which piece of work: the costliest first, each to whom has least so far."""
+    """Assign each piece of work to one of `size` processes and return their ranks.
+
+    Greedy: the most expensive piece first, each to the process with the least work so far.
+    """
     load = [0.0] * size
     owner = [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):

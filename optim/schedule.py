@@ -1,10 +1,10 @@
-"""The learning-rate schedule: a pure function from the step to a factor on all base rates."""
+"""Learning-rate schedules: a pure function from the step to a factor on all base rates."""
 
 import difflib
 import math
 
 SCHEDULES = ("cosine", "wsd", "constant")
-DECAY_FRACTION = 0.2  # of max_steps: the linear decay at the end of warm-up, stable, decay (wsd)
+DECAY_FRACTION = 0.2  # fraction of max_steps over which wsd (warmup-stable-decay) decays
 
 
 def lr_scale(
@@ -16,21 +16,21 @@ def lr_scale(
     min_lr_ratio: float,
     decay_fraction: float = DECAY_FRACTION,
 ) -> float:
-    """The factor, in (0, 1], by which step number `step` multiplies the peak learning rate.
+    """Return the factor in [0, 1] on the peak learning rate at step number `step`.
 
-    A run takes the steps 0 ... max_steps - 1. With w = warmup_steps and s = max_steps:
+    A run takes the steps 0, ..., max_steps - 1. With w = warmup_steps and s = max_steps:
 
-        warm-up   step < w    (step + 1) / (w + 1): 1/(w + 1) at step 0, and 1 at step w
-        cosine    step >= w   from 1 at step w along half a cosine to min_lr_ratio at step s
-        wsd       step >= w   1, then a straight line from 1 at (1 - decay_fraction) s, or at
-                              step w if that is later, to min_lr_ratio at step s
+        warmup    step < w    (step + 1) / (w + 1): 1/(w + 1) at step 0, which reaches 1 at step w
+        cosine    step >= w   half a cosine from 1 at step w to min_lr_ratio at step s
+        wsd       step >= w   1 up to step (1 - decay_fraction) s, or step w if that is later; then
+                              linear to min_lr_ratio at step s
         constant  step >= w   1
 
-    Step s is the one after the last, so that the last step still moves where min_lr_ratio = 0.
-    From step s on, cosine and wsd stay at min_lr_ratio.
+    The decay ends at step s, one after the last step, so the factor of the last step is positive
+    even if min_lr_ratio is 0. From step s on, cosine and wsd stay at min_lr_ratio.
 
     Raises:
-        ValueError: an unknown schedule, or a number outside its range.
+        ValueError: if the schedule is unknown or a number is out of range.
     """
     _check(step, schedule, warmup_steps, max_steps, min_lr_ratio, decay_fraction)
     if step < warmup_steps:
@@ -47,7 +47,7 @@ def lr_scale(
 
 
 def _progress(step: int, start: float, end: int) -> float:
-    """How far `step` is on the way from `start` to `end`, clamped to [0, 1]."""
+    """Return the fraction of the way from `start` to `end` at `step`, clamped to [0, 1]."""
     return 1.0 if step >= end else max(0, step - start) / (end - start)
 
 

@@ -10,12 +10,13 @@ from .process_group import local
 
 
 def signum_update(grad: Tensor, momentum_buffer: Tensor, *, momentum: float) -> Tensor:
-    """sign(m) with m <- momentum·m + (1 - momentum)·grad; any shape; `momentum_buffer` is advanced.
+    """Return sign(m) with m <- momentum·m + (1 - momentum)·grad; m is `momentum_buffer`.
 
-    Every entry is -1, 0 or 1. With momentum 0 this is sign(grad).
+    Tensors may have any shape. Every entry of the update is -1, 0 or 1. With momentum 0, the update
+    is sign(grad).
 
-    Source: Bernstein et al., signSGD, arXiv 1802.04434, Algorithm 2. There m starts at zero without
-    bias correction, which a sign does not see.
+    Source: Bernstein et al., signSGD, arXiv 1802.04434, Algorithm 2. m starts at zero there, too; a
+    bias correction would not change its sign.
     """
     momentum_buffer.lerp_(grad, 1 - momentum)
     return momentum_buffer.sign()
@@ -25,10 +26,10 @@ class Signum(DecoupledOptimizer):
     """W <- (1 - lr·weight_decay) W - lr·lr_mult·sign(m); see `signum_update`.
 
     Args:
-        lr: the size of every entry of the update.
-        momentum: decay of the moving average, in [0, 1).
+        lr: the magnitude of every entry of the update.
+        momentum: the decay of the moving average, in [0, 1).
     Raises:
-        ValueError: see DecoupledOptimizer.
+        ValueError: see `DecoupledOptimizer`.
     """
 
     buffers = ("momentum_buffer",)

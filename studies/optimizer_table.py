@@ -1,28 +1,28 @@
-"""Does DoPr beat its base optimizer on validation loss? The protocol is in LOG.md.
+"""Compare DoPr with its base optimizers on validation loss; docs/log contains the protocol.
 
     python -m studies.optimizer_table --out studies/results/optimizer_table.json [--workers 2]
 
-{AdamW, Muon, Signum, AdaMuon} x {base, DoPr fast, DoPr exact} on pystdlib: a learning-rate sweep on
-seed 0 for each, then fresh seeds at each one's own best rate. On other seeds, at the best rate of
-fast DoPr, one setting changed at a time. Every run is `train.py` in a process of its own; finished
-ones are not run again.
+The table is {AdamW, Muon, Signum, AdaMuon} x {base, DoPr fast, DoPr exact} on pystdlib: a
+learning-rate sweep on seed 0 for each, then fresh seeds at its best rate. The ablations change one
+setting of fast DoPr at a time, on other seeds, at the best rate of fast DoPr. Finished runs are not
+repeated.
 """
 
 import hashlib
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from eval.command import command_parser
+from studies.sweep.trial import train_in
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "bias": False}
@@ -31,21 +31,21 @@ RUN = {
     **{"max_steps": 400, "warmup_steps": 40, "min_lr_ratio": 0.0, "weight_decay": 0.1},
     **{"eval_every": 400, "eval_batches": 64, "save_every": 400, "log_every": 50},
 }
-RATES = {  # first grid, extended by a factor of two while the best rate is at its edge
+RATES = {  # the first grid; it grows by a factor of two while the best rate is at its edge
     "adamw": [2e-3, 4e-3, 8e-3, 1.6e-2],
     "muon": [4e-3, 8e-3, 1.6e-2, 3.2e-2],
     "signum": [2.5e-4, 5e-4, 1e-3, 2e-3],
     "adamuon": [4e-3, 8e-3, 1.6e-2, 3.2e-2],
 }
 KEY = hashlib.sha256(json.dumps([MODEL, RUN]).encode()).hexdigest()[:8]
-RUNS = ROOT / "out" / f"optimizer_table-{KEY}"  # other fixed settings are other runs
-AUX_LR = 4e-3  # of the AdamW beside muon and adamuon, base and DoPr alike
+RUNS = ROOT / "out" / f"optimizer_table-{KEY}"  # the fixed settings are in the name
+AUX_LR = 4e-3  # of the AdamW beside muon and adamuon, with and without DoPr
 FAST = {"dopr": True, "gamma": 0.1, "sigma_beta": 0.95, "refresh_every": 10}
 EXACT = {"dopr": True, "gamma": 0.1, "sigma_beta": "none", "refresh_every": 1}
 MODES: dict[str, dict[str, Any]] = {"": {}, "dopr-": FAST, "exact dopr-": EXACT}
 TUNING_SEED, ABLATION_SEEDS, FRESH_SEEDS = 0, (1, 2, 3), (4, 5, 6)
 CHANGES: dict[str, dict[str, Any]] = {
-    "as it is": {},
+    "unchanged": {},
     "gamma=0.01": {"gamma": 0.01},
     "gamma=1": {"gamma": 1.0},
     "sigma_beta=none": {"sigma_beta": "none"},
@@ -55,28 +55,27 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 def run(optimizer: str, lr: float, seed: int, **changes: Any) -> float:
-    """Final validation loss of one training run; infinite if it diverged."""
+    """Return the final validation loss of one training run; infinite if it diverged."""
     settings = MODEL | RUN | {"optimizer": optimizer, "lr": lr, "seed": seed} | changes
     if optimizer in ("muon", "adamuon"):
         settings["aux_lr"] = AUX_LR
     varied = {key: value for key, value in settings.items() if key not in MODEL | RUN}
     out = RUNS / "_".join(f"{key}={value}" for key, value in sorted(varied.items()))
-    command = [sys.executable, "train.py", f"--out_dir={out}", "--device=cpu"]
+    command = ["train.py", f"--out_dir={out}", "--device=cpu"]
     command += [f"--{key}={value}" for key, value in settings.items()]
     metrics = out / "metrics.jsonl"
-    if not (metrics.exists() and '"event": "end", "reason": "finished"' in metrics.read_text()):
-        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=one_thread)
-        if "steps in a row were not finite" in done.stderr:
-            return math.inf
-        done.check_returncode()
+    has_finished = (
+        metrics.exists() and '"event": "end", "reason": "finished"' in metrics.read_text()
+    )
+    if not has_finished and not train_in(out, command):
+        return math.inf
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     loss = [row["loss"] for row in rows if row["kind"] == "val"][-1]
     return math.inf if loss is None else loss
 
 
 def sweep(optimizer: str, dopr: dict[str, Any]) -> dict[float, float]:
-    """Loss on the tuning seed against the learning rate, the best one inside the grid."""
+    """Return {learning rate: loss on the tuning seed}, with the best rate inside the grid."""
     losses: dict[float, float] = {}
     rates = list(RATES[optimizer])
     while rates:
@@ -87,7 +86,7 @@ def sweep(optimizer: str, dopr: dict[str, Any]) -> dict[float, float]:
 
 
 def headline(variant: tuple[str, str]) -> dict[str, Any]:
-    """One row: the sweep, and the fresh seeds at its best rate."""
+    """Return one row: the sweep, and the fresh seeds at its best rate."""
     optimizer, mode = variant
     losses = sweep(optimizer, MODES[mode])
     lr = min(losses, key=losses.__getitem__)
@@ -96,7 +95,7 @@ def headline(variant: tuple[str, str]) -> dict[str, Any]:
 
 
 def change(task: tuple[str, float, str]) -> dict[str, Any]:
-    """One row: fast DoPr with one setting changed, at the rate tuned without the change."""
+    """Return one row: fast DoPr with one setting changed, at the rate tuned without the change."""
     optimizer, lr, name = task
     losses = [run(optimizer, lr, seed, **FAST | CHANGES[name]) for seed in ABLATION_SEEDS]
     return {"name": f"dopr-{optimizer}", "change": name, "lr": lr, **summary(losses)}
@@ -118,9 +117,10 @@ def markdown(rows: Iterable[dict[str, Any]]) -> str:
 def main() -> None:
     parser = command_parser("studies.optimizer_table", __doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--workers", type=int, default=2, help="runs side by side, a thread each")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
     arguments = parser.parse_args()
-    with ThreadPoolExecutor(arguments.workers) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(arguments.workers, context, torch.set_num_threads, (1,)) as pool:
         variants = [(optimizer, mode) for optimizer in RATES for mode in MODES]
         table = list(tqdm(pool.map(headline, variants), total=len(variants), desc="headline"))
         best = {row["name"]: row["lr"] for row in table}

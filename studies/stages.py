@@ -1,4 +1,4 @@
-"""A study that is several commands: its stages, and the command line that chooses among them."""
+"""Run a study that consists of several commands, or the stages that the command line selects."""
 
 import argparse
 import shlex
@@ -11,7 +11,7 @@ from eval.command import command_parser
 
 
 class Stage(Protocol):
-    """One command, in a folder under `out`."""
+    """One command, whose results go to a folder under `out`."""
 
     @property
     def name(self) -> str: ...
@@ -28,14 +28,26 @@ S = TypeVar("S", bound=Stage)
 def chosen(
     argv: Sequence[str], stages: Sequence[S], name: str, about: str | None, out: str
 ) -> tuple[list[S], argparse.Namespace]:
-    """The stages whose names begin as asked, all if none is asked; --out and --workers.
+    """Parse the command line of a study.
 
-    about: the help, a docstring. out: the default. SystemExit if no stage begins so.
+    Args:
+        argv: prefixes of stage names, --out and --workers.
+        stages: all stages of the study.
+        name: name of the command's module.
+        about: help text.
+        out: default of --out.
+    Returns:
+        The stages whose names begin with one of the prefixes (all without a prefix), and the
+        arguments.
+    Raises:
+        SystemExit: no stage begins with a prefix.
     """
     parser = command_parser(name, about)
-    parser.add_argument("stages", nargs="*", help="; ".join(stage.name for stage in stages))
+    parser.add_argument(
+        "stages", nargs="*", help="prefixes of: " + ", ".join(stage.name for stage in stages)
+    )
     parser.add_argument("--out", type=Path, default=Path(out))
-    parser.add_argument("--workers", type=int, default=2, help="runs side by side")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     arguments = parser.parse_args(argv)
     prefixes = tuple(arguments.stages or [""])
     if not (found := [stage for stage in stages if stage.name.startswith(prefixes)]):
@@ -44,6 +56,7 @@ def chosen(
 
 
 def run(stages: Sequence[Stage], out: Path, workers: int) -> None:
+    """Print and run the command of each stage."""
     for stage in stages:
         argv = stage.argv(out, workers)
         print(shlex.join(["python", "-m", stage.command.__name__, *argv]), flush=True)

@@ -1,4 +1,7 @@
-"""Processes that stand by for tests of several: starting some costs seconds, a case does not."""
+"""Run distributed test cases in processes that stay alive between cases.
+
+Starting a process takes seconds; running another case in it does not.
+"""
 
 import multiprocessing
 import os
@@ -10,11 +13,11 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 PRELOAD = ["torch.distributed.fsdp", "torch.distributed.checkpoint", "train", "tests.processes"]
-LIMIT_S = 500.0  # of a case; to compile takes minutes on a machine that does other things
+LIMIT_S = 500.0  # per case; compilation takes minutes on a busy machine
 
 
 class Gang:
-    """`size` processes in which functions of a module run, as if torchrun had started them."""
+    """`size` processes that run functions as if torchrun had started them."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -24,35 +27,35 @@ class Gang:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         pipes = [context.Pipe() for _ in range(self._size)]
-        self._ends = [mine for mine, _ in pipes]
-        self._processes = [context.Process(target=_serve, args=(end,)) for _, end in pipes]
+        self._connections = [parent for parent, _ in pipes]
+        self._processes = [context.Process(target=_serve, args=(child,)) for _, child in pipes]
         for process in self._processes:
             process.start()
 
     def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """What `function(*args)` returns in processes of rank 0 to size - 1.
+        """Call `function(*args)` in `size` processes and return the results in order of rank.
 
-        The first error of any of them is raised here, and new processes take their places.
+        Raises AssertionError with the first error of any process, after replacing all processes.
         """
         port = _free_port()
-        ends = self._ends[:size]
-        for rank, end in enumerate(ends):
-            end.send((rank, size, port, function, args))
+        connections = self._connections[:size]
+        for rank, connection in enumerate(connections):
+            connection.send((rank, size, port, function, args))
         results: dict[Any, Any] = {}
         while len(results) < size:
-            ready = wait([end for end in ends if end not in results], LIMIT_S)
-            problem = None if ready else f"no answer in {LIMIT_S} s"
-            for end in ready:
-                assert isinstance(end, Connection)
-                results[end], problem = end.recv()
-                problem = problem and f"rank {ends.index(end)}: {problem}"
-                if problem:
+            ready = wait([each for each in connections if each not in results], LIMIT_S)
+            problem = None if ready else f"no answer within {LIMIT_S} s"
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                results[connection], error = connection.recv()
+                if error:
+                    problem = f"rank {connections.index(connection)}: {error}"
                     break
             if problem:
                 self.stop()
                 self._start()
                 raise AssertionError(problem)
-        return [results[end] for end in ends]
+        return [results[connection] for connection in connections]
 
     def stop(self) -> None:
         for process in self._processes:
@@ -60,20 +63,21 @@ class Gang:
             process.join()
 
 
-def _serve(end: Connection) -> None:
+def _serve(connection: Connection) -> None:
+    """Run the functions that arrive, and send back their results or tracebacks."""
     import torch
 
     torch.set_num_threads(1)
-    sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+    sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
     while True:
-        rank, size, port, function, args = end.recv()
+        rank, size, port, function, args = connection.recv()
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         try:
-            end.send((function(*args), None))
+            connection.send((function(*args), None))
         except BaseException:
-            end.send((None, traceback.format_exc()))
-        if torch.distributed.is_initialized():  # a case that lost a process leaves it behind
+            connection.send((None, traceback.format_exc()))
+        if torch.distributed.is_initialized():  # left over by a case in which a process was lost
             torch.distributed.destroy_process_group()
 
 

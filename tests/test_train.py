@@ -1,4 +1,4 @@
-"""The run as a whole: it learns, it resumes bit for bit, it stops cleanly."""
+"""A run learns, resumes bit for bit, and stops cleanly."""
 
 import json
 import math
@@ -10,25 +10,28 @@ import pytest
 import torch
 
 import train
+from eval import in_training
 from tests.devices import DEVICES
 from tests.tiny import argv, metrics, weights
 from trainer.checkpoint.read import open_checkpoint
 from trainer.checkpoint.state import TrainState
 
 
-def test_a_run_learns_and_leaves_everything_behind(dataset, tmp_path):
+def test_a_run_learns_and_writes_all_its_files(dataset, tmp_path):
     out = tmp_path / "run"
     assert train.main(argv(dataset, out, max_steps=40, warmup_steps=4, lr=1e-2)) == 0
     val = metrics(out, "val")
     assert [row["step"] for row in val] == [0, 6, 12, 18, 24, 30, 36, 40]
-    assert val[0]["loss"] == pytest.approx(math.log(257), abs=0.1)  # knows nothing
+    assert val[0]["loss"] == pytest.approx(math.log(257), abs=0.1)  # before training
     assert val[-1]["loss"] < 2.5
-    assert val[-1]["bits_per_byte"] == pytest.approx(val[-1]["loss"] / math.log(2))  # byte tokens
+    assert val[-1]["bits_per_byte"] == pytest.approx(
+        val[-1]["loss"] / math.log(2)
+    )  # one token per byte
     assert json.loads((out / "config.json").read_text())["max_steps"] == 40
     assert (out / "checkpoints/latest").read_text() == "step-00000040\n"
     assert [row["event"] for row in metrics(out, "run")] == ["start", "end"]
-    wanted = {"loss", "lr", "grad_norm", "tokens_per_s", "mfu", "step_ms", "skipped"}
-    assert wanted <= metrics(out, "train")[0].keys()
+    expected = {"loss", "lr", "grad_norm", "tokens_per_s", "mfu", "step_ms", "skipped"}
+    assert expected <= metrics(out, "train")[0].keys()
 
 
 VARIANTS = {
@@ -62,13 +65,13 @@ def test_a_run_resumed_twice_equals_an_uninterrupted_one_bit_for_bit(dataset, tm
 
 
 def losses(out):
-    """The logged losses, each step once."""
+    """Return the logged training and validation losses with their steps."""
     train_rows = [(row["step"], row["loss"]) for row in metrics(out, "train")]
     return train_rows, [(row["step"], row["loss"]) for row in metrics(out, "val")]
 
 
 def request_stop_after(patch, step):
-    """SIGTERM once `step` optimizer steps are done."""
+    """Send SIGTERM after `step` optimizer steps."""
     count_step = train.TrainState.count_step
 
     def counting(self, is_finite):
@@ -93,10 +96,10 @@ def test_a_stop_inside_validation_or_a_step_loses_and_doubles_nothing(dataset, t
 
 
 def stop_inside(patch, where):
-    """Ctrl-C at the second validation, or between the two micro-batches of the ninth step."""
+    """Send SIGINT at the second validation, or before the first backward of the ninth step."""
     calls = 0
     owner, name = {
-        "evaluate": (train, "evaluate"),
+        "evaluate": (in_training, "evaluate"),
         "backward": (torch.Tensor, "backward"),
     }[where]
     call = getattr(owner, name)
@@ -131,7 +134,7 @@ def test_micro_batches_do_not_change_the_step(dataset, tmp_path, dopr):
         out = tmp_path / str(size)
         train.main(argv(dataset, out, micro_batch_size=size, dopr=dopr, eval_batches=0))
         finals.append(metrics(out, "val")[-1]["loss"])
-    assert finals == pytest.approx([finals[0]] * 3, abs=1e-5)  # fp32 sums in another order
+    assert finals == pytest.approx([finals[0]] * 3, abs=1e-5)  # for fp32 sums in another order
 
 
 def test_dropout_differs_from_step_to_step(dataset, tmp_path, monkeypatch):
@@ -140,7 +143,7 @@ def test_dropout_differs_from_step_to_step(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "manual_seed", lambda seed: (seeds.append(seed), seed_all(seed)))
     train.main(argv(dataset, tmp_path / "run", max_steps=5))
     per_step = seeds[-5:]
-    # 32 bits are all that the CPU generator takes
+    # the CPU generator uses only 32 bits of a seed
     assert len({seed % 2**32 for seed in per_step}) == 5
 
 
@@ -155,16 +158,16 @@ def test_the_checkpoint_that_a_run_continues_from_does_not_stay_in_memory(
     train.main(argv(dataset, tmp_path / "run", max_steps=4))
     restore, read, alive = TrainState.restore, [], []
 
-    def noted(state, checkpoint):
+    def recorded(state, checkpoint):
         read.append(weakref.ref(checkpoint))
         restore(state, checkpoint)
 
-    def look(*_):
+    def check_and_stop(*_):
         alive.append(read[0]())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(TrainState, "restore", noted)
-    monkeypatch.setattr(TrainState, "count_step", look)
+    monkeypatch.setattr(TrainState, "restore", recorded)
+    monkeypatch.setattr(TrainState, "count_step", check_and_stop)
     with pytest.raises(KeyboardInterrupt):
         train.main(argv(dataset, tmp_path / "run"))
     assert alive == [None]
@@ -186,7 +189,7 @@ def test_the_averaged_weights_are_the_average(dataset, tmp_path):
     steps = [load(out / f"checkpoints/step-{i:08d}").model for i in range(1, 5)]
     ema = load(out).ema
     for key, value in ema.items():
-        average = steps[0][key]  # the first update copies
+        average = steps[0][key]  # the first update copies the weights
         for later in steps[1:]:
             average = 0.5 * average + 0.5 * later[key]
         torch.testing.assert_close(value, average)

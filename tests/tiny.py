@@ -1,4 +1,4 @@
-"""A data set and a run so small that a test can train them."""
+"""Write a data set and the settings of a run that are small enough to train in a test."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from data.meta import empty_split, write_meta
 from data.shards import write_shard
 from data.tokenizer import byte_tokenizer
 
-SETTINGS = {  # a run of a second
+SETTINGS = {  # a run that takes a second
     "n_layer": 2,
     "n_head": 2,
     "n_embd": 32,
@@ -28,7 +28,7 @@ SETTINGS = {  # a run of a second
 
 
 def write_dataset(folder: Path, train_tokens: int = 4000, seed: int = 0) -> Path:
-    """Bytes of a Markov-like text: enough structure that training lowers the loss."""
+    """Write random words as bytes, with enough structure that training lowers the loss."""
     folder.mkdir(parents=True)
     tokenizer = byte_tokenizer()
     tokenizer.save(folder / "tokenizer.json")
@@ -45,16 +45,17 @@ def write_dataset(folder: Path, train_tokens: int = 4000, seed: int = 0) -> Path
 
 
 def argv(folder: Path, out: Path, **changes: object) -> list[str]:
-    """The command line of a tiny run on the data set in `folder`."""
+    """Return the command line of a tiny run on the data set in `folder`."""
     settings = SETTINGS | {"dataset": folder, "out_dir": out} | changes
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
 def metrics(out_dir: Path, kind: str) -> list[dict]:
+    """Return the rows of one kind in a run's metrics.jsonl."""
     rows = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
     return [row for row in rows if row["kind"] == kind]
 
 
 def weights(out_dir: Path, step: int) -> bytes:
-    """The bytes of a checkpoint's weights."""
+    """Return the bytes of a checkpoint's weights."""
     return (out_dir / f"checkpoints/step-{step:08d}/model.safetensors").read_bytes()

@@ -1,14 +1,16 @@
-"""From config files and the command line to the run's settings (settings.py).
+"""Read the settings of a run from config files and the command line.
 
     python train.py config/gpt2_adamw.py --lr=3e-4 --max_steps=2e3
 
-Precedence: defaults, config files left to right, `--key=value`. A config file is plain assignments
-run in a namespace of its own; every name that it leaves behind must be a setting of `Config`.
+Later sources override earlier ones: defaults, config files from left to right, `--key=value`. A
+config file is Python code that assigns settings; it runs in a namespace of its own, in which every
+name without a leading underscore must be a setting.
 """
 
 import dataclasses
 import difflib
 import json
+import os
 import re
 import runpy
 from collections.abc import Callable
@@ -20,9 +22,10 @@ from trainer.settings import FIELDS, RUN_ONLY, ConfigError, TrainConfig
 
 
 def coerce(key: str, value: Any) -> Any:
-    """`value` as the declared type of setting `key`; ConfigError says what was wanted.
+    """Convert `value` to the declared type of the setting `key`.
 
-    Integral floats become ints (`1e3`), strings are parsed, booleans are true or false only.
+    Strings are parsed, floats without a fraction (`1e3`) become ints, and booleans must be true or
+    false. Raises ConfigError if the value has the wrong type.
     """
     kind: Any = FIELDS[key].type
     if get_origin(kind) is Literal:
@@ -36,7 +39,7 @@ def coerce(key: str, value: Any) -> Any:
     try:
         return _PARSERS[kind](value)
     except (KeyError, TypeError, ValueError, OverflowError):
-        raise ConfigError(f"{key}={value!r}: must be {_WANTED[kind]}") from None
+        raise ConfigError(f"{key}={value!r}: must be {_TYPE_NAMES[kind]}") from None
 
 
 def _parse_float(value: Any) -> float:
@@ -64,19 +67,20 @@ _PARSERS = {
     float: _parse_float,
     str: _parse_str,
 }
-_WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 def load_config(
     argv: list[str], check_machine: Callable[[dict[str, Any]], list[str]] = lambda values: []
 ) -> tuple[TrainConfig, dict[str, str]]:
-    """The resolved settings and, per setting that was given, where its value comes from.
+    """Return the settings, and for every setting that was given, its source.
 
     Args:
-        argv: config files (`*.py`) and `--key=value` overrides; the command line wins over files.
-        check_machine: further problems of the settings that only this machine can tell.
+        argv: config files (`*.py`) and `--key=value` overrides.
+        check_machine: function that returns a message for each setting, in the complete dict of
+            settings, that this machine does not support.
     Raises:
-        ConfigError: one error with every problem of every source.
+        ConfigError: lists every problem of every source.
         SystemExit: after `--help`.
     """
     if "--help" in argv or "-h" in argv:
@@ -87,8 +91,7 @@ def load_config(
     problems: list[str] = []
     for origin, key, raw in _assignments(argv, problems):
         try:
-            if key not in FIELDS:
-                raise ConfigError(f"unknown key {key!r}{_nearest(key)}")
+            key, raw = _rename(origin, key, raw)
             values[key], origins[key] = coerce(key, raw), origin
         except ConfigError as error:
             problems.append(f"{origin}: {error}")
@@ -104,45 +107,63 @@ def load_config(
 
 
 def _assignments(argv: list[str], problems: list[str]) -> list[tuple[str, str, Any]]:
-    """(origin, key, raw value) , weakest first: config files, then the command line."""
+    """Return (origin, key, raw value) of every assignment, the config files first."""
     from_files: list[tuple[str, str, Any]] = []
-    from_line: list[tuple[str, str, Any]] = []
+    from_command_line: list[tuple[str, str, Any]] = []
     for argument in argv:
         if argument.startswith("--") and "=" in argument:
             key, raw = argument[2:].split("=", 1)
-            from_line.append(("command line", key, raw))
+            from_command_line.append(("command line", key, raw))
         elif argument.startswith("-"):
             problems.append(f"command line: {argument!r} has no value; write --key=value")
         else:
             from_files += _run_file(argument, problems)
-    return from_files + from_line
+    return from_files + from_command_line
 
 
 def _run_file(path: str, problems: list[str]) -> list[tuple[str, str, Any]]:
-    """The assignments that a config file leaves behind."""
+    """Run a config file and return its assignments."""
     if not Path(path).is_file():
-        problems.append(f"{path}: no such config file; config/ holds {_ready_configs()}")
+        problems.append(f"{path}: no such config file; config/ has {_preset_names()}")
         return []
     try:
         namespace = runpy.run_path(path)
-    except Exception as error:  # whatever a user's file may raise belongs into the one message
+    except Exception as error:  # a user's file may raise anything
         problems.append(f"{path}: {type(error).__name__}: {error}")
         return []
     return [(path, key, value) for key, value in namespace.items() if not key.startswith("_")]
 
 
-def _ready_configs() -> str:
+def _preset_names() -> str:
     folder = Path(__file__).parents[1] / "config"
     return ", ".join(sorted(path.name for path in folder.glob("*.py")))
 
 
-def _nearest(key: str) -> str:
+def _rename(origin: str, key: str, raw: Any) -> tuple[str, Any]:
+    """Return the current name and value of a setting; warn if an earlier release named it.
+
+    Raises ConfigError if there is no such setting.
+    """
+    if key in FIELDS:
+        return key, raw
+    from optim.legacy_names import renamed_settings  # imports torch
+
+    settings, old_names = renamed_settings({key: raw})
+    new_key, value = next(iter(settings.items()))
+    if not old_names or new_key not in FIELDS:
+        raise ConfigError(f"unknown key {key!r}{_suggestion(key)}")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {origin}: {key} is now called {new_key}; please rename it")
+    return new_key, value
+
+
+def _suggestion(key: str) -> str:
     close = difflib.get_close_matches(key, FIELDS, n=1)
     return f"; did you mean {close[0]!r}?" if close else "; --help lists all keys"
 
 
 def describe(config: TrainConfig, origins: dict[str, str]) -> str:
-    """Every setting that is not at its default, one a line, with where it was set."""
+    """Format the settings that differ from their defaults, one per line, with their sources."""
     rows = [
         f"  {key} = {getattr(config, key)!r}  ({origins[key]})"
         for key in FIELDS
@@ -152,7 +173,11 @@ def describe(config: TrainConfig, origins: dict[str, str]) -> str:
 
 
 def describe_changes(saved: dict[str, Any], config: TrainConfig) -> str:
-    """The settings in which a resumed run differs from the one that wrote its checkpoint."""
+    """Format a warning for each setting that differs from the run that saved the checkpoint.
+
+    Args:
+        saved: settings in the checkpoint's manifest, under their current names.
+    """
     rows = [
         f"  warning: {key} was {saved.get(key)!r} and is {value!r} from here on\n"
         for key, value in dataclasses.asdict(config).items()
@@ -162,13 +187,13 @@ def describe_changes(saved: dict[str, Any], config: TrainConfig) -> str:
 
 
 def help_text() -> str:
-    """Usage, then every setting with its type, default and the comment beside its declaration."""
+    """Return the usage, and every setting with its type, default and declaration's comment."""
     source = Path(__file__).with_name("settings.py").read_text()
     source = source.partition("class TrainConfig:")[2].partition("def ")[0]
     lines = [(__doc__ or "").strip(), ""]
     for match in re.finditer(r"^    (?:# (-- .*)|(\w+): ([^#\n]+?)(?:  # (.*))?)$", source, re.M):
         section, key, _, comment = match.groups()
-        lines.append(f"{section}" if section else f"  --{key}={_choices(key)}  {comment or ''}")
+        lines.append(section or f"  --{key}={_choices(key)}  {comment or ''}")
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -180,5 +205,5 @@ def _choices(key: str) -> str:
 
 
 def to_json(config: TrainConfig) -> str:
-    """The resolved settings as JSON, keys in declaration order."""
+    """Return the settings as JSON, with the keys in the order of their declaration."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"

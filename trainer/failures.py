@@ -1,4 +1,4 @@
-"""What a process that fails says about the others: who ended first, and why."""
+"""Find out which process failed first when several train together."""
 
 from __future__ import annotations
 
@@ -7,31 +7,37 @@ from typing import Any
 
 from torch import distributed
 
-GRACE_S = 3.0  # that those wait who lost a process, so that its error is the first to be seen
-LOST = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "imed out")
+GRACE_S = 3.0  # seconds to wait after losing a process, so that its own error is printed first
+LOSS_MESSAGES = (
+    "Connection closed",
+    "Connection reset",
+    "Connection refused",
+    "Broken pipe",
+    "imed out",  # "Timed out", "timed out"
+)
 
 
 class ProcessLost(RuntimeError):
     """Another process ended, or did not answer in time."""
 
 
-def is_aftermath(error: BaseException) -> bool:
-    """Whether this is what a process sees when another one is gone or hangs."""
+def is_consequence(error: BaseException) -> bool:
+    """Return whether `error` is what a process sees when another one has ended or hangs."""
     if not isinstance(error, RuntimeError):
         return False
     is_network = isinstance(error, distributed.DistError)
-    return is_network or any(text in str(error) for text in LOST)
+    return is_network or any(text in str(error) for text in LOSS_MESSAGES)
 
 
 def cause_of_loss(store: Any, rank: int, size: int) -> str:
-    """Who failed first, as far as can be told: who says so, or else who says nothing."""
+    """Describe which process failed first: one that reported an error, or one that is silent."""
     try:
         store.set(f"alive/{rank}", "")
         time.sleep(GRACE_S)
-        causes = [each for each in range(size) if store.check([f"cause/{each}"])]
+        failed = [each for each in range(size) if store.check([f"cause/{each}"])]
         silent = [each for each in range(size) if not store.check([f"alive/{each}"])]
-        if causes:
-            return f"rank {causes[0]} failed: {store.get(f'cause/{causes[0]}').decode()}"
+        if failed:
+            return f"rank {failed[0]} failed: {store.get(f'cause/{failed[0]}').decode()}"
         return f"rank {', '.join(map(str, silent))} ended or hangs" if silent else "network"
-    except RuntimeError:  # the store was in the process that ended
+    except RuntimeError:  # the process that held the store has ended
         return "rank 0 ended"

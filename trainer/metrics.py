@@ -1,7 +1,7 @@
-"""What a run says of itself: metrics.jsonl always, a progress line or bar, wandb if asked for.
+"""Record a run's metrics: metrics.jsonl, a progress line or bar, and optionally wandb.
 
-Rows of metrics.jsonl have `kind` = run | train | val | ttf and always `step`. wandb may not stop a
-run: when it fails, that is reported once and it is switched off.
+Every row of metrics.jsonl has a `kind` (run, train, val or ttf) and a `step`. A failure of wandb
+does not stop the run: it is reported once, and wandb is switched off.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-PEAK_BF16_FLOPS = {  # dense, by a part of the device's name; an unknown device has no MFU
+PEAK_BF16_FLOPS = {  # dense peak by a part of the device's name
     "H200": 989e12,
     "H100": 989e12,
     "A100": 312e12,
@@ -27,13 +27,13 @@ PEAK_BF16_FLOPS = {  # dense, by a part of the device's name; an unknown device 
 
 
 def mfu(flops_per_s: float, device_name: str, dtype: str) -> float | None:
-    """Model FLOP/s as a share of the device's bf16 peak; None where the peak is not known."""
+    """Return the model FLOP/s as a fraction of the device's bf16 peak; None if it is unknown."""
     peaks = [peak for part, peak in PEAK_BF16_FLOPS.items() if part in device_name]
     return flops_per_s / peaks[0] if peaks and dtype == "bfloat16" else None
 
 
 def environment(device: torch.device, world_size: int = 1) -> dict[str, Any]:
-    """What a number must be read with: device, processes, versions, git revision of the code."""
+    """Describe the environment of a result: device, processes, versions and git revision."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
@@ -51,9 +51,12 @@ def environment(device: torch.device, world_size: int = 1) -> dict[str, Any]:
 
 
 class MetricsLog:
-    """The run's records, continued from `start_step` when a run is resumed.
+    """Write a run's records.
 
-    Of several processes one is the writer; the others' records go nowhere.
+    Args:
+        out_dir: the run's folder. If it has a metrics.jsonl, the rows that a run resumed at
+            `start_step` will write again are removed.
+        is_writer: whether this process writes; the other processes discard their records.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class MetricsLog:
     ) -> None:
         path = out_dir / "metrics.jsonl" if is_writer else Path(os.devnull)
         if is_writer and path.exists():
-            _forget_after(path, start_step)
+            _remove_rows_after(path, start_step)
         self._file = path.open("a", buffering=1)
         self._max_steps = max_steps
         self._wandb: Any = None
@@ -73,14 +76,14 @@ class MetricsLog:
         )
 
     def start_wandb(self, out_dir: Path, mode: Any, project: str, config: dict[str, Any]) -> None:
-        """Mirror every row to Weights & Biases from here on; `mode` is off, online or offline."""
+        """Also send rows to Weights & Biases from now on; `mode` is off, online or offline."""
         if mode == "off":
             return
         try:
             import wandb
 
             if mode == "online" and not wandb.api.api_key:
-                raise PermissionError("no key: set WANDB_API_KEY, or use wandb=offline")
+                raise PermissionError("no API key: set WANDB_API_KEY, or use wandb=offline")
             self._wandb = wandb.init(
                 project=project,
                 name=out_dir.name,
@@ -95,7 +98,7 @@ class MetricsLog:
             self.say(f"warning: wandb is off ({type(error).__name__}: {error})")
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """One row of metrics.jsonl; all but run rows also go to wandb."""
+        """Append a row to metrics.jsonl; rows of other kinds than "run" also go to wandb."""
         values = {key: _finite(value) for key, value in values.items()}
         row = {"kind": kind, "step": step, **values}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
@@ -107,12 +110,12 @@ class MetricsLog:
                 self._wandb = None
 
     def train(self, step: int, **values: Any) -> None:
-        """A training row, and the progress line: where the run is, how fast, how long to go."""
+        """Write a training row, and print progress, speed and remaining time."""
         self.write("train", step, **values)
-        share = "n/a" if values["mfu"] is None else f"{values['mfu']:.1%}"
+        utilization = "n/a" if values["mfu"] is None else f"{values['mfu']:.1%}"
         text = (
             f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  |g| {values['grad_norm']:.2f}  "
-            f"{values['tokens_per_s']:,.0f} tok/s  mfu {share}  {values['step_ms']:.0f} ms"
+            f"{values['tokens_per_s']:,.0f} tok/s  mfu {utilization}  {values['step_ms']:.0f} ms"
         )
         if not self._bar.disable:
             self._bar.set_postfix_str(text, refresh=False)
@@ -123,7 +126,7 @@ class MetricsLog:
         self.say(f"step {step}/{self._max_steps} ({percent}%)  {text}  eta {eta}")
 
     def val(self, step: int, results: dict[str, Any] | None) -> None:
-        """A validation row and a line for the reader; None: validation was interrupted."""
+        """Write and print a validation result; do nothing if it is None (interrupted)."""
         if results is None:
             return
         self.write("val", step, **results)
@@ -136,12 +139,12 @@ class MetricsLog:
         )
 
     def ttf(self, step: int, primary: str, metrics: dict[str, float]) -> None:
-        """A row on the model's own rollouts, and a line with the metric that ranks."""
+        """Write the metrics of the model's own rollouts, and print the task's primary metric."""
         self.write("ttf", step, **metrics)
         self.say(f"step {step}  rollouts: {primary} {metrics[primary]:.4f}")
 
     def say(self, text: str) -> None:
-        """A line for the reader that does not break the progress bar."""
+        """Print a line without breaking the progress bar."""
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
@@ -156,7 +159,7 @@ class MetricsLog:
 
 
 def _wandb_id(out_dir: Path) -> str:
-    """The same for every life of a run."""
+    """Return the run's wandb id, which stays the same when the run is resumed."""
     path = out_dir / "wandb_id"
     if not path.exists():
         path.write_text(secrets.token_hex(8))
@@ -164,12 +167,12 @@ def _wandb_id(out_dir: Path) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they are written as null."""
+    """Replace NaN and infinity, which JSON does not have, by None."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Drop the rows that a resumed run will write again, and a last line cut short by a crash."""
+def _remove_rows_after(path: Path, step: int) -> None:
+    """Remove the rows that a resumed run will write again, and a line truncated by a crash."""
     kept = []
     for line in path.read_text().splitlines():
         try:

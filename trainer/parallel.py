@@ -1,9 +1,10 @@
-"""The processes that train one model together: who they are, how the model lies on them, what they
-agree on. torchrun starts them; with one process every method is the identity, or nearly.
+"""Train one model on several processes: process group, placement of the model, collectives.
+
+torchrun starts the processes. With a single process, no method communicates.
 
     ddp    every process has all weights; gradients are averaged
-    fsdp   every process has some rows of every weight, and of its gradient and optimizer state
-    hsdp   as fsdp within `shard_size` consecutive processes, as ddp between these
+    fsdp   every process has some rows of every weight, its gradient and its optimizer state
+    hsdp   fsdp within groups of `shard_size` consecutive processes, ddp between the groups
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-from trainer.failures import ProcessLost, cause_of_loss, is_aftermath
-from trainer.sharding import full, gathered, make_mesh, shard, transformer_blocks
+from trainer.failures import ProcessLost, cause_of_loss, is_consequence
+from trainer.sharding import full_model, full_tensor, make_mesh, shard, transformer_blocks
 
 ParallelMode = Literal["ddp", "fsdp", "hsdp"]
 Result = TypeVar("Result")
@@ -26,11 +27,12 @@ FROM_TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def world_size() -> int:
+    """Return the number of processes that torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def parallel_problems(settings: dict[str, Any]) -> list[str]:
-    """What the settings ask that cannot be with this number of processes."""
+    """Return a message for each setting that this number of processes cannot satisfy."""
     size, shard_size = world_size(), settings["shard_size"]
     batch_size, micro_batch_size = settings["batch_size"], settings["micro_batch_size"]
     problems = []
@@ -50,13 +52,17 @@ def parallel_problems(settings: dict[str, Any]) -> list[str]:
 
 
 class Parallel:
-    """One of `size` processes. Used as a context manager, on leaving which all wait for each other.
+    """The process with rank `rank` among `size` processes.
+
+    Used as a context manager that creates the process group on entry. On exit, all processes wait
+    for each other; if this process failed only because another one did, ProcessLost is raised,
+    which names that process and its error.
 
     Args:
-        device: of this process; of several with "cuda", each takes its own.
-        timeout_s: seconds that a process waits for the others before it gives up.
-    Raises, on leaving:
-        ProcessLost: this process failed because another one did; says which, and why.
+        device: device of this process. With "cuda", each process takes the GPU of its local rank.
+        mode: how the model is distributed; see the module's docstring.
+        shard_size: number of processes that hold one copy of the model (hsdp only).
+        timeout_s: seconds that a process waits for the others before it fails.
     """
 
     def __init__(
@@ -70,12 +76,12 @@ class Parallel:
         self.size, self.rank = world_size(), int(os.environ.get("RANK", 0))
         self.device, self.mode, self.shard_size = device, mode, shard_size
         self._timeout = timedelta(seconds=timeout_s)
-        self._open = ExitStack()
+        self._redirection = ExitStack()
         self._mesh: Any = None
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes files and speaks."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def __enter__(self) -> Parallel:
@@ -100,37 +106,34 @@ class Parallel:
         if self.mode != "ddp":
             self._mesh = make_mesh(self.device.type, self.size, self.shard_size, self._timeout)
         if not self.is_main:
-            nowhere = self._open.enter_context(open(os.devnull, "w"))
-            self._open.enter_context(redirect_stdout(nowhere))
+            devnull = self._redirection.enter_context(open(os.devnull, "w"))
+            self._redirection.enter_context(redirect_stdout(devnull))
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self._open.close()
+        self._redirection.close()
         if self.size == 1:
             return
         if error is None:
             distributed.barrier()
             distributed.destroy_process_group()
-        elif is_aftermath(error):
+        elif is_consequence(error):
             raise ProcessLost(cause_of_loss(self._store, self.rank, self.size)) from error
         else:
-            with suppress(RuntimeError):  # the store may be gone, too; `error` is what counts
+            with suppress(RuntimeError):  # the store may have ended too; `error` matters more
                 self._store.set(f"cause/{self.rank}", f"{type(error).__name__}: {error}")
 
     # -- the model
 
     def place(self, model: nn.Module) -> None:
-        """Move `model` to the device; under fsdp and hsdp, only the rows that this process holds.
-
-        See `placement.shard`.
-        """
+        """Move `model` to the device and, under fsdp and hsdp, shard it (`sharding.shard`)."""
         if self._mesh is None:
             model.to(self.device)
         else:
             shard(model, self._mesh)
 
     def wrap(self, model: nn.Module, *, is_compiled: bool) -> Any:
-        """What is called in training: `model`, with its gradients averaged over the processes."""
+        """Return a callable for training that averages the gradients over the processes."""
         if self._mesh is not None:
             for block in transformer_blocks(model) if is_compiled else ():
                 block.compile()
@@ -143,15 +146,15 @@ class Parallel:
         return DistributedDataParallel(forward, gradient_as_bucket_view=True)
 
     def to_device(self, batch: Tensor) -> Tensor:
-        """`batch` on the device; to a GPU from pinned memory, which the host need not wait for."""
+        """Copy `batch` to the device; asynchronously, from pinned memory, to a GPU."""
         pinned = batch.pin_memory() if self.device.type == "cuda" else batch
         return pinned.to(self.device, non_blocking=True)
 
     def sync_gradients(self, forward: Any, *, is_last: bool) -> None:
-        """Before a micro-batch: whether its backward is the one that averages the gradients.
+        """Set whether the next backward averages the gradients; call it before each micro-batch.
 
-        Where they are sharded, they are summed to the shards at once, to keep memory low, and
-        between the replicas of hsdp in the last.
+        Under fsdp and hsdp, every backward sums the gradients into the shards to save memory, and
+        the last one also averages them over the replicas of hsdp.
         """
         if self._mesh is not None:
             forward.set_requires_all_reduce(is_last)
@@ -160,58 +163,52 @@ class Parallel:
             forward.require_backward_grad_sync = is_last
 
     def reshard(self, model: Any) -> None:
-        """After a forward without a backward: give up the weights that were gathered for it."""
+        """Free the weights that were gathered for a forward without a backward."""
         if self._mesh is not None:
             model.reshard()
 
-    def whole(self, model: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
-        """A model like `model` with all weights here; `make` is asked for one if it is sharded."""
-        if self._mesh is None:
-            return model
-        return gathered(model, make)
+    def full_model(self, model: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
+        """Return `model`, or a copy built by `make` with all weights if `model` is sharded."""
+        return model if self._mesh is None else full_model(model, make)
 
-    # -- tensors
+    # -- tensors: all processes must call these methods together
 
     def group(self) -> Any:
-        """A new group of all processes, for traffic that waits for no other; None with one."""
+        """Create a group of all processes with its own communicator; None with one process."""
         return distributed.new_group(timeout=self._timeout) if self.size > 1 else None
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """`tensor` summed over the processes, in place."""
+        """Sum `tensor` over the processes, in place."""
         if self.size > 1:
             distributed.all_reduce(tensor)
         return tensor
 
-    def mean(self, tensor: Tensor) -> Tensor:
-        return self.sum(tensor) / self.size if self.size > 1 else tensor
-
     def shard_rows(self, rows: Tensor) -> Tensor:
-        """This process's share of `rows`; of too few, some rows are in several shares."""
+        """Return this process's share of `rows`; shares wrap around so that all are equal."""
         each = -(-len(rows) // self.size)
         return rows[torch.arange(self.rank * each, (self.rank + 1) * each) % len(rows)]
 
     def gather_rows(self, share: Tensor, n: int) -> Tensor:
-        """The n rows that the shares of all processes are the rows of `my_rows` of."""
+        """Reverse `shard_rows`: return the n rows from the shares that the processes pass."""
         if self.size == 1:
             return share
         shares = [torch.empty_like(share) for _ in range(self.size)]
         distributed.all_gather(shares, share.contiguous())
         return torch.cat(shares)[:n]
 
-    def saved(self, tree: Any) -> Any:
-        """Nested dicts and lists with whole tensors on the CPU; without tensors elsewhere than in
-        the main process. All processes must call this."""
+    def full_state_on_main(self, tree: Any) -> Any:
+        """Gather tensors in nested dicts and lists on the main process's CPU; None elsewhere."""
         if isinstance(tree, Tensor):
-            whole = full(tree.detach())
-            return whole.cpu() if self.is_main else None
+            tensor = full_tensor(tree.detach())
+            return tensor.cpu() if self.is_main else None
         if isinstance(tree, dict):
-            return {key: self.saved(value) for key, value in tree.items()}
-        return [self.saved(value) for value in tree] if isinstance(tree, list) else tree
+            return {key: self.full_state_on_main(value) for key, value in tree.items()}
+        return [self.full_state_on_main(each) for each in tree] if isinstance(tree, list) else tree
 
-    # -- decisions
+    # -- decisions: all processes must call these methods together
 
     def all_reduce_flag(self, value: int) -> int:
-        """The largest of the processes' values, in all of them."""
+        """Return the maximum of `value` over the processes."""
         if self.size == 1:
             return value
         largest = torch.tensor(value)
@@ -219,7 +216,7 @@ class Parallel:
         return int(largest)
 
     def gather(self, value: Any) -> list[Any]:
-        """What every process passes, in order of rank."""
+        """Return the values that the processes pass, in order of rank."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
@@ -227,7 +224,7 @@ class Parallel:
         return values
 
     def raise_on_all_ranks(self, function: Callable[[], Result], kind: type[Exception]) -> Result:
-        """What `function` returns; an error of this kind in one process is raised in all."""
+        """Call `function`; raise an error of type `kind` in all processes if one raises it."""
         result, error = None, None
         try:
             result = function()
@@ -237,14 +234,11 @@ class Parallel:
             messages = self.gather(error and str(error))
             rank, message = next((r, text) for r, text in enumerate(messages) if text is not None)
             raise error or kind(f"rank {rank}: {message}")
-        return result  # pyright: ignore - it is one
+        return result  # pyright: ignore - `function` returned it
 
     def main_process_first(self, function: Callable[[], Result]) -> Result:
-        """What `function` returns, called in the main process of each machine before the others.
-
-        It may write a file that they all read.
-        """
+        """Call `function` in one process per machine, then in the others, to share a file."""
         is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
         result = function() if is_first else None
         self.all_reduce_flag(0)
-        return result if is_first else function()  # pyright: ignore - it is one
+        return result if is_first else function()  # pyright: ignore - `function` returned it

@@ -1,4 +1,4 @@
-"""Every setting of a run, with its default, its meaning, and what it must not be."""
+"""Declare the settings of a run with their defaults, and check their values."""
 
 import dataclasses
 import math
@@ -7,44 +7,45 @@ from typing import Literal
 
 
 class ConfigError(ValueError):
-    """Settings that cannot be used; the message lists every problem found."""
+    """The settings cannot be used. The message lists every problem."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
+    """The settings of a run. The comments below are the text of `train.py --help`."""
+
     # -- run
-    out_dir: str = "out/run"  # everything the run writes: config, metrics, checkpoints
-    resume: str = "auto"  # auto: newest good checkpoint in out_dir | never | a checkpoint's path
-    init_from: str = ""  # local Hugging Face GPT-2 folder to start the weights from; empty: random
+    out_dir: str = "out/run"  # folder for everything the run writes
+    resume: str = "auto"  # auto: newest good checkpoint in out_dir | never | path of a checkpoint
+    init_from: str = ""  # local Hugging Face GPT-2 folder with initial weights; empty: random
     seed: int = 1337  # weights, data order and dropout are functions of (seed, step)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the forward pass; weights are fp32
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the forward pass; weights are float32
     compile: bool = False  # torch.compile the model
-    deterministic: bool = False  # deterministic algorithms only (slower on a GPU)
-    backend: Literal["auto", "torch", "triton"] = "auto"  # DoPr, muon; auto: triton on a GPU
-    # -- processes, which torchrun starts
-    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"  # weights: copies | shards | copies of shards
-    shard_size: int | None = None  # hsdp: processes that hold one copy together
-    timeout_s: int = 600  # that a process waits for the others before the run ends
+    backend: Literal["auto", "torch", "triton"] = "auto"  # of DoPr and muon; auto: triton on a GPU
+    # -- processes started by torchrun
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"  # replicate | shard | replicate shards
+    shard_size: int | None = None  # hsdp: number of processes that hold one copy of the weights
+    timeout_s: int = 600  # seconds that a process waits for the others before the run fails
     # -- data
-    dataset: str = "pystdlib"  # a name under data/, task:NAME,knob=value,... or a folder
-    loader_workers: int = 0  # processes that read ahead
+    dataset: str = "pystdlib"  # a name under data/, task:NAME,key=value,... or a folder
+    loader_workers: int = 0  # number of processes that read ahead
     # -- model
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    block_size: int = 1024  # tokens of context
+    block_size: int = 1024  # context length in tokens
     dropout: float = 0.0
     bias: bool = True  # in linear layers and LayerNorms
-    tie_weights: bool = True  # output head = token embedding
-    # -- width rules: what was tuned at one width holds at others (mup.py)
-    mup: bool = False  # maximal update parametrisation; false: the standard one
-    mup_base_width: int = 768  # n_embd at which lr and init suit; there mup changes nothing
-    mup_base_head_dim: int | None = None  # n_embd / n_head there; none: as many heads as here
+    tie_weights: bool = True  # use the token embedding as output head
+    # -- width rules (muP), which transfer settings tuned at one width to others (optim/mup.py)
+    mup: bool = False  # maximal update parametrisation; false: standard parametrisation
+    mup_base_width: int = 768  # n_embd at which the settings were tuned; muP changes nothing there
+    mup_base_head_dim: int | None = None  # n_embd / n_head at the base; none: same n_head as here
     wd_scaling: Literal["independent", "constant", "sqrt", "inv_width"] = "independent"  # with mup
     # -- batch
     batch_size: int = 512  # sequences per optimizer step, over all devices
-    micro_batch_size: int = 16  # sequences per device per forward; accumulation is derived
+    micro_batch_size: int = 16  # sequences per device and forward; sets gradient accumulation
     # -- optimizer
     optimizer: Literal["adamw", "sgd", "signum", "muon", "adamuon"] = "adamw"
     lr: float = 6e-4
@@ -53,29 +54,26 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
-    momentum: float = 0.95  # sgd, signum, muon, adamuon
-    nesterov: bool = True  # muon, adamuon
-    adjust_lr: Literal["spectral", "match_rms_adamw", "original"] = (
-        "match_rms_adamw"  # of muon's update
-    )
-    ns_coefficients: Literal["polar_express", "quintic"] = "polar_express"  # of muon and adamuon
-    ns_steps: int = 5  # Newton-Schulz steps of muon and adamuon
-    ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of these steps
-    grad_clip: float = 1.0  # global norm of the raw gradient; 0: off
-    # -- DoPr: activation preconditioning in front of the optimizer (optim/dopr/preconditioner.py says it all)
+    momentum: float = 0.95  # of sgd, signum, muon and adamuon
+    nesterov: bool = True  # of muon and adamuon
+    adjust_lr: Literal["spectral", "match_rms_adamw", "original"] = "match_rms_adamw"  # of muon
+    ns_coefficients: Literal["polar_express", "quintic"] = "polar_express"  # of Newton-Schulz
+    ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of Newton-Schulz
+    grad_clip: float = 1.0  # maximum global norm of the raw gradient; 0: off
+    # -- DoPr: activation preconditioning before the optimizer (optim/dopr/preconditioner.py)
     dopr: bool = False
     gamma: float = 0.1  # damping relative to the mean eigenvalue of Σ
-    sigma_beta: float | None = None  # average of Σ over refreshes; none: only the newest
-    refresh_every: int = 1  # steps between two inverses
-    collect_every: int = 1  # steps between two that add to Σ
-    token_stride: int = 1  # one token in so many adds to Σ; embeddings count every one
+    sigma_beta: float | None = None  # decay of the average of Σ over refreshes; none: no average
+    refresh_every: int = 1  # steps between updates of the inverse
+    collect_every: int = 1  # steps between samples of Σ
+    token_stride: int = 1  # use every n-th token for Σ; embeddings use every token
     exponent: int = 1  # p of (Σ + γ̄ I)^(-1/p): 1, 2 or 4
     inverse: Literal["cholesky", "newton_schulz"] = "cholesky"
-    trace_normalized: bool = True  # P times tr(Σ)/d_in: M keeps the scale of G; false: the paper
-    block_diagonal: int | None = None  # widest block of Σ; none: no blocks
-    embeddings: bool = False  # also the rows of embeddings, by token frequency
-    include: str | None = None  # names of layers to cover, comma-separated, with * and ?; none: all
-    exclude: str | None = None  # names to leave alone; none: an untied output head
+    trace_normalized: bool = True  # P times tr(Σ)/d_in, so M keeps the scale of G; false: the paper
+    block_diagonal: int | None = None  # largest block of Σ; none: full Σ
+    embeddings: bool = False  # also precondition embeddings, by token frequency
+    include: str | None = None  # comma-separated names of layers, with * and ?; none: all
+    exclude: str | None = None  # names of layers to exclude; none: an untied output head
     # -- schedule
     max_steps: int = 10_000
     warmup_steps: int = 500
@@ -83,15 +81,15 @@ class TrainConfig:
     min_lr_ratio: float = 0.1  # final lr / peak lr
     # -- evaluation and records
     eval_every: int = 250  # steps
-    eval_batches: int = 0  # batches of batch_size, evenly spread and the same; 0: all of it
-    ttf_every: int = 0  # steps between two gradings of the model's own rollouts; 0: off
-    ttf_episodes: int = 128  # rollouts of such a grading
-    ema_decay: float = 0.0  # moving average of the weights, evaluated beside them; 0: off
+    eval_batches: int = 0  # batches of batch_size, evenly spaced and always the same; 0: all
+    ttf_every: int = 0  # steps between evaluations of the model's own rollouts; 0: off
+    ttf_episodes: int = 128  # rollouts per evaluation
+    ema_decay: float = 0.0  # of an average of the weights, which is also evaluated; 0: off
     log_every: int = 10  # steps
     save_every: int = 1000  # steps; the last step is always saved
-    keep_checkpoints: int = 2  # newest ones kept
-    checkpoint_format: Literal["full", "sharded"] = "full"  # sharded: what fits nowhere whole
-    max_skipped: int = 20  # non-finite steps in a row before the run gives up
+    keep_checkpoints: int = 2  # number of newest checkpoints to keep
+    checkpoint_format: Literal["full", "sharded"] = "full"  # sharded: one file per process
+    max_skipped: int = 20  # non-finite steps in a row after which the run fails
     wandb: Literal["off", "online", "offline"] = "off"
     wandb_project: str = "dopr"
 
@@ -102,22 +100,22 @@ class TrainConfig:
 
     @property
     def width_mult(self) -> float:
-        """m of mup.py: the width relative to the base's; 1 without muP."""
+        """The width relative to the base width, m in optim/mup.py; 1 without muP."""
         return self.n_embd / self.mup_base_width if self.mup else 1.0
 
     @property
     def head_mult(self) -> float:
-        """The same of the width of a head."""
+        """The width of a head relative to the base's; 1 without muP."""
         if not self.mup or self.mup_base_head_dim is None:
             return self.width_mult
         return self.n_embd / self.n_head / self.mup_base_head_dim
 
 
-_AT_LEAST = {  # smallest value that makes sense
+_AT_LEAST = {  # smallest valid value
     **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "batch_size"), 1),
     **dict.fromkeys(("micro_batch_size", "max_steps", "eval_every", "log_every"), 1),
     **dict.fromkeys(("save_every", "ttf_episodes", "keep_checkpoints"), 1),
-    **dict.fromkeys(("max_skipped", "ns_steps", "timeout_s", "mup_base_width"), 1),
+    **dict.fromkeys(("max_skipped", "timeout_s", "mup_base_width"), 1),
     **dict.fromkeys(("seed", "warmup_steps", "eval_batches", "ttf_every", "loader_workers"), 0),
     **dict.fromkeys(("weight_decay", "grad_clip", "min_lr_ratio", "eps"), 0.0),
     **dict.fromkeys(("dropout", "beta1", "beta2", "momentum", "ema_decay"), 0.0),
@@ -126,7 +124,7 @@ _BELOW_ONE = ("dropout", "beta1", "beta2", "momentum", "ema_decay")
 
 
 def _range_problems(config: TrainConfig) -> list[str]:
-    """Numbers outside the range in which they mean something."""
+    """Return a message for each number that is out of range."""
     problems = [
         f"{key}={getattr(config, key)}: must be at least {low}"
         for key, low in _AT_LEAST.items()
@@ -154,7 +152,7 @@ def _range_problems(config: TrainConfig) -> list[str]:
 
 
 def _cross_field_problems(config: TrainConfig) -> list[str]:
-    """Settings that contradict each other."""
+    """Return a message for each contradiction between settings."""
     problems = []
     if config.n_head > 0 and config.n_embd % config.n_head:
         problems.append(f"n_embd={config.n_embd}: must be divisible by n_head={config.n_head}")
@@ -166,41 +164,42 @@ def _cross_field_problems(config: TrainConfig) -> list[str]:
     if config.schedule != "constant" and config.warmup_steps >= config.max_steps:
         problems.append(
             f"warmup_steps={config.warmup_steps}: must be below max_steps={config.max_steps}; "
-            "give both"
+            "set both"
         )
     if (config.parallel == "hsdp") != (config.shard_size is not None):
         problems.append(
-            f"shard_size={config.shard_size}: parallel=hsdp needs it, and nothing else takes it"
+            f"shard_size={config.shard_size}: must be set with parallel=hsdp, and only with it"
         )
     if config.shard_size is not None and config.shard_size < 1:
         problems.append(f"shard_size={config.shard_size}: must be at least 1")
     if config.aux_lr is not None and config.optimizer not in ("muon", "adamuon"):
         problems.append(
-            f"aux_lr={config.aux_lr}: only muon and adamuon have an auxiliary AdamW, "
-            f"optimizer={config.optimizer} has not; take it out or add --aux_lr=none, and mind lr"
+            f"aux_lr={config.aux_lr}: optimizer={config.optimizer} has no auxiliary AdamW, only "
+            "muon and adamuon have one; remove it or add --aux_lr=none, and check lr"
         )
     return problems + _mup_problems(config)
 
 
 def _mup_problems(config: TrainConfig) -> list[str]:
-    """Width rules that nothing would follow, or that the weights do not fit."""
+    """Return a message for each muP setting that has no effect or cannot be used."""
     problems = []
     if config.mup_base_head_dim is not None and config.mup_base_head_dim < 1:
         problems.append(f"mup_base_head_dim={config.mup_base_head_dim}: must be at least 1")
     for key in ("mup_base_head_dim", "wd_scaling"):
         value = getattr(config, key)
         if not config.mup and value != FIELDS[key].default:
-            problems.append(f"{key}={value}: means nothing without mup=true")
+            problems.append(f"{key}={value}: has no effect without mup=true")
     if config.mup and config.dopr and config.optimizer == "sgd":
         problems += [
-            f"{key}={getattr(config, key)}: sgd has one rule of muP for all matrices; take it out"
+            f"{key}={getattr(config, key)}: must not be set with mup, dopr and optimizer=sgd, "
+            "because muP has one rule for all matrices of sgd; remove it"
             for key in ("include", "exclude")
             if getattr(config, key)
         ]
     return problems
 
 
-# What does not change the results of a run.
+# Settings that do not change the results of a run.
 RUN_ONLY = {"out_dir", "resume", "log_every", "ttf_every", "ttf_episodes", "wandb", "wandb_project"}
 RUN_ONLY |= {"parallel", "shard_size", "timeout_s", "checkpoint_format"}
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}

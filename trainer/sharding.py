@@ -1,7 +1,7 @@
-"""How a model and its tensors lie on several processes: whole, or by rows (FSDP2).
+"""Shard models and tensors by rows over processes with FSDP2, and gather them again.
 
-A tensor whose rows are spread is a DTensor. What is of torch.distributed is imported when it is
-needed: one process never pays for it.
+A sharded tensor is a DTensor. The parts of torch.distributed are imported in the functions that
+need them, so that a single process does not import them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from torch import Tensor, distributed, nn
 
 
 def make_mesh(kind: str, size: int, shard_size: int | None, timeout: timedelta) -> Any:
-    """The processes as (size,), or as (copies, shard_size), a copy in consecutive processes."""
+    """Create a device mesh of shape (size,), or (size / shard_size, shard_size) for hsdp.
+
+    The processes that hold one copy of the model have consecutive ranks.
+    """
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
     if shard_size is None:
@@ -30,15 +33,15 @@ def make_mesh(kind: str, size: int, shard_size: int | None, timeout: timedelta) 
 
 
 def transformer_blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The elements of every nn.ModuleList: what repeats in a model."""
+    """Yield the elements of every nn.ModuleList in the model."""
     for stack in [each for each in model.modules() if isinstance(each, nn.ModuleList)]:
         yield from stack
 
 
 def shard(model: nn.Module, mesh: Any) -> None:
-    """Leave every process some rows of every parameter; new Parameter objects take their places.
+    """Shard every parameter of `model` by rows, in place. The Parameter objects are replaced.
 
-    For a forward or backward the blocks are gathered one at a time, what is left all together.
+    FSDP2 gathers the weights of one transformer block at a time, and the other weights together.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -47,25 +50,36 @@ def shard(model: nn.Module, mesh: Any) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def gathered(model: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
-    """What `make` makes, with all weights of a sharded model. All processes must call this."""
+def full_model(model: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
+    """Return a model built by `make` with all weights of the sharded `model`.
+
+    This is a collective: all processes must call it.
+    """
     with torch.device("meta"):
-        whole = make()
-    whole.load_state_dict({k: full(v) for k, v in model.state_dict().items()}, assign=True)
-    return whole
+        copy = make()
+    copy.load_state_dict({k: full_tensor(v) for k, v in model.state_dict().items()}, assign=True)
+    return copy
 
 
-def full(tensor: Any) -> Tensor:
-    """All of a tensor, whose rows may be spread over processes (a DTensor): all must call this."""
+def full_tensor(tensor: Any) -> Tensor:
+    """Return all rows of a tensor that may be sharded (a DTensor).
+
+    This is a collective: all processes must call it.
+    """
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def laid_out(whole: Any, like: Any) -> Tensor:
-    """The part that belongs where `like` lies of `whole`, which all processes have, or can read."""
-    if not isinstance(whole, Tensor):
-        return whole.read(like)
+def shard_like(source: Any, like: Any) -> Tensor:
+    """Return the part of `source` that this process holds if `source` is sharded like `like`.
+
+    Args:
+        source: the full tensor, which all processes have, or a `StoredTensor` that all can read.
+        like: a tensor or DTensor of the same shape.
+    """
+    if not isinstance(source, Tensor):
+        return source.read(like)
     if not hasattr(like, "placements"):
-        return whole
+        return source
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(source, like.device_mesh, like.placements, src_data_rank=None)

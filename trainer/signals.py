@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a flag that the loop looks at, so that a run ends with a checkpoint."""
+"""Turn SIGTERM and Ctrl-C into a flag that the training loop polls before it saves and stops."""
 
 import os
 import signal
@@ -6,26 +6,27 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-REPEAT_S = 5.0  # a launcher passes on to its processes what a scheduler sent to all of them
+REPEAT_S = 5.0  # seconds in which torchrun may forward a signal that the processes already got
 
 
 class StopRequest:
-    """Truthy once SIGTERM or SIGINT came; a second signal ends the process at once.
+    """Become truthy after SIGTERM or SIGINT; end the process at a second signal.
 
-    Used as a context manager: the former handlers are back on exit. After a clean stop the process
-    exits with `exit_code`, 128 + the signal's number, as a shell would report it.
+    Used as a context manager, which restores the former signal handlers on exit. After a clean stop
+    the process should exit with `exit_code`: 128 + the signal's number, as shells report it.
 
-    Several processes give an `agree`, the largest of their numbers: then what one of them was sent
-    holds from the next `poll`, which all call at the same point, and the same signal again within
-    REPEAT_S is not a second one.
+    Args:
+        all_reduce_flag: function that returns the maximum of a value over all processes. With it, a
+            signal to any process takes effect in all of them at the next `poll`, which all must
+            call at the same point, and a signal repeated within `REPEAT_S` seconds is ignored.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self, all_reduce_flag: Callable[[int], int] | None = None) -> None:
         self.signum = 0
-        self._received, self._since = 0, 0.0
-        self._agree = all_reduce_flag
+        self._received, self._received_at = 0, 0.0
+        self._all_reduce_flag = all_reduce_flag
 
     def __enter__(self) -> "StopRequest":
         self._former = {signum: signal.signal(signum, self._handle) for signum in self.SIGNALS}
@@ -36,18 +37,19 @@ class StopRequest:
             signal.signal(signum, handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        is_repeat = self._agree is not None and time.monotonic() - self._since < REPEAT_S
+        is_shared = self._all_reduce_flag is not None
+        is_repeat = is_shared and time.monotonic() - self._received_at < REPEAT_S
         if self._received and not is_repeat:
             os._exit(128 + signum)
         if not self._received:
-            self._received, self._since = signum, time.monotonic()
-        if self._agree is None:
+            self._received, self._received_at = signum, time.monotonic()
+        if not is_shared:
             self.signum = signum
 
     def poll(self) -> bool:
-        """Whether to stop, as of now."""
-        if self._agree is not None:
-            self.signum = self._agree(self._received)
+        """Return whether to stop now."""
+        if self._all_reduce_flag is not None:
+            self.signum = self._all_reduce_flag(self._received)
         return bool(self)
 
     def __bool__(self) -> bool:

@@ -1,1 +1,1 @@
-"""A step on paper: what it computes, sends and holds, from the code's own shapes."""
+"""A cost model of a training step: computation, communication and memory, without a run."""

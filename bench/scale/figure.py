@@ -1,4 +1,4 @@
-"""What DoPr adds to a step against the number of GPUs: rows are optimizers, columns placements."""
+"""Plot the share that DoPr adds to a step: optimizers in rows, placements in columns."""
 
 from __future__ import annotations
 
@@ -7,40 +7,46 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from bench.scale.step import Estimate
+from bench.scale.step import StepEstimate
 from studies.report.style import DASHES, HEIGHT, INK, STYLE, WIDTH, logarithmic
 
-COLOURS = ("#41347b", "#31688e", "#1f9e89", "#7fb52c", "#d9a400")  # small to large; after viridis
+COLOURS = (
+    "#41347b",
+    "#31688e",
+    "#1f9e89",
+    "#7fb52c",
+    "#d9a400",
+)  # from small to large models, based on viridis
 LINES = {"exact": DASHES[1], "fast": DASHES[2]}
 TITLES = {"ddp": "DDP", "fsdp": "FSDP2", "hsdp": "HSDP, 8 GPUs a copy"}
 TICKS = (1, 8, 64, 512, 4096)
 
 
-def draw(found: list[Estimate]) -> Figure:
-    """Lines where the model fits without DoPr; hollow markers where it does not fit with DoPr."""
-    bases = list(dict.fromkeys(each.base for each in found))
-    placements = list(dict.fromkeys(each.placement.parallel for each in found))
-    shapes = list(dict.fromkeys(each.shape for each in found))
+def draw(estimates: list[StepEstimate]) -> Figure:
+    """Plot the points at which a model fits without DoPr, hollow if it does not fit with DoPr."""
+    bases = list(dict.fromkeys(each.base for each in estimates))
+    placements = list(dict.fromkeys(each.placement.parallel for each in estimates))
+    shapes = list(dict.fromkeys(each.shape for each in estimates))
     colours = {shape: COLOURS[i % len(COLOURS)] for i, shape in enumerate(shapes)}
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, HEIGHT * len(bases) + 0.7), layout="constrained")
         grid = figure.subplots(len(bases), len(placements), squeeze=False, sharex=True, sharey=True)
         for base, row in zip(bases, grid, strict=True):
             for parallel, ax in zip(placements, row, strict=True):
-                panel = [e for e in found if (e.base, e.placement.parallel) == (base, parallel)]
+                panel = [e for e in estimates if (e.base, e.placement.parallel) == (base, parallel)]
                 lines(ax, panel, colours)
                 ax.set_title(f"{base}, {TITLES[parallel]}")
         for ax in grid[-1]:
             ax.set_xlabel("GPUs")
         for ax in grid[:, 0]:
             ax.set_ylabel("DoPr adds,\n% of the step without it")
-        legend = {"loc": "outside upper left", "ncols": 8, "columnspacing": 1.4, "borderpad": 0}
-        figure.legend(handles=keys(colours), **legend)
+        options = {"loc": "outside upper left", "ncols": 8, "columnspacing": 1.4, "borderpad": 0}
+        figure.legend(handles=legend_handles(colours), **options)
     return figure
 
 
-def lines(ax: Axes, panel: list[Estimate], colours: dict[str, str]) -> None:
-    """One line for each model and mode."""
+def lines(ax: Axes, panel: list[StepEstimate], colours: dict[str, str]) -> None:
+    """Draw one line for each model and mode."""
     logarithmic(ax, "y", (1,))
     ax.set_xscale("log", base=2)
     ax.set_xticks(TICKS, [str(tick) for tick in TICKS])
@@ -54,7 +60,7 @@ def lines(ax: Axes, panel: list[Estimate], colours: dict[str, str]) -> None:
             ax.plot(size, value, "o", ms=4.5, color=colours[shape], mfc=face)
 
 
-def keys(colours: dict[str, str]) -> list[Line2D]:
+def legend_handles(colours: dict[str, str]) -> list[Line2D]:
     sizes = [Line2D([], [], color=c, lw=5, label=shape) for shape, c in colours.items()]
     modes = [Line2D([], [], color=INK, ls=ls, label=mode) for mode, ls in LINES.items()]
     dot = {"color": INK, "ls": "none", "marker": "o", "ms": 4.5}

@@ -1,9 +1,9 @@
-"""How long a collective takes: alpha-beta, on rings that run through nodes, as NCCL's do.
+"""Estimate the time of a collective with an alpha-beta model of NCCL's rings and trees.
 
-A ring leaves and enters a node over all of its network cards at once, so between nodes its rate is
-the slower of NVLink and of the cards of those GPUs of a node that take part. A ring has as many
-hops as processes; an all-reduce may take a tree, which has about log2(nodes) of the slow ones. No
-collective disturbs another.
+A ring enters and leaves a node through all of its network cards at once. Between nodes its rate is
+therefore the lower of NVLink's and that of the cards of the participating GPUs of a node. A ring
+has as many hops as processes. An all-reduce may use a tree instead, which has about log2(nodes)
+slow hops. Collectives are assumed not to slow each other down.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from math import ceil, log2
 from typing import NamedTuple
 
 from bench.scale.hardware import Hardware
-from bench.scale.plan import Call, Placement
+from bench.scale.plan import CollectiveCall, Placement
 
 
-class Group(NamedTuple):
-    """The processes of a collective: in how many nodes, and how many in each."""
+class CollectiveGroup(NamedTuple):
+    """The processes of a collective: the number of nodes, and the processes in each node."""
 
     nodes: int
     per_node: int
@@ -26,16 +26,20 @@ class Group(NamedTuple):
         return self.nodes * self.per_node
 
 
-def group_of(call: Call, placement: Placement, hardware: Hardware) -> Group:
-    """Ranks are consecutive in a node and in a shard; copies are `shards` ranks apart."""
+def group_of(call: CollectiveCall, placement: Placement, hardware: Hardware) -> CollectiveGroup:
+    """Return the group of a call.
+
+    The ranks of a node and of a copy of the weights are consecutive. The ranks that hold the same
+    rows are `shards` apart.
+    """
     n = placement.ranks(call.over)
-    apart = placement.shards if call.over == "replicate" else 1
-    per_node = min(n, max(1, hardware.per_node // apart))
-    return Group(ceil(n / per_node), per_node)
+    distance = placement.shards if call.over == "replicate" else 1
+    per_node = min(n, max(1, hardware.per_node // distance))
+    return CollectiveGroup(ceil(n / per_node), per_node)
 
 
-def seconds(call: Call, placement: Placement, hardware: Hardware) -> float:
-    """From the first byte to the last, if nothing else is sent."""
+def seconds(call: CollectiveCall, placement: Placement, hardware: Hardware) -> float:
+    """Return the duration of a collective while nothing else is sent."""
     group = group_of(call, placement, hardware)
     if group.n == 1:
         return 0.0
@@ -49,7 +53,7 @@ def seconds(call: Call, placement: Placement, hardware: Hardware) -> float:
     return hardware.start + hops + share * call.n_bytes / ring_rate(group, hardware)
 
 
-def ring_rate(group: Group, hardware: Hardware) -> float:
+def ring_rate(group: CollectiveGroup, hardware: Hardware) -> float:
     inside = hardware.nvlink * hardware.nvlink_fraction
     across = group.per_node * hardware.network * hardware.network_fraction
     if group.nodes == 1:
@@ -57,19 +61,22 @@ def ring_rate(group: Group, hardware: Hardware) -> float:
     return across if group.per_node == 1 else min(inside, across)
 
 
-def ring_latency(group: Group, hardware: Hardware) -> float:
+def ring_latency(group: CollectiveGroup, hardware: Hardware) -> float:
     inside = (group.n - group.nodes) * hardware.nvlink_hop
     return inside + (group.nodes - 1) * hardware.network_hop
 
 
-def tree_latency(group: Group, hardware: Hardware) -> float:
-    """Up and down: a chain within a node, a binary tree between nodes."""
+def tree_latency(group: CollectiveGroup, hardware: Hardware) -> float:
+    """Return the latency up and down a tree: a chain within a node, binary between nodes."""
     inside = (group.per_node - 1) * hardware.nvlink_hop
     return 2 * (inside + log2(group.nodes) * hardware.network_hop)
 
 
-def all_to_all_seconds(n_bytes: float, group: Group, hardware: Hardware) -> float:
-    """n_bytes of one process, evenly from the others; eight messages at a time (assumed)."""
+def all_to_all_seconds(n_bytes: float, group: CollectiveGroup, hardware: Hardware) -> float:
+    """Return the duration if a process gets n_bytes evenly from the others.
+
+    Eight messages are assumed to travel at a time.
+    """
     inside = n_bytes * (group.per_node - 1) / group.n
     across = n_bytes * (group.n - group.per_node) / group.n
     rate = hardware.nvlink * hardware.nvlink_fraction
@@ -78,13 +85,16 @@ def all_to_all_seconds(n_bytes: float, group: Group, hardware: Hardware) -> floa
     return hardware.start + ceil((group.n - 1) / 8) * hop + slower
 
 
-def total(calls: list[Call], placement: Placement, hardware: Hardware) -> float:
-    """One after the other."""
+def total(calls: list[CollectiveCall], placement: Placement, hardware: Hardware) -> float:
+    """Return the duration of several collectives, one after the other."""
     return sum(seconds(call, placement, hardware) for call in calls)
 
 
-def broadcasts(calls: list[Call], placement: Placement, hardware: Hardware) -> float:
-    """Broadcasts over one group: each follows the one before it around the ring, so that the way
-    around is waited for once (assumed; waited for each time, it would be `total`)."""
-    again = ring_latency(group_of(calls[0], placement, hardware), hardware) * (len(calls) - 1)
-    return total(calls, placement, hardware) - again
+def broadcasts(calls: list[CollectiveCall], placement: Placement, hardware: Hardware) -> float:
+    """Return the duration of pipelined broadcasts over one group.
+
+    Each broadcast is assumed to follow the one before around the ring, so that the latency of the
+    ring counts once. `total` counts it for each broadcast.
+    """
+    latency = ring_latency(group_of(calls[0], placement, hardware), hardware)
+    return total(calls, placement, hardware) - latency * (len(calls) - 1)

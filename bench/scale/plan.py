@@ -1,6 +1,6 @@
-"""Every collective of an optimizer step, with its bytes, as the code asks for them.
+"""List every collective of an optimizer step, with its bytes, as the code calls it.
 
-tests/bench/scale/test_plan.py counts them in real runs of two to four processes.
+tests/bench/scale/test_plan.py counts the collectives of real runs with two to four processes.
 """
 
 from __future__ import annotations
@@ -11,46 +11,48 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from bench.scale.shapes import Mode, Shape, gpt, layers, matrices, units
+from bench.scale.shapes import DoprMode, ModelShape, gpt, layers, matrices, units
 from optim.dopr.distributed import messages, owners_of, packed_numel, sent_sizes
 from optim.dopr.layer import Layer
-from optim.matrices import owners_of as owners_of_matrices
+from optim.matrices import owners_of as matrix_owners
 
 Kind = Literal["all_reduce", "broadcast", "all_gather", "reduce_scatter", "all_to_all"]
 Over = Literal["all", "shard", "replicate"]
 FP32, FP64 = 4, 8  # bytes
-FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # bytes; DistributedDataParallel's defaults
+FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # bytes; the defaults of DistributedDataParallel
 
 
 class Placement(NamedTuple):
-    """As `dist.World`: how many GPUs, and how many of them hold one copy of the weights."""
+    """How `trainer.parallel.Parallel` distributes a model over GPUs."""
 
     parallel: str  # ddp, fsdp or hsdp
-    size: int
-    shard_size: int = 8  # of hsdp
+    size: int  # GPUs
+    shard_size: int = 8  # GPUs that hold one copy of the weights with hsdp
 
     @property
     def shards(self) -> int:
+        """The number of GPUs that hold one copy of the weights."""
         return {"ddp": 1, "fsdp": self.size, "hsdp": self.shard_size}[self.parallel]
 
     @property
     def copies(self) -> int:
+        """The number of copies of the weights."""
         return self.size // self.shards
 
     @property
     def owners(self) -> int:
-        """GPUs that share the matrices of optim/matrices.py."""
+        """The number of GPUs that share the matrices in optim/matrices.py."""
         return self.size if self.shards == 1 else self.shards
 
     def ranks(self, over: Over) -> int:
         return {"all": self.size, "shard": self.shards, "replicate": self.copies}[over]
 
 
-class Call(NamedTuple):
-    """One collective: its name, the bytes of the whole tensor, and which processes take part.
+class CollectiveCall(NamedTuple):
+    """One collective: its kind, its bytes, and the processes that take part.
 
-    Bytes of all_gather are those of its result, of reduce_scatter those of its input, of all_to_all
-    the most that one process sends or receives.
+    The bytes are those of the whole tensor: the result of an all_gather, the input of a
+    reduce_scatter. For an all_to_all, they are the most that one process sends or receives.
     """
 
     kind: Kind
@@ -58,8 +60,8 @@ class Call(NamedTuple):
     over: Over = "all"
 
 
-def sent_bytes(call: Call, placement: Placement) -> float:
-    """What a GPU sends on average, by the best algorithm (a ring)."""
+def sent_bytes(call: CollectiveCall, placement: Placement) -> float:
+    """Return the mean bytes that a GPU sends with the best algorithm, a ring."""
     n = placement.ranks(call.over)
     if n == 1:
         return 0.0
@@ -70,126 +72,149 @@ def sent_bytes(call: Call, placement: Placement) -> float:
 # -- DoPr
 
 
-class Refresh(NamedTuple):
+class RefreshCalls(NamedTuple):
     """The collectives of a refresh, in their order."""
 
-    token_counts_and_traces: Call  # tokens and mean eigenvalues
-    sums: list[tuple[Call, list[Layer]]]  # packed Σ z zᵀ, message by message
-    outcome: Call  # which inverses failed
-    made: list[Call]  # P, damping and U, from their owners
-    norms: list[Call]  # ‖M‖ and ‖G‖ of spread rows
+    counts_and_traces: CollectiveCall  # token counts, and mean eigenvalues of the sums
+    sums: list[tuple[CollectiveCall, list[Layer]]]  # packed sums of z zᵀ, and their layers
+    failures: CollectiveCall  # which inversions failed
+    inverses: list[CollectiveCall]  # P, damping and U, from the processes that computed them
+    norms: list[CollectiveCall]  # ‖M‖ and ‖G‖, if their rows are sharded
 
     @property
-    def calls(self) -> list[Call]:
-        return [
-            self.token_counts_and_traces,
-            *(call for call, _ in self.sums),
-            self.outcome,
-            *self.made,
-            *self.norms,
-        ]
+    def calls(self) -> list[CollectiveCall]:
+        sums = [call for call, _ in self.sums]
+        return [self.counts_and_traces, *sums, self.failures, *self.inverses, *self.norms]
 
 
 @lru_cache
-def owned(shape: Shape, mode: Mode, size: int) -> dict[int, list[Layer]]:
-    """The layers whose P each process makes, of those that make any."""
-    held: dict[int, list[Layer]] = {}
+def layers_by_owner(shape: ModelShape, mode: DoprMode, size: int) -> dict[int, list[Layer]]:
+    """Return the layers whose P each process computes. Processes without layers are left out."""
+    by_rank: dict[int, list[Layer]] = {}
     for layer, rank in owners_of(layers(shape, mode), size).items():
-        held.setdefault(rank, []).append(layer)
-    return dict(sorted(held.items()))
+        by_rank.setdefault(rank, []).append(layer)
+    return dict(sorted(by_rank.items()))
 
 
-def refresh_calls(shape: Shape, mode: Mode, placement: Placement) -> Refresh | None:
-    """optim/dopr/refresh.py, optim/dopr/distributed.py, optim/dopr/refresh.py; None: one process sends nothing."""
-    covered, n = layers(shape, mode), len(layers(shape, mode))
+def refresh_calls(shape: ModelShape, mode: DoprMode, placement: Placement) -> RefreshCalls | None:
+    """Return the collectives of optim/dopr/refresh.py, or None for a single process."""
+    covered = layers(shape, mode)
+    n = len(covered)
     if placement.size == 1:
         return None
-    sums = [(Call("all_reduce", packed_bytes(some)), some) for some in messages(covered)]
-    made = [
-        Call("broadcast", FP32 * sum(sum(sent_sizes(layer)) for layer in message))
-        for own in owned(shape, mode, placement.size).values()
-        for message in messages(own)
-    ]
-    norms = [Call("all_reduce", n * 2 * FP32)] if placement.shards > 1 else []
-    token_counts_and_traces, outcome = (
-        Call("all_reduce", n * 2 * FP64),
-        Call("all_reduce", n * 3 * FP64),
+    return RefreshCalls(
+        counts_and_traces=CollectiveCall("all_reduce", n * 2 * FP64),
+        sums=[
+            (CollectiveCall("all_reduce", packed_bytes(message)), message)
+            for message in messages(covered)
+        ],
+        failures=CollectiveCall("all_reduce", n * 3 * FP64),
+        inverses=[
+            CollectiveCall("broadcast", FP32 * sum(sum(sent_sizes(layer)) for layer in message))
+            for owned in layers_by_owner(shape, mode, placement.size).values()
+            for message in messages(owned)
+        ],
+        norms=[CollectiveCall("all_reduce", n * 2 * FP32)] if placement.shards > 1 else [],
     )
-    return Refresh(token_counts_and_traces, sums, outcome, made, norms)
 
 
 def packed_bytes(covered: Iterable[Layer]) -> int:
-    return sum(packed_numel(each.sigma.shape) * each.sigma.element_size() for each in covered)
+    """Return the bytes of one triangle of each Σ."""
+    return sum(packed_numel(layer.sigma.shape) * layer.sigma.element_size() for layer in covered)
 
 
-# -- the base optimizer
+# -- The base optimizer
 
 
-def muon_calls(shape: Shape, placement: Placement) -> list[Call]:
-    """optim/matrices.py: gathered from owners, or rows to the owners and back; of every group."""
+def muon_calls(shape: ModelShape, placement: Placement) -> list[CollectiveCall]:
+    """Return the collectives of optim/matrices.py for every param group.
+
+    Under DDP the owners' results are gathered. With sharded weights, the rows of the matrices are
+    sent to their owners, and the rows of the results are sent back.
+    """
     size = placement.owners
     if size == 1:
         return []
     calls = []
     for shapes, _ in matrices(shape):
-        most = max(numel for numel in owned_numel(tuple(shapes), size).values())
+        largest = max(owned_numel(tuple(shapes), size).values())
         if placement.shards == 1:
-            calls.append(Call("all_gather", FP32 * size * most))
+            calls.append(CollectiveCall("all_gather", FP32 * size * largest))
         else:
-            here = sum(-(-rows // size) * columns for rows, columns in shapes)
-            calls += 2 * [Call("all_to_all", FP32 * max(most, here), "shard")]
+            local_numel = sum(-(-rows // size) * columns for rows, columns in shapes)
+            n_bytes = FP32 * max(largest, local_numel)
+            calls += 2 * [CollectiveCall("all_to_all", n_bytes, "shard")]
     return calls
 
 
 @lru_cache
 def owned_numel(shapes: tuple[tuple[int, int], ...], size: int) -> dict[int, int]:
-    """Elements of the matrices that each process orthogonalises, of those that have any."""
-    held: dict[int, int] = {}
-    for (rows, columns), rank in zip(shapes, owners_of_matrices(list(shapes), size), strict=True):
-        held[rank] = held.get(rank, 0) + rows * columns
-    return held
+    """Return the number of matrix elements that each process orthogonalizes.
+
+    Processes without matrices are left out.
+    """
+    numel: dict[int, int] = {}
+    for (rows, columns), rank in zip(shapes, matrix_owners(list(shapes), size), strict=True):
+        numel[rank] = numel.get(rank, 0) + rows * columns
+    return numel
 
 
-# -- forward and backward
+# -- Forward and backward
 
 
 def unit_bytes(params: list[Tensor], shards: int) -> int:
-    """Of parameters that FSDP2 gathers together: fp32, the rows of each padded to a multiple."""
+    """Return the fp32 bytes of parameters that FSDP2 gathers together.
+
+    The rows of each parameter are padded to a multiple of `shards`.
+    """
     padded = (shards * -(-p.shape[0] // shards) * p[0].numel() for p in params)
     return FP32 * sum(padded)
 
 
-def micro_batch_calls(shape: Shape, placement: Placement) -> list[Call]:
-    """FSDP2: blocks are gathered for the forward and again for the backward, the rest once."""
+def micro_batch_calls(shape: ModelShape, placement: Placement) -> list[CollectiveCall]:
+    """Return the collectives of FSDP2 for one micro-batch.
+
+    Each transformer block is gathered for the forward and again for the backward; the other weights
+    are gathered once.
+    """
     if placement.shards == 1:
         return []
-    blocks, rest = units(shape)
-    calls = [Call("all_gather", unit_bytes(rest, placement.shards), "shard")]
-    for block in blocks:
-        calls += 2 * [Call("all_gather", unit_bytes(block, placement.shards), "shard")]
+    transformer_blocks, rest = units(shape)
+    calls = [CollectiveCall("all_gather", unit_bytes(rest, placement.shards), "shard")]
+    for block in transformer_blocks:
+        n_bytes = unit_bytes(block, placement.shards)
+        calls += 2 * [CollectiveCall("all_gather", n_bytes, "shard")]
     return calls + [
-        Call("reduce_scatter", unit_bytes(unit, placement.shards), "shard")
-        for unit in (*blocks, rest)
+        CollectiveCall("reduce_scatter", unit_bytes(unit, placement.shards), "shard")
+        for unit in (*transformer_blocks, rest)
     ]
 
 
-def gradient_calls(shape: Shape, placement: Placement) -> list[Call]:
-    """Once a step, in the last backward: gradients averaged over copies of the weights."""
+def gradient_calls(shape: ModelShape, placement: Placement) -> list[CollectiveCall]:
+    """Return the collectives that average gradients over copies of the weights, once per step."""
     if placement.copies == 1:
         return []
     if placement.shards == 1:
-        return [Call("all_reduce", n_bytes) for n_bytes in buckets(gpt(shape).parameters())]
-    blocks, rest = units(shape)
-    parts = (unit_bytes(unit, placement.shards) // placement.shards for unit in (*blocks, rest))
-    return [Call("all_reduce", n_bytes, "replicate") for n_bytes in parts]
+        buckets = bucket_bytes(gpt(shape).parameters())
+        return [CollectiveCall("all_reduce", n_bytes) for n_bytes in buckets]
+    transformer_blocks, rest = units(shape)
+    return [
+        CollectiveCall(
+            "all_reduce", unit_bytes(unit, placement.shards) // placement.shards, "replicate"
+        )
+        for unit in (*transformer_blocks, rest)
+    ]
 
 
-def buckets(parameters: Iterable[Tensor]) -> list[int]:
-    """Bytes of each bucket of DDP: gradients come from the end, a full bucket has its limit."""
-    result, limit = [0], FIRST_BUCKET
+def bucket_bytes(parameters: Iterable[Tensor]) -> list[int]:
+    """Return the bytes of each gradient bucket of DDP, from the last parameter to the first.
+
+    A bucket is closed once it has reached its limit.
+    """
+    buckets, limit = [0], FIRST_BUCKET
     for param in reversed(list(parameters)):
-        if result[-1] >= limit:
-            result.append(0)
+        if buckets[-1] >= limit:
+            buckets.append(0)
             limit = BUCKET
-        result[-1] += FP32 * param.numel()
-    return result
+        buckets[-1] += FP32 * param.numel()
+    return buckets

@@ -1,9 +1,10 @@
-"""A step in seconds, bytes sent and bytes held, with DoPr and without.
+"""Estimate the time of a step, the bytes sent and the bytes held, with and without DoPr.
 
-What runs at the same time, in the code: FSDP2's gathers and scatters beside forward and backward of
-other blocks, DDP's all-reduces beside the last backward; in a refresh, sums of Σ that are under way
-beside the inverses of layers whose sums have arrived. Nothing else: the sums wait for the end of
-the backward, P travels after the last inverse, G P and the base optimizer come after that.
+The model overlaps what the code overlaps. FSDP2 gathers and scatters weights during forward and
+backward of other transformer blocks. DDP reduces gradients during the last backward. In a refresh,
+sums of z zᵀ travel while layers whose sums have arrived are inverted. Nothing else overlaps: the
+sums start after the backward, P is sent after the last inversion, and then follow G P and the base
+optimizer.
 """
 
 from __future__ import annotations
@@ -14,74 +15,89 @@ from bench.scale import memory, work
 from bench.scale.hardware import Hardware
 from bench.scale.network import broadcasts, seconds, total
 from bench.scale.plan import (
-    Call,
+    CollectiveCall,
     Placement,
     gradient_calls,
+    layers_by_owner,
     micro_batch_calls,
     muon_calls,
-    owned,
     refresh_calls,
     sent_bytes,
 )
-from bench.scale.shapes import Mode, Shape, layers
+from bench.scale.shapes import DoprMode, ModelShape, layers
 from bench.scale.work import Batch
+from optim.dopr.layer import Layer
 from optim.dopr.refresh import chunks
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """One model on so many GPUs; seconds and bytes are of a step, averaged over refreshes."""
+class StepEstimate:
+    """The cost of a step for one model and placement, averaged over the steps between refreshes.
+
+    Seconds and bytes are per GPU.
+    """
 
     shape: str
     placement: Placement
     base: str
     mode: str
-    base_s: dict[str, float]
-    dopr_s: dict[str, float]
-    base_sent: float  # bytes that a GPU sends
-    dopr_sent: float
-    base_bytes: float  # at most, on a GPU
-    dopr_bytes: float  # with DoPr
-    fits: str  # yes | base: only without DoPr | no: not even then
+    base_s: dict[str, float]  # seconds without DoPr, by purpose
+    dopr_s: dict[str, float]  # seconds that DoPr adds, by purpose
+    base_sent: float  # bytes sent without DoPr
+    dopr_sent: float  # bytes sent that DoPr adds
+    base_bytes: float  # peak memory without DoPr
+    dopr_bytes: float  # peak memory with DoPr
+    fits: str  # yes, base (only without DoPr), or no (not even without DoPr)
 
     @property
     def added(self) -> float:
-        """What DoPr adds to a step, as a share of the step without it."""
+        """The time that DoPr adds to a step, as a share of the step without it."""
         return sum(self.dopr_s.values()) / sum(self.base_s.values())
 
     @property
     def largest(self) -> str:
-        """The largest term of what DoPr adds."""
+        """The name of the largest term of the time that DoPr adds."""
         return max(self.dopr_s, key=self.dopr_s.__getitem__)
 
 
 def estimate(
-    shape: Shape, placement: Placement, base: str, mode: Mode, hardware: Hardware, least: int
-) -> Estimate:
-    """Each of the two steps with the largest micro-batches that fit, if any do."""
-    kept = memory.dopr_bytes(shape, mode, placement)
+    shape: ModelShape,
+    placement: Placement,
+    base: str,
+    mode: DoprMode,
+    hardware: Hardware,
+    min_tokens: int,
+) -> StepEstimate:
+    """Estimate a step with and without DoPr, each with the largest micro-batches that fit.
+
+    A GPU gets at least `min_tokens` per step.
+    """
+    memory_of_dopr = memory.dopr_bytes(shape, mode, placement)
     room = hardware.memory * hardware.usable_memory
 
-    def fitting(which: int, first: int) -> tuple[Batch, float]:
-        """The batch, and the bytes at most, without (0) or with DoPr (1)."""
-        sizes = [n for n in halves(shape) if n <= first]
-        batches = [Batch(shape, placement.size, least, n) for n in sizes]
+    def largest_batch(index: int, max_tokens: int) -> tuple[Batch, float]:
+        """Return the batch and its peak bytes, without DoPr (index 0) or with DoPr (index 1)."""
+        sizes = [n for n in micro_batch_sizes(shape) if n <= max_tokens]
+        batches = [Batch(shape, placement.size, min_tokens, n) for n in sizes]
         held = [memory.base_bytes(shape, placement, base, batch) for batch in batches]
-        peaks = [memory.peaks(each, kept)[which] for each in held]
-        fits = [i for i, peak in enumerate(peaks) if peak <= room]
-        return (batches[fits[0]], peaks[fits[0]]) if fits else (batches[0], peaks[0])
+        peaks = [memory.peaks(n_bytes, memory_of_dopr)[index] for n_bytes in held]
+        fitting = [i for i, peak in enumerate(peaks) if peak <= room]
+        first = fitting[0] if fitting else 0
+        return batches[first], peaks[first]
 
-    batch, base_bytes = fitting(0, first=shape.micro_tokens)
-    smaller, dopr_bytes = fitting(1, first=batch.most)
+    batch, base_bytes = largest_batch(0, shape.micro_tokens)
+    dopr_batch, dopr_bytes = largest_batch(1, batch.max_micro_tokens)
     base_s = base_seconds(shape, placement, base, batch, hardware)
-    in_smaller = base_seconds(shape, placement, base, smaller, hardware)
-    dopr_s = dopr_seconds(shape, placement, mode, smaller, hardware)
-    dopr_s["smaller micro-batches"] = sum(in_smaller.values()) - sum(base_s.values())
-    found = refresh_calls(shape, mode, placement)
-    refresh = sum(sent_bytes(call, placement) for call in found.calls) if found else 0.0
-    sent = sum(sent_bytes(each, placement) for each in base_calls(shape, placement, base, batch))
-    more = sum(sent_bytes(each, placement) for each in base_calls(shape, placement, base, smaller))
-    return Estimate(
+    base_s_of_dopr = base_seconds(shape, placement, base, dopr_batch, hardware)
+    dopr_s = dopr_seconds(shape, placement, mode, dopr_batch, hardware)
+    dopr_s["smaller micro-batches"] = sum(base_s_of_dopr.values()) - sum(base_s.values())
+    refresh = refresh_calls(shape, mode, placement)
+    refresh_sent = sum(sent_bytes(call, placement) for call in refresh.calls) if refresh else 0.0
+    sent, sent_of_dopr = (
+        sum(sent_bytes(call, placement) for call in base_calls(shape, placement, base, each))
+        for each in (batch, dopr_batch)
+    )
+    return StepEstimate(
         shape=shape.name,
         placement=placement,
         base=base,
@@ -89,50 +105,58 @@ def estimate(
         base_s=base_s,
         dopr_s=dopr_s,
         base_sent=sent,
-        dopr_sent=refresh / mode.refresh_every + more - sent,
+        dopr_sent=refresh_sent / mode.refresh_every + sent_of_dopr - sent,
         base_bytes=base_bytes,
         dopr_bytes=dopr_bytes,
         fits="yes" if dopr_bytes <= room else "base" if base_bytes <= room else "no",
     )
 
 
-def halves(shape: Shape) -> list[int]:
-    """Tokens of a micro-batch, from the most to one sequence."""
+def micro_batch_sizes(shape: ModelShape) -> list[int]:
+    """Return the possible tokens per micro-batch: the most, then halves down to one sequence."""
     sizes = [shape.micro_tokens]
     while sizes[-1] >= 2 * shape.block_size:
         sizes.append(sizes[-1] // 2)
     return sizes
 
 
-def base_calls(shape: Shape, placement: Placement, base: str, batch: Batch) -> list[Call]:
+def base_calls(
+    shape: ModelShape, placement: Placement, base: str, batch: Batch
+) -> list[CollectiveCall]:
+    """Return the collectives of a step without DoPr."""
     micro = batch.n_micro * micro_batch_calls(shape, placement)
-    own = muon_calls(shape, placement) if base == "muon" else []
-    return micro + gradient_calls(shape, placement) + own
+    optimizer = muon_calls(shape, placement) if base == "muon" else []
+    return micro + gradient_calls(shape, placement) + optimizer
 
 
 def base_seconds(
-    shape: Shape, placement: Placement, base: str, batch: Batch, hardware: Hardware
+    shape: ModelShape, placement: Placement, base: str, batch: Batch, hardware: Hardware
 ) -> dict[str, float]:
+    """Return the seconds of a step without DoPr, by purpose."""
     compute = work.forward_backward(shape, batch.tokens, hardware)
-    whole = backward_seconds(shape, placement, batch, hardware, more=0.0)
-    own = {"update": work.update(shape, placement, base, hardware)}
+    with_calls = forward_backward_seconds(shape, placement, batch, hardware)
+    optimizer = {"update": work.update(shape, placement, base, hardware)}
     if base == "muon":
-        own["Muon's matrices"] = work.orthogonalisation(shape, placement, hardware)
-        own["Muon's messages"] = total(muon_calls(shape, placement), placement, hardware)
-    return {"forward, backward": compute, "weights, gradients": whole - compute} | own
+        optimizer["Muon's matrices"] = work.orthogonalization(shape, placement, hardware)
+        optimizer["Muon's messages"] = total(muon_calls(shape, placement), placement, hardware)
+    return {"forward, backward": compute, "weights, gradients": with_calls - compute} | optimizer
 
 
-def backward_seconds(
-    shape: Shape, placement: Placement, batch: Batch, hardware: Hardware, more: float
+def forward_backward_seconds(
+    shape: ModelShape,
+    placement: Placement,
+    batch: Batch,
+    hardware: Hardware,
+    extra_backward: float = 0.0,
 ) -> float:
-    """Forward and backward of a step, whose backward computes for `more` seconds besides.
+    """Return the seconds of forward and backward, including collectives that nothing hides.
 
-    A third of the work is the forward's. Of FSDP2 the first gather is waited for, of DDP the last
-    all-reduce.
+    The forward is a third of the computation; `extra_backward` adds seconds of computation to the
+    backward. The first gather of FSDP2 and the last all-reduce of DDP are not hidden.
     """
     compute = work.forward_backward(shape, batch.micro_tokens, hardware)
-    forward, backward = compute / 3, compute * 2 / 3 + more / batch.n_micro
-    gradients = [seconds(each, placement, hardware) for each in gradient_calls(shape, placement)]
+    forward, backward = compute / 3, compute * 2 / 3 + extra_backward / batch.n_micro
+    gradients = [seconds(call, placement, hardware) for call in gradient_calls(shape, placement)]
     if placement.shards == 1:
         hidden = min(sum(gradients[:-1]), backward)
         return batch.n_micro * (forward + backward) + sum(gradients) - hidden
@@ -141,18 +165,18 @@ def backward_seconds(
         times[call.kind].append(seconds(call, placement, hardware))
     first, *rest = times["all_gather"]
     gathers, scatters = sum(rest) / 2, sum(times["reduce_scatter"])
-    one = first + max(forward, gathers) + max(backward, gathers + scatters)
+    before_last = first + max(forward, gathers) + max(backward, gathers + scatters)
     last = first + max(forward, gathers) + max(backward, gathers + scatters + sum(gradients))
-    return (batch.n_micro - 1) * one + last
+    return (batch.n_micro - 1) * before_last + last
 
 
 def dopr_seconds(
-    shape: Shape, placement: Placement, mode: Mode, batch: Batch, hardware: Hardware
+    shape: ModelShape, placement: Placement, mode: DoprMode, batch: Batch, hardware: Hardware
 ) -> dict[str, float]:
-    """Every term of what DoPr adds to a step, averaged over the steps from refresh to refresh."""
+    """Return the seconds that DoPr adds, by purpose, averaged over the steps between refreshes."""
     gram = work.gram(shape, mode, batch, hardware)
-    with_gram = backward_seconds(shape, placement, batch, hardware, more=gram)
-    without = backward_seconds(shape, placement, batch, hardware, more=0.0)
+    with_gram = forward_backward_seconds(shape, placement, batch, hardware, gram)
+    without = forward_backward_seconds(shape, placement, batch, hardware)
     refresh = refresh_seconds(shape, placement, mode, hardware)
     return {
         "Σ z zᵀ": (with_gram - without) / mode.collect_every,
@@ -162,37 +186,42 @@ def dopr_seconds(
 
 
 def refresh_seconds(
-    shape: Shape, placement: Placement, mode: Mode, hardware: Hardware
+    shape: ModelShape, placement: Placement, mode: DoprMode, hardware: Hardware
 ) -> dict[str, float]:
-    """Of one refresh: sums to all, inverses by their owners, P to all, and the rest."""
-    found = refresh_calls(shape, mode, placement)
-    repacking = work.repacking(shape, mode, placement, hardware)
-    if found is None:
-        own = [chunk for chunk in chunks(layers(shape, mode), lambda each: (each.sigma,))]
-        inverses = sum(work.inverse(chunk, mode, hardware) for chunk in own)
-        return {"inverses": inverses, "packing": repacking}
+    """Return the seconds of a refresh: sums, inversions by the owners, and P to all processes."""
+    calls = refresh_calls(shape, mode, placement)
+    packing = work.repacking(shape, mode, placement, hardware)
+    if calls is None:
+        all_chunks = chunks(layers(shape, mode), lambda layer: (layer.sigma,))
+        inversions = sum(work.inverse(chunk, mode, hardware) for chunk in all_chunks)
+        return {"inverses": inversions, "packing": packing}
     arrival, clock = {}, 0.0
-    for call, message in found.sums:
+    for call, message in calls.sums:
         clock += seconds(call, placement, hardware)
         arrival |= dict.fromkeys(message, clock)
-    small = total([found.token_counts_and_traces, found.outcome, *found.norms], placement, hardware)
+    small_calls = [calls.counts_and_traces, calls.failures, *calls.norms]
     finish = max(
-        finished(held, arrival, mode, hardware)
-        for held in owned(shape, mode, placement.size).values()
+        inversion_end(owned, arrival, mode, hardware)
+        for owned in layers_by_owner(shape, mode, placement.size).values()
     )
     return {
         "sums of Σ": clock,
         "inverses": finish - clock,
-        "P to all": broadcasts(found.made, placement, hardware),
-        "packing": repacking,
-        "agreement": small + 3 * hardware.host_read,
+        "P to all": broadcasts(calls.inverses, placement, hardware),
+        "packing": packing,
+        "agreement": total(small_calls, placement, hardware) + 3 * hardware.host_read,
     }
 
 
-def finished(held: list, arrival: dict, mode: Mode, hardware: Hardware) -> float:
-    """When a process has inverted its layers, each chunk once all its sums are there."""
+def inversion_end(
+    owned: list[Layer], arrival: dict[Layer, float], mode: DoprMode, hardware: Hardware
+) -> float:
+    """Return the time at which a process has inverted its layers.
+
+    It inverts each chunk of layers as soon as all sums of the chunk have arrived.
+    """
     clock = 0.0
-    for chunk in chunks(held, lambda layer: (layer.sigma,)):
+    for chunk in chunks(owned, lambda layer: (layer.sigma,)):
         clock = max(clock, *(arrival[layer] for layer in chunk))
         clock += work.inverse(chunk, mode, hardware)
     return clock

@@ -1,4 +1,4 @@
-"""The estimates as Markdown, for people."""
+"""Format estimates as Markdown tables."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from dataclasses import replace
 
 from bench.scale.hardware import Hardware
 from bench.scale.plan import Placement
-from bench.scale.shapes import SHAPES, Mode
-from bench.scale.step import Estimate, estimate
+from bench.scale.shapes import SHAPES, DoprMode
+from bench.scale.step import StepEstimate, estimate
 from eval.tables import markdown
 
-POINTS = (  # where the sensitivity is shown: model, placement, GPUs, mode
+# The points of the sensitivity table: model, placement, GPUs, mode (0: exact, 1: fast).
+POINTS = (
     ("124M", "ddp", 8, 0),
     ("124M", "ddp", 8, 1),
     ("1.5B", "fsdp", 64, 0),
     ("1.5B", "fsdp", 64, 1),
     ("6.7B", "hsdp", 512, 1),
 )
-KNOBS = {
+KNOBS = {  # row of the sensitivity table: fields of Hardware
     "network bandwidth": ("network",),
     "NVLink bandwidth": ("nvlink",),
     "hop latency": ("nvlink_hop", "network_hop"),
@@ -31,16 +32,16 @@ KNOBS = {
 
 
 def percent(share: float) -> str:
-    """Two digits."""
+    """Format a share in percent, with about two digits."""
     value = 100 * share
     return f"{value:.0f}" if value >= 9.5 else f"{value:.1f}"
 
 
-def overview(found: list[Estimate], sizes: list[int]) -> str:
-    """What DoPr adds, in %, exact / fast, by model, placement and number of GPUs."""
-    cells = {(e.shape, e.placement.parallel, e.placement.size, e.mode): e for e in found}
+def overview(estimates: list[StepEstimate], sizes: list[int]) -> str:
+    """Tabulate the percentage that DoPr adds (exact / fast) by model, placement and GPUs."""
+    cells = {(e.shape, e.placement.parallel, e.placement.size, e.mode): e for e in estimates}
     rows = []
-    for shape, parallel in dict.fromkeys((e.shape, e.placement.parallel) for e in found):
+    for shape, parallel in dict.fromkeys((e.shape, e.placement.parallel) for e in estimates):
         row = [f"{shape} {parallel}"]
         for size in sizes:
             pair = [cells.get((shape, parallel, size, mode)) for mode in ("exact", "fast")]
@@ -49,15 +50,15 @@ def overview(found: list[Estimate], sizes: list[int]) -> str:
     return markdown(["% of a step", *(f"{size} GPU{'s' * (size > 1)}" for size in sizes)], rows)
 
 
-def cell(one: Estimate | None) -> str:
-    """The share; x: does not fit because of DoPr, -: not even without."""
+def cell(one: StepEstimate | None) -> str:
+    """Format the share that DoPr adds; "x" if only DoPr does not fit, "-" if the model does not."""
     if one is None or one.fits == "no":
         return "-"
     return percent(one.added) if one.fits == "yes" else "x"
 
 
-def details(found: list[Estimate]) -> str:
-    """Times, bytes and the largest term of each estimate."""
+def details(estimates: list[StepEstimate]) -> str:
+    """Tabulate times, bytes and the largest term of each estimate."""
     header = ["", "GPUs", "mode", "ms without", "DoPr, ms", "largest term", "GB sent", "GB held"]
     return markdown(
         header,
@@ -72,42 +73,48 @@ def details(found: list[Estimate]) -> str:
                 f"{e.base_sent / 1e9:.1f} + {e.dopr_sent / 1e9:.2f}",
                 f"{e.base_bytes / 1e9:.0f} -> {e.dopr_bytes / 1e9:.0f}",
             ]
-            for e in found
+            for e in estimates
         ],
     )
 
 
-def sensitivity(modes: list[Mode], hardware: Hardware, least: int) -> str:
-    """What DoPr-AdamW adds at POINTS, in %, if a number is half or twice what is assumed."""
+def sensitivity(modes: list[DoprMode], hardware: Hardware, min_tokens: int) -> str:
+    """Tabulate the percentage that DoPr-AdamW adds if one number is halved or doubled."""
     header = [
         "half ... twice the assumed",
-        *(f"{shape} {how} {size} {modes[mode].name}" for shape, how, size, mode in POINTS),
+        *(
+            f"{shape} {parallel} {size} {modes[mode].name}"
+            for shape, parallel, size, mode in POINTS
+        ),
     ]
-    rows = [["as assumed", *(percent(added(p, modes, hardware, least)) for p in POINTS)]]
+    rows = [["as assumed", *(percent(added(p, modes, hardware, min_tokens)) for p in POINTS)]]
     for name in KNOBS:
-        ends = [
-            [added(p, modes, *scaled(name, f, hardware, least)) for p in POINTS] for f in (0.5, 2)
-        ]
-        rows.append([name, *(f"{percent(a)} ... {percent(b)}" for a, b in zip(*ends, strict=True))])
+        low, high = (
+            [added(p, modes, *scaled(name, factor, hardware, min_tokens)) for p in POINTS]
+            for factor in (0.5, 2)
+        )
+        cells = (f"{percent(a)} ... {percent(b)}" for a, b in zip(low, high, strict=True))
+        rows.append([name, *cells])
     return markdown(header, rows)
 
 
-def scaled(name: str, factor: float, hardware: Hardware, least: int) -> tuple:
-    """The hardware with one number changed, the least tokens of a GPU, and the batch's factor."""
+def scaled(name: str, factor: float, hardware: Hardware, min_tokens: int) -> tuple:
+    """Return the scaled hardware, the least tokens per GPU, and the factor of the batch size."""
     changed = {key: getattr(hardware, key) * factor for key in KNOBS[name]}
-    of_batch = factor if name == "tokens" else 1.0
-    return replace(hardware, **changed), int(least * of_batch), of_batch
+    batch_factor = factor if name == "tokens" else 1.0
+    return replace(hardware, **changed), int(min_tokens * batch_factor), batch_factor
 
 
 def added(
     point: tuple[str, str, int, int],
-    modes: list[Mode],
+    modes: list[DoprMode],
     hardware: Hardware,
-    least: int,
-    of_batch: float = 1.0,
+    min_tokens: int,
+    batch_factor: float = 1.0,
 ) -> float:
+    """Return the share that DoPr-AdamW adds at one of POINTS."""
     name, parallel, size, mode = point
     shape = SHAPES[name]
-    shape = replace(shape, batch_tokens=int(shape.batch_tokens * of_batch))
+    shape = replace(shape, batch_tokens=int(shape.batch_tokens * batch_factor))
     placement = Placement(parallel, size, hardware.per_node)
-    return estimate(shape, placement, "adamw", modes[mode], hardware, least).added
+    return estimate(shape, placement, "adamw", modes[mode], hardware, min_tokens).added

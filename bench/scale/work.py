@@ -1,12 +1,15 @@
-"""What a GPU computes in a step, in seconds: matrix products by operations, the rest by bytes."""
+"""Estimate the computation of a GPU in a step, in seconds.
+
+The time of matrix products follows from their FLOPs, the time of everything else from its bytes.
+"""
 
 from __future__ import annotations
 
 from math import ceil
 
 from bench.scale.hardware import Hardware
-from bench.scale.plan import Placement, owned
-from bench.scale.shapes import Mode, Shape, gpt, layers, matrices, n_weights
+from bench.scale.plan import Placement, layers_by_owner
+from bench.scale.shapes import DoprMode, ModelShape, gpt, layers, matrices, n_weights
 from optim.dopr.layer import Layer, condition_bound
 from optim.kernels.cholesky import BF16X3_FLOOR, PLAIN_BF16X3_FLOOR, WANTED_ERROR
 from optim.kernels.deflation import deflated_condition_bound
@@ -14,68 +17,73 @@ from optim.kernels.newton_schulz import newton_iterations
 from optim.matrices import owners_of
 
 NS_STEPS = 5  # of Muon
-# Bytes that pass through a GPU's memory, counted by reading the code.
-PACK = 40  # an element of a packed triangle: read and written by index, the indices made
-SIGMA = 24  # an element of Σ: gram / count, the average, a cleared sum
-APPLY_G, APPLY_P = (
-    24,
-    12,
-)  # an element of G: stacked, multiplied, normed, written back; of P: stacked
-ADAMW, MUON, CLIP = 28, 40, 12  # a weight: state, gradient and weight, read and written
+# Bytes of memory traffic, counted by reading the code.
+PACK = 40  # per element of a packed triangle: read and written by index, with the indices made
+SIGMA = 24  # per element of Σ: gram / count, the average, a cleared sum
+APPLY_G = 24  # per element of G: stacked, multiplied, normed, written back
+APPLY_P = 12  # per element of P: stacked
+ADAMW, MUON, CLIP = 28, 40, 12  # per weight: state, gradient and weight, read and written
 
 
 class Batch:
-    """How the tokens of a step lie on the GPUs.
+    """The tokens of a step on one GPU, and their micro-batches.
 
-    Every GPU takes at least `least` tokens: from some number of GPUs on, the batch grows with them.
-    A forward takes at most `micro_tokens`.
+    Each GPU gets at least `min_tokens`, so with many GPUs the batch grows with their number. A
+    forward takes at most `max_micro_tokens`.
     """
 
-    def __init__(self, shape: Shape, size: int, least: int, micro_tokens: int) -> None:
-        whole = max(shape.batch_tokens / size, least, shape.block_size)
-        self.n_micro = ceil(whole / micro_tokens)
-        self.most = micro_tokens
-        self.tokens = whole  # of a GPU in a step
-        self.micro_tokens = whole / self.n_micro
+    def __init__(
+        self, shape: ModelShape, size: int, min_tokens: int, max_micro_tokens: int
+    ) -> None:
+        self.tokens = max(shape.batch_tokens / size, min_tokens, shape.block_size)
+        self.n_micro = ceil(self.tokens / max_micro_tokens)
+        self.max_micro_tokens = max_micro_tokens
+        self.micro_tokens = self.tokens / self.n_micro
 
 
-def forward_backward(shape: Shape, tokens: float, hardware: Hardware) -> float:
+def forward_backward(shape: ModelShape, tokens: float, hardware: Hardware) -> float:
     return tokens * gpt(shape).flops_per_token() / (hardware.bf16 * hardware.mfu)
 
 
-def update(shape: Shape, placement: Placement, base: str, hardware: Hardware) -> float:
-    """Clipping and the base optimizer's own passes over its state."""
+def update(shape: ModelShape, placement: Placement, base: str, hardware: Hardware) -> float:
+    """Return the time of clipping and of the element-wise update of the base optimizer."""
     n_matrix = sum(rows * columns for shapes, _ in matrices(shape) for rows, columns in shapes)
     n_matrix = n_matrix if base == "muon" else 0
     n_bytes = CLIP * n_weights(shape) + MUON * n_matrix + ADAMW * (n_weights(shape) - n_matrix)
     return passes(n_bytes / placement.shards, hardware)
 
 
-def orthogonalisation(shape: Shape, placement: Placement, hardware: Hardware) -> float:
-    """Muon's Newton-Schulz, of the process that has most of it; symmetric products are halved."""
-    size, longest = placement.owners, 0.0
-    for shapes, blocks in matrices(shape):
+def orthogonalization(shape: ModelShape, placement: Placement, hardware: Hardware) -> float:
+    """Return the time of Muon's Newton-Schulz in the busiest process.
+
+    Symmetric products take half of the FLOPs.
+    """
+    size, flops = placement.owners, 0.0
+    for shapes, qkv_blocks in matrices(shape):
         load = [0.0] * size
         for (rows, columns), rank in zip(shapes, owners_of(shapes, size), strict=True):
-            m, n = sorted((rows // blocks, columns))
-            load[rank] += blocks * NS_STEPS * (3 * m * m * n + m**3)
-        longest += max(load)
-    return longest / (hardware.bf16 * hardware.muon_fraction)
+            m, n = sorted((rows // qkv_blocks, columns))
+            load[rank] += qkv_blocks * NS_STEPS * (3 * m * m * n + m**3)
+        flops += max(load)
+    return flops / (hardware.bf16 * hardware.muon_fraction)
 
 
 # -- DoPr
 
 
-def gram(shape: Shape, mode: Mode, batch: Batch, hardware: Hardware) -> float:
-    """Σ z zᵀ of a step that collects: half of a product, and a pass over Σ each micro-batch."""
+def gram(shape: ModelShape, mode: DoprMode, batch: Batch, hardware: Hardware) -> float:
+    """Return the time to sum z zᵀ in a step that collects statistics.
+
+    It is half of a matrix product, and a pass over Σ per micro-batch.
+    """
     numel = sum(layer.sigma.numel() for layer in layers(shape, mode))
     flops = batch.tokens / mode.token_stride * numel  # a multiply and an add, of one triangle
     n_bytes = batch.n_micro * 2 * 4 * numel
     return flops / (hardware.bf16 * hardware.gram_fraction) + passes(n_bytes, hardware)
 
 
-def apply(shape: Shape, mode: Mode, placement: Placement, hardware: Hardware) -> float:
-    """M = G P of every step, of the rows that are here, in three tf32 products."""
+def apply(shape: ModelShape, mode: DoprMode, placement: Placement, hardware: Hardware) -> float:
+    """Return the time of M = G P for the rows of one GPU, as three tf32 products."""
     flops = n_bytes = 0.0
     for layer in layers(shape, mode):
         rows = ceil(layer.covered.weight.shape[0] / placement.shards)
@@ -84,37 +92,37 @@ def apply(shape: Shape, mode: Mode, placement: Placement, hardware: Hardware) ->
     return flops / (hardware.tf32 / 3 * hardware.apply_fraction) + passes(n_bytes, hardware)
 
 
-def inverse(chunk: list[Layer], mode: Mode, hardware: Hardware) -> float:
-    """P of layers that are inverted together."""
+def inverse(chunk: list[Layer], mode: DoprMode, hardware: Hardware) -> float:
+    """Return the time to compute P of layers that are inverted together."""
     return sum(_inverse(layer, mode, hardware) for layer in chunk) + 4 * hardware.host_read
 
 
-def _inverse(layer: Layer, mode: Mode, hardware: Hardware) -> float:
-    blocks, b, _ = layer.P.shape
+def _inverse(layer: Layer, mode: DoprMode, hardware: Hardware) -> float:
+    n_blocks, b, _ = layer.P.shape
     if mode.inverse == "cholesky":  # fp64; torch inverts by solving for the identity: b³/3 + 2 b³
         share = hardware.cholesky_fraction * b / (b + hardware.cholesky_half)
-        return blocks * 7 / 3 * b**3 / (hardware.fp64 * share)
-    bound = condition_bound(blocks * b, mode.gamma)
+        return n_blocks * 7 / 3 * b**3 / (hardware.fp64 * share)
+    bound = condition_bound(n_blocks * b, mode.gamma)
     bound = bound if layer.deflation_basis is None else deflated_condition_bound(bound)
     condition = bound + b**0.5
     floor = PLAIN_BF16X3_FLOOR if layer.deflation_basis is None else BF16X3_FLOOR
     rate = hardware.bf16 / 3 if condition * floor <= WANTED_ERROR else hardware.fp32
-    flops = 2 * newton_iterations(condition, 1) * blocks * b**3  # two symmetric products each
+    flops = 2 * newton_iterations(condition, 1) * n_blocks * b**3  # two symmetric products each
     return flops / (rate * hardware.newton_fraction)
 
 
-def repacking(shape: Shape, mode: Mode, placement: Placement, hardware: Hardware) -> float:
-    """Around a refresh: triangles packed and unpacked, Σ averaged; of the busiest process."""
+def repacking(shape: ModelShape, mode: DoprMode, placement: Placement, hardware: Hardware) -> float:
+    """Return the time to pack and unpack triangles and to average Σ, in the busiest process."""
     numel = sum(layer.sigma.numel() for layer in layers(shape, mode))
     if placement.size == 1:
         return passes(SIGMA * numel, hardware)
-    own = max(
-        sum(layer.sigma.numel() for layer in held)
-        for held in owned(shape, mode, placement.size).values()
-    )  # its Σ is unpacked once more, its P packed
-    return passes(SIGMA * numel + PACK / 2 * (3 * numel + 2 * own), hardware)
+    owned_numel = max(  # of a process that unpacks its Σ once more and packs its P
+        sum(layer.sigma.numel() for layer in owned)
+        for owned in layers_by_owner(shape, mode, placement.size).values()
+    )
+    return passes(SIGMA * numel + PACK / 2 * (3 * numel + 2 * owned_numel), hardware)
 
 
 def passes(n_bytes: float, hardware: Hardware) -> float:
-    """Reading and writing memory."""
+    """Return the time to read and write n_bytes of memory."""
     return n_bytes / (hardware.memory_rate * hardware.memory_fraction)

@@ -1,4 +1,7 @@
-"""Tiny Shakespeare: one megabyte of plays, one id a character; its last tenth is for validation."""
+"""Prepare Tiny Shakespeare: one megabyte of plays with one id per character.
+
+The last tenth of the text is for validation.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,18 +17,18 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 def download(file: Path) -> bytes:
-    """The plays, kept in `file` once downloaded."""
+    """Return the plays; download them to `file` on the first call."""
     if not file.exists():
         try:
             fetch(URL, file, SHA256)
         except OSError as error:
-            raise DataError(f"{URL}: {error}; get it elsewhere and give --input FILE") from None
+            raise DataError(f"{URL}: {error}; get it elsewhere and pass --input FILE") from None
     return file.read_bytes()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser("shakespeare_char", __doc__, tokenizer="char", val_fraction=0.1)
-    options.add_argument("--input", type=Path, help="the text, instead of a download")
+    options.add_argument("--input", type=Path, help="file with the text, instead of a download")
     args = vars(options.parse_args(argv))
     given = args.pop("input")
     source = {"dataset": "shakespeare_char", "input": str(given.resolve()) if given else URL}

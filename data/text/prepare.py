@@ -1,7 +1,7 @@
-"""Your own text: a folder or a file.
+"""Prepare your own text from a folder or a file.
 
-JSON, JSON lines, parquet and CSV hold one document a row; any other file in a folder is one
-document. A single text file is cut in two: its last part is for validation.
+JSON, JSON lines, parquet and CSV files hold one document per row; any other file in a folder is one
+document. A single text file is cut in two, and its last part is for validation.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from data.prepare import prepare
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser("text", __doc__, tokenizer="bpe", val_fraction=0.05)
     options.add_argument("--input", type=Path, required=True, help="folder or file")
-    options.add_argument("--column", default="text", help="column of tables with the text")
+    options.add_argument("--column", default="text", help="name of the column with the text")
     args = vars(options.parse_args(argv))
     path, column = args.pop("input"), args.pop("column")
     if path.is_file() and path.suffix not in TABLES:

@@ -1,4 +1,4 @@
-"""TinyStories: short stories in simple words, streamed from the Hugging Face hub."""
+"""Prepare TinyStories: short stories in simple words, streamed from the Hugging Face hub."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from data.prepare import prepare
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser("tinystories", __doc__, tokenizer="bpe", val_fraction=0.01)
-    options.add_argument("--local", help="folder of its parquet files, instead of the hub")
+    options.add_argument("--local", help="folder with the parquet files, instead of the hub")
     args = vars(options.parse_args(argv))
     local = args.pop("local")
     corpus = local_corpus(local) if local else hub_corpus("roneneldan/TinyStories")

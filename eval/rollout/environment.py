@@ -1,8 +1,9 @@
-"""Episodes with an exact oracle, and the one loop that runs them: on the data's contexts (the
-oracle acts) or on the model's own (the model acts), with common random numbers.
+"""Simulate episodes with a known next-token distribution, the oracle, and roll models out in them.
 
-Because both use the same uniform numbers for the same decisions, a model that equals the oracle
-lives through the very same episodes, and its test-time feedback gap is zero, not zero on average.
+`rollout` runs B episodes. Either the oracle draws the tokens, which gives the data's contexts, or
+the model draws them, which gives the model's own contexts. Both use the same uniform random number
+for the same decision (common random numbers). A model that equals the oracle therefore produces
+exactly the same episodes, and its test-time feedback gap is exactly zero, not just on average.
 """
 
 from abc import ABC, abstractmethod
@@ -15,55 +16,64 @@ from torch import Tensor
 from eval.rollout.policy import Predictor
 
 Actor = Literal["oracle", "model"]
-ROWS = 8  # of probabilities that `decide` works on at once: they stay in the processor's cache
+ROWS = 8  # rows that `decide` processes at once, few enough for the processor's cache
 
 
 class Environment(ABC):
-    """B episodes under way. All randomness that is not a decision is drawn at the beginning."""
+    """The state of B episodes that run in parallel.
 
-    prompts: Tensor  # (B, P) int64: what is given before the first decision
-    can_end: ClassVar[bool] = False  # whether an episode may end before its horizon
+    All randomness except the decisions is drawn when the environment is constructed.
+    """
+
+    prompts: Tensor  # (B, P) int64, the tokens before the first decision
+    can_end: ClassVar[bool] = False  # whether an episode can end before the horizon
 
     @abstractmethod
     def oracle(self) -> Tensor:  # (B, V) float64
-        """The true distribution of the next token of every episode, whatever led to its state."""
+        """Return the true distribution of each episode's next token, given its current state."""
 
     @abstractmethod
     def step(self, tokens: Tensor) -> Tensor:  # (B,) int64 -> (B, k) int64
-        """Take a decision in every episode; returns the world's answer of k tokens (k may be 0)."""
+        """Apply one decision per episode and return the environment's answer of k >= 0 tokens."""
 
     @abstractmethod
     def has_ended(self) -> Tensor:  # (B,) bool
-        """Episodes in which nothing is left to decide: their decisions are not graded."""
+        """Return which episodes have ended. Further decisions in them are not graded."""
 
     @abstractmethod
     def outcomes(self) -> dict[str, Tensor]:  # (B,) float64 each
-        """How every episode went, once all decisions are taken; may be empty."""
+        """Return a score per episode for each outcome, after the last decision. May be empty."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """B episodes of H decisions; NaN where an episode had ended before.
+    """The decisions and measurements of B episodes with H decisions each.
 
-    alive: episodes under way after each decision; None in a world where no episode ends.
+    The measurements compare the model with the oracle just before each decision. They are NaN for
+    decisions after the end of an episode.
     """
 
     tokens: Tensor  # (B, H) int64, the decisions
-    error: Tensor  # (B, H) q = KL(oracle ‖ model) before each decision, nats
-    reverse: Tensor  # (B, H) KL(model ‖ oracle), nats; inf where the oracle rules a token out
+    error: Tensor  # (B, H) KL(oracle ‖ model), nats
+    reverse: Tensor  # (B, H) KL(model ‖ oracle), nats; inf if the oracle excludes a possible token
     nll: Tensor  # (B, H) -log p_model(decision), nats
-    entropy: Tensor  # (B, H) of the model's distribution, nats
+    entropy: Tensor  # (B, H) entropy of the model's distribution, nats
     outcomes: dict[str, Tensor]  # (B,) each
-    alive: Tensor | None = None  # (B, H) bool
+    # (B, H) bool: whether an episode still runs after each decision; None if none can end early.
+    alive: Tensor | None = None
 
 
 @torch.no_grad()
 def rollout(
     environment: Environment, predictor: Predictor, uniforms: Tensor, actor: Actor
 ) -> Rollout:
-    """H decisions in every episode, taken by the oracle or by the model, untruncated at T = 1.
+    """Run every episode for H decisions.
 
-    uniforms: (B, H) float64 in [0, 1), one a decision.
+    Args:
+        environment: the episodes at their beginning.
+        predictor: the model that is measured.
+        uniforms: (B, H) float64 in [0, 1), one random number per decision.
+        actor: whose distribution the decisions are drawn from, at temperature 1 and untruncated.
     """
     columns: list[tuple[Tensor, ...]] = []
     alive: list[Tensor] = []
@@ -87,10 +97,13 @@ def rollout(
 
 
 def decide(log_p: Tensor, choice: Tensor) -> tuple[Tensor, ...]:
-    """Token, its -log p, and the entropy in nats, (B,) each, on the CPU.
+    """Draw or look up one token per row.
 
-    log_p (B, V), on any device, where all work is done. choice (B,): the tokens (int64), or the
-    uniform numbers that draw them (float64).
+    Args:
+        log_p: (B, V) log-probabilities on any device, on which all computation happens.
+        choice: (B,) the tokens (int64), or the uniform numbers to draw them with (float64).
+    Returns:
+        The tokens, their -log p and the entropies in nats, (B,) each, on the CPU.
     """
     parts = zip(log_p.split(ROWS), choice.to(log_p.device).split(ROWS), strict=True)
     columns = zip(*(_decide(*part) for part in parts), strict=True)
@@ -105,11 +118,11 @@ def _decide(log_p: Tensor, choice: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def draw(p: Tensor, uniforms: Tensor) -> Tensor:  # (B, V), (B,) -> (B,)
-    """Tokens by inversion: the first whose cumulative probability exceeds u."""
+    """Draw from each row by inversion: take the first token with cumulative probability > u."""
     cdf = p.cumsum(-1)
     return torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)[:, 0]
 
 
 def kl(q: Tensor, log_p: Tensor) -> Tensor:  # (B, V), (B, V) -> (B,)
-    """KL(q ‖ p) = Σ q log(q / p) in nats, where 0 log 0 = 0."""
+    """Compute KL(q ‖ p) = Σ q log(q / p) in nats, with 0 log 0 = 0."""
     return torch.where(q > 0, q * (q.log() - log_p), 0.0).sum(-1)

@@ -1,18 +1,22 @@
-"""Uncertainty: bootstrap over episodes inside one run, Student's t over seeds, paired tests."""
+"""Bootstrap confidence intervals over the episodes of one run.
+
+Intervals over seeds and paired tests are in studies/stats/seeds.py.
+"""
 
 import warnings
 from dataclasses import dataclass
 
 import numpy as np
 
-LEVEL = 0.95  # of every interval
+LEVEL = 0.95  # confidence level of every interval
 RESAMPLES = 1000
-MIN_SEEDS = 3  # of an interval over seeds: with two, t(0.975, 1) = 12.7, and a tie is 0 wide
+# Fewer seeds give no interval: for two, t(0.975, 1) = 12.7, and a tie would have width 0.
+MIN_SEEDS = 3
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its interval, over n units (episodes or seeds)."""
+    """A mean over n units (episodes or seeds) with its confidence interval."""
 
     mean: float
     lo: float
@@ -21,16 +25,20 @@ class Estimate:
 
 
 def bootstrap_weights(n: int, seed: int = 0) -> np.ndarray:  # (1 + RESAMPLES, n)
-    """How often each of n units is in each resample. Row 0 is the sample itself, all ones."""
+    """Count how often each of n units occurs in each resample.
+
+    Row 0 is all ones, the sample itself.
+    """
     resamples = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
     return np.concatenate([np.ones((1, n)), resamples])
 
 
 def percentiles(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Value, lower and upper end of what was computed with each row of `bootstrap_weights`.
+    """Return a statistic with the lower and upper ends of its percentile interval.
 
-    values: (1 + RESAMPLES, ...). The ends are percentiles of the resamples; NaN if all are NaN, or
-    infinite.
+    Args:
+        values: (1 + RESAMPLES, ...) the statistic computed with each row of `bootstrap_weights`.
+            NaN resamples are left out; if all are NaN, the ends are NaN.
     """
     tail = 50 * (1 - LEVEL)
     with warnings.catch_warnings(), np.errstate(invalid="ignore"):

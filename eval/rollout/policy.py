@@ -1,35 +1,44 @@
-"""What grading asks of a model: the distribution of the next token, token after token."""
+"""Predict next-token distributions step by step, the only interface that grading needs."""
 
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
-from model import GPT, KVCache
+from eval.generate import KVCache, next_logits
+from model import GPT
 from trainer.parallel import Parallel
 
 
 class Predictor(ABC):
-    """Reads a batch of token sequences piece by piece and predicts what comes next."""
+    """Read a batch of token sequences piece by piece and predict each next token."""
 
     @abstractmethod
     def start(self, prompts: Tensor, length: int | None = None) -> Tensor:
-        """Forget everything, read the prompts, return log-probabilities of the next token.
+        """Reset the state, read the prompts and return the next token's log-probabilities.
 
-        (B, P) int64 -> (B, V) float64, on the device that the model is on.
-        length: tokens of a row that will be read, prompts included (none given: as many as it can).
+        Args:
+            prompts: (B, P) int64.
+            length: the tokens that will be read per row, including the prompt. Defaults to as many
+                as the model can read.
+        Returns:
+            (B, V) float64 on the model's device.
         """
 
     @abstractmethod
     def read(self, tokens: Tensor) -> Tensor:  # (B, t) int64 -> (B, V) float64
-        """Read t more tokens of every row, return log-probabilities of the next token."""
+        """Read t more tokens per row and return the next token's log-probabilities."""
 
 
 class GPTPredictor(Predictor):
-    """A GPT with its key-value cache; at most `batch_size` rows go through the model at once.
+    """Predict with a GPT and its key-value cache.
 
-    The model stays in the mode (train or eval) that it is in: the caller sets it. Raises ValueError
-    if more is to be read than its block_size.
+    The caller is responsible for putting the model in eval mode.
+
+    Args:
+        batch_size: the most rows that go through the model at once.
+    Raises:
+        ValueError: `start` or `read` is asked to exceed the model's block_size.
     """
 
     def __init__(self, model: GPT, batch_size: int = 512) -> None:
@@ -40,9 +49,9 @@ class GPTPredictor(Predictor):
     def start(self, prompts: Tensor, length: int | None = None) -> Tensor:
         block_size = self.model.config.block_size
         if length is not None and length > block_size:
-            raise ValueError(f"{length} tokens a row are to be read, but block_size={block_size}")
+            raise ValueError(f"cannot read {length} tokens per row with block_size={block_size}")
         sizes = [len(rows) for rows in prompts.split(self.batch_size)]
-        self._caches = [self.model.make_cache(size, length) for size in sizes]
+        self._caches = [KVCache(self.model, size, length) for size in sizes]
         return self.read(prompts)
 
     @torch.no_grad()
@@ -50,12 +59,12 @@ class GPTPredictor(Predictor):
         device = self._caches[0].kv.device
         rows = tokens.to(device).split(self.batch_size)
         pairs = zip(rows, self._caches, strict=True)
-        logits = [self.model.step(ids, cache)[:, -1] for ids, cache in pairs]  # (b, V) each
+        logits = [next_logits(self.model, ids, cache)[:, -1] for ids, cache in pairs]  # (b, V) each
         return torch.cat(logits).log_softmax(-1, dtype=torch.float64)
 
 
 class SharedPredictor(Predictor):
-    """Every process of a world predicts for some of the rows, and gets the predictions for all."""
+    """Split the rows of a batch among all processes and gather the predictions for all rows."""
 
     def __init__(self, own: Predictor, parallel: Parallel) -> None:
         self.own = own

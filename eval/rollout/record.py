@@ -1,12 +1,12 @@
-"""A record: one graded model with everything that its numbers must be read with, as JSON.
+"""Write records: one graded model with the facts needed to interpret its numbers, as JSON.
 
-task, spec, primary, higher_is_better    what it was graded on
-variant, base, lr, seed, steps, tokens   how it was trained; `base` is what it is compared with
-role                                     tuning | fresh | control | single (no part of a protocol) |
-                                         reference (no optimizer made it; lr 0)
-val_loss                                 nats per scored token; null: the run diverged
-grade                                    see eval/rollout/metrics.py; null: the run diverged
-command, environment, seconds, settings  how to make it again, and where it was made
+task, spec, primary, higher_is_better    the task and its ranking metric
+variant, base, lr, seed, steps, tokens   the training; `variant` is compared with optimizer `base`
+role                                     tuning | fresh | control | single (not part of a study) |
+                                         reference (not a trained model; lr is 0)
+val_loss                                 nats per scored token; null if the run diverged
+grade                                    see eval/rollout/metrics.py; null if the run diverged
+command, environment, seconds, settings  how to reproduce the model, and where it was trained
 """
 
 import json
@@ -16,16 +16,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.files import write_atomic
 from eval.rollout.metrics import Grade
 from eval.rollout.tasks.task import TaskBase
-from trainer.checkpoint.read import write_atomic
 from trainer.settings import FIELDS, RUN_ONLY
 
 
 def make_record(
     task: TaskBase, settings: dict[str, Any], *, steps: int, val_loss: float | None, **more: Any
 ) -> dict[str, Any]:
-    """The parts that follow from the task and the run's settings; `more` has all others."""
+    """Build a record from the task and the run's settings; `more` provides the other fields."""
     base = settings["optimizer"]
     return {
         "task": task.name,
@@ -46,7 +46,7 @@ def make_record(
 
 
 def train_command(config: dict[str, Any], threads: int) -> str:
-    """What makes the run again, in the folder NEW: all settings that are not at their defaults."""
+    """Return the command that repeats a run in the folder NEW; it omits default settings."""
     changed = {
         key: value
         for key, value in config.items()
@@ -57,19 +57,19 @@ def train_command(config: dict[str, Any], threads: int) -> str:
 
 
 def readable(grade: Grade, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
-    """A grade as JSON, its samples as text."""
+    """Convert a grade to JSON-compatible data, with its samples decoded to text."""
     content = grade.to_json()
     samples = [{key: decode(ids) for key, ids in sample.items()} for sample in grade.samples]
     return content | {"samples": samples}
 
 
 def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """A line of JSON each, atomically."""
+    """Write one line of JSON per record, atomically."""
     write_atomic(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """One JSON object, atomically; numbers that are not finite become null."""
+    """Write one JSON object, atomically. NaN and infinite numbers become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(_finite(record), allow_nan=False) + "\n")
 

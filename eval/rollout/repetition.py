@@ -1,6 +1,7 @@
-"""How repetitive token sequences are; to stand beside every likelihood, because loops please it.
+"""Measure how repetitive token sequences are.
 
-`ids` are (N, T > 0) whole numbers, -1 behind the end of a shorter row (`padded`, from lists).
+Report these numbers beside every likelihood, because repetitive text is likely text. In all
+functions `ids` is an (N, T > 0) integer array; shorter rows are padded with -1 (see `padded`).
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ import numpy as np
 
 
 def padded(rows: Sequence[Sequence[int]]) -> np.ndarray:  # (N, T) int64
-    """Rows of any lengths side by side, filled up with -1 on the right."""
+    """Stack rows of different lengths and pad them with -1 on the right."""
     ids = np.full((len(rows), max(map(len, rows), default=0)), -1)
     for target, row in zip(ids, rows, strict=True):
         target[: len(row)] = row
@@ -17,25 +18,27 @@ def padded(rows: Sequence[Sequence[int]]) -> np.ndarray:  # (N, T) int64
 
 
 def distinct(ids: np.ndarray, n: int) -> np.ndarray:  # (N, T) -> (N,) float64
-    """Distinct n-grams of each row over all its n-grams; NaN for a row of fewer than n tokens.
+    """Compute distinct-n (Li et al. 2016): the distinct n-grams of a row over all its n-grams.
 
-    distinct-n of Li et al. 2016, within a row: pooled over rows it depends on how many there are.
+    It is computed within each row, because a value pooled over rows would depend on their number.
+    A row with fewer than n tokens gets NaN.
     """
-    grams = np.sort(_ngrams(ids, n), axis=1)  # (N, T - n + 1), -1 where there is none
+    grams = np.sort(_ngrams(ids, n), axis=1)  # (N, T - n + 1), -1 in the padding
     is_new = np.diff(grams, axis=1, prepend=-1) > 0
     count = (grams >= 0).sum(1)
     return np.divide(is_new.sum(1), count, out=np.full(len(ids), np.nan), where=count > 0)
 
 
 def seq_rep(ids: np.ndarray, n: int) -> np.ndarray:  # (N, T) -> (N,) float64
-    """seq-rep-n = 1 - distinct n-grams / n-grams of each row (Welleck et al. 2020, section 6)."""
+    """Compute seq-rep-n = 1 - distinct-n of each row (Welleck et al. 2020, section 6)."""
     return 1 - distinct(ids, n)
 
 
 def ends_in_loop(ids: np.ndarray, max_period: int) -> np.ndarray:  # (N, T) -> (N,) bool
-    """Rows whose last 2 k tokens, k = max_period, have a period of at most k.
+    """Test whether the last 2 k tokens of each row have a period of at most k = max_period.
 
-    So a cycle was run through at least twice. A row of fewer than 2 k tokens is no loop.
+    If they do, the row ends with at least two passes through a cycle. A row with fewer than 2 k
+    tokens does not count as a loop.
     """
     lengths = (ids >= 0).sum(1)  # (N,)
     columns = lengths[:, None] + np.arange(-2 * max_period, 0)
@@ -46,10 +49,11 @@ def ends_in_loop(ids: np.ndarray, max_period: int) -> np.ndarray:  # (N, T) -> (
 
 
 def zipf(counts: np.ndarray) -> np.ndarray:  # (..., V) -> (...)
-    """Zipf's coefficient s of frequency ~ rank^-s (about 1 for text, large for few tokens).
+    """Fit Zipf's coefficient s in frequency ~ rank^-s, about 1 for text and larger for few tokens.
 
-    Least squares of log count on log rank over all tokens that occur (Holtzman et al. 2020, 5.2,
-    who stop at rank 5000). counts need not be whole. NaN if fewer than two tokens occur.
+    The fit is a least-squares regression of log count on log rank over all tokens that occur
+    (Holtzman et al. 2020, section 5.2, who stop at rank 5000). The counts may be fractional. The
+    result is NaN if fewer than two tokens occur.
     """
     ranked = -np.sort(-counts, axis=-1)
     occurs = ranked > 0
@@ -62,7 +66,7 @@ def zipf(counts: np.ndarray) -> np.ndarray:  # (..., V) -> (...)
 
 
 def _ngrams(ids: np.ndarray, n: int) -> np.ndarray:  # (N, T) -> (N, T - n + 1)
-    """A number for every n-gram, equal for equal ones; -1 where it reaches beyond a row's end."""
+    """Number the n-grams so that equal ones get equal numbers; those with padding get -1."""
     width = max(ids.shape[1] - n + 1, 0)
     codes = ids[:, :width]
     for offset in range(1, n):

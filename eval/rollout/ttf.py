@@ -1,11 +1,12 @@
-"""Grade trained models on their own rollouts: what test-time feedback costs.
+"""Grade trained models on their own rollouts and measure the cost of test-time feedback.
 
-    python -m eval.rollout.ttf out/run [out/run2 ...]            newest checkpoint of each
-    python -m eval.rollout.ttf out/run --all                     every checkpoint that was kept
+    python -m eval.rollout.ttf out/run [out/run2 ...]     grade the newest checkpoint of each run
+    python -m eval.rollout.ttf out/run --all              grade every checkpoint of a run
 
-The task is the one that the run was trained on: its dataset `task:NAME,...`, pystdlib, or any other
-text. A grade is written to out/run/ttf/step-N.json, of averaged weights to step-N-ema.json, and not
-computed again. One line a checkpoint.
+A model is graded on the task that it was trained on: its dataset `task:NAME,...`, pystdlib, or any
+other text. The command prints one line per checkpoint and writes the grade to
+out/run/ttf/step-N.json, or step-N-ema.json for averaged weights. A checkpoint that has a grade from
+the same code version and settings is not graded again.
 """
 
 import argparse
@@ -31,12 +32,14 @@ from model import GPT, eval_mode
 from trainer.checkpoint.read import Checkpoint, CheckpointError, candidates, open_checkpoint
 from trainer.parallel import Parallel
 
-AVERAGED = "+ema"  # of the variant of averaged weights
-GRADING_VERSION = 1  # raise it when a change outside of a task changes the grades
+AVERAGED = "+ema"  # suffix of a variant's name for averaged weights
+# Raise this number when a change of the code shared by all tasks changes the grades. Stored grades
+# of older versions are then computed again. A task's own code has `TaskBase.grading_version`.
+GRADING_VERSION = 1
 
 
 def check_fits(task: Task, block_size: int) -> None:
-    """TaskError if a context of `block_size` tokens cannot hold an episode."""
+    """Raise TaskError if an episode does not fit into `block_size` tokens."""
     if block_size < task.context_tokens:
         raise TaskError(
             f"{task.spec}: an episode needs {task.context_tokens} tokens of context, but the model "
@@ -53,9 +56,14 @@ def grade_model(
     batch_size: int = 512,
     parallel: Parallel | None = None,
 ) -> Grade:
-    """n episodes of the task; the processes of a world, which all call this, share the work.
+    """Grade a model on n episodes of a task.
 
-    Raises TaskError if the model's context cannot hold an episode.
+    Args:
+        seed: seed of the episodes. Use the same one for all models that are compared.
+        batch_size: the most episodes that go through the model at once.
+        parallel: if given, its processes share the work, and all of them must call this function.
+    Raises:
+        TaskError: an episode does not fit into the model's block_size.
     """
     check_fits(task, model.config.block_size)
     predictor = GPTPredictor(model, batch_size)
@@ -74,9 +82,10 @@ def grade_checkpoint(
     device: str = "cpu",
     ema: bool = False,
 ) -> dict[str, Any]:
-    """The record of one checkpoint; from its ttf/ folder if it was graded like this before.
+    """Grade one checkpoint and return its record, or read the record if it is in the ttf/ folder.
 
-    Its weights, or with `ema` their average, are graded in float32, whatever they were trained in.
+    The weights, or their moving average if `ema` is true, are graded in float32, even if the model
+    was trained in another precision.
     """
     found = open_checkpoint(path)
     out_dir, name = found.path.parent.parent, f"step-{found.step:08d}"
@@ -99,8 +108,7 @@ def grade_checkpoint(
         grading=grading,
         command=f"{train_command(run.config, threads)} && OMP_NUM_THREADS={threads} "
         f"python -m eval.rollout.ttf NEW --episodes {n} --seed {seed} --device {device}"
-        + " --ema"
-        * ema,
+        + (" --ema" if ema else ""),
         environment=run.environment,
         seconds=time.perf_counter() - started,
     )
@@ -111,63 +119,67 @@ def grade_checkpoint(
 
 
 def weights_of(found: Checkpoint) -> str:
-    """A hash that changes with what is in a checkpoint."""
-    files = json.dumps(found.manifest["files"], sort_keys=True)  # with their hashes
+    """Return a hash of a checkpoint's contents."""
+    files = json.dumps(found.manifest["files"], sort_keys=True)  # includes the hash of every file
     return hashlib.sha256(files.encode()).hexdigest()
 
 
 def grading_version(task: TaskBase) -> str:
-    """The version of the code that grades this task: the common part, then the task's own."""
+    """Return the version of the grading code as "SHARED.TASK", see `GRADING_VERSION`."""
     return f"{GRADING_VERSION}.{task.grading_version}"
 
 
 def _check_tokenizer(task: Task, run: Run) -> None:
-    """TaskError if the run's ids are not those of the task."""
+    """Raise TaskError if the run's tokenizer is not the task's."""
     if task.open().tokenizer.sha256 != run.tokenizer.sha256:
-        raise TaskError(f"{run.path}: its tokenizer is not that of {task.spec}")
+        raise TaskError(f"{run.path}: its tokenizer differs from the tokenizer of {task.spec}")
 
 
 def _val_loss(out_dir: Path, step: int, key: str) -> float | None:
-    """Validation loss at `step`, if it was computed there."""
+    """Return the validation loss at `step`, or None if the run was not validated there."""
     rows = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
     losses = [row[key] for row in rows if row["kind"] == "val" and row["step"] == step]
     return losses[-1] if losses else None
 
 
 def checkpoints(run: Path, *, every: bool) -> list[Path]:
-    """What to load: the run itself, for its newest, or every checkpoint, the oldest first.
+    """Return the paths to grade: the run, which stands for its newest checkpoint, or all of them.
 
-    Raises CheckpointError if all are wanted and there are none.
+    All checkpoints are returned with the oldest first.
+
+    Raises:
+        CheckpointError: `every` is true, and the run has no checkpoint.
     """
     if not every:
         return [run]
     if not (found := candidates(run / "checkpoints")):
-        raise CheckpointError(f"no checkpoint at {run}: --all wants a run's out_dir")
+        raise CheckpointError(f"no checkpoint at {run}: --all needs a run's out_dir")
     return found[::-1]
 
 
 def line(record: dict[str, Any]) -> str:
-    """One line: the run, its validation loss, and the metric that ranks, with its interval."""
-    best = record["grade"]["metrics"][record["primary"]]
+    """Format a record as one line with its validation loss and its ranking metric."""
+    primary = record["grade"]["metrics"][record["primary"]]
     loss = "n/a" if record["val_loss"] is None else f"{record['val_loss']:.4f}"
     direction = "higher" if record["higher_is_better"] else "lower"
     return (
         f"{record['settings']['out_dir']}  {record['variant']}  step {record['steps']}  "
-        f"val loss {loss}  {record['task']} {record['primary']} {best['mean']:.4f} "
-        f"[{best['lo']:.4f}, {best['hi']:.4f}] ({direction} is better, {best['n']} episodes)"
+        f"val loss {loss}  {record['task']} {record['primary']} {primary['mean']:.4f} "
+        f"[{primary['lo']:.4f}, {primary['hi']:.4f}] "
+        f"({direction} is better, {primary['n']} episodes)"
     )
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = command_parser("eval.rollout.ttf", __doc__)
     add = parser.add_argument
-    add("runs", type=Path, nargs="+", help="out_dirs, or folders of checkpoints")
-    add("--all", action="store_true", help="every checkpoint, not only the newest")
-    add("--episodes", type=int, default=512, help="rollouts a checkpoint")
-    add("--seed", type=int, default=0, help="of the episodes: the same for all that is compared")
+    add("runs", type=Path, nargs="+", help="out_dirs of runs, or folders of checkpoints")
+    add("--all", action="store_true", help="grade every checkpoint, not only the newest")
+    add("--episodes", type=int, default=512, help="rollouts per checkpoint")
+    add("--seed", type=int, default=0, help="seed of the episodes; compare models at equal seeds")
     add("--batch_size", type=int, default=512, help="episodes that go through the model at once")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    add("--ema", action="store_true", help="the averaged weights")
+    add("--ema", action="store_true", help="grade the averaged weights")
     return parser, parser.parse_args(argv)
 
 

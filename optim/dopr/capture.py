@@ -1,10 +1,10 @@
-"""How input activations are seen: a layer's backward adds Σ z zᵀ of its input z to a running sum.
+"""Capture a layer's input activations: its backward adds Σ z zᵀ of its input z to a running sum.
 
-The backward pass is where z meets the gradient: it sees the tokens that form the weight gradient,
-once, in eager mode, under torch.compile and under activation checkpointing, and nothing in
-evaluation. It cannot tell a backward whose weight gradient is not wanted (`torch.autograd.grad` of
-the inputs, a pass before `zero_grad`): such a pass belongs inside `paused()`. The layer's `forward`
-is replaced on the instance; copies of the module are plain.
+Capture runs in the backward pass because that pass sees exactly the tokens that form the weight
+gradient, each of them once: in eager mode, under torch.compile and under activation checkpointing.
+Evaluation captures nothing. The backward cannot know that a weight gradient will be thrown away
+(`torch.autograd.grad` of the inputs, a pass before `zero_grad`): run such a pass inside `paused()`.
+Capture replaces `forward` on the module instance. Copies of the module do not capture.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from ..kernels.gram import accumulate_gram
 
 
 class Capture:
-    """Running sum of one layer's input statistics since it was last taken.
+    """Hold the running sum of one layer's input statistics since the last refresh.
 
     Args:
-        shape: of `gram`; (blocks, d/blocks, d/blocks), or (d,) for a diagonal.
-        stride: one token in `stride` is looked at, beginning at `offset` (see kernels/gram.py);
-            of token ids, every one is.
-        is_paused: () bool on the CPU, shared by all captures of a preconditioner. A tensor, which
-            the backward reads when it runs; `is_collecting` is fixed when a forward is compiled.
-        kernel: who adds up, see kernels/dispatch.py; token ids are always counted by torch.
+        shape: shape of `gram`: (blocks, d/blocks, d/blocks), or (d,) for a diagonal covariance.
+        weight: the layer's weight, which determines the device and the dtype of the sum.
+        stride: samples one token in `stride`, starting at `offset` (see kernels/gram.py). Token ids
+            are all counted.
+        is_paused: () bool on the CPU, shared by all captures of a preconditioner. It is a tensor so
+            that the backward reads it at run time; `is_collecting` is fixed at compile time.
+        backend: implementation of the sum, see kernels/dispatch.py. Token ids always use torch.
     """
 
     def __init__(
@@ -44,50 +45,52 @@ class Capture:
     ) -> None:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.gram = torch.zeros(shape, dtype=dtype, device=weight.device)  # Σ z zᵀ
-        self.count = torch.zeros((), dtype=torch.int64, device=weight.device)  # tokens in it
+        self.count = torch.zeros((), dtype=torch.int64, device=weight.device)  # tokens summed
         self.offset = torch.zeros((), dtype=torch.int64, device=weight.device)
         self.stride = stride
         self.is_paused = is_paused
         self.backend = backend
-        self.rank, self.size = 0, 1  # of this process, among those that take turns with batches
-        self.is_collecting = True  # whether this step is one of those that add to Σ
+        self.rank, self.size = 0, 1  # of this process in the data-parallel group
+        self.is_collecting = True  # whether the backward passes of this step add to the sum
 
     def clear(self) -> None:
+        """Reset the sum and the token count to zero, in place."""
         self.gram.zero_()
         self.count.zero_()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copy of the model (averaged weights, say) has no capture: its layers are plain."""
+        """Return None, so that a copy of the model (for averaged weights, say) does not capture."""
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
-        return _nothing, ()  # the same for a pickled model
+        return _none, ()  # a pickled model does not capture either
 
 
-def _nothing() -> None:
+def _none() -> None:
     return None
 
 
 def install(module: nn.Module, capture: Capture) -> None:
-    """Replace the `forward` of this instance by the one that captures; `remove` undoes it."""
-    vars(module)["_dopr_capture"] = capture  # not a tensor, not a submodule
-    module.forward = MethodType(_forward_of(module), module)
+    """Replace `forward` on this module instance by one that captures. Undo it with `remove`."""
+    vars(module)["_dopr_capture"] = capture  # neither a tensor nor a submodule
+    module.forward = MethodType(_capturing_forward(module), module)
 
 
 def remove(module: nn.Module) -> None:
-    """Make `module` plain again."""
+    """Restore the `forward` of the module's class."""
     del module.forward, module._dopr_capture
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """Whether someone, another preconditioner say, put a `forward` of their own on this instance.
+    """Return whether `forward` was replaced on this instance, for example by a preconditioner.
 
-    A copy of a captured module has our `forward`, but its capture was left behind: it is plain.
+    A copy of a capturing module inherits the replaced `forward` but has no capture, so it does not
+    count as replaced.
     """
     is_copy = "_dopr_capture" in vars(module) and module._dopr_capture is None
     return "forward" in vars(module) and not is_copy
 
 
-def _forward_of(module: nn.Module) -> Callable[..., Tensor]:
+def _capturing_forward(module: nn.Module) -> Callable[..., Tensor]:
     if isinstance(module, nn.Embedding):
         return _embedding_forward
     if isinstance(module, nn.Conv2d):
@@ -96,9 +99,9 @@ def _forward_of(module: nn.Module) -> Callable[..., Tensor]:
 
 
 def _is_off(module: Any) -> bool:
-    """Whether this forward leads to no weight gradient, or the module is a copy."""
-    has_gradient = torch.is_grad_enabled() and module.weight.requires_grad
-    return module._dopr_capture is None or not has_gradient
+    """Return whether this forward must not capture: no weight gradient, or a copied module."""
+    has_weight_gradient = torch.is_grad_enabled() and module.weight.requires_grad
+    return module._dopr_capture is None or not has_weight_gradient
 
 
 def _linear_forward(self: Any, input: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
@@ -108,14 +111,17 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:  # (..., d_in) -> (...,
 
 
 def _conv1d_forward(self: Any, x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
-    """Hugging Face's Conv1D: a linear layer whose weight is stored as (d_in, d_out)."""
+    """Forward of Hugging Face's Conv1D, a linear layer that stores its weight as (d_in, d_out)."""
     if _is_off(self):
         return F.linear(x, self.weight.mT, self.bias)
     return _captured_linear(self._dopr_capture, x, self.weight.mT, self.bias)
 
 
 def _conv2d_forward(self: Any, input: Tensor) -> Tensor:  # (B, C, H, W) -> (B, d_out, H', W')
-    """A linear layer on patches (B, H'W', C kh kw), which are cut out again in the backward."""
+    """Forward of a convolution, a linear layer on patches (B, H'W', C kh kw).
+
+    The backward unfolds the input into patches again.
+    """
     y = nn.Conv2d.forward(self, input)
     if _is_off(self):
         return y
@@ -124,33 +130,33 @@ def _conv2d_forward(self: Any, input: Tensor) -> Tensor:  # (B, C, H, W) -> (B, 
 
 
 def _embedding_forward(self: Any, input: Tensor) -> Tensor:  # (...) -> (..., d_out)
-    """A linear layer on one-hot inputs: Σ is the diagonal of token frequencies."""
+    """Forward of an embedding, a linear layer on one-hot inputs: Σ is diag(token frequencies)."""
     y = nn.Embedding.forward(self, input)
     return y if _is_off(self) else _Tap.apply(y, input, self._dopr_capture, None)
 
 
-# A bound method is pickled by its name: a pickled copy of a module gets its class's own forward.
+# A bound method is pickled by name, so an unpickled module gets the `forward` of its class.
 for function in (_linear_forward, _conv1d_forward, _conv2d_forward, _embedding_forward):
     function.__name__ = "forward"
 
 
 def _captured_linear(capture: Capture, z: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-    """F.linear with capture. Under autocast z is cast here, so that backward sees the cast z."""
+    """Apply F.linear with capture; cast z to the autocast dtype so that backward sees the cast."""
     dtype = _autocast_dtype(z)
     if dtype != _autocast_dtype(W):
-        return F.linear(z, W, b)  # torch's own error
+        return F.linear(z, W, b)  # raises torch's error about the dtypes
     return _CapturedLinear.apply(z.to(dtype), W, b, capture)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which F.linear takes x: autocast leaves float64 and what is not real alone."""
+    """Return the dtype in which F.linear uses x. Autocast casts real floats other than float64."""
     is_cast = torch.is_autocast_enabled(x.device.type) and x.is_floating_point()
     is_cast = is_cast and x.dtype != torch.float64
     return torch.get_autocast_dtype(x.device.type) if is_cast else x.dtype
 
 
 class _CapturedLinear(torch.autograd.Function):
-    """y = z Wᵀ + b, whose backward forms the weight gradient in fp32 and captures z."""
+    """Compute y = z Wᵀ + b; the backward forms the weight gradient in fp32 and captures z."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, W: Tensor, b: Tensor | None, capture: Capture) -> Tensor:
@@ -166,7 +172,7 @@ class _CapturedLinear(torch.autograd.Function):
         if ctx.capture.is_collecting:
             _accumulate(ctx.capture, z)
         rows = grad_y.reshape(-1, W.shape[0])  # (n, d_out)
-        with torch.autocast(z.device.type, enabled=False):  # backward may be called under it
+        with torch.autocast(z.device.type, enabled=False):  # the caller may have enabled it
             grad_z = grad_y @ W.to(grad_y.dtype) if ctx.needs_input_grad[0] else None
             G = _matmul_fp32(rows.mT, z.reshape(-1, W.shape[1])).to(W.dtype)  # (d_out, d_in)
         grad_b = None
@@ -176,9 +182,10 @@ class _CapturedLinear(torch.autograd.Function):
 
 
 class _Tap(torch.autograd.Function):
-    """The identity on y, whose backward captures `z`, the input that y was computed from.
+    """Return y unchanged; the backward captures z, the input that y was computed from.
 
-    `geometry`, of a convolution, is how z unfolds into patches; None: z is captured as it is.
+    `geometry` holds the arguments of F.unfold that cut the input of a convolution into patches.
+    None captures z itself.
     """
 
     @staticmethod
@@ -200,23 +207,26 @@ class _Tap(torch.autograd.Function):
 
 
 def _accumulate(capture: Capture, z: Tensor) -> None:
-    """Add the statistics of z, activations (..., d) or token ids, to the running sum."""
+    """Add the statistics of z, which holds activations (..., d) or token ids, to the sum."""
     S, count, is_paused = capture.gram, capture.count, capture.is_paused
     if S.dim() == 1:
         accumulate_frequencies(S, count, z, is_paused)
         return
     z = z if z.dim() > 1 else z[None]
-    stride, backend, turn = capture.stride, capture.backend, (capture.rank, capture.size)
-    accumulate_gram(S, count, z, capture.offset, is_paused, stride, backend, *turn)
+    stride, backend, rank, size = capture.stride, capture.backend, capture.rank, capture.size
+    accumulate_gram(S, count, z, capture.offset, is_paused, stride, backend, rank, size)
 
 
 @torch.library.custom_op(
     "dopr::accumulate_frequencies",
     mutates_args=("S", "count"),
-    tags=(torch.Tag.cudagraph_unsafe,),  # a graph would replay what `is_paused` was
+    tags=(torch.Tag.cudagraph_unsafe,),  # a CUDA graph would replay an old `is_paused`
 )
 def accumulate_frequencies(S: Tensor, count: Tensor, idx: Tensor, is_paused: Tensor) -> None:
-    """S[t] += how often id t is in idx, count += ids, unless paused: diag(Σ z zᵀ) of one-hot z."""
+    """Add diag(Σ z zᵀ) of one-hot inputs z to S: S[t] grows by the number of ids t in idx.
+
+    Adds the number of ids to `count`. Does nothing while `is_paused` is true.
+    """
     if is_paused:
         return
     S += torch.bincount(idx.flatten(), minlength=S.numel())
@@ -233,7 +243,7 @@ def _at_least_fp32(x: Tensor) -> torch.dtype:
 
 
 def _matmul_fp32(A: Tensor, B: Tensor) -> Tensor:
-    """A @ B with fp32 sums and an fp32 result; half-precision inputs stay on tensor cores."""
+    """Return A @ B in at least fp32. On CUDA, half-precision inputs stay on tensor cores."""
     if A.is_cuda and A.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(A, B, out_dtype=torch.float32)
     dtype = _at_least_fp32(A)

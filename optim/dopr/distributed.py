@@ -1,6 +1,6 @@
-"""The statistics of several processes become one: sums to all, every P from its owner.
+"""Share statistics between processes: all-reduce the sums, broadcast each P from its owner.
 
-Of each symmetric matrix only the upper triangle travels. With one process nothing is copied.
+Messages hold only the upper triangle of each symmetric matrix. A single process copies nothing.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 from ..process_group import Collective, owners
 from .layer import InverseRoot, Layer, mean_eigenvalue
 
-# Of packed sums in one message: the next one travels while this one is waited for.
+# Bytes of packed sums per message. While one message is awaited, the next ones are under way.
 MESSAGE_BYTES = 128 * 2**20
 
 
 def pack(S: Tensor) -> Tensor:
-    """The upper triangles of symmetric blocks (blocks, b, b) as one vector; (d,) as it is."""
+    """Return the upper triangles of (blocks, b, b) as one vector. Returns (d,) unchanged."""
     if S.dim() == 1:
         return S
     i, j = torch.triu_indices(*S.shape[-2:], device=S.device)
@@ -27,7 +27,7 @@ def pack(S: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
-    """The symmetric blocks of this shape from `pack`."""
+    """Return a copy of the symmetric blocks of this shape that `pack` packed."""
     if len(shape) == 1:
         return packed.clone()
     i, j = torch.triu_indices(*shape[-2:], device=packed.device)
@@ -37,34 +37,34 @@ def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
 
 
 def packed_numel(shape: torch.Size) -> int:
+    """Return the number of elements that `pack` returns for this shape."""
     return shape[0] if len(shape) == 1 else shape[0] * shape[-1] * (shape[-1] + 1) // 2
 
 
 class Sums:
-    """Σ z zᵀ and the number of tokens of each layer, over all processes, since the last refresh.
+    """Sum Σ z zᵀ and the token counts since the last refresh over all processes.
 
-    The captures of this process are left as they are. Tokens may be spread in any way: a process
-    without any adds zeros.
+    The captures do not change. Tokens may be distributed over processes in any way; a process
+    without tokens adds zeros.
+
+    Attributes:
+        token_counts_and_traces: for each layer (2,) float64, the number of tokens and the mean
+            eigenvalue tr(Σ z zᵀ) / d_in.
     """
 
     def __init__(self, layers: list[Layer], collective: Collective) -> None:
         self._collective = collective
         self._packed: dict[Layer, Tensor] = {}
         self._works: dict[Layer, Any] = {}
-        means = [
+        rows = [
             torch.stack([each.capture.count.double(), mean_eigenvalue(each.capture.gram).double()])
             for each in layers
         ]
-        self.token_counts_and_traces = dict(
-            zip(layers, means, strict=True)
-        )  # tokens, mean eigenvalue of Σ z zᵀ
-        if collective.size > 1 and layers:
-            self.token_counts_and_traces = dict(
-                zip(layers, collective.sum_(torch.stack(means)), strict=True)
-            )
+        summed = collective.sum_(torch.stack(rows)) if collective.size > 1 and layers else rows
+        self.token_counts_and_traces = dict(zip(layers, summed, strict=True))
 
     def start(self, layers: Iterable[Layer]) -> None:
-        """Sum the matrices of these layers, message by message, while something else is done."""
+        """Start to sum the matrices of these layers asynchronously, message by message."""
         if self._collective.size == 1:
             return
         for message in messages(layers):
@@ -75,7 +75,7 @@ class Sums:
             self._works |= dict.fromkeys(message, work)
 
     def gram(self, layer: Layer) -> Tensor:
-        """Σ z zᵀ of a layer that was started."""
+        """Wait for and return Σ z zᵀ of a layer that was passed to `start`."""
         if self._collective.size == 1:
             return layer.capture.gram
         self._collective.wait([self._works[layer]])
@@ -83,13 +83,25 @@ class Sums:
         return unpack(self._packed[layer], layer.capture.gram.shape)
 
     def count(self, layer: Layer) -> Tensor:
-        """Tokens in `gram`, () int64."""
-        is_one = self._collective.size == 1
-        return layer.capture.count if is_one else self.token_counts_and_traces[layer][0].long()
+        """Return the number of tokens in `gram`, () int64."""
+        if self._collective.size == 1:
+            return layer.capture.count
+        return self.token_counts_and_traces[layer][0].long()
+
+
+def gathered_state(layers: list[Layer], collective: Collective) -> dict[str, Any]:
+    """Return {layer: {key: value}} in every process, with the running sums of all processes."""
+    state = {layer.name: layer.state_dict() for layer in layers}
+    if collective.size > 1:
+        sums = Sums(layers, collective)
+        sums.start(layers)
+        for layer in layers:
+            state[layer.name] |= {"gram": sums.gram(layer), "count": sums.count(layer)}
+    return state
 
 
 def messages(layers: Iterable[Layer]) -> list[list[Layer]]:
-    """Layers of one dtype, at most MESSAGE_BYTES of them, or one, in each."""
+    """Group layers of one dtype into messages of at most MESSAGE_BYTES, or of a single layer."""
     result: list[list[Layer]] = []
     room, dtype = 0, None
     for layer in layers:
@@ -107,10 +119,10 @@ def made_by_owners(
     make: Callable[[list[Layer]], list[tuple[Layer, InverseRoot]]],
     collective: Collective,
 ) -> list[tuple[Layer, InverseRoot]]:
-    """What `make` gives for all layers, each made in one process and sent to the others.
+    """Compute the P of each layer with `make` in one process, its owner, and broadcast it.
 
-    Owners are chosen so that the work, d_in³, is even. Raises FloatingPointError in every process
-    if `make` does so in one.
+    Owners are chosen so that each process has the same work, which is d_in³ per layer. If `make`
+    raises FloatingPointError in one process, all processes raise it.
     """
     if collective.size == 1 or not layers:
         return make(layers)
@@ -121,52 +133,55 @@ def made_by_owners(
         made = dict(make(own))
     except FloatingPointError as caught:
         error = caught
-    outcome = _outcome(layers, own, made, collective)
+    flags = _exchange_flags(layers, own, made, collective)
     if error is not None:
         raise error
-    if failed := [layer.label for layer, (*_, has_failed) in outcome.items() if has_failed]:
-        raise FloatingPointError(f"another process cannot invert Σ, of {', '.join(failed)} or one")
-    sent = _send(layers, owner, made, collective)
+    if missing := [layer.label for layer, (*_, is_missing) in flags.items() if is_missing]:
+        raise FloatingPointError(
+            f"another process cannot invert Σ of at least one of these layers: {', '.join(missing)}"
+        )
+    tensors = _broadcast(layers, owner, made, collective)
     return [
-        (layer, InverseRoot(*sent[layer], int(n_failed), bool(is_damped_more)))
-        for layer, (n_failed, is_damped_more, _) in outcome.items()
+        (layer, InverseRoot(*tensors[layer], int(n_failed), bool(is_damped_more)))
+        for layer, (n_failed, is_damped_more, _) in flags.items()
     ]
 
 
 def owners_of(layers: list[Layer], size: int) -> dict[Layer, int]:
-    """Which of `size` processes makes the P of each layer."""
+    """Return which of `size` processes computes the P of each layer."""
     return dict(zip(layers, owners([_cost(each) for each in layers], size), strict=True))
 
 
 def _cost(layer: Layer) -> float:
+    """Estimate the work of computing P, up to a constant factor."""
     shape = layer.sigma.shape
     return float(shape[0] if len(shape) == 1 else shape[0] * shape[-1] ** 3)
 
 
-def _outcome(
+def _exchange_flags(
     layers: list[Layer],
     own: list[Layer],
     made: dict[Layer, InverseRoot],
     collective: Collective,
 ) -> dict[Layer, list[float]]:
-    """(inverses that failed, is it damped more, is there no P) of every layer, in all processes."""
+    """Return [n_failed, is_damped_more, is_missing] of every layer's P, in all processes."""
     rows = {
         layer: [made[layer].n_failed, made[layer].is_damped_more, 0] if layer in made else [0, 0, 1]
         for layer in own
     }
-    table = [rows.get(layer, [0, 0, 0]) for layer in layers]
+    table = [rows.get(layer, [0, 0, 0]) for layer in layers]  # zeros for the layers of others
     device = layers[0].sigma.device
     table = collective.sum_(torch.tensor(table, dtype=torch.float64, device=device))
     return dict(zip(layers, table.tolist(), strict=True))
 
 
-def _send(
+def _broadcast(
     layers: list[Layer],
     owner: dict[Layer, int],
     made: dict[Layer, InverseRoot],
     collective: Collective,
 ) -> dict[Layer, tuple[Tensor, Tensor, Tensor | None]]:
-    """P, damping and U of every layer, from its owner; one message from each owner and dtype."""
+    """Return P, damping and U of every layer, broadcast by its owner in messages of one dtype."""
     works, parts = [], []
     for rank in range(collective.size):
         for message in messages(layer for layer in layers if owner[layer] == rank):
@@ -181,25 +196,24 @@ def _send(
             parts += zip(message, triples, strict=True)
     collective.wait(works)
     return {
-        layer: (unpack(P, layer.P.shape), damping.clone(), _like(U, layer.deflation_basis))
+        layer: (unpack(P, layer.P.shape), damping.clone(), _basis_from(U, layer))
         for layer, (P, damping, U) in parts
     }
 
 
 def sent_sizes(layer: Layer) -> tuple[int, int, int]:
-    """Numbers of P, damping and U in a message."""
+    """Return the numbers of elements of P, damping and U in a message."""
     U = layer.deflation_basis
     return packed_numel(layer.P.shape), len(layer.damping), 0 if U is None else U.numel()
 
 
 def _parts(made: InverseRoot) -> tuple[Tensor, Tensor, Tensor]:
-    U = (
-        made.damping.new_empty(0)
-        if made.deflation_basis is None
-        else made.deflation_basis.flatten()
-    )
-    return pack(made.P), made.damping, U
+    """Return P, damping and U as vectors. U is empty if there is no deflation."""
+    U = made.deflation_basis
+    return pack(made.P), made.damping, made.damping.new_empty(0) if U is None else U.flatten()
 
 
-def _like(values: Tensor, U: Tensor | None) -> Tensor | None:
+def _basis_from(values: Tensor, layer: Layer) -> Tensor | None:
+    """Return the received vector in the shape of the layer's U, or None if it has no U."""
+    U = layer.deflation_basis
     return None if U is None else values.view(U.shape).clone()

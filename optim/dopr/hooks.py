@@ -1,4 +1,4 @@
-"""How something happens just before the steps of optimizers that belong to someone else."""
+"""Run a callback before `optimizer.step()` of any optimizer."""
 
 from __future__ import annotations
 
@@ -12,93 +12,96 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-STEP = Optimizer.profile_hook_step(lambda: None).__code__  # what torch puts around every `step`
+# The code of the wrapper that torch puts around every `step`.
+STEP_WRAPPER = Optimizer.profile_hook_step(lambda: None).__code__
 
 
 def parameters(optimizer: Optimizer) -> set[Tensor]:
-    """All parameters that `optimizer` holds now."""
+    """Return all parameters in the param groups of the optimizer."""
     return {param for group in optimizer.param_groups for param in group["params"]}
 
 
 def check_optimizers(optimizers: Sequence[Optimizer], weights: dict[str, Tensor]) -> None:
-    """Raise unless every weight, by the name of its layer, is in exactly one of the optimizers.
+    """Raise unless every weight, keyed by the name of its layer, is in exactly one optimizer.
 
-    TypeError for what is no optimizer or has no hooks, ValueError for the weights, all listed, and
-    for a wrapper of the optimizer that steps them.
+    Raises:
+        TypeError: if an object is not a torch.optim.Optimizer, or has no step hooks.
+        ValueError: if weights are in no optimizer or in several (the message lists them all), or an
+            object wraps the optimizer that steps them.
     """
     for optimizer in optimizers:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer")
-        _check_steps_itself(optimizer, set(weights.values()))
+        _check_not_a_wrapper(optimizer, set(weights.values()))
     owners = Counter(param for each in optimizers for param in parameters(each))
-    wrong = [
+    problems = [
         f"{name}.weight is in {owners[weight]}"
         for name, weight in weights.items()
         if owners[weight] != 1
     ]
-    if wrong:
+    if problems:
         raise ValueError(
-            "every covered weight must be in exactly one of the optimizers: "
-            + "; ".join(wrong)
-            + ". Attach all optimizers in one call, or exclude these layers"
+            "every covered weight must be in exactly one of the optimizers, but "
+            + "; ".join(problems)
+            + ": attach all optimizers in one call, or exclude these layers"
         )
 
 
-def _check_steps_itself(optimizer: Optimizer, weights: set[Tensor]) -> None:
-    """Raise for a wrapper (SAM, Lookahead), whose own `step` need not be called, or have hooks."""
+def _check_not_a_wrapper(optimizer: Optimizer, weights: set[Tensor]) -> None:
+    """Raise if the object wraps another optimizer (SAM, Lookahead), or its `step` runs no hooks."""
     kind = type(optimizer)
     for key, inner in vars(optimizer).items():
         if isinstance(inner, Optimizer) and weights & parameters(inner):
-            raise ValueError(f"{kind.__name__} steps its {key}; attach that one")
+            raise ValueError(f"{kind.__name__} wraps another optimizer: attach its {key!r} instead")
     is_hooked = getattr(kind.step, "hooked", False)
     if not is_hooked or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         raise TypeError(
-            f"{kind.__name__} has no step hooks: it does not call Optimizer.__init__. If it wraps "
-            "another optimizer, attach that one"
+            f"{kind.__name__} has no step hooks, because it does not call Optimizer.__init__: if "
+            "it wraps another optimizer, attach that one instead"
         )
 
 
 class RegisteredParams:
-    """The weights that optimizers hold, by the names of their layers, when they are attached."""
+    """Remember the covered weights, keyed by layer name, that the attached optimizers hold."""
 
     def __init__(self, optimizers: Sequence[Optimizer], weights: dict[str, Tensor]) -> None:
         self._optimizers, self._weights = optimizers, weights
 
     def check(self, weights: dict[str, Tensor]) -> None:
-        """RuntimeError if a weight has taken another's place, and none of the optimizers holds it.
+        """Raise RuntimeError if a weight was replaced by a Parameter that no optimizer holds.
 
-        It would be trained, if at all, without anybody noticing that it is not preconditioned.
+        Such a weight would silently go without preconditioning.
         """
         new = {name: w for name, w in weights.items() if w is not self._weights[name]}
         held = {param for each in self._optimizers for param in parameters(each)} if new else set()
         if lost := [f"{name}.weight" for name, w in new.items() if w not in held]:
             raise RuntimeError(
-                f"{', '.join(lost)}: another Parameter than at attach, and in none of the attached "
-                "optimizers. Shard the model (FSDP2) before the optimizer is made and attached; "
-                "after a forward without a backward, call model.reshard() before the step"
+                f"{', '.join(lost)} was replaced after attach by a Parameter that no attached "
+                "optimizer holds: shard the model (FSDP2) before you construct and attach the "
+                "optimizer; after a forward without a backward, call model.reshard() before step()"
             )
 
 
 def is_nested(optimizer: Optimizer) -> bool:
-    """Whether the step that begins was called by another step of the same optimizer.
+    """Return whether the current step was called from within a step of the same optimizer.
 
-    The stack tells. A mark that a post hook takes away would outlive a step that raises.
+    Inspects the call stack. A flag that a post hook clears would survive a step that raises.
     """
     n_steps, frame = 0, sys._getframe()
     while frame := frame.f_back:
-        n_steps += frame.f_code is STEP and frame.f_locals["args"][0] is optimizer
+        n_steps += frame.f_code is STEP_WRAPPER and frame.f_locals["args"][0] is optimizer
     return n_steps > 1
 
 
 def call_before_step(
     optimizer: Optimizer, function: Callable[[Optimizer], None]
 ) -> RemovableHandle:
-    """From now on `function(optimizer)` runs before every step, when the gradients are there.
+    """Call `function(optimizer)` before every step, once the gradients have been computed.
 
-    With a closure, that is after the closure, which may then be called once a step. A `step` that
-    calls its parent's, which has hooks, too, is one step.
+    If `step` gets a closure, the call follows the closure, and the optimizer may call the closure
+    only once per step. A `step` that calls the `step` of its parent class counts as one step.
     """
-    has_run = False  # in the step that is under way
+    has_run = False  # whether `function` has run in the current step
 
     def once(optimizer: Optimizer) -> None:
         nonlocal has_run
@@ -113,7 +116,7 @@ def call_before_step(
         if closure is None:
             once(optimizer)
             return None
-        wrapped = _followed_by(once, closure, optimizer)
+        wrapped = _call_after(closure, once, optimizer)
         if len(args) > 1:
             return (args[0], wrapped, *args[2:]), kwargs
         return args, kwargs | {"closure": wrapped}
@@ -124,7 +127,7 @@ def call_before_step(
 def call_before_steps(
     optimizers: Sequence[Optimizer], function: Callable[[Optimizer], None]
 ) -> list[RemovableHandle]:
-    """The same for several optimizers: for all of them, or after an error for none."""
+    """Register `call_before_step` for all optimizers, or for none of them if one fails."""
     hooks = []
     try:
         for optimizer in optimizers:
@@ -136,10 +139,10 @@ def call_before_steps(
     return hooks
 
 
-def _followed_by(
-    function: Callable[[Optimizer], None], closure: Callable[[], Any], optimizer: Optimizer
+def _call_after(
+    closure: Callable[[], Any], function: Callable[[Optimizer], None], optimizer: Optimizer
 ) -> Callable[[], Any]:
-    """The closure, then `function`; an error at the second call in a step."""
+    """Return a closure that also calls `function`, and that raises if it is called again."""
     n_calls = 0
 
     def wrapped() -> Any:
@@ -147,7 +150,7 @@ def _followed_by(
         n_calls += 1
         if n_calls > 1:
             raise RuntimeError(
-                f"{type(optimizer).__name__} calls its closure several times a step (a line "
+                f"{type(optimizer).__name__} calls its closure several times per step (a line "
                 "search?), which activation preconditioning does not support"
             )
         loss = closure()
@@ -158,31 +161,34 @@ def _followed_by(
 
 
 class PreconditionedGrads:
-    """The gradients that were replaced by M, each with what it was like then.
+    """Track gradients that were already preconditioned.
 
-    The version of a gradient tells, which all that is added later advances. What is written through
-    `.data` does not advance it: the count of captured tokens tells that, in steps that collect.
+    A second step() without backward() is then a no-op for the preconditioner. A gradient counts as
+    unchanged while its version counter and its layer's token count are. In-place writes advance the
+    version. A write through `.data` does not, but the backward of a step that collects statistics
+    advances the token count.
     """
 
     def __init__(self) -> None:
-        self._seen = WeakTensorKeyDictionary()  # gradient: its version, the tokens captured
+        self._seen = WeakTensorKeyDictionary()  # gradient: (its version, its layer's token count)
 
     def add(self, gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """These (gradient, count) are M now; all of a step at once.
+        """Record all (gradient, token count) pairs of a step in one call.
 
-        Gradients that are views of one buffer share a version: it has to be read after the last.
+        Gradients that are views of one buffer share a version counter, so it has to be read after
+        the last of them was written.
         """
         for grad, count in gradients:
             self._seen[grad] = grad._version, count.clone()
 
-    def is_done(self, grad: Tensor | None, count: Tensor) -> bool:
-        """Whether nothing came after M. The host reads `count` only if versions agree: rarely."""
+    def is_unchanged(self, grad: Tensor | None, count: Tensor) -> bool:
+        """Return whether `grad` is still M. Reads `count` on the host only if versions agree."""
         if grad is None or grad not in self._seen:
             return False
-        version, seen = self._seen[grad]
-        return grad._version == version and bool(seen == count)
+        version, seen_count = self._seen[grad]
+        return grad._version == version and bool(seen_count == count)
 
-    def nothing_captured(self) -> None:
-        """The counts of all layers were set to zero without a step."""
+    def reset_counts(self) -> None:
+        """Set the recorded token counts to zero, after the captures were cleared without a step."""
         for _, count in self._seen.values():
             count.zero_()

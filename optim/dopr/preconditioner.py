@@ -1,8 +1,8 @@
-"""DoPr: activation preconditioning, bound to any torch optimizer, just before its step.
+"""DoPr: activation preconditioning for any torch optimizer, applied just before its step.
 
     Σ = E[z zᵀ]                       of each layer's input z, over the tokens of the optimizer step
     γ̄ = γ tr(Σ)/d_in
-    M = tr(Σ)/d_in · G (Σ + γ̄ I)⁻¹    replaces the gradient G; the optimizer does the rest
+    M = tr(Σ)/d_in · G (Σ + γ̄ I)⁻¹    replaces the gradient G in the optimizer's update
 
 Source: Zhang, Shah, Zhang, Zhang, Matni, Simchowitz, "Double Preconditioning", arXiv 2606.06418.
 """
@@ -19,10 +19,11 @@ from torch.optim import Optimizer
 
 from ..kernels.cholesky import Inverse
 from ..kernels.dispatch import Backend, check_backend
+from ..legacy_names import renamed_state
 from ..process_group import Collective, ProcessGroup, everybody, n_processes
 from .capture import install, remove
-from .coverage import find_layers
-from .distributed import Sums
+from .coverage import find_layers, uncovered_rows
+from .distributed import gathered_state
 from .hooks import (
     PreconditionedGrads,
     RegisteredParams,
@@ -31,47 +32,51 @@ from .hooks import (
     parameters,
 )
 from .layer import DoprSettings, InverseRoot, Layer, log, norms
-from .refresh import preconditioned, preconditioners, refresh, set_norm_ratios
+from .refresh import inverse_roots, preconditioned, refresh, set_norm_ratios
 
 
 class ActivationPreconditioner:
-    """Turns any torch optimizer into its DoPr version: M = G (Σ + γ̄ I)^(-1/p) before every step.
+    """Precondition the gradients of any torch optimizer: M = G (Σ + γ̄ I)^(-1/p) before every step.
 
         preconditioner = ActivationPreconditioner(model, gamma=0.1, exclude=["lm_head"])
         preconditioner.attach(optimizer)
 
-    Construct it after the model is on its device and before `torch.compile`. The order of a step is
-    backward, clip (the raw gradient), then `optimizer.step()`, which preconditions first. A
-    backward whose weight gradient is not wanted belongs inside `paused()`.
+    Construct it after the model is on its device and before `torch.compile`. A step consists of
+    backward, clipping of the raw gradient, and `optimizer.step()`, which preconditions first. Run
+    a backward whose weight gradient is thrown away inside `paused()`.
 
-    The defaults are the paper's exact mode, up to the scale tr(Σ)/d_in of P (`trace_normalized`):
-    the batch covariance of every step, over all tokens. Averaging (`sigma_beta`), sampling
-    (`token_stride`, `collect_every`), rarer inverses (`refresh_every`) and blocks
-    (`block_diagonal`) make it fast.
+    The defaults are the exact mode of the paper, up to the scale tr(Σ)/d_in of P
+    (`trace_normalized`): every step uses its own batch covariance over all tokens. To save time,
+    average Σ (`sigma_beta`), sample tokens (`token_stride`, `collect_every`), compute inverses less
+    often (`refresh_every`), or cut Σ into blocks (`block_diagonal`).
 
     Args:
-        gamma: γ, damping relative to the mean eigenvalue of Σ; where a source writes it relative to
+        gamma: γ, the damping relative to the mean eigenvalue of Σ. If a source gives it relative to
             the trace, γ = d_in · γ_trace. In fp32 the relative error of M is about 6e-8 times the
-            condition number, at most 1 + d_in/γ: below 1e-4, train in float64.
-        sigma_beta: β of an average of Σ over refreshes, bias-corrected; None: only the newest.
-        refresh_every: steps between two P.
-        collect_every: steps between two that add to Σ; divides `refresh_every`.
-        token_stride: one token in so many adds to Σ, beginning elsewhere in each sequence and step;
-            embeddings count every token, which costs next to nothing.
+            condition number, which is at most 1 + d_in/γ. For γ below 1e-4, train in float64.
+        sigma_beta: β of a bias-corrected moving average of Σ over refreshes. None uses only the
+            newest Σ.
+        refresh_every: number of steps between two computations of P.
+        collect_every: number of steps between two steps that add to Σ. Divides `refresh_every`.
+        token_stride: adds one token in `token_stride` to Σ, with an offset that changes from
+            sequence to sequence and from step to step. Embeddings always count every token.
         exponent: p of (Σ + γ̄ I)^(-1/p): 1 (the paper), 2 or 4.
-        inverse: cholesky (for p > 1 an eigendecomposition) or newton_schulz (for p = 1, deflated).
-        trace_normalized: multiply P by the p-th root of the mean eigenvalue of Σ, so that M keeps
-            the scale of G, and what is tuned to it (eps, clipping, width rules) keeps its meaning.
-            False is the paper's P.
-        block_diagonal: widest block of Σ; wider inputs are cut into equal blocks. None: no blocks.
-        embeddings: also divide the rows of embeddings by (token frequency + γ̄). A table that is
-            used functionally, too (F.linear(h, wte.weight)), is not detected: exclude it.
-        kernel: auto, torch or triton, for Σ, Newton-Schulz and G P; see kernels/dispatch.py.
-        include, exclude: names of modules, with `*` and `?`, to cover or to leave alone. A weight
-            that is frozen now is never covered: make a new preconditioner when it is to train.
+        inverse: "cholesky" (an eigendecomposition for p > 1) or "newton_schulz" (deflated for
+            p = 1).
+        trace_normalized: multiply P by the p-th root of the mean eigenvalue of Σ. M then keeps the
+            scale of G, so that eps, clipping thresholds and width rules stay valid. False gives the
+            P of the paper.
+        block_diagonal: largest width of a block of Σ. Wider inputs are cut into equal blocks. None
+            uses a single block.
+        embeddings: also divide the rows of embeddings by (token frequency + γ̄). A table that the
+            model also uses as a function (F.linear(h, wte.weight)) is not detected: exclude it.
+        backend: "auto", "torch" or "triton", for Σ, Newton-Schulz and G P; see kernels/dispatch.py.
+        include, exclude: names of the modules to cover or to skip; `*` and `?` are wildcards. A
+            weight that is frozen now is never covered: construct a new preconditioner to train it.
     Raises:
-        TypeError: the model is not an nn.Module.
-        ValueError: settings outside their range (all at once), nothing to cover, no such kernel.
+        TypeError: if the model is not an nn.Module.
+        ValueError: if settings are out of range (all are listed), no layer can be covered, or the
+            backend cannot run.
     """
 
     def __init__(
@@ -123,28 +128,29 @@ class ActivationPreconditioner:
     def attach(
         self, *optimizers: Optimizer, process_group: ProcessGroup | None = None
     ) -> ActivationPreconditioner:
-        """Precondition before every step of these optimizers, which hold every covered weight.
+        """Precondition before every step of these optimizers, which must hold all covered weights.
 
         Args:
-            process_group: the processes that train the model together, each on its part of the
-                batch (DDP, FSDP2); None: all that torch.distributed knows, in a group of their own.
-                All of them call this, after the weights were sharded.
+            process_group: the processes that train the model together, each on a part of the batch
+                (DDP, FSDP2). Defaults to a new group of all processes of torch.distributed. All of
+                them must call this, after the weights were sharded.
         Raises:
-            TypeError: not a torch.optim.Optimizer, or one without hooks.
-            ValueError: a covered weight is in none of them or in several, one of them is a wrapper
-                (SAM, Lookahead) of the optimizer to attach, the model was moved or cast meanwhile,
-                this preconditioner is attached already or detached, the columns of a covered
-                weight are spread over processes, or not all processes cover the same layers.
+            TypeError: if an argument is not a torch.optim.Optimizer, or has no step hooks.
+            ValueError: if a covered weight is in no optimizer or in several, an optimizer is a
+                wrapper (SAM, Lookahead) of the one to attach, the model was moved or cast, this
+                preconditioner is attached already or was detached, the columns of a covered weight
+                are sharded over processes, or the processes cover different layers.
         """
-        self._check_installed()
+        self._check_not_detached()
         if self._hooks:
-            raise ValueError("attached already; pass all optimizers to one call of attach")
+            raise ValueError("attached already: pass all optimizers to one call of attach()")
         check_optimizers(optimizers, self._weights())
         for layer in self.layers:
-            layer.check_place()
+            layer.check_device_and_dtype()
             layer.covered.check_layout()
         self._collective = Collective(process_group) if process_group else everybody()
-        self._collective.check_same(self._description(), self.layers[0].sigma.device)
+        shapes = {layer.name: tuple(layer.sigma.shape) for layer in self.layers}
+        self._collective.check_same(f"{shapes}, {self.settings}", self.layers[0].sigma.device)
         for layer in self.layers:
             layer.capture.rank, layer.capture.size = self._collective.rank, self._collective.size
         self._registered_params = RegisteredParams(optimizers, self._weights())
@@ -152,7 +158,7 @@ class ActivationPreconditioner:
         return self
 
     def detach(self) -> None:
-        """Leave the model and the optimizers as if this had never been there."""
+        """Remove all hooks and captures from the optimizers and the model."""
         for hook in self._hooks:
             hook.remove()
         for layer in self.layers:
@@ -160,20 +166,21 @@ class ActivationPreconditioner:
         self._hooks, self.layers = [], []
 
     def discard(self) -> None:
-        """Forget the activations seen since the last refresh: for a step that is not taken."""
+        """Drop the activations captured since the last refresh. Call it if you skip a step."""
         for layer in self.layers:
             layer.capture.clear()
             layer.schedule_next()
-        self._preconditioned_grads.nothing_captured()
+        self._preconditioned_grads.reset_counts()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside, backward passes add nothing to the statistics; gradients are as ever.
+        """Keep backward passes inside this context out of the statistics.
 
-        For a backward whose weight gradient is thrown away: gradients of inputs, a GAN's other
-        player, the first pass of SAM. What counts is where the backward runs, eager or compiled;
-        the forward may be anywhere. Schedules go on; `paused` may be nested. Second derivatives
-        (create_graph, AdaHessian) and torch.func do not work, paused or not.
+        Use it for a backward whose weight gradient is thrown away: gradients of inputs, the other
+        player of a GAN, the first pass of SAM. Gradients are computed as usual and schedules go on.
+        The place of the backward, eager or compiled, counts; that of the forward does not. `paused`
+        may be nested. Second derivatives (create_graph, AdaHessian) and torch.func are not
+        supported, paused or not.
         """
         before = self._is_paused.clone()
         self._is_paused.fill_(True)
@@ -183,77 +190,84 @@ class ActivationPreconditioner:
             self._is_paused.copy_(before)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that resuming needs, by layer, as of now; keep it beside the optimizer's.
+        """Return everything that resuming needs, by layer. Save it beside the optimizer's state.
 
-        Of several processes, all must call this, and all get the same: any number of processes can
-        continue from it.
+        All processes must call this together. All get the same state, which any number of processes
+        can load.
         """
-        self._check_installed()
-        self._check_processes()
-        return state_of(self.layers, self._collective)
+        self._check_not_detached()
+        self._check_attached_to_group()
+        return gathered_state(self.layers, self._collective)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`, bit for bit; after `attach` if several processes do.
+        """Load a `state_dict()`, to continue bit for bit. With several processes, attach first.
 
-        A P that was made with another gamma, exponent or trace_normalized is made again here, from
-        the Σ in `state`; all other settings may differ, too, and hold from now on.
+        If gamma, exponent or trace_normalized differ from the saved run, P is recomputed from the
+        saved Σ. All other settings may differ too, and apply from now on. Nothing changes on error.
 
         Raises:
-            ValueError: other layers, shapes or kinds of values, values that are not finite, all
-                listed.
-            FloatingPointError: a P has to be made again, and Σ has no inverse.
-            RuntimeError: several processes, before `attach`.
-        Nothing was changed then.
+            ValueError: if layers, shapes or types differ or values are not finite (all are listed).
+            FloatingPointError: if P must be recomputed and Σ has no inverse.
+            RuntimeError: if there are several processes and `attach` was not called.
         """
-        self._check_installed()
-        self._check_processes()
+        self._check_not_detached()
+        self._check_attached_to_group()
+        state = renamed_state(state)
         if problems := state_problems(state, self.layers):
             raise ValueError("preconditioner state does not fit: " + "; ".join(problems))
-        new_P = renewed(state, self.layers, self.settings, self._collective)
+        recomputed = _outdated_inverse_roots(state, self.layers, self.settings, self._collective)
         for layer in self.layers:
             layer.load_state_dict(state[layer.name], with_sums=self._collective.rank == 0)
-        for layer, new in new_P:
-            layer.use(new)
+        for layer, new in recomputed:
+            layer.set_inverse_root(new)
 
     def report(self, *, condition: bool = False) -> list[dict[str, Any]]:
-        """One row per weight: is it covered, or why not; memory, ‖M‖/‖G‖, what was mended.
+        """Return one row per weight: coverage and reason, memory, ‖M‖/‖G‖, number of fallbacks.
 
-        With `condition` also the condition number of Σ + γ̄ I, by an eigendecomposition of each Σ.
+        With `condition`, also return the condition number of Σ + γ̄ I. This costs an
+        eigendecomposition of each Σ.
         """
         covered = [layer.report(condition=condition) for layer in self.layers]
-        return covered + rows_of_the_rest(self._not_covered, self._shapes)
+        return covered + uncovered_rows(self._not_covered, self._shapes)
 
     def summary(self) -> str:
-        """What is covered and what is not, for people; see `report` for every number."""
-        return summary(self.layers, self._not_covered, is_attached=bool(self._hooks))
+        """Describe coverage and progress in one line, and each uncovered weight in another."""
+        n_bytes = sum(layer.n_bytes for layer in self.layers)
+        steps = _range(layer.step for layer in self.layers)
+        refreshes = _range(layer.n_refreshes for layer in self.layers)
+        warning = "" if self._hooks else "; not attached: no optimizer is preconditioned"
+        return (
+            f"DoPr covers {len(self.layers)} weights, {n_bytes / 2**20:.1f} MiB, "
+            f"steps: {steps}, refreshes: {refreshes}{warning}"
+        ) + "".join(f"\n  not {name}: {reason}" for name, reason in self._not_covered.items())
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            "a preconditioner belongs to its model and cannot be copied or pickled: make a new one "
-            "for the other model and load state_dict() into it"
+            "a preconditioner belongs to its model and cannot be copied or pickled: construct a "
+            "new one for the other model and load state_dict() into it"
         )
 
     @torch.no_grad()
     def _precondition(self, optimizer: Optimizer) -> None:
         """Replace G by M in every covered weight that this optimizer holds."""
-        self._check_processes()
+        self._check_attached_to_group()
         self._registered_params.check(self._weights())
-        owned = parameters(optimizer)
+        held = parameters(optimizer)
         layers = [
             layer
             for layer in self.layers
-            if layer.covered.weight in owned
-            and not self._preconditioned_grads.is_done(layer.covered.grad, layer.capture.count)
+            if layer.covered.weight in held
+            and not self._preconditioned_grads.is_unchanged(layer.covered.grad, layer.capture.count)
         ]
         due = [layer for layer in layers if layer.is_due]
         refreshed = refresh(due, self.settings, self._collective)
-        written, seen = [], {}
+        written, local_norms = [], {}
         for layer, grad, G, M in preconditioned(layers, self.settings.backend):
             if layer in refreshed:
-                seen[layer] = norms(M, G)
+                local_norms[layer] = norms(M, G)
             layer.covered.write(M, grad)
             written.append((grad, layer.capture.count))
-        set_norm_ratios(seen, refreshed, self._collective)
+        set_norm_ratios(local_norms, refreshed, self._collective)
         for layer in layers:
             layer.step += 1
             layer.schedule_next()
@@ -262,122 +276,79 @@ class ActivationPreconditioner:
     def _weights(self) -> dict[str, Tensor]:
         return {layer.label: layer.covered.weight for layer in self.layers}
 
-    def _check_installed(self) -> None:
+    def _check_not_detached(self) -> None:
         if not self.layers:
-            raise ValueError("this preconditioner was detached; make a new preconditioner")
+            raise ValueError("this preconditioner was detached: construct a new preconditioner")
 
-    def _check_processes(self) -> None:
+    def _check_attached_to_group(self) -> None:
         if self._collective.group is None and n_processes() > 1:
             raise RuntimeError(
-                "torch.distributed was initialised after attach, or there was no attach: every "
-                "process would have statistics of its own; attach first"
+                "torch.distributed was initialised after attach(), or attach() was not called, so "
+                "every process would have its own statistics: call attach() after initialising it"
             )
 
-    def _description(self) -> str:
-        """What must be the same in all processes."""
-        shapes = {layer.name: tuple(layer.sigma.shape) for layer in self.layers}
-        return f"{shapes}, {self.settings}"
+
+# -- state
+
+OPTIONAL_KEYS = {"deflation_basis"}  # only in states of inverse="newton_schulz"; found again
+FINITE_KEYS = ("sigma", "P", "damping", "deflation_basis")  # a refresh drops a `gram` that is not
 
 
-OPTIONAL = {"deflation_basis"}  # a state of another `inverse` has none, and they are found again
-# A running sum may be spoilt: it is dropped at the refresh.
-FINITE = ("sigma", "P", "damping", "deflation_basis")
-
-
-def state_of(layers: list[Layer], collective: Collective) -> dict[str, Any]:
-    """{layer: {key: value}} with the running sums of all processes, in every process."""
-    state = {layer.name: layer.state_dict() for layer in layers}
-    if collective.size > 1:
-        sums = Sums(layers, collective)
-        sums.start(layers)
-        for layer in layers:
-            state[layer.name] |= {"gram": sums.gram(layer), "count": sums.count(layer)}
-    return state
-
-
-def renewed(
+def _outdated_inverse_roots(
     state: dict[str, Any], layers: list[Layer], settings: DoprSettings, collective: Collective
 ) -> list[tuple[Layer, InverseRoot]]:
-    """The layers whose P in `state` was made with other settings, with the P of ours."""
+    """Recompute every P of the state that was made with other settings, from the Σ of the state."""
     outdated = [
         layer
         for layer in layers
         if state[layer.name]["n_refreshes"] and state[layer.name]["made_with"] != settings.of_P
     ]
     if outdated:
-        log.info("%d P were made with other settings and are made again", len(outdated))
-    return preconditioners(
+        log.info("recomputing P of %d layers, saved with other settings", len(outdated))
+    return inverse_roots(
         outdated, lambda layer: layer.statistics_in(state[layer.name]), settings, collective
     )
 
 
 def state_problems(state: Any, layers: Sequence[Layer]) -> list[str]:
-    """Why the layers cannot take this state, {layer: {key: value}}; empty if they can."""
+    """List why the layers cannot load a state, {layer: {key: value}}."""
     if not isinstance(state, dict):
-        return [f"it is {type(state).__name__}, wanted a dict with an entry for every layer"]
+        return [f"it is a {type(state).__name__}, but must be a dict with an entry for every layer"]
     names = {layer.name for layer in layers}
     problems = [f"missing {name}" for name in sorted(names - state.keys())]
     problems += [f"unexpected {name}" for name in sorted(state.keys() - names, key=str)]
     for layer in layers:
-        problems += layer_problems(state[layer.name], layer) if layer.name in state else []
+        if layer.name in state:
+            problems += _layer_problems(state[layer.name], layer)
     return problems
 
 
-def layer_problems(state: Any, layer: Layer) -> list[str]:
-    """Why one layer cannot take this state."""
-    name = layer.label
+def _layer_problems(state: Any, layer: Layer) -> list[str]:
+    """List why one layer cannot load its part of a state."""
     if not isinstance(state, dict):
-        return [f"{name} is {type(state).__name__}, wanted a dict"]
-    missing = {*layer.tensors(), *layer.NUMBERS, "made_with"} - state.keys() - OPTIONAL
+        return [f"{layer.label} is a {type(state).__name__}, but must be a dict"]
+    missing = {*layer.tensors(), *layer.NUMBERS, "made_with"} - state.keys() - OPTIONAL_KEYS
     if missing:
-        return [f"{name} has no {', '.join(sorted(missing))}"]
-    wrong = [
-        f"{name}: {_tensor_problem(key, state[key], own)}"
-        for key, own in layer.tensors().items()
-        if key in state and _tensor_problem(key, state[key], own)
-    ]
-    wrong += [
-        f"{name}: {key} is {state[key]!r}, wanted a whole number, at least 0"
-        for key in layer.NUMBERS
-        if not isinstance(state[key], int) or state[key] < 0
-    ]
+        return [f"{layer.label} has no {', '.join(sorted(missing))}"]
+    problems = []
+    for key, own in layer.tensors().items():
+        value = state.get(key, own)
+        shape = tuple(value.shape) if isinstance(value, Tensor) else None
+        if shape is None:
+            problems.append(f"{key} is a {type(value).__name__}, but must be a tensor")
+        elif shape != tuple(own.shape):
+            problems.append(f"{key} is {shape}, but must be {tuple(own.shape)}")
+        elif key in FINITE_KEYS and not value.isfinite().all():
+            problems.append(f"{key} is not finite")
+    for key in layer.NUMBERS:
+        if not isinstance(state[key], int) or state[key] < 0:
+            problems.append(f"{key} is {state[key]!r}, but must be an integer >= 0")
     if not isinstance(state["made_with"], dict):
-        wrong.append(f"{name}: made_with is {state['made_with']!r}, wanted a dict")
-    return wrong
-
-
-def _tensor_problem(key: str, value: Any, own: Tensor) -> str:
-    """What is wrong with one tensor of a state; empty if nothing is."""
-    shape = tuple(value.shape) if isinstance(value, Tensor) else None
-    if shape != tuple(own.shape):
-        return f"{key} is {shape}, wanted {tuple(own.shape)}"
-    return f"{key} is not finite" if key in FINITE and not value.isfinite().all() else ""
-
-
-def rows_of_the_rest(
-    reasons: dict[str, str], shapes: dict[str, tuple[int, ...]]
-) -> list[dict[str, Any]]:
-    """A row like `Layer.report`'s for every weight that is not covered, with its reason."""
-    blank = {"covered": False, "bytes": 0, "condition": None, "norm_ratio": None, "fallbacks": 0}
-    return [
-        {"name": name, "shape": shapes.get(name), "reason": reason, **blank}
-        for name, reason in reasons.items()
-    ]
-
-
-def summary(layers: Sequence[Layer], reasons: dict[str, str], *, is_attached: bool) -> str:
-    """One line of what is covered and how far it is, and one for every weight that is not."""
-    n_bytes = sum(layer.n_bytes for layer in layers)
-    steps = _range(layer.step for layer in layers)
-    refreshes = _range(layer.n_refreshes for layer in layers)
-    state = "" if is_attached else "; not attached: no optimizer is preconditioned"
-    return (
-        f"DoPr covers {len(layers)} weights, {n_bytes / 2**20:.1f} MiB, "
-        f"steps: {steps}, refreshes: {refreshes}{state}"
-    ) + "".join(f"\n  not {name}: {why}" for name, why in reasons.items())
+        problems.append(f"made_with is {state['made_with']!r}, but must be a dict")
+    return [f"{layer.label}: {problem}" for problem in problems]
 
 
 def _range(numbers: Iterable[int]) -> str:
-    """`3` where all are 3, else `0 to 3`."""
-    few = sorted({*numbers} or {0})
-    return f"{few[0]}" if len(few) == 1 else f"{few[0]} to {few[-1]}"
+    """Return `3` if all numbers are 3, else `0 to 3`."""
+    distinct = sorted({*numbers} or {0})
+    return f"{distinct[0]}" if len(distinct) == 1 else f"{distinct[0]} to {distinct[-1]}"

@@ -1,4 +1,8 @@
-"""From running sums to new Σ and P, for many layers at once: few host reads, bounded memory."""
+"""Compute M = G P: running sums -> Σ (EMA) -> damping γ̄ -> P = (Σ + γ̄ I)^(-1/p) -> M.
+
+Every stage handles many layers at once, which bounds the memory and keeps host reads few. The
+functions below `preconditioned` decide what happens to sums that cannot be used.
+"""
 
 from __future__ import annotations
 
@@ -25,123 +29,95 @@ from .layer import (
     precondition,
 )
 
-# Of Σ inverted together, for which about 5 times as much is needed, or of gradients in one launch.
+# Bytes of Σ inverted in one batch (which takes about 5 times as much), or of gradients multiplied.
 CHUNK_BYTES = 256 * 2**20
 
 
 def refresh(layers: list[Layer], settings: DoprSettings, collective: Collective) -> list[Layer]:
-    """New Σ and P for the layers that have new statistics; returns these layers.
+    """Compute Σ and P from the running sums of all processes; return the layers that have new ones.
 
-    The statistics are those of all processes, whose calls of this belong together.
-
-    All P are made before the first layer is changed: an error leaves every Σ, P and schedule as it
-    was, at the price of a second P of every layer for the time being. Sums that are not finite or
-    all zero are dropped all the same. Waits for the device a few times a chunk, not a layer.
+    All processes must call this together. All P are computed before the first layer changes, so an
+    error leaves every Σ, P and schedule as it was, at the cost of holding every P twice for a
+    while. Sums that are not finite or all zero are dropped even so. Waits for the device a few
+    times per chunk of layers, not per layer.
 
     Raises:
-        RuntimeError: a layer has a gradient but its activations were not seen.
-        FloatingPointError: activations are not finite and there is no earlier P to keep, or Σ has
-            no inverse at any damping.
-        ValueError: the model was moved or cast meanwhile.
+        RuntimeError: if a layer has a gradient but its activations were not captured.
+        FloatingPointError: if activations are not finite and there is no earlier P to keep, or Σ
+            has no inverse at any damping.
+        ValueError: if the model was moved or cast after construction.
     """
     for layer in layers:
-        layer.check_place()
+        layer.check_device_and_dtype()
     sums = Sums(layers, collective)
-    fresh = _with_statistics(layers, sums, collective)
-    sums.start(fresh)
+    usable = _with_usable_sums(layers, sums, collective)
+    sums.start(usable)
 
     def next_statistics(layer: Layer) -> tuple[Tensor, Tensor | None]:
         return layer.next_sigma(sums.gram(layer), sums.count(layer)), layer.deflation_basis
 
-    for layer, new in preconditioners(fresh, next_statistics, settings, collective):
-        layer.sigma = next_statistics(layer)[0]  # formed again rather than kept for all layers
-        layer.use(new)
+    for layer, new in inverse_roots(usable, next_statistics, settings, collective):
+        layer.sigma = next_statistics(layer)[0]  # computed again, to save the memory of all Σ
+        layer.set_inverse_root(new)
         layer.n_refreshes += 1
         layer.next_refresh = layer.following_refresh
         layer.capture.clear()
-    return fresh
+    return usable
 
 
-def preconditioners(
+def inverse_roots(
     layers: list[Layer],
     statistics_of: Callable[[Layer], tuple[Tensor, Tensor | None]],
     settings: DoprSettings,
     collective: Collective,
 ) -> list[tuple[Layer, InverseRoot]]:
-    """Every layer with its P from the Σ and U that `statistics_of` gives; no layer is changed.
+    """Return each layer with its P. `statistics_of` returns the Σ and the U of a layer.
 
-    Raises FloatingPointError if a Σ is not finite or has no inverse at any damping.
+    Does not change the layers. Raises FloatingPointError, naming the layer, if a Σ is not finite or
+    has no inverse at any damping.
     """
-    return made_by_owners(layers, lambda own: _made(own, statistics_of, settings), collective)
 
+    def compute(own: list[Layer]) -> list[tuple[Layer, InverseRoot]]:
+        computed: list[tuple[Layer, InverseRoot]] = []
+        for chunk in chunks(own, lambda layer: (layer.sigma,)):
+            sigma, U = _stacked([statistics_of(layer) for layer in chunk])
+            try:
+                computed += zip(chunk, _inverse_roots(sigma, U, settings), strict=True)
+            except FloatingPointError:
+                _raise_with_layer_name(chunk, sigma, settings)
+                raise
+        return computed
 
-def _made(
-    layers: list[Layer],
-    statistics_of: Callable[[Layer], tuple[Tensor, Tensor | None]],
-    settings: DoprSettings,
-) -> list[tuple[Layer, InverseRoot]]:
-    made = []
-    for chunk in chunks(layers, lambda layer: (layer.sigma,)):
-        sigma, U = _stacked([statistics_of(layer) for layer in chunk])
-        try:
-            made += zip(chunk, _invert(sigma, U, settings), strict=True)
-        except FloatingPointError:
-            _name_culprit(chunk, sigma, settings)
-            raise
-    return made
+    return made_by_owners(layers, compute, collective)
 
 
 def _stacked(statistics: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    """Σ of N layers, (N, blocks, b, b) or (N, d), and U, (N, blocks, b, k) or None."""
-    deflation_basis = [U for _, U in statistics if U is not None]
-    return torch.stack([sigma for sigma, _ in statistics]), (
-        torch.stack(deflation_basis) if deflation_basis else None
-    )
+    """Stack Σ of N layers, to (N, blocks, b, b) or (N, d), and U, to (N, blocks, b, k) or None."""
+    bases = [U for _, U in statistics if U is not None]
+    return torch.stack([sigma for sigma, _ in statistics]), torch.stack(bases) if bases else None
 
 
-def _name_culprit(layers: list[Layer], sigma: Tensor, settings: DoprSettings) -> None:
-    """Invert one by one what failed as a batch, to raise with the name of the layer."""
-    for layer, one in zip(layers, sigma, strict=True):
-        try:
-            _invert(one[None], None, settings)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{layer.label}: {error}") from error
-
-
-def chunks(
-    layers: list[Layer], tensors_of: Callable[[Layer], tuple[Tensor, ...]]
-) -> Iterator[list[Layer]]:
-    """Layers whose tensors are alike, `CHUNK_BYTES` of the first or a single layer at a time."""
-    alike: dict[Any, list[Layer]] = defaultdict(list)
-    for layer in layers:
-        kind = tuple((each.shape, each.dtype, each.device) for each in tensors_of(layer))
-        alike[kind].append(layer)
-    for group in alike.values():
-        size = max(1, CHUNK_BYTES // tensors_of(group[0])[0].nbytes)
-        for first in range(0, len(group), size):
-            yield group[first : first + size]
-
-
-def _invert(sigma: Tensor, U: Tensor | None, settings: DoprSettings) -> list[InverseRoot]:
-    """P of each of N covariances, (N, blocks, b, b) or (N, d), as one batch."""
+def _inverse_roots(sigma: Tensor, U: Tensor | None, settings: DoprSettings) -> list[InverseRoot]:
+    """Compute P of N covariances, (N, blocks, b, b) or (N, d), as one batch."""
     p, gamma = settings.exponent, settings.gamma
     means = torch.stack([mean_eigenvalue(each) for each in sigma])  # (N,)
-    blocks = 1 if sigma.dim() == 2 else sigma.shape[1]
-    damping = wanted = (gamma * means)[:, None].expand(-1, blocks)  # (N, blocks)
+    covariance_blocks = 1 if sigma.dim() == 2 else sigma.shape[1]
+    gamma_bar = (gamma * means)[:, None].expand(-1, covariance_blocks)  # (N, blocks)
     if sigma.dim() == 2:
-        P, n_failed = diagonal_inverse_root(sigma, damping, p), [0] * len(sigma)
+        P, damping = diagonal_inverse_root(sigma, gamma_bar, p), gamma_bar
+        n_failed = [0] * len(sigma)
     else:
         P, damping, failures = damped_inverse_root(
             sigma,
-            damping,
+            gamma_bar,
             p,
             inverse=settings.inverse,
             backend=settings.backend,
-            condition_bound=condition_bound(blocks * sigma.shape[-1], gamma),
-            deflation_basis=U,  # a copy of the layers', updated in place
+            condition_bound=condition_bound(covariance_blocks * sigma.shape[-1], gamma),
+            deflation_basis=U,  # a copy of the bases of the layers, updated in place
         )
         n_failed = failures.sum(1).tolist()
-    more = (damping > wanted).any(1).tolist() if any(n_failed) else [False] * len(sigma)
+    more = (damping > gamma_bar).any(1).tolist() if any(n_failed) else [False] * len(sigma)
     scales = means ** (1 / p) if settings.trace_normalized else torch.ones_like(means)
     return [
         InverseRoot(
@@ -155,86 +131,23 @@ def _invert(sigma: Tensor, U: Tensor | None, settings: DoprSettings) -> list[Inv
     ]
 
 
-def _with_statistics(layers: list[Layer], sums: Sums, collective: Collective) -> list[Layer]:
-    """The layers whose running sum is of use; what keeps the others from it is dealt with.
-
-    One host read for all layers. The mean eigenvalue says enough: because of |z_i z_j| <=
-    (z_i² + z_j²) / 2, Σ z zᵀ is zero if it is zero, and finite if it is finite.
-    """
-    unseen, broken, zero, usable = [], [], [], []
-    for layer, (count, mean) in zip(
-        layers, _read(list(sums.token_counts_and_traces.values())), strict=True
-    ):
-        kind = unseen if count == 0 else zero if mean == 0 else usable
-        (kind if math.isfinite(mean) else broken).append(layer)
-    _refuse_unseen(unseen, collective)
-    _drop_broken(broken)
-    _drop_zero(zero, collective)
-    return usable
-
-
-def _refuse_unseen(layers: list[Layer], collective: Collective) -> None:
-    """Layers without tokens were not used in this step, or something is wrong with the capture."""
-    held = _with_gradient(layers, collective)
-    missed = [layer.name for layer in held]
-    if missed:
-        others = f" (nor those of {len(missed) - 1} more layers)" if missed[1:] else ""
-        raise RuntimeError(
-            f"{held[0].label} has a gradient but its input activations were not seen{others}. "
-            "Likely causes: its forward is bypassed (F.linear on its weight, a fused or functional "
-            "call), or was traced, exported or replaced; every backward ran inside paused(), or "
-            "before the preconditioner was made or discard() was called; the gradient was set by "
-            f"hand. A layer that is never seen is left out by exclude={missed}"
-        )
-
-
-def _drop_broken(layers: list[Layer]) -> None:
-    """Sums that are not finite go; the last P is kept, where there is one."""
-    for layer in layers:
-        layer.capture.clear()
-    first = [layer.label for layer in layers if layer.n_refreshes == 0]
-    if first:
-        raise FloatingPointError(f"the first activations seen by {', '.join(first)} are not finite")
-    for layer in layers:
-        layer.fallbacks("activations are not finite; the last P is kept")
-
-
-def _drop_zero(layers: list[Layer], collective: Collective) -> None:
-    """Zero tokens show no direction; a gradient from others than these is a case to mend."""
-    for layer in layers:
-        layer.capture.clear()
-    for layer in _with_gradient(layers, collective):
-        what = "the last P is kept" if layer.n_refreshes else "the gradient is left as it is"
-        layer.fallbacks(f"all sampled activations are zero; {what}")
-
-
-def _with_gradient(layers: list[Layer], collective: Collective) -> list[Layer]:
-    """The layers whose gradient is not zero in all processes; one host read.
-
-    A gradient may be absent in some processes only: all of them ask for all layers.
-    """
-    if not layers:
-        return []
-    device = layers[0].sigma.device
-    grads = [layer.covered.grad for layer in layers]
-    flags = [torch.zeros((), dtype=torch.bool) if g is None else g.any() for g in grads]
-    n_with = collective.sum_(torch.stack([flag.to(device) for flag in flags]).long())
-    return [layer for layer, n in zip(layers, n_with.tolist(), strict=True) if n]
-
-
-def _read(values: list[Tensor]) -> list[Any]:
-    """Tensors of one shape, wherever they are, as numbers: the host waits once for all."""
-    return torch.stack([each.to(values[0].device) for each in values]).tolist() if values else []
+def _raise_with_layer_name(layers: list[Layer], sigma: Tensor, settings: DoprSettings) -> None:
+    """Invert each Σ of a failed batch alone, to raise with the name of the layer that fails."""
+    for layer, one in zip(layers, sigma, strict=True):
+        try:
+            _inverse_roots(one[None], None, settings)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{layer.label}: {error}") from error
 
 
 def preconditioned(
     layers: list[Layer], backend: Backend
 ) -> Iterator[tuple[Layer, Tensor, Tensor, Tensor]]:
-    """Each layer that has a gradient and a P, its gradient, and G and M = G P, (d_out, d_in).
+    """Yield (layer, gradient, G, M = G P) for each layer with a gradient and a P.
 
-    Of a sharded weight, these are the rows that are here: row i of M is row i of G times P.
-    At most `optim.dopr.refresh.CHUNK_BYTES` of M, or one M, are made at a time (by Triton, with copies
-    of their G and P): write each into its gradient before asking for the next.
+    G and M are (d_out, d_in), or the local rows of a sharded weight: row i of M is row i of G times
+    P. At most `CHUNK_BYTES` of M, or a single M, exist at a time (with Triton also copies of their
+    G and P), so write each M into its gradient before asking for the next.
     """
     grads: dict[Layer, Tensor] = {}
     for layer in layers:
@@ -243,7 +156,7 @@ def preconditioned(
             continue
         if grad.numel():
             grads[layer] = grad
-        else:  # no rows are here
+        else:  # this process has no rows of the weight
             G = layer.covered.as_matrix(grad)
             yield layer, grad, G, G
     for chunk in chunks(list(grads), lambda layer: (grads[layer], layer.P)):
@@ -255,7 +168,7 @@ def preconditioned(
 
 
 def _local_P(layer: Layer, G: Tensor) -> Tensor:
-    """P, or of an embedding the part that belongs to the rows of the table that are here."""
+    """Return P, or the part of an embedding's P that belongs to the local rows of the table."""
     if not layer.covered.is_diagonal:
         return layer.P
     first = first_row(layer.covered.weight)
@@ -263,7 +176,7 @@ def _local_P(layer: Layer, G: Tensor) -> Tensor:
 
 
 def products(Gs: list[Tensor], Ps: list[Tensor], backend: Backend) -> Iterator[Tensor]:
-    """G P of pairs of equal shapes, one after the other; a diagonal P is not worth a kernel."""
+    """Yield G P for pairs of equal shapes. A diagonal P never uses the Triton kernel."""
     P = Ps[0]
     row_bytes = P.shape[-1] * P.element_size()
     if P.dim() == 1 or choose_backend(backend, "G P", P, row_bytes=[row_bytes]) == "torch":
@@ -273,14 +186,104 @@ def products(Gs: list[Tensor], Ps: list[Tensor], backend: Backend) -> Iterator[T
     return iter(apply(torch.stack([G.to(P.dtype) for G in Gs]), torch.stack(Ps)))
 
 
-def set_norm_ratios(seen: dict[Layer, Tensor], layers: list[Layer], collective: Collective) -> None:
-    """‖M‖ / ‖G‖ of these layers, from the norms (2,) of what is here of each."""
-    condition_bound = [each for each in layers if is_sharded(each.covered.weight)]
-    if condition_bound:
-        squares = [seen.get(layer, layer.sigma.new_zeros(2)).square() for layer in condition_bound]
-        seen = seen | dict(
-            zip(condition_bound, collective.sum_(torch.stack(squares)).sqrt(), strict=True)
-        )
+def set_norm_ratios(
+    local_norms: dict[Layer, Tensor], layers: list[Layer], collective: Collective
+) -> None:
+    """Set ‖M‖ / ‖G‖ of these layers from the norms (2,) of their local rows."""
+    norms = dict(local_norms)
+    if sharded := [layer for layer in layers if is_sharded(layer.covered.weight)]:
+        squares = [norms.get(layer, layer.sigma.new_zeros(2)).square() for layer in sharded]
+        totals = collective.sum_(torch.stack(squares)).sqrt()
+        norms |= zip(sharded, totals, strict=True)
     for layer in layers:
-        if layer in seen:
-            layer.norm_ratio = norm_ratio(seen[layer])
+        if layer in norms:
+            layer.norm_ratio = norm_ratio(norms[layer])
+
+
+def chunks(
+    layers: list[Layer], tensors_of: Callable[[Layer], tuple[Tensor, ...]]
+) -> Iterator[list[Layer]]:
+    """Group layers whose tensors agree in shape, dtype and device.
+
+    A group holds at most `CHUNK_BYTES` of the first tensor, or a single layer.
+    """
+    groups: dict[Any, list[Layer]] = defaultdict(list)
+    for layer in layers:
+        key = tuple((each.shape, each.dtype, each.device) for each in tensors_of(layer))
+        groups[key].append(layer)
+    for group in groups.values():
+        size = max(1, CHUNK_BYTES // tensors_of(group[0])[0].nbytes)
+        for first in range(0, len(group), size):
+            yield group[first : first + size]
+
+
+# -- sums that cannot be used
+
+
+def _with_usable_sums(layers: list[Layer], sums: Sums, collective: Collective) -> list[Layer]:
+    """Return the layers whose running sum can be used, and handle the others.
+
+    Reads the host once for all layers. Token counts and mean eigenvalues are enough: because
+    |z_i z_j| <= (z_i² + z_j²) / 2, Σ z zᵀ is zero or finite if its mean eigenvalue is.
+    """
+    unseen, not_finite, zero, usable = [], [], [], []
+    values = list(sums.token_counts_and_traces.values())
+    rows = torch.stack([v.to(values[0].device) for v in values]).tolist() if values else []
+    for layer, (count, mean) in zip(layers, rows, strict=True):
+        kind = unseen if count == 0 else zero if mean == 0 else usable
+        (kind if math.isfinite(mean) else not_finite).append(layer)
+    _check_unseen(unseen, collective)
+    _drop_not_finite(not_finite)
+    _drop_zero(zero, collective)
+    return usable
+
+
+def _check_unseen(layers: list[Layer], collective: Collective) -> None:
+    """Raise RuntimeError if a layer has a gradient but no tokens: its capture does not work.
+
+    A layer with neither was not used in this step.
+    """
+    missed = _with_gradient(layers, collective)
+    if missed:
+        names = [layer.name for layer in missed]
+        others = f" (nor those of {len(names) - 1} more layers)" if names[1:] else ""
+        raise RuntimeError(
+            f"{missed[0].label} has a gradient but its input activations were not seen{others}. "
+            "Likely causes: its forward is bypassed (F.linear on its weight, a fused or functional "
+            "call), or was traced, exported or replaced; every backward ran inside paused(), or "
+            "before the preconditioner was constructed or discard() was called; the gradient was "
+            f"set by hand. To leave out layers that are never seen, pass exclude={names}"
+        )
+
+
+def _drop_not_finite(layers: list[Layer]) -> None:
+    """Drop sums that are not finite and keep the last P. Raise if a layer has no P yet."""
+    for layer in layers:
+        layer.capture.clear()
+    if first := [layer.label for layer in layers if layer.n_refreshes == 0]:
+        raise FloatingPointError(f"the first activations seen by {', '.join(first)} are not finite")
+    for layer in layers:
+        layer.count_fallback("activations are not finite; the last P is kept")
+
+
+def _drop_zero(layers: list[Layer], collective: Collective) -> None:
+    """Drop sums that are zero. If the layer has a gradient all the same, count a fallback."""
+    for layer in layers:
+        layer.capture.clear()
+    for layer in _with_gradient(layers, collective):
+        remedy = "the last P is kept" if layer.n_refreshes else "the gradient is left as it is"
+        layer.count_fallback(f"all sampled activations are zero; {remedy}")
+
+
+def _with_gradient(layers: list[Layer], collective: Collective) -> list[Layer]:
+    """Return the layers with a nonzero gradient in some process. Reads the host once.
+
+    All processes must pass the same layers, because a gradient may exist in some of them only.
+    """
+    if not layers:
+        return []
+    device = layers[0].sigma.device
+    grads = [layer.covered.grad for layer in layers]
+    flags = [torch.zeros((), dtype=torch.bool) if g is None else g.any() for g in grads]
+    n_with = collective.sum_(torch.stack([flag.to(device) for flag in flags]).long())
+    return [layer for layer, n in zip(layers, n_with.tolist(), strict=True) if n]

@@ -1,10 +1,10 @@
-"""The width studies of LOG.md: two hours of a CPU core, continue where they were stopped.
+"""Run the width studies of docs/log: two hours of a CPU core; continues where it was stopped.
 
     python -m studies.mup.all_stages                   everything
     python -m studies.mup.all_stages transfer          the stages whose names begin like this
 
-A stage is one command of studies.mup.coord_check or studies.mup.width_sweep, on the bytes of the interpreter's
-own library. Stages of one folder add to each other.
+A stage is one command of studies.mup.coord_check or studies.mup.width_sweep, on the bytes of
+Python's standard library. Stages with the same folder add to each other.
 """
 
 import sys
@@ -20,12 +20,12 @@ MUON = ("muon", "muon+adjust_lr=spectral", "muon+adjust_lr=original", "adamuon")
 BASES = ("adamw", "signum", "sgd", *MUON)
 RAW = "dopr-sgd+trace_normalized=false"
 MODES = ("independent", "constant")  # of weight decay
-DECAY = 9.0  # at rate 2^-9, η λ steps is 3.5 after 200: updates have settled
+DECAY = 9.0  # at rate 2^-9, η λ summed over 200 steps is 3.5: updates have settled
 
 
 @dataclass(frozen=True)
 class WidthStage:
-    """One command. The folder is under --out; `settings` are train.py's."""
+    """One command. The folder is under --out; `settings` are settings of train.py."""
 
     name: str
     command: ModuleType
@@ -41,7 +41,10 @@ class WidthStage:
 
 
 def transfer(optimizer: str, lowest: int = -2) -> tuple[WidthStage, WidthStage]:
-    """Sweeps of five rates under muP, and under sp of six, towards where it should drift."""
+    """Return a sweep of five rates under muP, and of six higher rates under sp.
+
+    The best rate should drift to higher ones under sp.
+    """
     steps, narrow = ("--steps", "100"), ("--widths", "32,64,128")
     mup = ("--parametrisations", "mup", f"--octaves={lowest}:{lowest + 4}", *steps)
     sp = ("--parametrisations", "sp", f"--octaves={lowest + 1}:{lowest + 6}", *narrow, *steps)
@@ -82,13 +85,13 @@ STAGES = (
 
 
 def prepare(folder: Path) -> None:
-    """The data, if they are not there."""
+    """Prepare the data unless the folder contains them."""
     if not (folder / "meta.json").exists():
         data.pystdlib.prepare.main(["--tokenizer", "byte", "--out", str(folder)])
 
 
 def main(argv: list[str]) -> None:
-    stages, asked = chosen(argv, STAGES, "width_study", __doc__, "out/width")
+    stages, asked = chosen(argv, STAGES, "studies.mup.all_stages", __doc__, "out/width")
     prepare(asked.out / "bytes")
     run(stages, asked.out, asked.workers)
 

@@ -1,12 +1,13 @@
-"""The coordinate check of muP: does a step move activations as much at every width?
+"""Check muP's coordinates: training should move the activations equally at every width.
 
     python -m studies.mup.coord_check --optimizers adamw,dopr-adamw,muon --seeds 0,1,2
 
-Trains each width a few steps, without warm-up, decay or clipping, and fits the slope of log2 RMS of
-activations (t = 0), then of their change since t = 0, against log2 width. Under muP the slopes are
-zero; the standard parametrisation (sp) is the control, and must fail. Writes records.jsonl, a plot
-an optimizer and coordinates.md into --out. Exit code 1: a muP check failed, or a control passed;
-a shard, or a grid of one width, only adds to --out and judges nothing.
+The command trains each width for a few steps without warm-up, decay or clipping. It fits the
+slopes, against log2 width, of the log2 RMS of the activations (t = 0) and of their change since t =
+0. Under muP the slopes should be zero; the standard parametrisation (sp) is the control and must
+fail the check. The command writes records.jsonl, a plot for each optimizer and coordinates.md into
+--out. The exit code is 1 if a muP check fails or a control passes. A shard, or a grid with one
+width, only adds to --out and is not judged.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.files import write_atomic
 from data.shards import DataError
 from eval.command import command_parser
 from eval.rollout.intervals import Estimate
@@ -27,9 +29,8 @@ from studies.mup.figures import coordinates_figure
 from studies.mup.grid import add_axes, commands, grid, run_grid, write_sweep
 from studies.mup.slopes import slope, widths_of
 from studies.report.style import save_png
-from studies.stats.analysis import Record, grouped
+from studies.stats.records import Record, grouped
 from studies.sweep.run_cache import TrialError
-from trainer.checkpoint.read import write_atomic
 
 SETTINGS = {  # of train.py
     **{"max_steps": STEPS[-1], "warmup_steps": 0, "schedule": "constant", "weight_decay": 0.0},
@@ -42,18 +43,18 @@ SETTINGS = {  # of train.py
     },
 }
 HIDDEN = ("qkv", "attention out", "fc", "mlp out", "residual")
-FIRST = ("embedding", "qkv", "fc")  # at t = 0
+FIRST = ("embedding", "qkv", "fc")  # judged at t = 0
 MAX_FIRST, MAX_LOGITS = 0.05, 0.20
-MAX_CHANGE = {"from 128": 0.10, "": 0.15}  # narrow models are further from the limit
-FIRST_CONTROL = ("qkv", "fc")  # at t = 0, of sp: √d entries of a fixed size are summed
-ROOT_OF_WIDTH, NEAR = 0.5, 0.1
-MIN_CONTROL = 0.5  # of the largest hidden slope of sp at t = 1, and of its logits in the end
+MAX_CHANGE = {"from 128": 0.10, "": 0.15}  # narrow models are farther from the limit
+FIRST_CONTROL = ("qkv", "fc")  # judged at t = 0 under sp, where they grow as √width
+ROOT_OF_WIDTH, TOLERANCE = 0.5, 0.1
+MIN_CONTROL = 0.5  # least slope under sp: the largest hidden one at t = 1, the last of the logits
 ONE_WIDTH = "open: one width has no slope"
 Slopes = dict[tuple[str, int], Estimate]  # by kind and t
 
 
 def slopes_of(records: list[Record]) -> Slopes:
-    """Of one optimizer and parametrisation, for each kind of activation and each t."""
+    """Return the slopes of one optimizer and parametrisation by kind of activation and t."""
 
     def size(record: Record, kind: str, t: int) -> float | None:
         return record.get("coordinates", {}).get(kind, {}).get(str(t))
@@ -63,11 +64,11 @@ def slopes_of(records: list[Record]) -> Slopes:
 
 
 def problems(slopes: Slopes, narrowest: int) -> list[str]:
-    """The slopes of muP that are too far from zero, in words; a slope that is missing is, too."""
+    """Describe the slopes of muP that are too far from zero or missing."""
     change = MAX_CHANGE["from 128" if narrowest >= 128 else ""]
     bars = {(kind, 0): MAX_FIRST for kind in FIRST}
     bars |= {(kind, t): change for kind in HIDDEN for t in STEPS[1:]}
-    bars["logits", STEPS[-1]] = MAX_LOGITS  # before, a head that knows nothing has no direction
+    bars["logits", STEPS[-1]] = MAX_LOGITS  # earlier, an untrained head has no direction
     return [
         f"{kind} t={t}: {slopes[kind, t].mean:+.2f}, wanted at most {bar:g}"
         for (kind, t), bar in bars.items()
@@ -76,24 +77,26 @@ def problems(slopes: Slopes, narrowest: int) -> list[str]:
 
 
 def missing(slopes: Slopes) -> list[str]:
-    """What tells a width rule from none and is not there in sp, in words: it has to fail each."""
+    """Describe how sp should differ from muP and does not: the control must fail each check."""
     last = STEPS[-1]
-    hidden = float(np.max([slopes[kind, 1].mean for kind in HIDDEN]))  # NaN if one is
+    hidden = float(np.max([slopes[kind, 1].mean for kind in HIDDEN]))  # NaN if one is NaN
     found = [
-        f"{kind} t=0: {slopes[kind, 0].mean:+.2f}, wanted {ROOT_OF_WIDTH:g} ± {NEAR:g}"
+        f"{kind} t=0: {slopes[kind, 0].mean:+.2f}, wanted {ROOT_OF_WIDTH:g} ± {TOLERANCE:g}"
         for kind in FIRST_CONTROL
-        if not abs(slopes[kind, 0].mean - ROOT_OF_WIDTH) <= NEAR
+        if not abs(slopes[kind, 0].mean - ROOT_OF_WIDTH) <= TOLERANCE
     ]
-    wanted = {f"hidden t=1: at most {hidden:+.2f}": hidden}
-    wanted[f"logits t={last}: {slopes['logits', last].mean:+.2f}"] = slopes["logits", last].mean
+    measured = {f"hidden t=1: at most {hidden:+.2f}": hidden}
+    measured[f"logits t={last}: {slopes['logits', last].mean:+.2f}"] = slopes["logits", last].mean
     found += [
-        f"{what}, wanted {MIN_CONTROL:g}" for what, is_ in wanted.items() if not is_ >= MIN_CONTROL
+        f"{text}, wanted {MIN_CONTROL:g}"
+        for text, value in measured.items()
+        if not value >= MIN_CONTROL
     ]
     return found
 
 
 def verdict(parametrisation: str, slopes: Slopes, narrowest: int) -> tuple[bool, str]:
-    """Whether it is as it should be, and in words."""
+    """Return whether the slopes are as expected, and a description."""
     if parametrisation == "sp":
         found = missing(slopes)
         return not found, "PASSES: " + "; ".join(found) if found else "fails, as it should"
@@ -102,7 +105,7 @@ def verdict(parametrisation: str, slopes: Slopes, narrowest: int) -> tuple[bool,
 
 
 def tables(records: list[Record]) -> tuple[bool, str]:
-    """Whether all is as it should be; verdicts and slopes in Markdown."""
+    """Return whether all slopes are as expected; and the verdicts and slopes in Markdown."""
     verdicts, rows, ratios = [], [], []
     is_good = True
     runs = grouped(records, itemgetter("variant", "parametrisation", "lr"))
@@ -130,7 +133,7 @@ def number(value: Estimate) -> str:
 
 
 def write_report(out: Path, records: list[Record], command: str) -> tuple[bool, str]:
-    """coordinates.md and the plots; returns what `tables` does."""
+    """Write coordinates.md and the plots; return the result of `tables`."""
     is_good, text = tables(records)
     note = "Slopes of log2 RMS against log2 width; ± is half of the 95 % interval over seeds."
     head = f"# Coordinate check\n\n{commands(out, command)}\n\n{note}"
@@ -149,14 +152,14 @@ def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]
 def main(argv: list[str]) -> int:
     parser, arguments = parse(argv)
     try:
-        points = grid(arguments, SETTINGS, measure_coordinates)
+        trials = grid(arguments, SETTINGS, measure_coordinates)
         if arguments.wandb_sweep:
             return write_sweep("studies.mup.coord_check", arguments, [])
-        records = run_grid(points, arguments.out, arguments.workers)
+        records = run_grid(trials, arguments.out, arguments.workers)
     except (DataError, TrialError, ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, f"stopped; the same command goes on in {arguments.out}\n")
+        parser.exit(130, f"stopped; the same command continues in {arguments.out}\n")
     command = shlex.join(["python", "-m", "studies.mup.coord_check", *argv])
     is_good, text = write_report(arguments.out, records, command)
     print(text)

@@ -1,4 +1,4 @@
-"""The size of a model's activations, and how far training has moved them: the coordinate check.
+"""Measure the size of a model's activations and how far training moves them (coordinate check).
 
 Source: Yang et al., Tensor Programs V, arXiv 2203.03466, appendix D.1.
 """
@@ -19,8 +19,8 @@ from eval.run import run_of
 from model import GPT
 from trainer.checkpoint.read import load_checkpoint, open_checkpoint
 
-STEPS = (0, 1, 2, 4, 8)  # after which activations are measured
-KINDS = {  # what is measured: the modules whose outputs it is
+STEPS = (0, 1, 2, 4, 8)  # activations are measured after these steps
+KINDS = {  # kind of activation: pattern of the modules whose outputs it is
     "embedding": r"transformer\.drop",
     "qkv": r"transformer\.h\.\d+\.attn\.c_attn",
     "attention out": r"transformer\.h\.\d+\.attn\.c_proj",
@@ -32,13 +32,14 @@ PROBES = 16  # sequences of the validation data
 
 
 def measure_coordinates(folder: Path) -> dict[str, dict[str, Any]]:
-    """What the checkpoints of a run say of its activations on a fixed batch.
+    """Measure the activations of a run on a fixed batch, from its checkpoints.
 
-        coordinates  {kind: {t: RMS of the activations at t = 0, of their change since then after}}
+        coordinates  {kind: {t: RMS of the activations (t = 0) or of their change since t = 0}}
         ap           {layer: ‖M‖ / ‖G‖ of activation preconditioning in the first step}
 
-    Both are geometric means over layers or matrices of a kind. Nothing of a run without a
-    checkpoint of each of STEPS: train.py skipped one, whose gradients were not finite.
+    Both are geometric means over the layers or matrices of a kind. The result is empty if a
+    checkpoint of STEPS is missing, because train.py skipped a step with gradients that were not
+    finite.
     """
     paths = {t: folder / f"checkpoints/step-{t:08d}" for t in STEPS}
     if not all(path.exists() for path in paths.values()):
@@ -56,7 +57,7 @@ def measure_coordinates(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _change(now: list[Tensor], first: list[Tensor], t: int) -> float:
-    """Geometric mean over layers of the RMS of activations, or of their change if t > 0."""
+    """Return the geometric mean over layers of the RMS of activations, or of their change if t."""
     pairs = zip(now, first, strict=True)
     sizes = [(a - b if t else a).square().mean().sqrt() for a, b in pairs]
     return torch.stack(sizes).log().mean().exp().item()
@@ -64,7 +65,10 @@ def _change(now: list[Tensor], first: list[Tensor], t: int) -> float:
 
 @torch.no_grad()
 def activations(model: GPT, x: Tensor) -> dict[str, list[Tensor]]:
-    """The outputs of all modules of each of KINDS, in their order, and the logits, for tokens x."""
+    """Return the outputs of all modules of each of KINDS, in order, and the logits.
+
+    x: tokens (B, T).
+    """
     found: dict[str, list[Tensor]] = defaultdict(list)
     hooks = [
         module.register_forward_hook(
@@ -81,7 +85,7 @@ def activations(model: GPT, x: Tensor) -> dict[str, list[Tensor]]:
 
 
 def _norm_ratios(path: Path) -> dict[str, float]:
-    """‖M‖ / ‖G‖ in the step before a checkpoint, by kind of matrix; empty without DoPr."""
+    """Return ‖M‖ / ‖G‖ in the step before a checkpoint by kind of matrix; empty without DoPr."""
     layers = load_checkpoint(path).train["dopr"] or {}
     kinds: dict[str, list[float]] = defaultdict(list)
     for name, state in layers.items():

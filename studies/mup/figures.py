@@ -1,4 +1,4 @@
-"""The figures of the width studies: activations, loss and update size against width."""
+"""Draw the figures of the width studies: activations, loss and update size against width."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -15,15 +15,18 @@ from studies.mup.coordinates import KINDS, STEPS
 from studies.mup.slopes import widths_of
 from studies.mup.transfer import losses_by_width, optimum, shift
 from studies.report.style import GREY, INK, STYLE, WIDTH, legend_on_top, logarithmic
-from studies.stats.analysis import Record, grouped
+from studies.stats.records import Record, grouped
 
 ROW = 2.5  # inches
-WORST = 1.5  # nats above the best loss, where an axis of losses ends
+WORST = 1.5  # an axis of losses ends this many nats above the best loss
 NAMES = {"sp": "SP", "mup": "muP"}
 
 
 def coordinates_figure(records: list[Record]) -> Figure:
-    """Of one optimizer and rate: a row a parametrisation, a column a kind, a line a t."""
+    """Draw activations at one rate of one optimizer.
+
+    Rows are parametrisations, columns are kinds of activations, lines are steps t.
+    """
     found = grouped(records, itemgetter("parametrisation"))
     with rc_context(STYLE):
         figure, axes = _panels(_known(found), [*KINDS, "logits"], sharey="col")
@@ -44,7 +47,7 @@ def _when(t: int) -> str:
 
 
 def transfer_figure(records: list[Record]) -> Figure:
-    """Loss against rate: a row a parametrisation, a column an optimizer, a line a width."""
+    """Draw loss against rate: parametrisations as rows, optimizers as columns, widths as lines."""
     groups, widths = grouped(records, itemgetter("parametrisation", "variant")), widths_of(records)
     with rc_context(STYLE):
         figure, axes = _grid_of(groups)
@@ -73,7 +76,7 @@ def _valley(ax: Axes, losses: dict[float, float], colour: str) -> None:
 
 
 def _note_shift(ax: Axes, losses: dict[int, dict[float, float]]) -> None:
-    """How far the optimum moves from the narrowest width to the widest, where that is known."""
+    """Write how far the optimum moves from the narrowest width to the widest, if it is known."""
     optima = {width: optimum(each) for width, each in losses.items() if each}
     if optima and not math.isnan(moved := shift(optima)):
         text = f"optimum moves {moved:+.1f} octaves".replace("-", "−")
@@ -81,7 +84,10 @@ def _note_shift(ax: Axes, losses: dict[int, dict[float, float]]) -> None:
 
 
 def ratio_figure(records: list[Record]) -> Figure:
-    """Update over weight against width: rows and columns as there, a line a rate."""
+    """Draw update size over weight size against width, with rates as lines.
+
+    Rows and columns are those of `transfer_figure`.
+    """
     groups = grouped(records, itemgetter("parametrisation", "variant"))
     rates = sorted({record["lr"] for record in records})
     with rc_context(STYLE):
@@ -106,14 +112,14 @@ def _grid_of(groups: dict[tuple[str, str], list[Record]]) -> tuple[Figure, dict]
 
 
 def _known(kinds: Iterable[str]) -> list[str]:
-    """The parametrisations that are there, the control first."""
+    """Return the parametrisations among `kinds`, the control first."""
     return [kind for kind in NAMES if kind in {*kinds}]
 
 
 def _panels(
     rows: Sequence[str], columns: Sequence[str], sharey: Literal["col", "all"]
 ) -> tuple[Figure, dict]:
-    """Axes by (row, column), titled; those of a column have one x-axis."""
+    """Return a figure and its titled axes by (row, column); a column shares its x-axis."""
     wide = max(2.2, *(0.1 * len(f"{column}, {NAMES[rows[0]]}") for column in columns))
     size = (max(WIDTH, wide * len(columns)), ROW * len(rows) + 0.5)
     figure = Figure(figsize=size, layout="constrained")
@@ -126,7 +132,7 @@ def _panels(
 
 
 def _label(axes: dict, x: str, y: str) -> None:
-    """Names of the axes, below the last row and beside the first column."""
+    """Label the x-axes of the last row and the y-axes of the first column."""
     for ax in axes.values():
         spec = ax.get_subplotspec()
         ax.set_xlabel(x if spec.is_last_row() else "")
@@ -134,7 +140,10 @@ def _label(axes: dict, x: str, y: str) -> None:
 
 
 def _line(ax: Axes, points: Iterable[tuple[int, float | None]], colour: str) -> None:
-    """Geometric mean over the seeds of each width, every seed as a dot; without missing values."""
+    """Draw the geometric mean over seeds against width, and a dot for each seed.
+
+    Missing values are left out.
+    """
     sizes: dict[int, list[float]] = {}
     for width, value in points:
         if value:  # it has a logarithm
@@ -150,6 +159,6 @@ def _line(ax: Axes, points: Iterable[tuple[int, float | None]], colour: str) -> 
 
 
 def _shades(keys: Sequence) -> dict:
-    """A colour each, from dark to light."""
+    """Return a colour for each key, from dark to light."""
     shades = colormaps["viridis"](np.linspace(0, 0.85, len(keys)))
     return {key: tuple(map(float, shade)) for key, shade in zip(keys, shades, strict=True)}

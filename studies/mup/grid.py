@@ -1,9 +1,9 @@
-"""The grid of a width study: its axes on the command line, its shards, its records.
+"""Run the grid of a width study: its axes on the command line, its shards, its records.
 
-Points lie in --out/runs, their records also in --out/records.jsonl. The same command continues
-there; other optimizers, widths, rates and seeds are added to what is there. Shards (`--shard 1/8`)
-and agents of a wandb sweep may work on one folder at a time. Where several end at once, the tables
-may be of all but the last runs: the command without --shard makes them again.
+Runs are in --out/runs, and their records also in --out/records.jsonl. The same command continues
+there, and other commands can add optimizers, widths, rates and seeds. Shards (`--shard 1/8`) and
+agents of a wandb sweep may work on one folder at the same time. If several end at once, the tables
+may lack the last runs: run the command without --shard to make them again.
 """
 
 import argparse
@@ -13,26 +13,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.files import write_atomic
 from eval.rollout.record import write_records
 from eval.rollout.tasks import open_data
 from studies.mup.trial import PARAMETRISATIONS, WidthTrial, run_width_trial
-from studies.stats.analysis import Record
+from studies.stats.records import RECORDS, Record
 from studies.sweep.run_cache import TrialError, differences, finished, read_record
 from studies.sweep.runner import Runner
 from studies.sweep.variants import parse_changes, parse_variant
-from trainer.checkpoint.read import write_atomic
 from trainer.settings import FIELDS
 
 AXES = ("optimizers", "parametrisations", "widths", "octaves", "seeds")
-OF_A_POINT = {"mup", "n_embd", "lr", "seed"}  # what differs between the points of an optimizer
-OF_THE_GRID = {
+AXIS_SETTINGS = {"mup", "n_embd", "lr", "seed"}  # differ between the runs of an optimizer
+GRID_SETTINGS = {  # the grid itself sets these
     *("optimizer", "dopr", "lr", "seed", "n_embd", "mup", "out_dir", "resume", "init_from"),
     *("max_steps", "save_every", "keep_checkpoints", "checkpoint_format"),
 }
 
 
 def add_axes(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """The arguments that both commands have; `defaults` of out and octaves."""
+    """Add the arguments of both width studies; `defaults` gives --out and --octaves."""
     add = parser.add_argument
     add(
         "--optimizers",
@@ -41,17 +41,20 @@ def add_axes(parser: argparse.ArgumentParser, **defaults: Any) -> None:
         help="comma-separated; see studies/sweep/variants.py",
     )
     add("--parametrisations", type=kinds, default=[*PARAMETRISATIONS], help="sp,mup")
-    add("--widths", type=numbers, default=[32, 64, 128, 256], help="n_embd: 32,64 or so")
+    add("--widths", type=numbers, default=[32, 64, 128, 256], help="values of n_embd: 32,64")
     add("--octaves", type=numbers, metavar="A:B or A,B,...", help="log2 of lr over RATES[optimizer]"
         " (studies/mup/trial.py), written --octaves=-3:4")  # fmt: skip
-    add("--seeds", type=numbers, default=[0, 1, 2], help="of weights and data order")
+    add("--seeds", type=numbers, default=[0, 1, 2], help="seeds of weights and data order")
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other settings of train.py")
-    add("--workers", type=int, default=2, help="runs side by side, a thread each")
+    add("--workers", type=int, default=2, help="runs at a time, each in a process with one thread")
+    add("--shard", type=shard, default=(1, 1), metavar="I/N", help="every N-th run, from the I-th")
+    add("--out", type=Path, help="folder of the records, plots and tables")
     add(
-        "--shard", type=shard, default=(1, 1), metavar="I/N", help="every N-th point, from the I-th"
+        "--wandb_sweep",
+        type=Path,
+        metavar="FILE",
+        help="write a wandb sweep of this grid and run nothing",
     )
-    add("--out", type=Path, help="folder of all records, plots and tables")
-    add("--wandb_sweep", type=Path, metavar="FILE", help="write a wandb sweep of this grid; no run")
     parser.set_defaults(**defaults)
 
 
@@ -62,12 +65,12 @@ def words(text: str) -> list[str]:
 def kinds(text: str) -> list[str]:
     found = words(text)
     if unknown := [kind for kind in found if kind not in PARAMETRISATIONS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r}: wants {' or '.join(PARAMETRISATIONS)}")
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r}: must be {' or '.join(PARAMETRISATIONS)}")
     return found
 
 
 def numbers(text: str) -> list[int]:
-    """`1,2,5`, or `-4:3` for all from -4 to 3; each once. ValueError if there is none."""
+    """Parse `1,2,5`, or `-4:3` for -4 to 3, without repetitions. Raises ValueError if malformed."""
     if ":" not in text:
         return [*dict.fromkeys(map(int, text.split(",")))]
     first, last = map(int, text.split(":"))
@@ -88,16 +91,18 @@ def grid(
     settings: dict[str, Any],
     measure: Callable[[Path], dict[str, Any]],
 ) -> list[WidthTrial]:
-    """The points that the command line asks for, the narrow ones first.
+    """Return the runs that the command line describes, narrow ones first.
 
-    Where both parametrisations are wanted, one run at the base width stands for both.
-    Raises ValueError, or ConfigError, if one of them could not be trained, or if a shard would be
-    empty; PointError if there is a run of other settings.
+    At the base width both parametrisations are the same run, which is included once.
+
+    Raises:
+        ValueError, ConfigError: a run cannot be trained, or the shard is empty.
+        TrialError: the folder contains a run with other settings.
     """
     variants = map(parse_variant, arguments.optimizers)
-    settings = settings | parse_changes(arguments.set, OF_THE_GRID)
+    settings = settings | parse_changes(arguments.set, GRID_SETTINGS)
     axes = (arguments.widths, variants, arguments.parametrisations)
-    points = [
+    trials = [
         WidthTrial(
             folder=arguments.out / "runs" / f"{variant.name}-{kind}-{width}-{octave:g}-{seed}",
             variant=variant,
@@ -114,79 +119,80 @@ def grid(
     ]
     has_both = {*PARAMETRISATIONS} <= {*arguments.parametrisations}
     kept, asked_of = [], {}
-    for point in points:
-        asked_of[point.variant.name] = asked = point.asked()
-        finished(point.folder, asked)
-        if not (has_both and point.parametrisation == "sp" and is_base(asked)):
-            kept.append(point)
-    _check_alike(asked_of, arguments.out)
+    for trial in trials:
+        asked_of[trial.variant.name] = asked = trial.asked()
+        finished(trial.folder, asked)  # raises TrialError if the folder has another run
+        if not (has_both and trial.parametrisation == "sp" and is_base(asked)):
+            kept.append(trial)
+    _check_equal_settings(asked_of, arguments.out)
     part, parts = arguments.shard
     if part > len(kept):
-        raise ValueError(f"--shard {part}/{parts}: is empty, the grid has {len(kept)} points")
+        raise ValueError(f"--shard {part}/{parts}: is empty, the grid has {len(kept)} runs")
     return kept[part - 1 :: parts]
 
 
-def _check_alike(asked: dict[str, dict[str, Any]], out: Path) -> None:
-    """PointError if --out has runs of these variants that differ in more than the axes."""
+def _check_equal_settings(asked: dict[str, dict[str, Any]], out: Path) -> None:
+    """Raise TrialError if --out has runs of these variants that differ in more than the axes."""
     for path in out.glob("runs/*/record.json"):
         record = read_record(path.parent)
         now = asked[record["variant"]] if record.get("variant") in asked else record["asked"]
-        other = differences(record["asked"], now)
-        if was := [f"{key} {change}" for key, change in other.items() if key not in OF_A_POINT]:
+        changes = differences(record["asked"], now)
+        if was := [f"{key} {text}" for key, text in changes.items() if key not in AXIS_SETTINGS]:
             raise TrialError(
-                f"{path.parent} differs from what is asked: {'; '.join(was)}; choose another --out"
+                f"{path.parent} has other settings than this command: {'; '.join(was)}; choose "
+                "another --out"
             )
 
 
-def run_grid(points: Sequence[WidthTrial], out: Path, workers: int) -> list[Record]:
-    """Run what is not finished; every record of the folder, also written to records.jsonl.
+def run_grid(trials: Sequence[WidthTrial], out: Path, workers: int) -> list[Record]:
+    """Run the trials that have not finished; write records.jsonl and return all its records.
 
-    Those of muP at the base width are returned as those of sp, too, if sp ran at other widths.
-    Raises DataError before any run if there are no data.
+    Records of muP at the base width are also returned as records of sp if sp ran at other widths.
+    Raises DataError, before any run, if the data do not exist.
     """
-    for dataset in {point.asked()["dataset"] for point in points}:
+    for dataset in {trial.asked()["dataset"] for trial in trials}:
         open_data(dataset)
     try:
-        with Runner(str(out), workers, run_width_trial, _line, len(points)) as runner:
-            runner.run(points)
+        with Runner(str(out), workers, run_width_trial, _line, len(trials)) as runner:
+            runner.run(trials)
     finally:
         records = [read_record(path.parent) for path in out.glob("runs/*/record.json")]
         records.sort(key=_key)
         out.mkdir(parents=True, exist_ok=True)
-        write_records(out / "records.jsonl", records)
+        write_records(out / RECORDS, records)
     return records + twins(records)
 
 
 def commands(out: Path, command: str) -> str:
-    """All commands that worked on a folder, this one among them, as a block of Markdown."""
+    """Add a command to those that worked on a folder; return all as a block of Markdown."""
     path = out / "commands.txt"
-    there = path.read_text().splitlines() if path.exists() else []
-    lines = [*dict.fromkeys([*there, command])]
+    earlier = path.read_text().splitlines() if path.exists() else []
+    lines = [*dict.fromkeys([*earlier, command])]
     write_atomic(path, "\n".join(lines) + "\n")
     return "\n".join(["```sh", *lines, "```"])
 
 
 def is_base(settings: dict[str, Any]) -> bool:
-    """Whether muP with these settings is the standard parametrisation."""
-    has_its_heads = settings["mup_base_head_dim"] in (
+    """Whether muP with these settings equals the standard parametrisation."""
+    has_base_heads = settings["mup_base_head_dim"] in (
         None,
         settings["n_embd"] // settings["n_head"],
     )
-    return settings["n_embd"] == settings["mup_base_width"] and has_its_heads
+    return settings["n_embd"] == settings["mup_base_width"] and has_base_heads
 
 
 def twins(records: Sequence[Record]) -> list[Record]:
-    """The records of muP at its base width as those of sp, which they are bit for bit.
+    """Return the records of muP at its base width as records of sp, to which they are identical.
 
-    Of optimizers that sp ran with; without those that sp has itself.
+    Only optimizers that ran under sp are included, and only runs that sp does not have.
     """
-    there = {(r["variant"], r["width"], r["lr"], r["seed"]) for r in records if _is_sp(r)}
-    with_sp = {variant for variant, *_ in there}
+    existing = {(r["variant"], r["width"], r["lr"], r["seed"]) for r in records if _is_sp(r)}
+    with_sp = {variant for variant, *_ in existing}
     return [
         record | {"parametrisation": "sp", "settings": record["settings"] | {"mup": False}}
         for record in records
         if not _is_sp(record) and is_base(record["settings"]) and record["variant"] in with_sp
-        if (record["variant"], record["width"], record["lr"], record["seed"]) not in there
+        if (record["variant"], record["width"], record["lr"], record["seed"]) not in existing
     ]
 
 
@@ -209,15 +215,17 @@ def _line(record: Record) -> str:
 
 
 def write_sweep(command: str, arguments: argparse.Namespace, more: Sequence[str]) -> int:
-    """Write a wandb sweep whose agents run this grid, a point a run: the command, a value an axis.
+    """Write a wandb sweep whose agents run this grid, and return the exit code.
 
         wandb sweep FILE; wandb agent ID
 
-    more: arguments that are no axis. The file is JSON, which is YAML, too. Returns the exit code.
+    An agent calls the command with one value for each axis. The file is JSON, which is also YAML.
+
+    more: arguments of the command that are not axes.
     """
     fixed = [f"--out={arguments.out}", "--workers=1", *more]
     fixed += ["--set", "wandb=online", *arguments.set]
-    changes = parse_changes(arguments.set, OF_THE_GRID)
+    changes = parse_changes(arguments.set, GRID_SETTINGS)
     content = {
         "program": command,
         "project": changes.get("wandb_project", FIELDS["wandb_project"].default),

@@ -1,4 +1,4 @@
-"""Slopes against width: log2 of a quantity against log2 of the width, over widths and seeds."""
+"""Fit slopes of log2 of a quantity against log2 of the width, for each seed."""
 
 import math
 from collections import defaultdict
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from eval.rollout.intervals import Estimate
-from studies.stats.analysis import Record
+from studies.stats.records import Record
 from studies.stats.seeds import over_seeds
 
 
@@ -16,15 +16,15 @@ def widths_of(records: Iterable[Record]) -> list[int]:
 
 
 def slope(records: Iterable[Record], value: Callable[[Record], float | None]) -> Estimate:
-    """Least squares of log2 value on log2 width, one fit a seed; mean and t-interval over seeds.
+    """Fit log2 value to log2 width by least squares for each seed; return mean and t-interval.
 
-    Seeds with fewer than two widths are left out. NaN if a value is missing or not positive: there
-    was no training to judge.
+    Seeds with fewer than two widths are left out. The result is NaN if a value is missing or not
+    positive.
     """
     seeds: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for record in records:
-        found = value(record)
-        log = math.log2(found) if found is not None and found > 0 else math.nan
+        size = value(record)
+        log = math.log2(size) if size is not None and size > 0 else math.nan
         seeds[record["seed"]].append((math.log2(record["width"]), log))
     fits = [_fit(points) for points in seeds.values() if len({x for x, _ in points}) > 1]
     return over_seeds(fits)

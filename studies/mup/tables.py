@@ -1,4 +1,4 @@
-"""What a width sweep found, as tables in Markdown: every width, and a verdict an optimizer."""
+"""Write the tables of a width sweep in Markdown: every width, and a verdict on each optimizer."""
 
 import math
 from operator import itemgetter
@@ -20,17 +20,17 @@ from studies.mup.transfer import (
     steps_where_wider_is_worse,
     tuned,
 )
-from studies.stats.analysis import Record, grouped
+from studies.stats.records import Record, grouped
 
-MAX_SHIFT, MAX_REGRET = 1.0, 0.01  # octaves over all widths, share of the loss: muP
-MIN_SHIFT, MIN_REGRET = 2 / 3, 0.03  # octaves a doubling, share: sp, the control
-MIN_OCTAVES = 2  # of width, between the narrowest and the widest: with less the bars mean nothing
-RATIOS = {"independent": (0.0, 0.2), "constant": (-0.5, 0.25)}  # slope of ‖ΔW‖/‖W‖, and how near
-SETTLED = 3.0  # η λ, summed over steps, after which updates are in equilibrium with decay
+MAX_SHIFT, MAX_REGRET = 1.0, 0.01  # muP: octaves over all widths, share of the loss
+MIN_SHIFT, MIN_REGRET = 2 / 3, 0.03  # sp, the control: octaves per doubling, share of the loss
+MIN_OCTAVES = 2  # the least range of widths that has a verdict
+RATIOS = {"independent": (0.0, 0.2), "constant": (-0.5, 0.25)}  # slope of ‖ΔW‖/‖W‖, tolerance
+SETTLED = 3.0  # η λ summed over steps, after which updates and decay are in equilibrium
 
 
 def tables(records: list[Record]) -> str:
-    """The widths, the verdicts, and what they are measured by."""
+    """Return the verdicts, the widths, and an explanation of the columns."""
     rows, verdicts = [], []
     for (variant, kind), own in grouped(records, itemgetter("variant", "parametrisation")).items():
         losses = {width: each for width, each in losses_by_width(own).items() if each}
@@ -54,13 +54,16 @@ def tables(records: list[Record]) -> str:
 
 
 def home_of(records: list[Record], losses: dict[int, Losses]) -> int:
-    """The base width if it ran, else the widest: where the rate that is shared was tuned."""
+    """Return the width whose tuned rate the others use: the base width, else the widest one."""
     base = records[0]["base_width"]
     return base if base in losses else max(losses)
 
 
 def width_rows(losses: dict[int, Losses], optima: dict[int, Optimum], home: int) -> list[list[str]]:
-    """A row a width: its optimum, and what the rates of the narrowest and of `home` cost there."""
+    """Return a row per width: its optimum, and the regrets of the rates of two other widths.
+
+    These are the narrowest width and `home`.
+    """
     rates = [tuned(losses[min(losses)]), tuned(losses[home])]
     return [
         [str(width), shown(optima[width]), f"{optima[width].loss:.4f}"]
@@ -70,12 +73,12 @@ def width_rows(losses: dict[int, Losses], optima: dict[int, Optimum], home: int)
 
 
 def percent(cost: float) -> str:
-    """A regret; unknown where the rate did not run."""
+    """Format a regret; "unknown" if the rate did not run."""
     return "unknown" if math.isnan(cost) else f"{cost:.2%}"
 
 
 def shown(best: Optimum) -> str:
-    """log2 of the rate, marked where it is not a fit."""
+    """Format log2 of the best rate, with a note if it does not come from a fit."""
     note = {"fit": "", "grid": " (no fit)", "edge": " (edge of the grid)"}[best.kind]
     return f"{best.log2_lr:.2f}{note}"
 
@@ -83,10 +86,10 @@ def shown(best: Optimum) -> str:
 def verdict_row(
     records: list[Record], losses: dict[int, Losses], optima: dict[int, Optimum], home: int
 ) -> list[str]:
-    """Shift, regret, update ratio at the shared rate, steps where wider is worse, verdict."""
+    """Return shift, regret, update ratio at the shared rate, steps with wider worse, verdict."""
     lr, settings = tuned(losses[home]), records[0]["settings"]
     moved, is_known = shift(optima), all(best.kind != "edge" for best in optima.values())
-    cost = float(np.max([regret(each, lr) for each in losses.values()]))  # NaN if one is
+    cost = float(np.max([regret(each, lr) for each in losses.values()]))  # NaN if one is NaN
     at_lr = [record for record in records if record["lr"] == lr]
     ratio = slope(at_lr, lambda record: record.get("update_ratio"))
     worse, n = steps_where_wider_is_worse(records, lr, settings["warmup_steps"])
@@ -106,9 +109,13 @@ def verdict_row(
 
 
 def judge(moved: float, cost: float, octaves: float, *, is_mup: bool) -> str:
-    """muP has to hold the rate; the control has to lose it. NaN where the data decide nothing.
+    """Judge whether the best rate is the same at all widths (muP) or drifts (the control).
 
-    moved: over all widths, which are `octaves` apart; NaN if an optimum is at the edge of its grid.
+    Args:
+        moved: shift in octaves over all widths; NaN if an optimum is at the edge of its grid.
+        cost: the largest regret of the shared rate; NaN if the rate did not run at some width.
+        octaves: log2 of the widest over the narrowest width.
+        is_mup: whether the runs use muP.
     """
     if octaves < MIN_OCTAVES:
         return f"open: less than {2**MIN_OCTAVES}x of width"
@@ -125,16 +132,17 @@ def judge(moved: float, cost: float, octaves: float, *, is_mup: bool) -> str:
 
 
 def steps_at_peak(settings: dict[str, Any]) -> float:
-    """The steps at the peak rate that move as much as those of the schedule do."""
+    """Return the sum of the schedule's rates, in units of steps at the peak rate."""
     keys = ("schedule", "warmup_steps", "max_steps", "min_lr_ratio")
     schedule = {key: settings[key] for key in keys}
     return sum(lr_scale(step, **schedule) for step in range(settings["max_steps"]))
 
 
 def ratio_text(ratio: Estimate, scaling: str, settled: float, *, is_mup: bool) -> str:
-    """The slope, and whether it is what the mode of weight decay leads one to expect."""
+    """Format the slope, and say whether it fits the mode of weight decay."""
     text = f"{ratio.mean:+.2f}"
     if not is_mup or scaling not in RATIOS or settled < SETTLED:
         return text
-    wanted, near = RATIOS[scaling]
-    return text + (" (passes)" if abs(ratio.mean - wanted) <= near else " (FAILS)")
+    expected, tolerance = RATIOS[scaling]
+    passes = abs(ratio.mean - expected) <= tolerance
+    return text + (" (passes)" if passes else " (FAILS)")

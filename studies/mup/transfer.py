@@ -1,4 +1,4 @@
-"""Does the best learning rate of one width hold at others? Optima, shifts, regrets."""
+"""Measure how the best learning rate depends on the width: optima, shifts, regrets."""
 
 import math
 from collections import defaultdict
@@ -10,15 +10,15 @@ from typing import Literal
 
 import numpy as np
 
-from studies.stats.analysis import Record
+from studies.stats.records import Record
 
-REACH = 2.0  # octaves on either side of the best rate that the parabola is fitted to
-Losses = dict[float, float]  # mean validation loss by learning rate; infinite where a run diverged
+REACH = 2.0  # the parabola is fitted to rates within this many octaves of the best one
+Losses = dict[float, float]  # mean validation loss by learning rate; infinite if a run diverged
 
 
 @dataclass(frozen=True)
 class Optimum:
-    """The best rate of a width."""
+    """The best learning rate at a width."""
 
     log2_lr: float
     loss: float
@@ -26,9 +26,9 @@ class Optimum:
 
 
 def losses_by_width(records: Iterable[Record]) -> dict[int, Losses]:
-    """Mean validation loss over seeds, by width and rate; the narrowest first.
+    """Return the mean validation loss over seeds by width and rate, the narrowest width first.
 
-    A rate at which some seeds did not run yet is left out: its mean would be of other seeds.
+    Rates at which some seeds did not run are left out: their means would be over other seeds.
     """
     found: dict[int, dict[float, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for record in records:
@@ -46,10 +46,10 @@ def losses_by_width(records: Iterable[Record]) -> dict[int, Losses]:
 
 
 def optimum(losses: Losses) -> Optimum:
-    """The lowest point of a parabola in log2 lr through the best rate and those within REACH.
+    """Return the minimum of a parabola in log2 lr, fitted within REACH of the best rate.
 
-    Where it has none within an octave of the best rate, that rate itself; where that is the lowest
-    or highest rate tried, the optimum is not known: an edge.
+    If the parabola has no minimum within an octave of the best rate, return that rate ("grid"). If
+    the best rate is the lowest or highest one tried, the optimum is unknown ("edge").
     """
     best = min(losses, key=losses.__getitem__)
     at_best = Optimum(math.log2(best), losses[best], "grid")
@@ -66,20 +66,23 @@ def optimum(losses: Losses) -> Optimum:
 
 
 def shift(optima: dict[int, Optimum]) -> float:
-    """Octaves from the best rate of the narrowest width to that of the widest; NaN at an edge."""
+    """Return the octaves from the best rate of the narrowest width to that of the widest.
+
+    NaN if one of them is at the edge of its grid.
+    """
     first, last = optima[min(optima)], optima[max(optima)]
     return math.nan if "edge" in (first.kind, last.kind) else last.log2_lr - first.log2_lr
 
 
 def tuned(losses: Losses) -> float:
-    """The rate of the lowest loss among those that ran: what a user who swept would take."""
+    """Return the rate with the lowest loss among those that ran, as a user's sweep would."""
     return min(losses, key=losses.__getitem__)
 
 
 def regret(losses: Losses, lr: float) -> float:
-    """What `lr` costs at this width: (loss(lr) - min loss) / min loss over the rates of the grid.
+    """Return (loss(lr) - min loss) / min loss over the rates of one width.
 
-    Zero where it is the best of them, infinite where it diverges, NaN where it did not run.
+    It is zero for the best rate, infinite if `lr` diverges, and NaN if it did not run.
     """
     lowest = min(losses.values())
     return (losses.get(lr, math.nan) - lowest) / lowest
@@ -88,11 +91,14 @@ def regret(losses: Losses, lr: float) -> float:
 def steps_where_wider_is_worse(
     records: Iterable[Record], lr: float, from_step: int
 ) -> tuple[int, int]:
-    """How often the next width has a higher training loss at the same rate, of how many steps.
+    """Count the steps at which the next width has a higher training loss at the same rate.
 
-    A step counts if the mean difference over seeds, which see the same batches at all widths, is
-    above two standard errors. Only logged steps from `from_step` on; (0, 0) with fewer than two
-    seeds, which have no standard error.
+    A step counts if the mean difference over seeds, which see the same batches at all widths,
+    exceeds two standard errors.
+
+    Returns:
+        The number of such steps and of all logged steps from `from_step` on. (0, 0) for fewer than
+        two seeds, which have no standard error.
     """
     curves: dict[int, dict[int, dict[int, float]]] = defaultdict(dict)  # width, seed, step
     for record in records:
@@ -112,7 +118,7 @@ def steps_where_wider_is_worse(
 def _gaps(
     narrow: dict[int, dict[int, float]], wide: dict[int, dict[int, float]]
 ) -> dict[int, list[float]]:
-    """Loss of the wide less that of the narrow by step, one number a seed that both have."""
+    """Return {step: loss of the wide model minus that of the narrow one, for each common seed}."""
     found: dict[int, list[float]] = defaultdict(list)
     for seed in narrow.keys() & wide.keys():
         for step in narrow[seed].keys() & wide[seed].keys():

@@ -1,4 +1,4 @@
-"""One point of a width study: a run of train.py at one width, measured from its checkpoints."""
+"""One run of a width study: train.py at one width, measured from its checkpoints."""
 
 import json
 import shutil
@@ -9,13 +9,13 @@ from typing import Any
 
 from eval.rollout.record import train_command
 from eval.run import ENVIRONMENT
-from studies.stats.analysis import Record
+from studies.stats.records import Record
 from studies.sweep.run_cache import recorded
-from studies.sweep.training import model_settings, train_in
+from studies.sweep.trial import model_settings, train_in
 from studies.sweep.variants import Variant
 
 PARAMETRISATIONS = {"sp": {"mup": False}, "mup": {"mup": True}}
-RATES = {  # octave 0: near the best rate at width 256, the base
+RATES = {  # learning rate of octave 0, near the best one at width 256, the base width
     "adamw": 2**-10,
     "signum": 2**-12,
     "sgd": 2**-6,
@@ -29,7 +29,7 @@ AUX_LR = 2**-9  # of the AdamW beside muon and adamuon, at every octave
 
 @dataclass(frozen=True)
 class WidthTrial:
-    """One run. `measure` makes the numbers of its record from its folder, once it has finished."""
+    """One run. `measure` returns further fields of the record from the folder of a finished run."""
 
     folder: Path
     variant: Variant
@@ -56,33 +56,33 @@ class WidthTrial:
         return ["train.py", "config/width.py", *(f"--{k}={v}" for k, v in changes.items())]
 
     def asked(self) -> dict[str, Any]:
-        """Every number that makes the record what it is. ConfigError if train.py would refuse."""
+        """Return every setting that determines the record. Raises ConfigError if one is invalid."""
         return model_settings(self.command)
 
 
-def run_width_trial(point: WidthTrial) -> None:
-    """Leave the record of a point, and nothing of its checkpoints."""
-    recorded(point.folder, point.asked(), lambda: _measured(point))
-    shutil.rmtree(point.folder / "checkpoints", ignore_errors=True)
+def run_width_trial(trial: WidthTrial) -> None:
+    """Write the record of a trial and delete its checkpoints."""
+    recorded(trial.folder, trial.asked(), lambda: _train_and_measure(trial))
+    shutil.rmtree(trial.folder / "checkpoints", ignore_errors=True)
 
 
-def _measured(point: WidthTrial) -> Record:
-    has_finished = train_in(point.folder, point.command)
-    settings = json.loads((point.folder / "config.json").read_text())
-    started, *rows = map(json.loads, (point.folder / "metrics.jsonl").read_text().splitlines())
+def _train_and_measure(trial: WidthTrial) -> Record:
+    has_finished = train_in(trial.folder, trial.command)
+    settings = json.loads((trial.folder / "config.json").read_text())
+    started, *rows = map(json.loads, (trial.folder / "metrics.jsonl").read_text().splitlines())
     losses = [row["loss"] for row in rows if row["kind"] == "val"]
     return {
-        "variant": point.variant.name,
-        "base": point.variant.base,
-        "parametrisation": point.parametrisation,
-        "width": point.width,
+        "variant": trial.variant.name,
+        "base": trial.variant.base,
+        "parametrisation": trial.parametrisation,
+        "width": trial.width,
         "base_width": settings["mup_base_width"],
-        "lr": point.lr,
-        "seed": point.seed,
+        "lr": trial.lr,
+        "seed": trial.seed,
         "steps": settings["max_steps"],
         "val_loss": losses[-1] if has_finished else None,
         "curve": [[row["step"], row["loss"]] for row in rows if row["kind"] == "train"],
-        **(point.measure(point.folder) if has_finished else {}),
+        **(trial.measure(trial.folder) if has_finished else {}),
         "command": train_command(settings, started["threads"]),
         "environment": {key: started[key] for key in ENVIRONMENT},
         "settings": settings,

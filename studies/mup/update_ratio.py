@@ -1,4 +1,4 @@
-"""How far the last step moved the weights of a run, as a share of them."""
+"""Measure how far the last step of a run moved the weights, relative to their norms."""
 
 import math
 import re
@@ -12,9 +12,10 @@ HIDDEN = re.compile(r"\.h\.\d+\..*\.c_\w+\.weight$")
 
 
 def measure_update(folder: Path) -> dict[str, float | None]:
-    """{"update_ratio"}: ‖W' - W‖ / ‖W‖ of the last step, a geometric mean over hidden matrices.
+    """Return {"update_ratio": ‖W' - W‖ / ‖W‖} of the last step.
 
-    None if train.py skipped that step or the one before, whose gradients were not finite.
+    The value is the geometric mean over hidden matrices. It is None if train.py skipped the last
+    step or the one before, because the gradients were not finite.
 
     With weight decay λ and updates of constant size, such as AdamW's, it settles at about √(2 η λ)
     after some 3 / (η λ) steps (Kosson et al., Rotational Equilibrium, arXiv 2305.17212).
@@ -24,7 +25,7 @@ def measure_update(folder: Path) -> dict[str, float | None]:
     if after.train["skipped_in_row"] or (is_apart and after.train["skipped"]):
         return {"update_ratio": None}
     if is_apart:
-        raise ValueError(f"{folder}: wants the checkpoints of the last two steps")
+        raise ValueError(f"{folder}: expected the checkpoints of the last two steps")
     norm = torch.linalg.vector_norm
     logs = [
         math.log(norm(W - before.model[key]) / norm(before.model[key]))

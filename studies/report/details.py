@@ -1,4 +1,4 @@
-"""What a report shows below the leaderboard: other metrics, samples, and what to repeat it with."""
+"""Make the tables and lists below a leaderboard: other metrics, samples, incidents, all runs."""
 
 import hashlib
 import json
@@ -13,15 +13,16 @@ import numpy as np
 from studies.report.format import NONE, Cell, error_unit, metric_label, number, pair, times
 from studies.report.leaderboard import estimate_of
 from studies.report.sections import Section, finished_runs
-from studies.stats.analysis import Record, is_finished, is_reported, primary, references, val_loss
+from studies.stats.analysis import references
 from studies.stats.consistency import knobs_of
 from studies.stats.matched import matched_validation, placebo, quantity
+from studies.stats.records import Record, is_finished, is_reported, primary, val_loss
 from studies.stats.seeds import over_seeds
 from studies.stats.temperatures import ranked
 
-QUARTERS = (0, 0.25, 0.5, 0.75, 1)  # of the horizon: where episodes are counted
-N_SAMPLES = 2  # of each optimizer
-MEANING = {  # of references, studies/sweep/reference.py
+QUARTERS = (0, 0.25, 0.5, 0.75, 1)  # fractions of the horizon at which episodes are counted
+N_SAMPLES = 2  # shown of each optimizer
+MEANING = {  # of the references in studies/sweep/reference.py
     "oracle": "the source itself",
     "greedy": "its likeliest token",
     "uniform": "every token equally likely",
@@ -31,14 +32,14 @@ MEANING = {  # of references, studies/sweep/reference.py
 
 @dataclass(frozen=True)
 class Table:
-    """A line of cells for each name."""
+    """A table with a row of cells for each name."""
 
     columns: list[str]
     rows: list[tuple[str, list[Cell]]]
 
 
 def metrics_table(section: Section) -> Table:
-    """All metrics of all variants that finished, in the order of the leaderboard."""
+    """Return all metrics of all variants that finished, in the order of the leaderboard."""
     runs = finished_runs(section)
     grades = [record["grade"]["metrics"] for own in runs.values() for record in own]
     names = list(dict.fromkeys(name for metrics in grades for name in metrics))
@@ -47,7 +48,10 @@ def metrics_table(section: Section) -> Table:
 
 
 def _cell(runs: list[Record], name: str) -> Cell:
-    """Over seeds, or a single run's own interval; says so if some runs have no such number."""
+    """Format one metric over seeds, or with the interval over episodes of a single run.
+
+    The cell says how many runs have the metric if not all have it.
+    """
     metrics = [record["grade"]["metrics"] for record in runs]
     values = [estimate_of(each[name]) for each in metrics if name in each]
     known = [each for each in values if math.isfinite(each.mean)]
@@ -58,7 +62,10 @@ def _cell(runs: list[Record], name: str) -> Cell:
 
 
 def matched_table(section: Section) -> Table | None:
-    """Rollout error, or its odds, at equal error on the data, over the base's; and the seeds."""
+    """Return rollout errors (or odds) over the base's at equal error on the data, and the seeds.
+
+    Returns None if there is no comparison.
+    """
     found = matched_validation(section.records)
     rows = []
     for variant, own in finished_runs(section).items():
@@ -72,7 +79,7 @@ def matched_table(section: Section) -> Table | None:
 
 
 def temperature_table(records: list[Record]) -> Table | None:
-    """Each optimizer at its own temperature. records: of temperature.jsonl; None without any."""
+    """Return each optimizer at its own temperature; None if `records` is empty."""
     if not records:
         return None
     rows = []
@@ -86,7 +93,7 @@ def temperature_table(records: list[Record]) -> Table | None:
 
 
 def placebo_table(section: Section) -> Table | None:
-    """The same of pairs of base optimizers, which nothing was done to."""
+    """Return the same comparison for pairs of base optimizers; None if it is not possible."""
     found = placebo(section.records)
     rows = [(name, [times(each), (str(each.n), "")]) for name, each in found.items()]
     what = quantity(section.records[0])
@@ -94,7 +101,7 @@ def placebo_table(section: Section) -> Table | None:
 
 
 def reference_rows(section: Section) -> list[tuple[str, Cell, Cell]]:
-    """(name, primary metric, validation loss) of what no optimizer made."""
+    """Return (name, primary metric, validation loss) of each reference policy."""
     found = references(section.references).items()
     return [
         (f"{name}, {MEANING[name]}", pair(metric), pair(loss)) for name, (loss, metric) in found
@@ -102,7 +109,7 @@ def reference_rows(section: Section) -> list[tuple[str, Cell, Cell]]:
 
 
 def episodes_left(section: Section) -> Table | None:
-    """Mean number of episodes under way at some steps; None if none ever ends."""
+    """Return the mean number of unfinished episodes at some steps; None if no episode ends."""
     runs = finished_runs(section)
     counts = {
         variant: np.mean([r["grade"]["n_t"]["own"] for r in own], axis=0)  # (H,)
@@ -127,7 +134,10 @@ class Sampled:
 
 
 def samples(section: Section) -> list[Sampled]:
-    """Of the best variant, the best other one of its base, and the last; the first seed of each."""
+    """Return episodes of the best variant, of the next one with its base, and of the last one.
+
+    They are of the first seed of each.
+    """
     runs = finished_runs(section)
     board = [entry for entry in section.entries if entry.variant in runs]
     family = [entry for entry in board if entry.base == board[0].base]
@@ -138,7 +148,7 @@ def samples(section: Section) -> list[Sampled]:
 
 
 def incidents(section: Section, protocols: Iterable[dict[str, Any]]) -> list[str]:
-    """Reported runs that diverged, and those that were planned but are not there."""
+    """List the reported runs that diverged, and the planned runs that are missing."""
     found = [
         f"{r['variant']}, lr {r['lr']:g}, seed {r['seed']} ({r['role']}): diverged"
         for r in section.records
@@ -154,7 +164,7 @@ def incidents(section: Section, protocols: Iterable[dict[str, Any]]) -> list[str
 
 
 def lost_rates(section: Section) -> list[str]:
-    """Learning rates at which tuning runs diverged, "sgd 0.1, 0.2", a line a variant."""
+    """List the learning rates at which tuning runs diverged: "sgd 0.1, 0.2" for each variant."""
     rates: dict[str, set[float]] = defaultdict(set)
     for record in section.records:
         if record["role"] == "tuning" and not is_finished(record):
@@ -163,9 +173,10 @@ def lost_rates(section: Section) -> list[str]:
 
 
 def fingerprints(section: Section) -> list[tuple[int, str, int]]:
-    """(seed, SHA-256, variants) of the data's own episodes among the samples.
+    """Return (seed, SHA-256, number of variants) of the data's episodes among the samples.
 
-    They do not depend on the model: a seed that has two was not graded on the same episodes.
+    They do not depend on the model: two hashes of one seed mean that the runs were graded on
+    different episodes.
     """
     seen: dict[tuple[int, str], set[str]] = defaultdict(set)
     for variant, own in finished_runs(section).items():
@@ -177,7 +188,7 @@ def fingerprints(section: Section) -> list[tuple[int, str, int]]:
 
 
 def distinct(values: Iterable[dict[str, Any]]) -> list[tuple[str, int]]:
-    """Each different object as "key value" text, with how often it occurs."""
+    """Return each distinct object as "key value" text with its number of occurrences."""
     counts: dict[str, int] = defaultdict(int)
     for value in values:
         counts[", ".join(f"{key} {each}" for key, each in value.items())] += 1
@@ -185,14 +196,14 @@ def distinct(values: Iterable[dict[str, Any]]) -> list[tuple[str, int]]:
 
 
 def grading(section: Section) -> list[tuple[str, int]]:
-    """Number and seed of the episodes of each run."""
+    """Return the number and the seed of the graded episodes, with how many runs have them."""
     keys = {"n": "episodes", "seed": "seed"}
     each = [r["grading"] for r in section.records if r.get("grading")]
     return distinct({text: how[key] for key, text in keys.items()} for how in each)
 
 
 def all_runs(records: Sequence[Record]) -> list[list[str]]:
-    """A line for every run, tuning and diverged ones too."""
+    """Return a row for every run, including tuning runs and runs that diverged."""
     lines = []
     for r in sorted(
         records, key=lambda r: (r["base"], r["variant"], r["role"], r["lr"], r["seed"])

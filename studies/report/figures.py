@@ -1,4 +1,4 @@
-"""The figures of a report: validation against rollouts, curves over the rollout, sweeps."""
+"""Draw the figures of a report: rollouts against validation, curves along a rollout, sweeps."""
 
 import math
 from collections.abc import Sequence
@@ -24,31 +24,24 @@ from studies.report.style import (
     mode_keys,
     panels,
 )
-from studies.stats.analysis import (
-    Record,
-    is_finished,
-    is_reported,
-    primary,
-    seed_curves,
-    sweeps,
-    teacher_forced,
-)
+from studies.stats.analysis import seed_curves, sweeps
 from studies.stats.matched import fit_curve
+from studies.stats.records import Record, is_finished, is_reported, primary, teacher_forced
 
-CURVES = {  # what is drawn where a task has it, with its axis
+CURVES = {  # curve of a grade: label of its axis
     "B": "B(l), accumulated error\n({error})",
     "G": "G(l), feedback gap\n({error} per step)",
     "C": "C(l), accumulated\nKL(model ‖ oracle) ({error})",
     "survival": "S(l), share of episodes\nthat still go on",
 }
-ON_DATA = {"B": "A", "survival": "data_survival"}  # the same on the data's contexts
-MIN_POINTS = 3  # of a scatter plot
-DECADES = 100  # the ratio of last values from which logarithms are averaged over seeds
-FLOOR = 1e-3  # times the smallest last value: where a logarithmic axis of curves begins, at most
+ON_DATA = {"B": "A", "survival": "data_survival"}  # the same curves on the data's contexts
+MIN_POINTS = 3  # the fewest points of a scatter plot
+MAX_RATIO = 100  # of last values; above it, logarithms are averaged over seeds
+FLOOR = 1e-3  # a logarithmic axis begins at or above this multiple of the smallest last value
 
 
 def draw(records: list[Record]) -> dict[str, Figure]:
-    """The figures that these records, of one task and length, have something to show in."""
+    """Draw the figures for which the records of one task and training length have data."""
     drawings = {"validation": validation, "curves": curves, "sweeps": learning_rates}
     with rc_context(STYLE):
         found = {name: drawing(records) for name, drawing in drawings.items()}
@@ -56,7 +49,7 @@ def draw(records: list[Record]) -> dict[str, Figure]:
 
 
 def validation(records: list[Record]) -> Figure | None:
-    """Each run's primary metric against its teacher-forced error, and the fit over base runs."""
+    """Draw each run's primary metric against its teacher-forced error, and the fit to bases."""
     runs = [r for r in records if math.isfinite(primary(r) + teacher_forced(r))]
     if len(runs) < MIN_POINTS:
         return None
@@ -80,7 +73,7 @@ def validation(records: list[Record]) -> Figure | None:
 
 
 def _as_metric(error: np.ndarray, record: Record) -> np.ndarray:
-    """Rollout error, as it is fitted, as the primary metric."""
+    """Convert the fitted rollout error to the primary metric."""
     if record["primary"].startswith("log10_"):
         return np.log10(error)
     return 1 - error if record["higher_is_better"] else error
@@ -92,7 +85,7 @@ def _dots(ax: Axes, runs: list[Record], look: Look, **style) -> None:
 
 
 def _kinds(shown: dict[str, Look], runs: list[Record], *, fit: bool) -> list[Line2D]:
-    """Legend entries: colours of bases, markers of modes, filled and hollow, the line."""
+    """Return the legend entries: colours of bases, markers of modes, hollow markers, the fit."""
     dot = {"ls": "none", "marker": "o", "ms": 6}
     colours = {look.base: look.colour for look in shown.values()}
     kinds = [Line2D([], [], color=c, lw=5, label=base) for base, c in colours.items()]
@@ -103,7 +96,10 @@ def _kinds(shown: dict[str, Look], runs: list[Record], *, fit: bool) -> list[Lin
 
 
 def curves(records: list[Record]) -> Figure | None:
-    """A row of CURVES each, a column a base, with bands; on data's contexts as a thin line."""
+    """Draw each of CURVES in a row and each base in a column, with bands.
+
+    Thin lines show the same curves on the data's contexts.
+    """
     finished = [record for record in records if is_finished(record)]
     found = {name: _bands(finished, name) for name in CURVES}
     names = [name for name in CURVES if found[name]]
@@ -137,13 +133,15 @@ def _units(names: list[str], record: Record) -> dict[str, str]:
 
 
 def _bands(records: list[Record], name: str, like: str | None = None) -> dict:
-    """`seed_curves`, of logarithms where the curves (of `like`) end more than DECADES apart.
+    """Return `seed_curves`, averaging logarithms if the curves end more than MAX_RATIO apart.
 
-    An optimizer of which a run ends below zero keeps its mean, but has no interval there.
+    An optimizer with a run that ends at or below zero then keeps its mean and has no interval.
+
+    like: name of the curve whose ends decide. Defaults to `name`.
     """
     found = seed_curves(records, name)
     ends = {mean[-1] for mean, _, _ in seed_curves(records, like or name).values()}
-    if not ends or min(ends) <= 0 or max(ends) < DECADES * min(ends):
+    if not ends or min(ends) <= 0 or max(ends) < MAX_RATIO * min(ends):
         return found
     logs = seed_curves([_logarithm(record, name) for record in records], name)
     bands = {variant: tuple(10**each for each in band) for variant, band in logs.items()}
@@ -152,7 +150,7 @@ def _bands(records: list[Record], name: str, like: str | None = None) -> dict:
 
 
 def _logarithm(record: Record, name: str) -> Record:
-    """The same with log10 of one curve; NaN where it is not positive."""
+    """Return a record with log10 of one curve; NaN where the curve is not positive."""
     if name not in record["grade"]["curves"]:
         return record
     curve = {end: np.array(each, float) for end, each in record["grade"]["curves"][name].items()}
@@ -172,7 +170,7 @@ def _draw_band(ax: Axes, mean: np.ndarray, lo: np.ndarray, hi: np.ndarray, *, lo
 
 
 def learning_rates(records: list[Record]) -> Figure | None:
-    """Validation loss and primary metric against the learning rate; the chosen rate is ringed."""
+    """Draw validation loss and primary metric against the learning rate; ring the chosen rate."""
     found = sweeps(records)
     if not found:
         return None
@@ -198,7 +196,7 @@ def learning_rates(records: list[Record]) -> Figure | None:
 def _sweep(
     ax: Axes, points: Sequence[tuple[float, float]], chosen: float | None, look: Look
 ) -> None:
-    """One line; diverged rates are crosses at the top edge."""
+    """Draw one sweep; crosses at the top edge mark rates that diverged."""
     rates, values = zip(*points, strict=True)
     logarithmic(ax, "x", (1, 3))
     ax.plot(rates, values, color=look.colour, ls=look.dashes, lw=1.4, label=look.mode)

@@ -1,4 +1,4 @@
-"""Names and numbers as a page shows them."""
+"""Format names and numbers for a page."""
 
 import math
 from collections.abc import Container
@@ -8,8 +8,8 @@ from studies.stats.analysis import Compared
 
 Cell = tuple[str, str]  # a number, and "± 0.12" or empty
 MINUS = "\u2212"
-LARGEST = 700.0  # of a logarithm whose exponential is shown
-NONE = "\u2013"  # where there is no number
+LARGEST = 700.0  # larger logarithms are cut off before they are exponentiated
+NONE = "\u2013"  # shown where there is no number
 UNITS = {
     "val_ce": "nats",
     "val_kl": "nats",
@@ -31,24 +31,27 @@ MODES = {
 
 
 def mode_of(variant: str, base: str) -> str:
-    """What was done to the base: "base", "DoPr", "fast DoPr, gamma=0.01"."""
+    """Describe what a variant adds to its base: "base", "DoPr", "fast DoPr, gamma=0.01"."""
     prefix, _, changes = variant.partition(base)
     return MODES.get(prefix, prefix) + changes.replace("+", ", ")
 
 
 def metric_label(name: str, error: str = "nats") -> str:
-    """The metric in words, with its unit where it has one; `error` is what a task counts in."""
+    """Return the name of a metric for readers, with its unit if it has one.
+
+    error: the unit of the task's errors.
+    """
     words = " ".join(WORDS.get(word, word) for word in name.split("_")).strip()
     return f"{words} ({UNITS[name].replace('nats', error)})" if name in UNITS else words
 
 
 def error_unit(metrics: Container[str]) -> str:
-    """What rollout errors are in: nats, but where a policy of real numbers is graded (lds)."""
+    """Return the unit of rollout errors: nats, or squared action error on lds."""
     return "squared action error" if "deviation" in metrics else "nats"
 
 
 def number(value: float, digits: int | None = None) -> str:
-    """With `digits` decimals, or four significant digits; a true minus sign."""
+    """Format with `digits` decimals (default: four significant digits) and a true minus sign."""
     if not math.isfinite(value):
         return NONE
     if digits is not None:
@@ -59,7 +62,7 @@ def number(value: float, digits: int | None = None) -> str:
 
 
 def exponent(size: float) -> int:
-    """The power of ten to take out of a number of this size; 0 for sizes that read well without."""
+    """Return the power of ten to factor out of a number; 0 if it reads well without."""
     power = math.floor(math.log10(abs(size))) if size and math.isfinite(size) else 0
     return power if power < -3 or power > 5 else 0
 
@@ -69,9 +72,9 @@ def power_of_ten(power: int) -> str:
 
 
 def factor(log: float, least: int = 0) -> str:
-    """e^log to three significant digits, far from one to two: 0.832, 144, 2.1e−7.
+    """Format e^log with three significant digits, or two far from one: 0.832, 144, 2.1e−7.
 
-    least: decimals, where three significant digits have fewer.
+    least: the smallest number of decimals.
     """
     if math.isnan(log):
         return NONE
@@ -84,7 +87,10 @@ def factor(log: float, least: int = 0) -> str:
 
 
 def decimals(half: float) -> int | None:
-    """That show two significant digits of an interval's half; None if it has no width."""
+    """Return the decimals that show two significant digits of half an interval.
+
+    Returns None if the interval has no width.
+    """
     if not (math.isfinite(half) and half > 0):
         return None
     return min(6, max(0, 1 - math.floor(math.log10(half))))
@@ -95,20 +101,20 @@ def signed(value: float, digits: int | None = None) -> str:
 
 
 def pair(estimate: Estimate, *, sign: bool = False) -> Cell:
-    """The mean, and the half of its interval ("± 0.12", empty without one), to fitting digits."""
+    """Format the mean and half of its interval ("± 0.12", or "") with equal decimals."""
     half, write = (estimate.hi - estimate.lo) / 2, signed if sign else number
     if decimals(half) is None:
         return write(estimate.mean), ""
-    power = exponent(max(abs(estimate.mean), half))  # of both
+    power = exponent(max(abs(estimate.mean), half))  # shared by both numbers
     mean, half, unit = estimate.mean / 10**power, half / 10**power, power_of_ten(power)
     digits = decimals(half)
     return write(mean, digits) + unit, f"± {number(half, digits)}{unit}"
 
 
 def times(log: Estimate) -> Cell:
-    """The factor, with its interval, of a difference of logarithms.
+    """Format a difference of logarithms as a factor with its interval.
 
-    An interval that excludes one has the digits that show it: 0.9993 [0.999, 0.9997].
+    An interval that excludes one has enough digits to show that: 0.9993 [0.999, 0.9997].
     """
     write = _beside_one if log.lo * log.hi > 0 else factor
     lo, mean, hi = map(write, (log.lo, log.mean, log.hi))
@@ -118,12 +124,12 @@ def times(log: Estimate) -> Cell:
 
 
 def _beside_one(log: float) -> str:
-    """e^log, with the digits that tell it from one."""
+    """Format e^log with enough digits to tell it from one."""
     return factor(log, min(6, -math.floor(math.log10(abs(log)))) if abs(log) < 0.005 else 0)
 
 
 def p_value(p: float) -> str:
-    """Two significant digits, however small: 0.53, 0.049, 0.00068, 6.8e−5."""
+    """Format with two significant digits, however small: 0.53, 0.049, 0.00068, 6.8e−5."""
     if p >= 1e-4 or p == 0:
         return f"{p:.2f}" if p >= 0.1 else number(p, decimals(p))
     mantissa, power = f"{p:.1e}".split("e")
@@ -131,11 +137,13 @@ def p_value(p: float) -> str:
 
 
 def verdict(versus: Compared, at_this_rate: Compared | None = None) -> str:
-    """better | worse, where the interval excludes zero; unclear; too few seeds; diverged.
+    """Judge a comparison in which lower is better.
 
-    Lower is better. A variant that lost more pairs by divergence than its base is "diverged",
-    whatever the pairs say that are left: the seeds on which it fell are not among them. A
-    difference that is not there against the base at the variant's learning rate is "by its rate".
+    Returns:
+        "better" or "worse" if the interval excludes zero, else "unclear". "no pairs", "one seed" or
+        "two seeds" if there are too few seeds. "diverged" if the variant diverged on more seeds
+        than its base, because those seeds are not among the pairs. "by its rate" if the difference
+        vanishes against the base at the variant's learning rate.
     """
     difference = versus.difference
     if versus.n_lost > versus.n_base_lost:

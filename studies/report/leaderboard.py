@@ -1,4 +1,4 @@
-"""The leaderboard of a page: a line of text for each optimizer, and how it did against its base."""
+"""Format the leaderboard of a report: one entry for each optimizer, compared with its base."""
 
 import math
 from collections.abc import Sequence
@@ -9,11 +9,12 @@ import numpy as np
 
 from eval.rollout.intervals import MIN_SEEDS, Estimate
 from studies.report.format import NONE, Cell, number, p_value, pair, times, verdict
-from studies.stats.analysis import LeaderboardRow, Record, is_finished, is_reported, leaderboard
+from studies.stats.analysis import LeaderboardRow, leaderboard
+from studies.stats.records import Record, is_finished, is_reported
 
-BAR = 100  # the width of an interval's drawing; the middle is no difference
+BAR = 100  # width of the drawing of an interval; the middle means no difference
 CLEAR = ("better", "worse")  # verdicts
-CLIP = 4  # times the median extent: what a drawing can show
+CLIP = 4  # a drawing shows differences up to this multiple of the median one
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Versus:
     p: str
     is_strict: bool  # a clear verdict at both rates, and p below the family's threshold
     verdict: str  # studies.report.format.verdict
-    bar: tuple[float, float, float] | None  # interval and mean, 0 to BAR
+    bar: tuple[float, float, float] | None  # low end, mean and high end, 0 to BAR
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,11 @@ class Entry:
     versus: Versus | None
     diverged: int
     n_runs: int
-    is_best: bool  # told apart from every other variant, seed by seed
+    is_best: bool  # better than every other variant by a paired interval
 
 
 def entries(records: list[Record], *, is_study: bool, threshold: float) -> list[Entry]:
-    """The leaderboard, best first; last, what never finished."""
+    """Return the leaderboard, best first; variants of which no run finished come last."""
     reported = [record for record in records if is_reported(record)]
     finished = {r["variant"] for r in reported if is_finished(r)}
     rows = leaderboard([r for r in records if r["variant"] in finished])
@@ -61,14 +62,14 @@ def entries(records: list[Record], *, is_study: bool, threshold: float) -> list[
 
 
 def clear_best(records: list[Record], rows: list[LeaderboardRow]) -> str | None:
-    """The first variant, if its paired interval against each other one excludes zero."""
+    """Return the first variant if its paired interval against each other one excludes zero."""
     if len(rows) < 2 or rows[0].n_diverged:
         return None
     names = {row.variant for row in rows}
     against = [r | {"base": rows[0].variant} for r in records if r["variant"] in names]
-    others = [row.versus_base for row in leaderboard(against) if row.variant != rows[0].variant]
-    worse = [each and each.difference.lo > 0 for each in others]
-    return rows[0].variant if all(worse) else None
+    compared = [row.versus_base for row in leaderboard(against) if row.variant != rows[0].variant]
+    is_worse = [each and each.difference.lo > 0 for each in compared]
+    return rows[0].variant if all(is_worse) else None
 
 
 def _entry(row: LeaderboardRow, scale: float, threshold: float, is_best: bool) -> Entry:
@@ -92,12 +93,12 @@ def _entry(row: LeaderboardRow, scale: float, threshold: float, is_best: bool) -
 
 
 def _is_controlled(row: LeaderboardRow) -> bool:
-    """Whether enough runs of the base at the variant's learning rate are there, and finished."""
+    """Whether enough runs of the base at the variant's learning rate finished."""
     return row.at_this_rate is not None and row.at_this_rate.difference.n >= MIN_SEEDS
 
 
 def _over_episodes(entry: Entry, records: list[Record]) -> Entry:
-    """A single run's interval is the one of its grade."""
+    """Return the entry of a single run with the interval over episodes of its grade."""
     record = next(r for r in records if r["variant"] == entry.variant)
     graded = estimate_of(record["grade"]["metrics"][record["primary"]])
     return replace(entry, primary=pair(graded))
@@ -109,7 +110,7 @@ def _lost(variant: str, runs: list[Record]) -> Entry:
 
 
 def _scale(rows: Sequence[LeaderboardRow]) -> float:
-    """The difference at the edge of the drawings: the largest, but not the outliers'."""
+    """Return the difference at the edge of the drawings: the largest one except for outliers."""
     found = [r.versus_base.difference for r in rows if r.versus_base]
     extents = [max(abs(d.lo), abs(d.hi)) for d in found if math.isfinite(d.lo)]
     if not extents or max(extents) == 0:
@@ -126,6 +127,6 @@ def _bar(difference: Estimate, scale: float) -> tuple[float, float, float] | Non
 
 
 def estimate_of(value: dict[str, Any]) -> Estimate:
-    """A metric of a grade; null is NaN."""
+    """Return a metric of a grade as an Estimate; null becomes NaN."""
     mean, lo, hi = (math.nan if value[key] is None else value[key] for key in ("mean", "lo", "hi"))
     return Estimate(mean, lo, hi, value["n"])

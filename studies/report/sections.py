@@ -1,7 +1,7 @@
-"""What a report says of one task and training length: plain values, ready for the template.
+"""Divide the records of a report into sections, one for each task and training length.
 
-A section holds either fresh and tuning runs of studies or single runs; they are never mixed, since
-the first have intervals over seeds and the second over the episodes of one run.
+A section contains either the runs of studies or single runs, never both: the former have intervals
+over seeds, the latter over the episodes of one run.
 """
 
 import hashlib
@@ -9,18 +9,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from studies.report.leaderboard import Entry, entries
-from studies.stats.analysis import Record, groups, is_finished, is_reported
 from studies.stats.consistency import knobs_of
+from studies.stats.records import Record, grouped, is_finished, is_reported
 
-ALPHA = 0.05  # chance of any false star in a family, at most
+ALPHA = 0.05  # the largest probability of any false star in a family
 
 
 @dataclass(frozen=True)
 class Family:
-    """The comparisons that are judged together; a star is for p below ALPHA / n (Bonferroni)."""
+    """Comparisons that are judged together; a star marks p below ALPHA / n (Bonferroni)."""
 
     n: int
-    source: str  # which comparisons these are, in words
+    source: str  # description of the comparisons
 
     @property
     def threshold(self) -> float:
@@ -28,24 +28,27 @@ class Family:
 
 
 def family_of(n_here: int, n_planned: int) -> Family:
-    """The planned comparisons, or those on the page where they are more; `n_planned` 0: unknown."""
+    """Return the family of the planned comparisons, or of those on the page if they are more.
+
+    n_planned: 0 if it is unknown.
+    """
     if n_planned >= max(1, n_here):
-        return Family(n_planned, f"all that were planned, of which {n_here} are on this page")
+        return Family(n_planned, f"all that were planned, {n_here} of them on this page")
     more = f"; only {n_planned} were planned" if n_planned else ""
     return Family(max(1, n_here), f"those in the studies of this page{more}")
 
 
 @dataclass(frozen=True)
 class Section:
-    """The records of one task, training length and kind, and what is shown of them."""
+    """The records of one task and training length with their leaderboard."""
 
     task: str
     steps: int
     knobs: str  # the task's specification without its instance
-    apart: str  # of these, what another section of the task has otherwise
+    apart: str  # the knobs in which sections of this task differ
     is_study: bool
     records: list[Record]  # of optimizers
-    references: list[Record]  # of nobody: the oracle, the uniform model
+    references: list[Record]  # of reference policies: the oracle, the uniform model
     metric: str
     higher_is_better: bool
     entries: list[Entry]
@@ -57,12 +60,12 @@ class Section:
 
     @property
     def name(self) -> str:
-        """The task, with what tells it from others: "lds, excitation=1"."""
+        """The task with the knobs that tell it from other sections: "lds, excitation=1"."""
         return ", ".join(filter(None, [self.task, self.apart]))
 
     @property
     def error_on_data(self) -> str:
-        """The error on the data's contexts, as rollouts are compared with it."""
+        """The name of the error on the data's contexts that rollouts are compared with."""
         graded = [record["grade"]["metrics"] for record in self.records if record["grade"]]
         has_oracle = any("val_kl" in metrics for metrics in graded)
         return "oracle KL on the data’s contexts" if has_oracle else "validation loss"
@@ -75,14 +78,14 @@ class Section:
 
 
 def make_sections(records: Sequence[Record], n_planned: int = 0) -> list[Section]:
-    """Studies first; tasks with other knobs are other tasks.
+    """Return the sections of studies, then those of single runs; other knobs make another section.
 
-    n_planned: comparisons of the whole family, also those that are not among the records.
+    n_planned: number of planned comparisons, including those without records. 0 if it is unknown.
     """
     found = [
         (is_study, own)
         for is_study in (True, False)
-        for own in _alike(r for r in records if (r["role"] != "single") == is_study)
+        for own in _by_task(r for r in records if (r["role"] != "single") == is_study)
     ]
     n_here = sum(_n_comparisons(own) for is_study, own in found if is_study)
     family = family_of(n_here, n_planned)
@@ -91,19 +94,16 @@ def make_sections(records: Sequence[Record], n_planned: int = 0) -> list[Section
 
 
 def _apart(section: Section, sections: Sequence[Section]) -> str:
-    """The knobs that not all sections of the same task have alike."""
+    """Return the knobs of a section that some other section of the same task does not have."""
     all_knobs = [each.knobs.split(",") for each in sections if each.task == section.task]
     own = section.knobs.split(",")
     return ", ".join(knob for knob in own if not all(knob in knobs for knobs in all_knobs))
 
 
-def _alike(records: Iterable[Record]) -> list[list[Record]]:
-    """Records of the same task, training length and knobs."""
-    return [
-        [record for record in group if knobs_of(record["spec"]) == knobs]
-        for group in groups(records).values()
-        for knobs in sorted({knobs_of(record["spec"]) for record in group})
-    ]
+def _by_task(records: Iterable[Record]) -> list[list[Record]]:
+    """Group records by task, training length and knobs, in this order."""
+    groups = grouped(records, lambda r: (r["task"], r["steps"], knobs_of(r["spec"])))
+    return [groups[key] for key in sorted(groups)]
 
 
 def _n_comparisons(records: list[Record]) -> int:
@@ -130,7 +130,7 @@ def _section(group: list[Record], *, is_study: bool, family: Family) -> Section:
 
 
 def name_apart(records: Sequence[Record]) -> list[Record]:
-    """Single runs; those of one variant are told apart by their folders."""
+    """Return single runs; runs of the same variant get their folders as a part of the name."""
     names = [record["variant"] for record in records]
     return [
         record | {"variant": f"{name} ({record['settings']['out_dir']})"}
@@ -141,7 +141,7 @@ def name_apart(records: Sequence[Record]) -> list[Record]:
 
 
 def finished_runs(section: Section) -> dict[str, list[Record]]:
-    """Reported runs that did not diverge, by variant, in the order of the leaderboard."""
+    """Return the reported runs that did not diverge, by variant, in the leaderboard's order."""
     found: dict[str, list[Record]] = {entry.variant: [] for entry in section.entries}
     for record in section.records:
         if is_reported(record) and is_finished(record):

@@ -1,8 +1,8 @@
-"""What the figures of a report look like, the same in all of them.
+"""Define the style of the figures of a report, and the axes that they share.
 
-The colour is the base optimizer; marker and dashes are what was done to it (nothing, DoPr, fast
-DoPr, a changed setting). Figures are `Figure` objects, not pyplot's: to import this neither chooses
-a backend nor keeps figures alive.
+The colour shows the base optimizer; the marker and the dashes show the mode (no DoPr, DoPr, fast
+DoPr, a changed setting). Figures are `Figure` objects without pyplot, so that importing this module
+does not choose a backend and figures are freed.
 """
 
 import math
@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from studies.report.format import MODES, mode_of
-from studies.stats.analysis import Record
+from studies.stats.records import Record
 
 COLOURS = {  # after Okabe and Ito (2008), distinct for colour-blind readers
     "adamw": "#0072B2",
@@ -29,13 +29,13 @@ COLOURS = {  # after Okabe and Ito (2008), distinct for colour-blind readers
     "adamuon": "#B0578D",
     "sgd": "#C08A00",
 }
-SPARE = ("#3A9BD9", "#222222", "#808080")  # of optimizers that came later
+SPARE = ("#3A9BD9", "#222222", "#808080")  # for other optimizers
 MARKERS = ("o", "^", "s", "D", "v", "P", "X", "p", "h", "<", ">", "8")
 ON_OFF = ((4, 1.6), (), (1, 1.1), (6, 1.4, 1, 1.4), (2, 1, 1, 1, 1, 1), (9, 2), (1, 3))  # points
 DASHES = tuple((0, each) for each in ON_OFF)
 INK, GREY = "#1f2328", "#8c959f"
-WIDTH, HEIGHT = 9.6, 2.7  # inches: of a figure, of a panel
-WIDE = 5  # the ratio of values from which an axis is logarithmic
+WIDTH, HEIGHT = 9.6, 2.7  # width of a figure and height of a panel in inches
+WIDE = 5  # the ratio of values above which an axis is logarithmic
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -63,7 +63,7 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Look:
-    """How one variant is drawn."""
+    """The style of one variant."""
 
     base: str
     mode: str
@@ -73,7 +73,7 @@ class Look:
 
 
 def looks(records: Iterable[Record]) -> dict[str, Look]:
-    """By variant, in the order of bases and modes. A known base has one colour in all reports."""
+    """Return {variant: style}, ordered by base and mode; a base has one colour in all reports."""
     bases = {record["variant"]: record["base"] for record in records}
     modes = {name: mode_of(name, base) for name, base in bases.items()}
     new = sorted({*bases.values()} - COLOURS.keys())
@@ -89,9 +89,10 @@ def looks(records: Iterable[Record]) -> dict[str, Look]:
 
 
 def panels(names: Sequence[str], looks: Iterable[Look]) -> tuple[Figure, dict]:
-    """Axes by (name, base): a row a name, with one y-axis, a column a base.
+    """Return a figure and its axes by (name, base).
 
-    The names are side by side if there is one base.
+    Each name is a row with a shared y-axis and each base is a column. If there is only one base,
+    the names are side by side.
     """
     columns = {look.base: look.colour for look in looks}
     shape = (len(names), len(columns)) if len(columns) > 1 else (1, len(names))
@@ -106,7 +107,10 @@ def panels(names: Sequence[str], looks: Iterable[Look]) -> tuple[Figure, dict]:
 
 
 def label(axes: dict, x: str, y: dict[str, str]) -> None:
-    """Axes of `panels`: names of x in the last row, of y (by row) in the first column."""
+    """Label the axes of `panels`: x in the last row, y in the first column.
+
+    y: {name of the row: label}.
+    """
     for (name, _), ax in axes.items():
         spec = ax.get_subplotspec()
         if spec.is_last_row():
@@ -116,14 +120,14 @@ def label(axes: dict, x: str, y: dict[str, str]) -> None:
 
 
 def log_if_wide(ax: Axes, axis: str, values: Iterable[float]) -> None:
-    """If the finite values are positive and far apart."""
+    """Make an axis logarithmic if the finite values are positive and far apart."""
     known = np.array([value for value in values if np.isfinite(value)])
     if len(known) and known.min() > 0 and known.max() / known.min() >= WIDE:
         logarithmic(ax, axis, (1, 2, 5) if known.max() / known.min() < 1e3 else (1,))
 
 
 def logarithmic(ax: Axes, axis: str, ticks: tuple[int, ...]) -> None:
-    """A log axis labelled with plain numbers, at these multiples of the powers of ten."""
+    """Make an axis logarithmic, with plain numbers at these multiples of the powers of ten."""
     ax.set(**{f"{axis}scale": "log"})
     which = {"x": ax.xaxis, "y": ax.yaxis}[axis]
     which.set_major_locator(LogLocator(subs=ticks))
@@ -132,13 +136,13 @@ def logarithmic(ax: Axes, axis: str, ticks: tuple[int, ...]) -> None:
 
 
 def _tick(value: float) -> str:
-    """0.001 to 5000 as they are, others as 2e-5."""
+    """Format a tick: 0.001 to 9999 as a plain number, others as 2e-5."""
     power = 0 if 1e-3 <= value < 1e4 else math.floor(math.log10(value) + 1e-9)
     return f"{value / 10**power:g}" + (f"e{power}" if power else "")
 
 
 def mode_keys(looks: Iterable[Look], *, by: str) -> list[Line2D]:
-    """Legend entries of the modes, by their marker or by their dashes."""
+    """Return the legend entries of the modes, by their markers or by their dashes."""
     handles = []
     for mode, look in {look.mode: look for look in looks}.items():
         style: dict[str, Any] = {"ls": look.dashes}
@@ -153,7 +157,7 @@ def legend_on_top(figure: Figure, handles: Sequence[Line2D]) -> None:
 
 
 def svg(figure: Figure) -> str:
-    """An SVG document whose text is text, in the fonts of whoever reads it."""
+    """Return the figure as SVG whose text uses the fonts of the reader's system."""
     buffer = BytesIO()
     with rc_context(STYLE):
         figure.savefig(buffer, format="svg", metadata={"Date": None})

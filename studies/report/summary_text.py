@@ -1,4 +1,4 @@
-"""What is said below a leaderboard, on the page and in the terminal, in whole sentences."""
+"""Write the sentences below a leaderboard, on the page and in the terminal."""
 
 import math
 import statistics
@@ -8,27 +8,29 @@ import numpy as np
 from scipy import stats
 
 from studies.report.format import factor
-from studies.stats.analysis import (
+from studies.stats.analysis import leaderboard, sweeps
+from studies.stats.matched import Fit, base_points, placebo
+from studies.stats.records import (
     Record,
     by_variant,
     is_finished,
     is_reported,
-    leaderboard,
     log_error,
-    sweeps,
     teacher_forced,
 )
-from studies.stats.matched import Fit, base_points, placebo
 
-MIN_RANKED = 3  # optimizers, of which an order says something
+MIN_RANKED = 3  # the fewest optimizers whose order is compared
 
 
 def rank_agreement(records: Sequence[Record]) -> tuple[float, int] | None:
-    """Kendall's tau between the orders by mean teacher-forced and by mean rollout error, both as
-    logarithms, and the number of optimizers; None for fewer than MIN_RANKED.
+    """Compare the order of optimizers by teacher-forced error with that by rollout error.
 
-    Optimizers with a diverged run are left out, and those that lack a seed of the others: their
-    means are over other seeds, of which each draws another instance of the task.
+    Optimizers with a diverged run or with a missing seed are left out: their means would be over
+    other seeds, and each seed draws another instance of the task.
+
+    Returns:
+        Kendall's tau between the orders by mean logarithms of the errors, and the number of
+        optimizers; None for fewer than MIN_RANKED optimizers.
     """
     runs = by_variant(filter(is_reported, records)).values()
     finished = [own for own in runs if all(map(is_finished, own))]
@@ -42,76 +44,76 @@ def rank_agreement(records: Sequence[Record]) -> tuple[float, int] | None:
 
 
 def _means(runs: list[Record]) -> tuple[float, float]:
-    """Mean logarithms of teacher-forced and of rollout error; NaN where one is not positive."""
-    before = [math.log(x) if (x := teacher_forced(record)) > 0 else math.nan for record in runs]
-    return statistics.fmean(before), statistics.fmean(map(log_error, runs))
+    """Return the mean logarithms of teacher-forced and rollout errors; NaN if one is not > 0."""
+    on_data = [math.log(x) if (x := teacher_forced(record)) > 0 else math.nan for record in runs]
+    return statistics.fmean(on_data), statistics.fmean(map(log_error, runs))
 
 
 def on_ranks(records: Sequence[Record]) -> str:
-    """Whether validation orders optimizers as rollouts do; empty where there are too few."""
+    """Say whether validation orders the optimizers as rollouts do; empty for too few of them."""
     found = rank_agreement(records)
     if found is None or math.isnan(found[0]):
         return ""
     tau, n = found
     return (
-        f"Errors on the data's contexts and of rollouts, two orders of {n} optimizers: Kendall's "
-        f"tau = {tau:.2f} (1: the same order, 0: unrelated, -1: reversed)."
+        f"Kendall's tau between the orders of {n} optimizers by the error on the data's contexts "
+        f"and by the rollout error is {tau:.2f} (1: the same order, 0: unrelated, -1: reversed)."
     )
 
 
 def below_leaderboard(records: Sequence[Record]) -> list[str]:
-    """What is said of its rows and their order; nothing where nothing is to be said."""
+    """Return the remarks on sweeps, seeds and ranks, without empty ones."""
     return list(filter(None, (on_sweeps(records), on_seeds(records), on_ranks(records))))
 
 
 def on_seeds(records: Sequence[Record]) -> str:
-    """Which optimizers of a study lack seeds of others; empty where none does."""
+    """Name the optimizers that lack seeds which others ran; empty if there are none."""
     rows = leaderboard([record for record in records if record["role"] == "fresh"])
     if short := [row.variant for row in rows if row.n_missing]:
         return (
-            "Not on all seeds, each of which draws another instance of the task, and so below what "
-            f"is: {', '.join(short)}."
+            "These optimizers did not run on all seeds and are therefore ranked below the others: "
+            f"{', '.join(short)}. Each seed draws another instance of the task."
         )
     return ""
 
 
 def on_sweeps(records: Sequence[Record]) -> str:
-    """Optimizers that were swept and have no fresh runs, and why; empty where there are none."""
+    """Say why optimizers that were swept have no fresh runs; empty if all have fresh runs."""
     fresh = {record["variant"] for record in records if is_reported(record)}
     found = {name: rates for name, rates in sweeps(list(records)).items() if name not in fresh}
     return "\n".join(
-        f"{name} has no fresh runs: {_outcome([loss for _, loss, _ in rates])} the learning "
+        f"{name} has no fresh runs: {_reason([loss for _, loss, _ in rates])} the learning "
         f"rates {rates[0][0]:g} to {rates[-1][0]:g}."
         for name, rates in found.items()
     )
 
 
-def _outcome(losses: list[float]) -> str:
+def _reason(losses: list[float]) -> str:
     if not any(map(math.isfinite, losses)):
         return "a tuning run diverged at each of"
     return "no best one is known yet among"
 
 
 def on_matched(records: Sequence[Record]) -> str:
-    """What a factor at equal validation has to exceed, or why there is none."""
+    """Say how large a factor at equal validation must be to matter, or why there is none."""
     fit = Fit(base_points(filter(is_reported, records)))
     if len(fit.names) < 2:
         return (
-            "Nothing can be said at equal validation: that takes finished runs of at least two "
-            f"base optimizers, here are {' and '.join(fit.names) or 'none'}."
+            "No comparison at equal validation: it requires finished runs of at least two base "
+            f"optimizers, but there are {' and '.join(fit.names) or 'none'}."
         )
     if not fit.is_possible:
         return (
-            "Nothing can be said at equal validation: no seed has two base optimizers that differ "
-            "in it."
+            "No comparison at equal validation: on no seed do two base optimizers differ in their "
+            "validation."
         )
     if found := placebo(records):
         most = max(abs(each.mean) for each in found.values())
         return (
-            f"Two base optimizers differ by up to × {factor(most)} in the same way; nothing within "
-            "that is evidence."
+            f"Two base optimizers differ by up to × {factor(most)} in this comparison; a factor "
+            "within that range is not evidence."
         )
     return (
-        f"{len(fit.names)} base optimizers are too few to see how far two of them differ in the "
-        "same way (the fit goes through them all), so a factor here is a hint and no evidence."
+        f"{len(fit.names)} base optimizers are too few to measure how far two of them differ in "
+        "this comparison (the fit goes through all of them): a factor here is not evidence."
     )

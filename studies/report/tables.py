@@ -1,4 +1,4 @@
-"""Leaderboards and comparisons as text tables, with confidence intervals."""
+"""Format leaderboards and comparisons as text tables with confidence intervals."""
 
 import math
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ def leaderboard_text(
     *,
     higher_is_better: bool,
 ) -> str:
-    """In order: mean ± half of the 95 % interval over seeds, median, ratio to the base's error.
+    """Return the leaderboard as text: means ± half of the 95 % interval, median, ratio to the base.
 
-    references: validation loss and metric of what no optimizer made; they stand below.
+    references: validation loss and metric of the reference policies, which come last.
     """
     direction = "higher" if higher_is_better else "lower"
     header = ["optimizer", "lr", "val loss", f"{metric} ({direction} is better)", "median"]
@@ -30,18 +30,18 @@ def leaderboard_text(
         means = mean_and_half(row.val_loss), mean_and_half(row.primary)
         values = *means, f"{row.median:.4g}"
         against = compared(row.versus_base) if row.versus_base else ("", "", "")
-        here = compared(row.at_this_rate)[0] if row.at_this_rate else ""
+        at_this_lr = compared(row.at_this_rate)[0] if row.at_this_rate else ""
         diverged = str(row.n_diverged or "")
-        cells.append([row.variant, f"{row.lr:g}", *values, *against, here, diverged])
+        cells.append([row.variant, f"{row.lr:g}", *values, *against, at_this_lr, diverged])
     for name, values in references.items():
         cells.append([name, "", *map(mean_and_half, values), *[""] * 6])
     return aligned(cells)
 
 
 def matched_text(matched: dict[str, Matched], what: str) -> str:
-    """The rollout error, or its odds, over the base's at equal validation; empty if there is none.
+    """Return a table of rollout errors (or odds) over the base's at equal validation, or "".
 
-    what: as studies.stats.matched.quantity says it.
+    what: the name of the quantity, from studies.stats.matched.quantity.
     """
     if not matched:
         return ""
@@ -52,7 +52,7 @@ def matched_text(matched: dict[str, Matched], what: str) -> str:
 
 
 def mean_and_half(value: Estimate) -> str:
-    """mean ± half of the interval, to four significant digits; the mean alone without one."""
+    """Format a mean with four significant digits and half of its interval, if it has one."""
     if math.isnan(value.mean):
         return NONE
     half = (value.hi - value.lo) / 2
@@ -60,7 +60,7 @@ def mean_and_half(value: Estimate) -> str:
 
 
 def compared(versus: Paired) -> tuple[str, str, str]:
-    """The ratio of errors with its interval, wins, and p where there are enough seeds."""
+    """Return the ratio of errors with its interval, the wins, and p if there are enough seeds."""
     wins = f"{versus.wins}/{versus.n_pairs}"
     return (
         " ".join(times(versus.difference)),

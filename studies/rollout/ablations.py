@@ -1,4 +1,4 @@
-"""Each change of the rollout study's ablations against exact DoPr without it."""
+"""Compare each ablation of the rollout study with exact DoPr without the change."""
 
 from pathlib import Path
 
@@ -7,22 +7,16 @@ import numpy as np
 from studies.report.format import NONE, factor, pair, times
 from studies.rollout.all_stages import ABLATIONS
 from studies.rollout.results import RESULTS, grid, plain, with_records
-from studies.stats.analysis import (
-    LeaderboardRow,
-    Record,
-    is_finished,
-    leaderboard,
-    load_records,
-    log_error,
-)
+from studies.stats.analysis import LeaderboardRow, leaderboard
+from studies.stats.records import Record, is_finished, load_records, log_error
 
 COLUMNS = ("validation loss, nats", "learning rates", "at equal rates, tuning seeds")
 
 
 def changes_table(results: Path = RESULTS) -> str:
-    """Rollout errors and losses over those of exact DoPr; empty where no stage has run.
+    """Return rollout errors and losses relative to exact DoPr; "" if no stage has run.
 
-    The last column is of the tuning runs whose rate both sweeps have: mean ratio, runs won.
+    The last column uses the tuning runs at rates that both sweeps have: mean ratio, runs won.
     """
     stages = with_records(ABLATIONS, results)
     found = {stage: load_records([results / stage.name]) for stage in stages}
@@ -33,7 +27,7 @@ def changes_table(results: Path = RESULTS) -> str:
 
 
 def _changed(records: list[Record]) -> dict[str, tuple[str, ...]]:
-    """The cells of each change."""
+    """Return the cells of each change."""
     with_dopr = [record for record in records if record["variant"].startswith("dopr-")]
     against = [record | {"base": f"dopr-{record['base']}"} for record in with_dopr]
     rows = leaderboard(against)
@@ -55,7 +49,7 @@ def _as_tuned(row: LeaderboardRow, base_rate: float) -> tuple[str, ...]:
 
 
 def at_equal_rates(row: LeaderboardRow, records: list[Record]) -> str:
-    """The mean ratio to the base's error over tuning runs at the same rate and seed: "x (won)"."""
+    """Return the mean ratio to the base over tuning runs at equal rates and seeds, and wins."""
     runs = {
         (record["variant"], record["lr"], record["seed"]): log_error(record)
         for record in records

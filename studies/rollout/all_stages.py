@@ -1,10 +1,11 @@
-"""The rollout study of LOG.md: hours of CPU, continues where it was stopped.
+"""Run the rollout study of docs/log: hours of CPU time; continues where it was stopped.
 
     python -m studies.rollout.all_stages                 everything, then the pages
     python -m studies.rollout.all_stages ctrl-500 lds    the stages whose names begin like this
 
-A stage is one command of studies.sweep.compare, in a folder of its own under --out. The planned comparisons
-and the ablations get a page each, and are a family each: a star stands for p below 0.05 / its size.
+A stage is one command of studies.sweep.compare, with a folder of its own under --out. The planned
+comparisons and the ablations each have a page and form a family: a star marks p below 0.05 / the
+number of comparisons in the family.
 """
 
 import sys
@@ -14,12 +15,14 @@ from types import ModuleType
 
 from studies.report import __main__ as report
 from studies.stages import chosen, run
+from studies.stats.records import RECORDS, stored
 from studies.sweep import compare
 from studies.sweep.variants import parse_variant
 
+NAME = "studies.rollout.all_stages"
 BASES = ("adamw", "muon", "signum", "adamuon", "sgd")
 LONG = ("adamw", "muon")
-CHANGES = (  # of DoPr's exact mode, one at a time
+CHANGES = (  # to the exact mode of DoPr, one at a time
     *("gamma=0.01", "gamma=1", "sigma_beta=0.95", "refresh_every=10", "exponent=2"),
     *("include=*.attn.*", "include=*.mlp.*"),
 )
@@ -28,7 +31,7 @@ EPISODES = {"pdfa": 512, "ctrl": 1024, "nav": 1024, "lds": 1}
 
 @dataclass(frozen=True)
 class RolloutStage:
-    """One command of studies.sweep.compare; its name is that of its folder."""
+    """One command of studies.sweep.compare; the folder has the name of the stage."""
 
     name: str
     task: str
@@ -48,24 +51,25 @@ class RolloutStage:
 
 
 def modes(bases: tuple[str, ...]) -> tuple[str, ...]:
-    """Each base, and both modes of DoPr in front of it."""
+    """Return each base, alone and with both modes of DoPr."""
     return tuple(prefix + base for base in bases for prefix in ("", "dopr-", "fast-dopr-"))
 
 
 def ablations(bases: tuple[str, ...]) -> tuple[str, ...]:
+    """Return each base, its exact mode, and the exact mode with each of CHANGES."""
     changed = (f"dopr-{base}+{change}" for base in bases for change in CHANGES)
     return (*(prefix + base for base in bases for prefix in ("", "dopr-")), *changed)
 
 
 def little_damped(bases: tuple[str, ...]) -> tuple[str, ...]:
-    """The same for `lds`, whose hidden directions gamma = 0.1 would damp away."""
+    """Return `modes` for `lds`, with a gamma that does not suppress the hidden directions."""
     return tuple(
         name if name == base else f"{name}+gamma=0.001" for base in bases for name in modes((base,))
     )
 
 
 def damped(bases: tuple[str, ...]) -> tuple[str, ...]:
-    """Exact mode with the gamma of all other tasks."""
+    """Return the exact mode of each base, with the gamma of all other tasks."""
     return tuple(f"dopr-{base}" for base in bases)
 
 
@@ -88,21 +92,21 @@ ABLATIONS = tuple(
 
 
 def planned(stages: tuple[RolloutStage, ...]) -> int:
-    """Comparisons of an optimizer with its base; each is one of the family that LOG.md fixes."""
+    """Count the comparisons of an optimizer with its base: the family that the protocol fixes."""
     names = [name for stage in stages for name in stage.optimizers]
     return sum(parse_variant(name).base != name for name in names)
 
 
 def write_page(stages: tuple[RolloutStage, ...], out: Path, page: str) -> None:
-    """A report of the stages with records; stars are by the comparisons of all these stages."""
+    """Write a report of the stages that have records; stars use the comparisons of all stages."""
     found = (out / each.name for each in stages)
-    folders = [str(folder) for folder in found if (folder / "records.jsonl").exists()]
+    folders = [str(folder) for folder in found if stored(folder / RECORDS)]
     if folders:
         report.main([*folders, "--out", str(out / page), "--comparisons", str(planned(stages))])
 
 
 def main(argv: list[str]) -> None:
-    stages, asked = chosen(argv, STAGES + ABLATIONS, "rollout_study", __doc__, "out/study")
+    stages, asked = chosen(argv, STAGES + ABLATIONS, NAME, __doc__, "out/study")
     run(stages, asked.out, asked.workers)
     write_page(STAGES, asked.out, "page")
     write_page(ABLATIONS, asked.out, "page-ablations")

@@ -1,9 +1,10 @@
-"""The ratios of the rollout study as a figure: a panel a task and length, a line a variant.
+"""Draw the ratios of the rollout study: a panel for each task and length, a line for each variant.
 
     python -m studies.rollout.figure [--out studies/results/rollout/ratios.png]
 
-The rollout error with DoPr as a multiple of the base's: full, each at its own learning rate;
-hollow, the base at the variant's. 95 % intervals over seeds, stars as in studies/rollout/tables.py.
+Markers show the rollout error with DoPr as a multiple of the base's error. For filled markers each
+optimizer has its own learning rate; for hollow ones the base has the variant's. Intervals are 95 %
+over seeds, stars as in studies/rollout/tables.py.
 """
 
 import math
@@ -30,18 +31,19 @@ from studies.report.style import (
     save_png,
 )
 from studies.rollout.results import GROUPS, RESULTS, place, sections_of
-from studies.stats.analysis import AnalysisError, Compared, leaderboard
+from studies.stats.analysis import Compared, leaderboard
+from studies.stats.records import AnalysisError
 
-LENGTHS = ("500 steps", "1,500 steps")  # of GROUPS
-LINE, REST = 0.3, 0.8  # inches: of a variant, of what is around a panel
-OFFSET = 0.17  # lines: between the two ratios of a variant
+LENGTHS = ("500 steps", "1,500 steps")  # keys of GROUPS
+LINE, MARGINS = 0.3, 0.8  # inches per variant, and around a panel
+OFFSET = 0.17  # of the two ratios of a variant from its line, in lines
 KEYS = {"each at its own learning rate": INK, "the base at the variant's rate": "white"}
 
 
 def forest(results: Path = RESULTS) -> Figure:
-    """A row of panels for each length that has records, a column for each task.
+    """Draw a row of panels for each length that has records, a column for each task.
 
-    Raises AnalysisError if there are none, or for records that do not belong together.
+    Raises AnalysisError if there are no records or if they do not belong together.
     """
     rows = [sections_of(GROUPS[length], results) for length in LENGTHS]
     rows = [row for row in rows if _variants(row)]
@@ -56,8 +58,8 @@ def forest(results: Path = RESULTS) -> Figure:
 def _draw(rows: list[list[Section]]) -> Figure:
     names = [_variants(row) for row in rows]
     tasks = list(dict.fromkeys(section.task for row in rows for section in row))
-    heights = [LINE * len(each) + REST for each in names]
-    figure = Figure(figsize=(WIDTH, sum(heights) + REST / 2), layout="constrained")
+    heights = [LINE * len(each) + MARGINS for each in names]
+    figure = Figure(figsize=(WIDTH, sum(heights) + MARGINS / 2), layout="constrained")
     grid = figure.subplots(
         len(rows), len(tasks), squeeze=False, sharex="col", sharey="row", height_ratios=heights
     )
@@ -75,13 +77,13 @@ def _draw(rows: list[list[Section]]) -> Figure:
 
 
 def _variants(sections: list[Section]) -> list[str]:
-    """What is compared with a base, in the order of the study."""
+    """Return the variants that are compared with a base, in the order of the study."""
     names = {e.variant for section in sections for e in section.entries if e.variant != e.base}
     return sorted(names, key=place)
 
 
 def _row(row: list[Section], axes: dict[str, Axes], names: list[str]) -> None:
-    """Panels by task, the names left of the first that has something to show."""
+    """Draw the panels of a row; the names are left of the first visible panel."""
     by_task = {section.task: section for section in row}
     shown = looks(record for section in row for record in section.records)
     for task, ax in axes.items():

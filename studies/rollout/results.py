@@ -1,4 +1,4 @@
-"""What the rollout study left: its stages that have run, in its order, and how they are tabled."""
+"""Read the results of the rollout study, and arrange them in tables in the study's order."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -8,8 +8,8 @@ from eval.tables import markdown
 from studies.report.format import Cell
 from studies.report.sections import Section, make_sections
 from studies.rollout.all_stages import ABLATIONS, STAGES, RolloutStage, planned
-from studies.stats.analysis import load_records
 from studies.stats.consistency import check, knobs_of
+from studies.stats.records import RECORDS, load_records, stored
 
 RESULTS = Path(__file__).parents[1] / "results" / "rollout"
 GROUPS = {
@@ -22,12 +22,15 @@ ORDER = [*dict.fromkeys(name for stage in STAGES + ABLATIONS for name in stage.o
 
 
 def place(variant: str) -> tuple[int, str]:
-    """By which variants are sorted: those of the study first, in its order."""
+    """Return a sort key: the variants of the study in its order, then other variants."""
     return (ORDER.index(variant) if variant in ORDER else len(ORDER)), variant
 
 
 def grid(header: list[str], boards: list[dict[str, tuple[str, ...]]], n_columns: int) -> str:
-    """A line a variant, in the order of the study; empty cells where a board has it not."""
+    """Return a Markdown table with a row for each variant.
+
+    Cells are empty where a board, {variant: cells}, lacks the variant.
+    """
     names = sorted({name for board in boards for name in board}, key=place)
     empty = ("",) * n_columns
     rows = [[name, *chain(*(board.get(name, empty) for board in boards))] for name in names]
@@ -35,14 +38,15 @@ def grid(header: list[str], boards: list[dict[str, tuple[str, ...]]], n_columns:
 
 
 def family_of(stages: Sequence[RolloutStage]) -> int:
-    """The planned comparisons that these are judged with."""
+    """Return the number of planned comparisons that are judged together with these stages."""
     return planned(ABLATIONS if stages[0] in ABLATIONS else STAGES)
 
 
 def sections_of(stages: Sequence[RolloutStage], results: Path) -> list[Section]:
-    """Those that have records, in this order, judged by the comparisons of their family.
+    """Return the sections of the stages that have records, in the order of the stages.
 
-    Raises AnalysisError for records that do not belong together.
+    Stars use the comparisons of the whole family. Raises AnalysisError if the records do not belong
+    together.
     """
     records = load_records(results / stage.name for stage in with_records(stages, results))
     check(records)
@@ -52,10 +56,11 @@ def sections_of(stages: Sequence[RolloutStage], results: Path) -> list[Section]:
 
 
 def with_records(stages: Sequence[RolloutStage], results: Path) -> list[RolloutStage]:
-    """Those that have run, perhaps in part."""
-    paths = {stage: results / stage.name / "records.jsonl" for stage in stages}
-    return [stage for stage, path in paths.items() if path.exists() and path.stat().st_size]
+    """Return the stages that have run, at least in part."""
+    paths = {stage: stored(results / stage.name / RECORDS) for stage in stages}
+    return [stage for stage, path in paths.items() if path and path.stat().st_size]
 
 
 def plain(cell: Cell) -> str:
+    """Join a cell without its multiplication sign."""
     return " ".join(filter(None, cell)).removeprefix("× ")

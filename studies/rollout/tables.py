@@ -1,10 +1,11 @@
-"""The tables of the rollout study in Markdown: a line a variant with DoPr, two columns a stage.
+"""Write the tables of the rollout study: a row per variant with DoPr, two columns per stage.
 
     python -m studies.rollout.tables [--out studies/results/rollout/tables.md]
 
-The rollout error as a multiple of the base's, each at its own learning rate, and of the base's at
-the variant's. 95 % intervals over seeds; * stands for p below 0.05 / the comparisons of the family,
-where both say the same.
+Each cell is the rollout error as a multiple of the base's error: in the first column each optimizer
+has its own learning rate, in the second (equal rates) the base has the variant's. Brackets hold 95
+% intervals over seeds; * marks p below 0.05 / the number of comparisons in the family, if both
+columns agree.
 """
 
 import math
@@ -14,6 +15,7 @@ from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 
+from data.files import write_atomic
 from eval.command import command_parser
 from eval.tables import markdown
 from studies.report.format import factor, times
@@ -23,19 +25,18 @@ from studies.report.summary_text import rank_agreement
 from studies.rollout.ablations import changes_table
 from studies.rollout.all_stages import ABLATIONS, STAGES, RolloutStage
 from studies.rollout.results import GROUPS, RESULTS, grid, plain, sections_of, with_records
-from studies.stats.analysis import (
+from studies.stats.analysis import leaderboard
+from studies.stats.matched import matched_validation, placebo, quantity
+from studies.stats.records import (
     AnalysisError,
     Record,
     by_variant,
     grouped,
     is_finished,
-    leaderboard,
     load_records,
     val_loss,
 )
-from studies.stats.matched import matched_validation, placebo, quantity
 from studies.stats.temperatures import load, ranked
-from trainer.checkpoint.read import write_atomic
 
 EQUAL = "at equal rates"
 ALIKE = "at equal rates and temperatures"
@@ -44,13 +45,13 @@ TAU = "**Kendall's tau of validation and rollouts**"
 
 
 def group_table(heading: str, results: Path = RESULTS) -> str:
-    """The table of those stages of a group that have records; empty if none has."""
+    """Return the table of the stages of a group that have records; "" if none has."""
     sections = sections_of(GROUPS[heading], results)
     return table(sections) if sections else ""
 
 
 def table(sections: Sequence[Section]) -> str:
-    """Two columns a section: as planned, and at equal rates."""
+    """Return a table with two columns per section: each at its own rate, and equal rates."""
     header = [""]
     for section in sections:
         error = f"1 - {section.metric}" if section.higher_is_better else section.metric
@@ -63,7 +64,7 @@ def table(sections: Sequence[Section]) -> str:
 
 
 def against_table(base: str, results: Path = RESULTS) -> str:
-    """Every optimizer against one that needs no base of its own, each at its own rate."""
+    """Return a table of every optimizer against the same one, each at its own rate."""
     sections = sections_of([*GROUPS["500 steps"], *GROUPS["1,500 steps"]], results)
     header = ["", *(f"{each.name}, {each.steps} steps" for each in sections)]
     boards = []
@@ -75,7 +76,7 @@ def against_table(base: str, results: Path = RESULTS) -> str:
 
 
 def equal_validation_table(results: Path = RESULTS) -> str:
-    """Rollout errors at equal validation, over the base's, and what unrelated bases differ by."""
+    """Return rollout errors at equal validation over the base's, and how far two bases differ."""
     sections = sections_of([*GROUPS["500 steps"], *GROUPS["1,500 steps"]], results)
     header = [""]
     for each in sections:
@@ -84,7 +85,7 @@ def equal_validation_table(results: Path = RESULTS) -> str:
 
 
 def _equal_validation(section: Section) -> dict[str, tuple[str, ...]]:
-    """The cells of each variant; last, how far two bases are apart, and how orders agree."""
+    """Return the cells of each variant, the difference of two bases, and the rank correlation."""
     cells = {
         name: (plain(times(found.residual)), f"{found.n_inside}/{found.n}")
         for name, found in matched_validation(section.records).items()
@@ -96,16 +97,19 @@ def _equal_validation(section: Section) -> dict[str, tuple[str, ...]]:
 
 
 def temperature_table(stages: Sequence[RolloutStage], results: Path = RESULTS) -> str:
-    """At each optimizer's own best temperature, of the stages that studies.sweep.temperature was run on."""
+    """Return each optimizer at its own best temperature.
+
+    Only stages that studies.sweep.temperature has graded are included.
+    """
     folders = {stage: results / stage.name for stage in with_records(stages, results)}
     graded = {stage: load(each, load_records([each])) for stage, each in folders.items()}
     found = {stage: records for stage, records in graded.items() if records}
     header = ["", *chain(*((f"{stage.task}, {stage.steps} steps", ALIKE) for stage in found))]
-    return grid(header, [*map(_tempered, found.values())], n_columns=2) if found else ""
+    return grid(header, [*map(_at_temperature, found.values())], n_columns=2) if found else ""
 
 
-def _tempered(records: list[Record]) -> dict[str, tuple[str, ...]]:
-    """The cells of each variant, of a temperature.jsonl."""
+def _at_temperature(records: list[Record]) -> dict[str, tuple[str, ...]]:
+    """Return the cells of each variant from the records of a temperature.jsonl."""
     return {
         each.row.variant: tuple(
             plain(times(compared.difference)) if compared else ""
@@ -122,7 +126,7 @@ def _cells(versus: Versus) -> tuple[str, str]:
 
 
 def tuning_table(results: Path = RESULTS) -> str:
-    """Of how many optimizers the tuning seeds, each alone, would choose different rates."""
+    """Count the optimizers whose tuning seeds would each choose a different rate."""
     stages = with_records(STAGES + ABLATIONS, results)
     rows = [(stage.name, _disagreeing(load_records([results / stage.name]))) for stage in stages]
     return markdown(("stage", "optimizers"), rows) if rows else ""
@@ -138,11 +142,11 @@ def _disagreeing(records: list[Record]) -> str:
 
 
 def all_tables(results: Path = RESULTS) -> str:
-    """Every group with a heading, and how to read them."""
+    """Return every table with its heading, after an explanation."""
     about = " ".join((__doc__ or "").split("\n\n")[-1].split())
     parts = [
         "# The rollout study",
-        "`python -m studies.rollout.tables`, of the records here. " + about,
+        "`python -m studies.rollout.tables` makes these tables from the records here. " + about,
     ]
     for heading in GROUPS:
         if text := group_table(heading, results):
@@ -164,7 +168,7 @@ def all_tables(results: Path = RESULTS) -> str:
 def main(argv: list[str]) -> None:
     parser = command_parser("studies.rollout.tables", __doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the stages")
-    parser.add_argument("--out", type=Path, help="write them to this file")
+    parser.add_argument("--out", type=Path, help="write the tables to this file")
     arguments = parser.parse_args(argv)
     try:
         text = all_tables(arguments.results)

@@ -1,39 +1,39 @@
-"""What a set of graded models says: leaderboard, curves over seeds, sweeps.
+"""Compare optimizers over seeds: leaderboards, curves along a rollout, learning-rate sweeps.
 
-A record is one graded model (see eval/rollout/record.py). Only fresh records, on seeds that nothing was
-tuned on, enter the leaderboard; records of single runs stand for themselves.
+Only fresh runs, on seeds that were not used for tuning, and single runs enter the leaderboard.
 """
 
-import json
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from operator import itemgetter
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from eval.rollout.intervals import Estimate
+from studies.stats.records import (
+    Record,
+    by_variant,
+    grouped,
+    is_control,
+    is_finished,
+    is_reported,
+    log_error,
+    primary,
+    val_loss,
+)
 from studies.stats.seeds import Paired, over_seeds, paired
-
-Record = dict[str, Any]
-
-
-class AnalysisError(ValueError):
-    """Nothing to analyse, or something that is no record."""
 
 
 @dataclass(frozen=True)
 class Compared(Paired):
-    """A variant against its base over the seeds of both; a diverged run loses its pair.
+    """A variant against its base over the seeds that both ran.
 
-    The difference, its interval and p are over the pairs of which both runs finished.
+    The difference, its interval and p use the pairs in which neither run diverged.
     """
 
     n_lost: int  # pairs in which the variant diverged
-    n_base_lost: int  # in which its base did
+    n_base_lost: int  # pairs in which the base diverged
 
 
 @dataclass(frozen=True)
@@ -45,132 +45,44 @@ class LeaderboardRow:
     lr: float
     val_loss: Estimate  # nats per scored token
     primary: Estimate
-    median: float  # of the primary metric over seeds, which one outlier does not move
-    mean_log_error: float  # what orders the leaderboard
+    median: float  # of the primary metric over seeds; one outlier does not move it
+    mean_log_error: float  # orders the leaderboard
     versus_base: Compared | None  # log error, paired over seeds; None for a base
     at_this_rate: Compared | None  # the same against the base at the variant's own learning rate
     val_versus_base: Compared | None  # nats
     n_diverged: int
-    n_missing: int  # seeds that others have
-
-
-def load_records(paths: Iterable[Path]) -> list[Record]:
-    """Records of study folders (records.jsonl) and of graded runs (ttf/*.json, the last step).
-
-    Raises AnalysisError for a folder that has neither, or something that is no JSON.
-    """
-    records: list[Record] = []
-    for path in paths:
-        study, graded = path / "records.jsonl", sorted((path / "ttf").glob("step-*.json"))
-        if not study.exists() and not graded:
-            raise AnalysisError(
-                f"{path}: neither records.jsonl nor ttf/; grade runs with `python -m eval.rollout.ttf`, "
-                "or run `python -m studies.sweep.compare`"
-            )
-        lines = study.read_text().splitlines() if study.exists() else _last(graded)
-        records += parsed(path, lines)
-    return records
-
-
-def parsed(path: Path, lines: Iterable[str]) -> list[Record]:
-    """A record a line. AnalysisError: no JSON."""
-    try:
-        return [*map(json.loads, lines)]
-    except json.JSONDecodeError as error:
-        raise AnalysisError(f"{path}: not JSON, a record of it ({error})") from None
-
-
-def _last(graded: list[Path]) -> list[str]:
-    """The records of the last step: of the weights, of their average, or of both."""
-    step = graded[-1].stem.removesuffix("-ema")
-    return [each.read_text() for each in graded if each.stem.removesuffix("-ema") == step]
-
-
-def groups(records: Iterable[Record]) -> dict[tuple[str, int], list[Record]]:
-    """Records that may be compared: the same task and training length."""
-    return dict(sorted(grouped(records, itemgetter("task", "steps")).items()))
-
-
-def primary(record: Record) -> float:
-    """The metric that ranks; NaN for a run that diverged."""
-    grade = record["grade"]
-    value = grade and grade["metrics"][record["primary"]]["mean"]
-    return math.nan if value is None else value
-
-
-def is_finished(record: Record) -> bool:
-    """Whether the run did not diverge."""
-    return math.isfinite(primary(record))
-
-
-def log_error(record: Record) -> float:
-    """Logarithm of the rollout error; differences are logarithms of ratios. NaN if it diverged.
-
-    The error of a success is its complement. A metric whose name begins with log10_ is a logarithm
-    already. No error in n episodes counts as half of one in n + 1.
-    """
-    value = primary(record)
-    if record["primary"].startswith("log10_"):
-        return value * math.log(10)
-    error = 1 - value if record["higher_is_better"] else value
-    if error == 0:
-        error = half_an_episode(record)
-    return math.log(error) if error > 0 else math.nan
-
-
-def half_an_episode(record: Record) -> float:
-    """The share that counts for none in n episodes: half of one in n + 1."""
-    return 0.5 / (record["grade"]["metrics"][record["primary"]]["n"] + 1)
-
-
-def val_loss(record: Record) -> float:
-    return math.nan if record["val_loss"] is None else record["val_loss"]
-
-
-def teacher_forced(record: Record) -> float:
-    """The error on the data's contexts: oracle KL where there is an oracle, else validation loss.
-
-    A seed draws the task's instance, and instances differ in entropy: their losses do not compare.
-    """
-    grade = record["grade"] or {"metrics": {}}
-    value = grade["metrics"].get("val_kl", {"mean": record["val_loss"]})["mean"]
-    return math.nan if value is None else value
-
-
-def is_control(record: Record) -> bool:
-    """A base at the learning rate of one of its variants, on a fresh seed."""
-    return record["role"] == "control"
-
-
-def is_reported(record: Record) -> bool:
-    return record["role"] in ("fresh", "single")
+    n_missing: int  # seeds that other variants ran and this one did not
 
 
 def references(records: list[Record]) -> dict[str, tuple[Estimate, Estimate]]:
-    """Validation loss and primary metric over seeds of the rows that no optimizer made."""
+    """Return the validation loss and the primary metric over seeds of each reference policy."""
     rows = by_variant(record for record in records if record["role"] == "reference")
+    # Several folders may contain the same reference on the same seed.
+    one_per_seed = {
+        name: {record["seed"]: record for record in runs}.values() for name, runs in rows.items()
+    }
     return {
         name: (over_seeds([*map(val_loss, runs)]), over_seeds([*map(primary, runs)]))
-        for name, own in rows.items()
-        if (runs := {record["seed"]: record for record in own}.values())  # of several folders
+        for name, runs in one_per_seed.items()
     }
 
 
 def leaderboard(records: list[Record]) -> list[LeaderboardRow]:
-    """One row a variant, best first: by mean `log_error`, since errors are compared as ratios.
+    """Return one row per variant, ordered by mean `log_error`, because errors compare as ratios.
 
-    A variant with a diverged run is last, whatever the others; before it stands what lacks seeds
-    of others, since a seed draws another instance of the task.
+    Variants with a diverged run come last. Before them come variants that lack seeds which other
+    variants ran: a seed draws an instance of the task, and instances differ in difficulty.
     """
     runs = by_variant(filter(is_reported, records))
     n_seeds = len({record["seed"] for own in runs.values() for record in own})
     controls = grouped(filter(is_control, records), itemgetter("variant", "lr"))
     rows = []
     for own in runs.values():
-        name, lr = own[0]["base"], own[0]["lr"]
-        base = runs.get(name, [])
+        base_name, lr = own[0]["base"], own[0]["lr"]
+        base = runs.get(base_name, [])
         at_this_rate = [record for record in base if record["lr"] == lr]
-        rows.append(_row(own, base, at_this_rate or controls.get((name, lr), []), n_seeds))
+        at_this_rate = at_this_rate or controls.get((base_name, lr), [])
+        rows.append(_row(own, base, at_this_rate, n_seeds))
     return sorted(rows, key=lambda row: (row.n_diverged, row.n_missing, row.mean_log_error))
 
 
@@ -200,32 +112,37 @@ def _row(
 def versus(
     own: list[Record], base: list[Record], value: Callable[[Record], float]
 ) -> Compared | None:
-    """`own` against `base`, paired over the seeds of both, lower is better; None if none is."""
-    ours, theirs = (
+    """Compare `own` with `base`, paired over the seeds of both; lower values are better.
+
+    Returns None if no seed has both.
+    """
+    own_values, base_values = (
         {r["seed"]: value(r) if math.isfinite(value(r)) else math.inf for r in records}
         for records in (own, base)
     )
-    pairs = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
-    if not pairs:
+    seeds = [seed for seed in own_values if seed in base_values]
+    if not seeds:
         return None
+    pairs = [(own_values[seed], base_values[seed]) for seed in seeds]
     finished = [pair for pair in pairs if all(map(math.isfinite, pair))]
     a, b = zip(*finished, strict=True) if finished else ((), ())
-    lost, base_lost = (sum(map(math.isinf, runs)) for runs in zip(*pairs, strict=True))
+    n_lost, n_base_lost = (sum(map(math.isinf, runs)) for runs in zip(*pairs, strict=True))
     found = replace(paired(a, b), wins=sum(x < y for x, y in pairs), n_pairs=len(pairs))
-    return Compared(**vars(found), n_lost=lost, n_base_lost=base_lost)
+    return Compared(**vars(found), n_lost=n_lost, n_base_lost=n_base_lost)
 
 
 def seed_curves(
     records: list[Record], name: str
 ) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Mean and t-interval over seeds, (H,) each, of one curve of each variant.
+    """Return one curve of each variant: its mean and t-interval over seeds, shape (H,) each.
 
-    A single run has no spread over seeds: it keeps its own interval over episodes.
+    A single run has no spread over seeds; it keeps its own interval over episodes. Variants with a
+    run that lacks the curve are left out.
     """
     return {
-        variant: _over_runs([record["grade"]["curves"][name] for record in own])
-        for variant, own in by_variant(filter(is_reported, records)).items()
-        if all(record["grade"] and name in record["grade"]["curves"] for record in own)
+        variant: _over_runs([record["grade"]["curves"][name] for record in runs])
+        for variant, runs in by_variant(filter(is_reported, records)).items()
+        if all(record["grade"] and name in record["grade"]["curves"] for record in runs)
     }
 
 
@@ -233,33 +150,23 @@ def _over_runs(curves: list[dict[str, list[float]]]) -> tuple[np.ndarray, np.nda
     if len(curves) == 1:
         mean, lo, hi = (np.array(curves[0][key], dtype=float) for key in ("mean", "lo", "hi"))
         return mean, lo, hi
-    columns = np.array([each["mean"] for each in curves], dtype=float).T  # (H, seeds)
-    estimates = [over_seeds(column.tolist()) for column in columns]
+    steps = np.array([curve["mean"] for curve in curves], dtype=float).T  # (H, seeds)
+    estimates = [over_seeds(values.tolist()) for values in steps]
     mean, lo, hi = np.array([(each.mean, each.lo, each.hi) for each in estimates]).T
     return mean, lo, hi
 
 
 def sweeps(records: list[Record]) -> dict[str, list[tuple[float, float, float]]]:
-    """(lr, val_loss, primary) of every variant's tuning runs, averaged over seeds, by lr."""
+    """Return (lr, val_loss, primary) of each variant's tuning runs, as means over seeds, by lr."""
     found: dict[str, list[tuple[float, float, float]]] = {}
-    for variant, own in by_variant(r for r in records if r["role"] == "tuning").items():
-        rates = sorted({record["lr"] for record in own})
-        at = {lr: [record for record in own if record["lr"] == lr] for lr in rates}
-        found[variant] = [(lr, _mean(val_loss, at[lr]), _mean(primary, at[lr])) for lr in rates]
+    for variant, runs in by_variant(r for r in records if r["role"] == "tuning").items():
+        at_rate = grouped(sorted(runs, key=itemgetter("lr")), itemgetter("lr"))
+        found[variant] = [
+            (lr, _mean(val_loss, same_lr), _mean(primary, same_lr))
+            for lr, same_lr in at_rate.items()
+        ]
     return found
 
 
 def _mean(value: Callable[[Record], float], records: list[Record]) -> float:
     return float(np.mean([*map(value, records)]))
-
-
-def by_variant(records: Iterable[Record]) -> dict[str, list[Record]]:
-    return grouped(records, itemgetter("variant"))
-
-
-def grouped(records: Iterable[Record], key: Callable[[Record], Any]) -> dict[Any, list[Record]]:
-    """The records of each value of `key`, in order of appearance."""
-    found: dict[Any, list[Record]] = defaultdict(list)
-    for record in records:
-        found[key(record)].append(record)
-    return dict(found)

@@ -1,10 +1,10 @@
-"""May these records share a leaderboard? One run an optimizer and seed, all with the same means."""
+"""Check that records may share a leaderboard: one run per optimizer and seed, equal conditions."""
 
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from studies.stats.analysis import (
+from studies.stats.records import (
     AnalysisError,
     Record,
     by_variant,
@@ -12,71 +12,74 @@ from studies.stats.analysis import (
     is_control,
     is_reported,
 )
-from studies.sweep.variants import OF_THE_MODEL
+from studies.sweep.variants import MODEL_SETTINGS
 from trainer.settings import FIELDS
 
 Key = tuple[Any, ...]
 
 
 def model_of(record: Record) -> str | None:
-    """What the model has otherwise than by default; None for single runs, whose models may differ,
-    and where train.py made none. A setting that train.py had not then has its default."""
+    """Describe the model settings that differ from the defaults, or return None.
+
+    Returns None for single runs, whose models may differ, and if train.py did not make the model.
+    A setting that the record lacks, because train.py did not have it yet, has its default.
+    """
     settings = record.get("settings", {}) if record["role"] != "single" else {}
-    known = sorted(settings.keys() & OF_THE_MODEL)
+    known = sorted(settings.keys() & MODEL_SETTINGS)
     changed = [f"{key}={settings[key]}" for key in known if settings[key] != FIELDS[key].default]
     return (", ".join(changed) or "by default") if known else None
 
 
-def _of_the_grading(key: str) -> Callable[[Record], Any]:
-    return lambda record: (record.get("grading") or {}).get(key)  # none on lds
+def _from_grading(key: str) -> Callable[[Record], Any]:
+    return lambda record: (record.get("grading") or {}).get(key)  # lds has no grading
 
 
-MEANS: dict[str, Callable[[Record], Any]] = {  # what is the same for all that are compared
+CONDITIONS: dict[str, Callable[[Record], Any]] = {  # equal for all runs of a leaderboard
     "tokens of training": lambda record: record["tokens"],
     "models": model_of,
-    "graded episodes": _of_the_grading("n"),
-    "seeds of the episodes": _of_the_grading("seed"),
-    "versions of the grading code": _of_the_grading("code"),
+    "graded episodes": _from_grading("n"),
+    "seeds of the episodes": _from_grading("seed"),
+    "versions of the grading code": _from_grading("code"),
 }
 
 
 def knobs_of(spec: str) -> str:
-    """The specification of a task without the instance, which a seed draws."""
+    """Return the specification of a task without the instance, which a seed draws."""
     return re.sub(r"\binstance=\d+,?", "", spec).rstrip(",")
 
 
 def check(records: Iterable[Record]) -> None:
-    """AnalysisError for reported records that must not be pooled or compared, by name.
+    """Raise AnalysisError if reported records must not be pooled or compared.
 
-    A run of the same task, knobs, length, optimizer and seed may be there once; an optimizer has
-    one learning rate; all that stand on one leaderboard have the same model, saw as many tokens,
-    and were graded on the same episodes by the same code. Single runs are told apart by their
-    folders, and their models may differ. References are exempt, controls are not.
+    On a leaderboard (same task, knobs and training length) each optimizer has one run per seed and
+    one learning rate, and all runs have the same model, number of training tokens, episodes and
+    version of the grading code. Single runs are told apart by their folders, and their models may
+    differ. Controls are checked too, except for their learning rates; references are not.
     """
     compared = [record for record in records if is_reported(record) or is_control(record)]
-    for board in grouped(compared, _board).values():
+    for board in grouped(compared, _board_key).values():
         _check_repeated(board)
         _check_rates([record for record in board if record["role"] == "fresh"])
-        _check_means(board)
+        _check_conditions(board)
 
 
-def _board(record: Record) -> Key:
-    """Records with the same key stand on the same leaderboard."""
+def _board_key(record: Record) -> Key:
+    """Return a key that is the same for all records of a leaderboard."""
     is_single = record["role"] == "single"
     return is_single, record["task"], record["steps"], knobs_of(record["spec"])
 
 
 def _check_repeated(board: list[Record]) -> None:
-    def run(record: Record) -> Key:
+    def run_key(record: Record) -> Key:
         folder = record["settings"]["out_dir"] if record["role"] == "single" else ""
         rate = record["lr"] if is_control(record) else 0
         return record["variant"], record["seed"], folder, rate
 
-    for (variant, seed, *_), runs in grouped(board, run).items():
+    for (variant, seed, *_), runs in grouped(board, run_key).items():
         if len(runs) > 1:
             raise AnalysisError(
                 f"{_name(board)}, {variant}, seed {seed}: {len(runs)} reported records, lr "
-                f"{_listed(record['lr'] for record in runs)}; one is wanted: give each folder "
+                f"{_listed(record['lr'] for record in runs)}; expected one: give each folder "
                 "once, or delete the stale lines from records.jsonl"
             )
 
@@ -86,20 +89,20 @@ def _check_rates(board: list[Record]) -> None:
         if len({record["lr"] for record in runs}) > 1:
             raise AnalysisError(
                 f"{_name(board)}, {variant}: fresh runs at more than one learning rate, "
-                f"{_listed(record['lr'] for record in runs)}; delete those of the rate that is "
-                "not the sweep's best from records.jsonl"
+                f"{_listed(record['lr'] for record in runs)}; delete from records.jsonl those "
+                "whose rate is not the best of the sweep"
             )
 
 
-def _check_means(board: list[Record]) -> None:
-    for what, value in MEANS.items():
+def _check_conditions(board: list[Record]) -> None:
+    for name, value in CONDITIONS.items():
         known = [record for record in board if value(record) is not None]
-        found = {each: _names(runs) for each, runs in grouped(known, value).items()}
+        found = {each: _variants(runs) for each, runs in grouped(known, value).items()}
         if len(found) > 1:
             differing = "; ".join(f"{each} ({names})" for each, names in sorted(found.items()))
             raise AnalysisError(
-                f"{_name(board)}: runs of different {what} do not share a leaderboard: "
-                f"{differing}; report them apart, or run them again alike"
+                f"{_name(board)}: runs with different {name} cannot share a leaderboard: "
+                f"{differing}; report them separately, or run them again under equal conditions"
             )
 
 
@@ -107,7 +110,7 @@ def _name(board: list[Record]) -> str:
     return f"{knobs_of(board[0]['spec'])}, {board[0]['steps']} steps"
 
 
-def _names(runs: list[Record]) -> str:
+def _variants(runs: list[Record]) -> str:
     return ", ".join(dict.fromkeys(record["variant"] for record in runs))
 
 

@@ -1,4 +1,4 @@
-"""Are rollouts better than validation leads one to expect? Pairs at equal teacher-forced error."""
+"""Compare rollout errors at equal teacher-forced error: does validation explain the rollouts?"""
 
 import math
 from collections import defaultdict
@@ -12,7 +12,7 @@ from numpy.polynomial import Polynomial
 from scipy import stats
 
 from eval.rollout.intervals import LEVEL, MIN_SEEDS, Estimate, bootstrap_weights
-from studies.stats.analysis import (
+from studies.stats.records import (
     Record,
     by_variant,
     half_an_episode,
@@ -22,32 +22,34 @@ from studies.stats.analysis import (
 )
 
 MAX_DEGREE = 2
-SINGULAR = 1e-12  # of eigenvalues, relative: a resample in which x hardly varies
+SINGULAR = 1e-12  # relative eigenvalue below which a resample's x counts as constant
 SHARES = ("failure", "success", "survival")  # metrics between 0 and 1
-Trial = tuple[float, float]  # log teacher-forced error, log (odds of) rollout error
+Point = tuple[float, float]  # log teacher-forced error, log (odds of) rollout error
 
 
 @dataclass(frozen=True)
 class Matched:
-    """Log rollout error against the base's at equal teacher-forced error; negative: better.
+    """Log rollout error minus the base's at equal teacher-forced error; negative is better.
 
-    Of a share the odds, error / (1 - error): a logarithm of a share has a bound, no curve has.
+    If the error is a share of episodes, its odds, error / (1 - error), replace it: the logarithm of
+    a share is bounded, and a fitted parabola is not.
     """
 
     residual: Estimate  # mean over fresh seeds
-    n_inside: int  # seeds in the range of the base runs
+    n_inside: int  # seeds on which the variant lies in the range of the base runs
     n: int  # seeds
 
 
 def matched_validation(records: Iterable[Record]) -> dict[str, Matched]:
-    """Is an optimizer better than its base at *equal* validation? Paired over fresh seeds.
+    """Compare each variant with its base at *equal* validation, paired over fresh seeds.
 
         d_s = (y - y_base) - (f(x) - f(x_base)),   x, y: log teacher-forced and rollout error
 
-    f is fitted to the fresh runs of all base optimizers: a parabola (a line where there are only
-    two bases), with an intercept for each seed, since a seed draws the task's instance, which
-    shifts both. A pair counts if x lies in the range of the base runs of its seed: nothing is
-    extrapolated. Intervals are those of `Fit.mean`. `placebo` says what they have to exceed.
+    f is fitted to the fresh runs of all base optimizers. It is a parabola (a line if there are only
+    two bases) with an intercept for each seed, because a seed draws the task's instance, which
+    shifts x and y. A pair counts only if x lies in the range of the base runs of its seed, so that
+    nothing is extrapolated. `Fit.mean` describes the intervals; `placebo` gives the size of d
+    without any effect of preconditioning.
     """
     fresh = list(filter(is_reported, records))
     fit = Fit(base_points(fresh))
@@ -61,10 +63,10 @@ def matched_validation(records: Iterable[Record]) -> dict[str, Matched]:
 
 
 def placebo(records: Iterable[Record]) -> dict[str, Estimate]:
-    """d of each pair of base optimizers ("muon / adamw"): what no preconditioning explains.
+    """Return d of each pair of base optimizers ("muon / adamw"): none is due to preconditioning.
 
-    Their runs are those that f was fitted to, so these are too small rather than too large. Empty
-    where f has a coefficient for each difference of two bases: it goes through their means then.
+    f was fitted to these runs, so the values tend to be too small. The result is empty if f has as
+    many coefficients as there are differences between bases: f then goes through their means.
     """
     fit = Fit(base_points(filter(is_reported, records)))
     if not fit.is_possible or len(fit.names) < fit.degree + 2:
@@ -78,12 +80,15 @@ def placebo(records: Iterable[Record]) -> dict[str, Estimate]:
 
 
 def fit_curve(records: Iterable[Record]) -> tuple[np.ndarray, np.ndarray]:
-    """f through the middle of the base runs, over their range: teacher-forced and rollout error."""
+    """Return points on f, drawn through the middle of the base runs and over their range.
+
+    Returns teacher-forced errors and rollout errors; both are empty if f cannot be fitted.
+    """
     records = list(records)
     fit = Fit(base_points(filter(is_reported, records)))
     if not fit.is_possible:
         return np.empty(0), np.empty(0)
-    f = Polynomial([0, *fit.ns_coefficients[0]])
+    f = Polynomial([0, *fit.coefficients[0]])
     x, y = np.array([point for seed in fit.bases.values() for point in seed.values()]).T
     grid = np.linspace(x.min(), x.max())
     error = np.exp((y - f(x)).mean() + f(grid))
@@ -91,26 +96,26 @@ def fit_curve(records: Iterable[Record]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def is_share(record: Record) -> bool:
-    """Whether rollouts are ranked by a share of the episodes."""
+    """Whether the metric that ranks is a share of the episodes."""
     return record["primary"] in SHARES
 
 
 def quantity(record: Record) -> str:
-    """What is compared at equal validation, in words."""
+    """Return the name of the quantity that is compared at equal validation."""
     return "odds of an error" if is_share(record) else "error"
 
 
 class Fit:
-    """f without its constant, by least squares within seeds, for the seeds and each resample."""
+    """Least-squares fit of f with an intercept per seed, for the seeds and for each resample."""
 
-    def __init__(self, bases: dict[int, dict[str, Trial]]) -> None:
+    def __init__(self, bases: dict[int, dict[str, Point]]) -> None:
         self.bases = bases  # seed -> base optimizer -> (x, y)
         self.names = sorted({name for points in bases.values() for name in points})
         self.degree = min(MAX_DEGREE, len(self.names) - 1)
 
     @property
     def is_possible(self) -> bool:
-        """Whether there are two bases, and x varies between them."""
+        """Whether there are at least two bases and x varies between them."""
         return self.degree > 0 and bool(self._normal_equations[0].any())
 
     @cached_property
@@ -119,7 +124,7 @@ class Fit:
 
     @cached_property
     def _normal_equations(self) -> tuple[np.ndarray, np.ndarray]:
-        """AᵀA (seeds, degree, degree) and Aᵀy (seeds, degree), both centred within seeds."""
+        """Return AᵀA (seeds, degree, degree) and Aᵀy (seeds, degree), centred within seeds."""
         grams, moments = [], []
         for points in self.bases.values():
             x, y = np.array([*points.values()]).T  # (bases,)
@@ -129,28 +134,29 @@ class Fit:
         return np.array(grams), np.array(moments)
 
     @cached_property
-    def ns_coefficients(self) -> np.ndarray:  # (1 + RESAMPLES, degree)
+    def coefficients(self) -> np.ndarray:  # (1 + RESAMPLES, degree)
         """Row 0 is the fit to all seeds."""
         grams, moments = self._normal_equations
         inverse = np.linalg.pinv(np.tensordot(self._weights, grams, 1), SINGULAR, hermitian=True)
         return np.einsum("rij,rj->ri", inverse, self._weights @ moments)
 
-    def mean(self, pairs: dict[int, tuple[Trial, Trial]]) -> Estimate:
-        """The mean of d over seeds, and its interval with the error of f in it.
+    def mean(self, pairs: dict[int, tuple[Point, Point]]) -> Estimate:
+        """Return the mean of d over seeds and an interval that includes the error of f.
 
-        Seeds are resampled RESAMPLES times (fixed seed) with all their runs, and f is fitted again
-        in each resample; t(n - 1) times the standard deviation of the resampled means, which is
-        corrected by n / (n - 1), is half of the interval. With f known it would be Student's.
+        Seeds are resampled RESAMPLES times (with a fixed random seed) together with all their runs,
+        and f is fitted again to each resample. Half of the interval is t(n - 1) times the standard
+        deviation of the resampled means, whose variance is corrected by n / (n - 1). If f were
+        known exactly, this would be Student's interval.
         """
-        places = [list(self.bases).index(seed) for seed in pairs]
-        n = len(places)
+        columns = [list(self.bases).index(seed) for seed in pairs]
+        n = len(columns)
         if not n:
             return Estimate(math.nan, math.nan, math.nan, 0)
-        ours, theirs = np.array([*pairs.values()], dtype=float).transpose(1, 2, 0)  # (2, n) each
-        explained = self.ns_coefficients @ (self._powers(ours[0]) - self._powers(theirs[0])).T
-        weights = self._weights[:, places]  # (1 + RESAMPLES, n)
-        sums = (weights * (ours[1] - theirs[1] - explained)).sum(1)
-        drawn = weights.any(1)  # a resample may have none of these seeds
+        own, base = np.array([*pairs.values()], dtype=float).transpose(1, 2, 0)  # (2, n) each
+        explained = self.coefficients @ (self._powers(own[0]) - self._powers(base[0])).T
+        weights = self._weights[:, columns]  # (1 + RESAMPLES, n)
+        sums = (weights * (own[1] - base[1] - explained)).sum(1)
+        drawn = weights.any(1)  # a resample may contain none of these seeds
         means = sums[drawn] / weights[drawn].sum(1)
         if n < MIN_SEEDS:
             return Estimate(float(means[0]), math.nan, math.nan, n)
@@ -161,17 +167,20 @@ class Fit:
         return x[:, None] ** np.arange(1, self.degree + 1)
 
 
-def base_points(records: Iterable[Record]) -> dict[int, dict[str, Trial]]:
-    """seed -> base optimizer -> (x, y), of base runs that have both."""
-    found: dict[int, dict[str, Trial]] = defaultdict(dict)
+def base_points(records: Iterable[Record]) -> dict[int, dict[str, Point]]:
+    """Return {seed: {base optimizer: (x, y)}} of the base runs that have both numbers."""
+    found: dict[int, dict[str, Point]] = defaultdict(dict)
     for record in records:
         if record["variant"] == record["base"] and (point := _point(record)):
             found[record["seed"]][record["base"]] = point
     return found
 
 
-def _pair(record: Record, bases: dict[str, Trial]) -> tuple[Trial, Trial] | None:
-    """A run and its base's; None without either, or outside the range of the base runs."""
+def _pair(record: Record, bases: dict[str, Point]) -> tuple[Point, Point] | None:
+    """Return the points of a run and of its base.
+
+    Returns None if one of them is missing or the run lies outside the range of the base runs.
+    """
     point, base = _point(record), bases.get(record["base"])
     if point is None or base is None:
         return None
@@ -179,14 +188,14 @@ def _pair(record: Record, bases: dict[str, Trial]) -> tuple[Trial, Trial] | None
     return (point, base) if min(xs) <= point[0] <= max(xs) else None
 
 
-def _point(record: Record) -> Trial | None:
-    """(x, y) of a run; None where there are none."""
-    before, error = teacher_forced(record), log_error(record)
-    if not (0 < before < math.inf and math.isfinite(error)):
+def _point(record: Record) -> Point | None:
+    """Return (x, y) of a run; None if a logarithm does not exist."""
+    on_data, error = teacher_forced(record), log_error(record)
+    if not (0 < on_data < math.inf and math.isfinite(error)):
         return None
-    return math.log(before), _log_odds(record, error) if is_share(record) else error
+    return math.log(on_data), _log_odds(record, error) if is_share(record) else error
 
 
 def _log_odds(record: Record, log_share: float) -> float:
-    """No success counts as half an episode, as no error does."""
+    """Return the log-odds of an error; no success counts as half an episode, as no error does."""
     return log_share - math.log(max(-math.expm1(log_share), half_an_episode(record)))

@@ -11,16 +11,19 @@ from eval.rollout.intervals import LEVEL, MIN_SEEDS, Estimate
 
 @dataclass(frozen=True)
 class Paired:
-    """a minus b over pairs: the mean difference, its t-interval, p (two-sided), wins of a."""
+    """The difference a - b over pairs."""
 
-    difference: Estimate
-    p: float  # 1 for fewer than MIN_SEEDS pairs or equal differences
+    difference: Estimate  # mean and t-interval
+    p: float  # two-sided; 1 for fewer than MIN_SEEDS pairs or equal differences
     wins: int  # pairs in which a is lower
     n_pairs: int
 
 
 def over_seeds(values: Sequence[float]) -> Estimate:
-    """The mean of one number a seed, with Student's t-interval; NaN where seeds are too few."""
+    """Return the mean over seeds with Student's t-interval.
+
+    The interval is NaN for fewer than MIN_SEEDS values, the mean for none.
+    """
     if not len(values):
         return Estimate(float("nan"), float("nan"), float("nan"), 0)
     mean, n = float(np.mean(values)), len(values)
@@ -31,18 +34,19 @@ def over_seeds(values: Sequence[float]) -> Estimate:
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> Paired:
-    """Compare two optimizers on the same seeds, lower is better. ValueError if the numbers of seeds
-    differ.
+    """Compare two optimizers on the same seeds; lower values are better.
+
+    Raises ValueError if `a` and `b` have different lengths.
     """
     if len(a) != len(b):
-        raise ValueError(f"paired: {len(a)} values against {len(b)}; wants one pair a seed")
+        raise ValueError(f"paired: {len(a)} and {len(b)} values; expected one pair per seed")
     difference = np.subtract(a, b)
     wins = int((difference < 0).sum())
     return Paired(over_seeds(difference.tolist()), _p_value(difference), wins, len(a))
 
 
 def _p_value(difference: np.ndarray) -> float:
-    """Two-sided, of Student's t-test against zero; 1 where there is no spread to judge by."""
+    """Return the two-sided p of Student's t-test against zero; 1 if the values have no spread."""
     if len(difference) < MIN_SEEDS or np.ptp(difference) == 0:
         return 1.0
     t = difference.mean() / (difference.std(ddof=1) / np.sqrt(len(difference)))

@@ -1,41 +1,42 @@
-"""Compare optimizers on one task: sweep, fresh seeds, paired tests, rollouts against validation.
+"""Compare optimizers on one task: sweep learning rates, run fresh seeds, test paired differences.
 
-    python -m studies.sweep.compare --task ctrl --optimizers adamw,dopr-adamw,muon,dopr-muon --seeds 5
+    python -m studies.sweep.compare --task ctrl --optimizers adamw,dopr-adamw,muon,dopr-muon
 
-The learning rate of each optimizer is swept on tuning seeds, by validation loss; fresh seeds run at
-the best rate, and they alone are reported. A seed draws the weights, the order of the data and the
-task's instance (automaton, graph, plant). Everything is in --out; the same command continues there,
-and more optimizers or seeds are added to it. The last line says where the records are.
+The learning rate of each optimizer is swept on tuning seeds, by validation loss. Fresh seeds run at
+the best rate, and only they are reported. A seed draws the weights, the order of the data and the
+task's instance (automaton, graph, plant). All results are in --out. The same command continues
+there, and other commands can add optimizers and seeds. The last line names the folder.
 """
 
 import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 from data.shards import DataError
 from eval.command import command_parser
-from eval.rollout.tasks import TASKS, Task, parse_task
-from eval.rollout.tasks.lds import Lds
+from eval.rollout.tasks import parse_task
 from studies.report.summary_text import below_leaderboard, on_matched
 from studies.report.tables import leaderboard_text, matched_text
 from studies.stats import consistency
-from studies.stats.analysis import Record, leaderboard, references
+from studies.stats.analysis import leaderboard, references
 from studies.stats.matched import matched_validation, quantity
-from studies.sweep.lds import parse_lds_variant
+from studies.stats.records import Record
+from studies.sweep.reference import STUDY_TASKS
 from studies.sweep.run_cache import TrialError
-from studies.sweep.study import DEFAULT_GRID, GRIDS, Study, compare
-from studies.sweep.variants import OF_THE_STUDY, Variant, parse_changes, parse_variant
+from studies.sweep.study import DEFAULT_GRID, GRIDS, Study, compare, trial_type
 
 
 def summary(records: list[Record]) -> str:
-    """The leaderboard, and what validation loss does not explain. AnalysisError: stale records."""
+    """Return the leaderboard and the comparison at equal validation loss.
+
+    Raises AnalysisError if the records do not belong together.
+    """
     consistency.check(records)
     rows, first = leaderboard(records), records[0]
-    higher = first["higher_is_better"]
-    extra = references(records)
-    board = leaderboard_text(rows, extra, first["primary"], higher_is_better=higher)
+    board = leaderboard_text(
+        rows, references(records), first["primary"], higher_is_better=first["higher_is_better"]
+    )
     matched = matched_text(matched_validation(records), quantity(first))
     parts = [board, *below_leaderboard(records), matched, on_matched(records)]
     return "\n\n".join(filter(None, parts))
@@ -44,82 +45,68 @@ def summary(records: list[Record]) -> str:
 def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = command_parser("studies.sweep.compare", __doc__)
     add = parser.add_argument
-    add("--task", required=True, help=f"{', '.join([*TASKS, Lds.name])}; NAME,knob=value,...")
+    add("--task", required=True, help=f"{', '.join(STUDY_TASKS)}; NAME,knob=value,...")
     add("--optimizers", required=True, help="comma-separated; see studies/sweep/variants.py")
-    add("--seeds", type=int, default=5, help="fresh seeds, the ones reported")
-    add("--tuning_seeds", type=int, default=2, help="seeds of a learning-rate sweep")
+    add("--seeds", type=int, default=5, help="number of fresh seeds, which are reported")
+    add("--tuning_seeds", type=int, default=2, help="number of seeds of a learning-rate sweep")
     add("--steps", type=int, default=500, help="optimizer steps of a run")
     add("--tokens_per_step", type=int, default=1024, help="rounded to whole documents")
-    add("--episodes", type=int, default=512, help="graded rollouts a run")
+    add("--episodes", type=int, default=512, help="graded rollouts of each run")
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other settings of train.py")
-    add("--workers", type=int, default=2, help="runs side by side, a thread each")
-    add("--out", type=Path, help="default: out/compare/TASK-STEPS")
+    add("--workers", type=int, default=2, help="runs at a time, each in a process with one thread")
+    add("--out", type=Path, help="folder of the results; default: out/compare/TASK-STEPS")
     return parser, parser.parse_args(argv)
 
 
 def study_of(arguments: argparse.Namespace) -> Study:
-    """The study that the command line describes. ValueError or DataError before any work."""
+    """Return the study that the command line describes.
+
+    Raises ValueError or DataError, before any work, if it cannot be run.
+    """
     for key in ("seeds", "tuning_seeds", "steps", "tokens_per_step", "episodes", "workers"):
         if getattr(arguments, key) < 1:
             raise ValueError(f"--{key}={getattr(arguments, key)}: must be at least 1")
-    task = parse_task(arguments.task, TASKS | {Lds.name: Lds})
-    settings = training(task, arguments.steps, arguments.tokens_per_step)
-    name = task.spec if "," in arguments.task else task.name
+    task = parse_task(arguments.task, STUDY_TASKS)
+    kind = trial_type(task)
+    names = arguments.optimizers.split(",")
+    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ValueError(f"--optimizers: {', '.join(repeated)} is there more than once")
+    folder = task.spec if "," in arguments.task else task.name
     study = Study(
-        out=arguments.out or Path("out/compare", f"{name}-{arguments.steps}"),
+        out=arguments.out or Path("out/compare", f"{folder}-{arguments.steps}"),
         task=task,
-        variants=variants_of(task, arguments.optimizers.split(",")),
+        variants=tuple(map(kind.parse_variant, names)),
         steps=arguments.steps,
         tuning_seeds=arguments.tuning_seeds,
         fresh_seeds=arguments.seeds,
         n=arguments.episodes,
-        settings=settings | changes_of(task, arguments.set),
+        settings=kind.sizes(task, arguments.steps, arguments.tokens_per_step)
+        | kind.parse_changes(arguments.set),
     )
     study.check()
     return study
 
 
 def notes(study: Study) -> str:
-    """What is to be known before a study runs: optimizers without a grid, variants without base."""
+    """Return what a user should know before the study runs.
+
+    There is a line for each optimizer without a grid and for each variant without its base.
+    """
     rates = ", ".join(f"{lr:g}" for lr in DEFAULT_GRID)
-    names = dict.fromkeys(variant.optimizer for variant in study.variants)
+    optimizers = dict.fromkeys(variant.optimizer for variant in study.variants)
     lines = [
-        f"{name}: no row in GRIDS of studies/sweep/study.py, so its sweeps begin with {rates}"
-        for name in names
+        f"{name}: not in GRIDS of studies/sweep/study.py, so its sweep begins with {rates}"
+        for name in optimizers
         if name not in GRIDS
     ]
-    there = {variant.name for variant in study.variants}
+    names = {variant.name for variant in study.variants}
     lines += [
-        f"{each.name}: {each.base} is not in this command, and will not run at its learning rate; "
-        f"name it too (what is finished is not run again)"
+        f"{each.name}: {each.base} is not in this command and will not run at its learning rate; "
+        f"add it to --optimizers (finished runs are not repeated)"
         for each in study.variants
-        if each.base not in there
+        if each.base not in names
     ]
     return "".join(f"{line}\n" for line in lines)
-
-
-def variants_of(task: Task | Lds, names: list[str]) -> tuple[Variant, ...]:
-    """The variants of these names. ValueError if one is none, or is there twice."""
-    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        raise ValueError(f"--optimizers: {', '.join(twice)} is there more than once")
-    return tuple(map(parse_lds_variant if isinstance(task, Lds) else parse_variant, names))
-
-
-def changes_of(task: Task | Lds, pairs: list[str]) -> dict[str, str]:
-    """The settings of --set. ValueError if one is unknown, fixed here, or none of `lds`."""
-    if pairs and isinstance(task, Lds):
-        raise ValueError("--set: task lds has no such settings; see `optimizer+gamma=0.1`")
-    return parse_changes(pairs, OF_THE_STUDY | {"block_size"})  # that of an episode
-
-
-def training(task: Task | Lds, steps: int, tokens_per_step: int) -> dict[str, Any]:
-    """Settings of train.py that follow from the task's size, beside those of config/ttf.py."""
-    if isinstance(task, Lds):
-        return {}
-    documents = max(1, round(tokens_per_step / task.context_tokens))
-    sizes = {"block_size": task.context_tokens, "batch_size": documents}
-    sizes["micro_batch_size"] = documents
-    return sizes | {"warmup_steps": steps // 10, "eval_every": steps}
 
 
 def main(argv: list[str]) -> None:
@@ -133,8 +120,10 @@ def main(argv: list[str]) -> None:
     except (DataError, TrialError, ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, f"stopped; what is finished is in {study.out}, the same command goes on\n")
-    print(f"{len(records)} runs in {study.out}; a page: python -m studies.report {study.out}")
+        parser.exit(
+            130, f"stopped; finished runs are in {study.out}, the same command continues there\n"
+        )
+    print(f"{len(records)} runs in {study.out}; for a page: python -m studies.report {study.out}")
 
 
 if __name__ == "__main__":

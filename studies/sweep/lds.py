@@ -1,17 +1,19 @@
-"""Behaviour cloning in a linear system: what an optimizer learns of directions that data hide.
-
-The policy K = F G has two linear layers without bias or anything in between; 64 fresh
-demonstrations a step, cosine schedule. No transformer, no sampling: grades are exact.
+"""Train linear policies by behaviour cloning in a linear system whose data hide some directions.
 
     python -m studies.sweep.lds --optimizer dopr-adamw --lr 0.01 --seed 100
 
-makes one run of a comparison again: a line with its metrics, at full precision.
+repeats one run of a comparison and prints a line with its metrics at full precision.
+
+The policy K = F G consists of two linear layers without biases or nonlinearity. Each step sees 64
+new demonstrations; the learning rate follows a cosine. There is no transformer and no sampling, and
+the grades are exact.
 """
 
 import argparse
 import math
 import shlex
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -19,16 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from eval.command import command_parser
+from eval.rollout.record import make_record
 from eval.rollout.tasks import TaskError, parse_task
 from eval.rollout.tasks.lds import Array, Lds, grade_policy
 from optim.build import build_optimizers
 from optim.dopr.preconditioner import ActivationPreconditioner
 from optim.schedule import lr_scale
+from studies.sweep.trial import Trial, model_settings
 from studies.sweep.variants import Variant, parse_variant
+from trainer.metrics import environment
 from trainer.settings import FIELDS
 
 BATCH_SIZE = 64
-ACTION_NOISE = 0.03  # standard deviation of what demonstrations add to each action
+ACTION_NOISE = 0.03  # standard deviation of the noise in each demonstrated action
 DOPR_NUMBERS = {"gamma", "sigma_beta", "refresh_every", "collect_every", "exponent"}
 NUMBERS: dict[str, Any] = {
     "beta1": 0.9,
@@ -40,29 +45,68 @@ NUMBERS: dict[str, Any] = {
 
 
 def parse_lds_variant(name: str) -> Variant:
-    """The variant of that name.
+    """Return the variant with that name.
 
-    Raises ValueError if it changes something that this task has not: only DoPr has numbers here.
+    Raises ValueError if it changes a setting that this task does not have: only the settings of
+    DoPr can be changed.
     """
     variant = parse_variant(name)
     settings = dict(variant.settings)
     known = DOPR_NUMBERS if settings["dopr"] else set()
     if unknown := sorted(settings.keys() - known - {"optimizer", "dopr"}):
         raise ValueError(
-            f"optimizer {name!r}: task lds has no {', '.join(unknown)} there; "
-            f"only DoPr's {', '.join(sorted(DOPR_NUMBERS))} can be changed"
+            f"optimizer {name!r}: task lds has no setting {', '.join(unknown)} here; "
+            f"only {', '.join(sorted(DOPR_NUMBERS))} of DoPr can be changed"
         )
     return variant
 
 
+class LdsTrial(Trial):
+    """A linear policy, trained and graded in this process without train.py."""
+
+    @staticmethod
+    def parse_variant(name: str) -> Variant:
+        return parse_lds_variant(name)
+
+    @staticmethod
+    def parse_changes(pairs: Iterable[str]) -> dict[str, str]:
+        """Raise ValueError if --set is given: the settings of train.py do not apply."""
+        if list(pairs):
+            raise ValueError("--set: task lds has no such settings; see `optimizer+gamma=0.1`")
+        return {}
+
+    @staticmethod
+    def sizes(task: Any, steps: int, tokens_per_step: int) -> dict[str, Any]:
+        return {}
+
+    def model_identity(self) -> dict[str, Any]:
+        model_settings([*self.command, "--warmup_steps=0"])  # check the values
+        return {**self.settings, "lr": self.lr, "seed": self.seed, "spec": self.task.spec}
+
+    def make(self) -> dict[str, Any]:
+        steps = self.settings["max_steps"]
+        K = train_variant(self.task, self.settings, self.lr, self.seed, steps)
+        grade = grade_policy(self.task, K)
+        settings = self.settings | {"lr": self.lr, "seed": self.seed}
+        return make_record(
+            self.task,
+            settings | {"batch_size": BATCH_SIZE, "block_size": 1},
+            steps=steps,
+            val_loss=grade.metrics["val_loss"].mean,
+            grade=grade.to_json(),
+            command=command_of(self.task, self.variant, self.lr, self.seed, steps),
+            environment=environment(torch.device("cpu")),
+        )
+
+
 def train_variant(lds: Lds, settings: dict[str, Any], lr: float, seed: int, steps: int) -> Array:
-    """`train_policy` with the settings of a variant."""
+    """Call `train_policy` with the settings of a variant."""
     dopr = {key: value for key, value in settings.items() if key in DOPR_NUMBERS}
     return train_policy(lds, settings["optimizer"], lr, seed, steps, **dopr)
 
 
 def command_of(lds: Lds, variant: str, lr: float, seed: int, steps: int) -> str:
-    """What makes a run again."""
+    """Return the command that repeats a run."""
     words = ["--task", lds.spec, "--optimizer", variant, "--lr", lr, "--seed", seed]
     return shlex.join(
         ["python", "-m", "studies.sweep.lds", *map(str, words), "--steps", str(steps)]
@@ -72,11 +116,14 @@ def command_of(lds: Lds, variant: str, lr: float, seed: int, steps: int) -> str:
 def train_policy(
     lds: Lds, optimizer: str, lr: float, seed: int, steps: int = 200, **dopr: Any
 ) -> Array:
-    """The policy K (m, n) after training; NaN if the loss stopped being finite.
+    """Return the policy K (m, n) after training; NaN if the loss became infinite or NaN.
 
-    optimizer: a name that `optim.build` knows, with the defaults of train.py, no weight decay.
-    seed: of the weights and the demonstrations, the same for all optimizers.
-    dopr: settings of ActivationPreconditioner; none: without it. gamma as in train.py.
+    Args:
+        optimizer: a name that `optim.build` knows. It has the defaults of train.py, but no weight
+            decay.
+        seed: seed of the weights and of the demonstrations, the same for all optimizers.
+        dopr: settings of ActivationPreconditioner. Without any, the gradients are not
+            preconditioned. gamma defaults to that of train.py.
     """
     model = _policy(lds, seed)
     optimizers = build_optimizers(model, optimizer=optimizer, lr=lr, **NUMBERS)
@@ -99,7 +146,7 @@ def train_policy(
 
 
 def _policy(lds: Lds, seed: int) -> nn.Sequential:
-    """G, then F, with torch's initialisation, in float64."""
+    """Return the layers G and F in float64, with the initialisation of torch.nn.Linear."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         G = nn.Linear(lds.states, lds.width, bias=False, dtype=torch.float64)
@@ -108,8 +155,8 @@ def _policy(lds: Lds, seed: int) -> nn.Sequential:
 
 
 def _demonstrations(lds: Lds, seed: int, steps: int) -> list[tuple[Tensor, Tensor]]:
-    """Batches of states (64, n) from the expert's stationary law, and its noisy actions (64, m)."""
-    random = np.random.default_rng([lds.instance, 3, seed])  # 0, 1, 2: the plant's
+    """Draw batches of the expert's stationary states (64, n) and of its noisy actions (64, m)."""
+    random = np.random.default_rng([lds.instance, 3, seed])  # streams 0, 1 and 2 draw the plant
     states = random.standard_normal((steps, BATCH_SIZE, lds.states))
     states = states @ np.linalg.cholesky(lds.sigma).T
     noise = ACTION_NOISE * random.standard_normal((steps, BATCH_SIZE, lds.actions))
@@ -120,10 +167,10 @@ def _demonstrations(lds: Lds, seed: int, steps: int) -> list[tuple[Tensor, Tenso
 def main(argv: list[str]) -> None:
     parser = command_parser("studies.sweep.lds", __doc__)
     add = parser.add_argument
-    add("--task", default="lds", help="lds,knob=value,...; without an instance: that of the seed")
+    add("--task", default="lds", help="lds,knob=value,...; the instance defaults to the seed")
     add("--optimizer", required=True, help="see studies/sweep/variants.py")
     add("--lr", type=float, required=True)
-    add("--seed", type=int, default=0, help="of the weights and the demonstrations")
+    add("--seed", type=int, default=0, help="seed of the weights and the demonstrations")
     add("--steps", type=int, default=200)
     arguments = parser.parse_args(argv)
     try:
@@ -133,7 +180,7 @@ def main(argv: list[str]) -> None:
 
 
 def _repeat(arguments: argparse.Namespace) -> str:
-    """One line: the metrics of the run that the command line describes."""
+    """Return a line with the metrics of the run that the command line describes."""
     lr, seed, steps = arguments.lr, arguments.seed, arguments.steps
     if not 0 < lr < math.inf or seed < 0 or steps < 1:
         raise ValueError("--lr must be positive and finite, --seed at least 0, --steps at least 1")

@@ -1,6 +1,7 @@
-"""What a run leaves in its folder, and when that may stand for what is asked now.
+"""Store the record of each run in its folder, and reuse it only for a run with equal settings.
 
-A run is never made twice, and never taken for another: a record holds all that was asked of it.
+A record contains everything that was asked of its run, so that no run is repeated and none is
+mistaken for another.
 """
 
 import json
@@ -10,21 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from eval.rollout.record import write_record
+from optim.legacy_names import renamed_settings
 from trainer.settings import FIELDS, RUN_ONLY
 
-GRADING = "grading "  # how keys of `asked` begin that make the grade, not the model
+GRADING = "grading "  # prefix of the keys of `asked` that determine the grade, not the model
+RETIRED = {"deterministic": False, "ns_steps": 5}  # former settings, with the values all runs have
 
 
 class TrialError(RuntimeError):
-    """A run that failed for another reason than divergence, or is not the one asked for."""
+    """A run failed for a reason other than divergence, or its folder contains another run."""
 
 
 def recorded(
     folder: Path, asked: dict[str, Any], make: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """The record in a folder, which `make` makes unless it is there.
+    """Return the record in a folder; call `make` and store its result if there is none.
 
-    Raises PointError if what is there was trained with other settings than `asked`.
+    Raises TrialError if the folder contains a run whose settings differ from `asked`.
     """
     if found := finished(folder, asked):
         return found
@@ -36,34 +39,37 @@ def recorded(
 
 
 def finished(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """The record in a folder; None if there is none, or if its model is to be graded again.
+    """Return the record in a folder; None if there is none or its model must be graded again.
 
-    Raises PointError if it, or a run that was stopped there, is another than that asked for.
+    Raises TrialError if the folder contains a run, finished or not, whose settings differ from
+    `asked`.
     """
     asked = json.loads(json.dumps(asked))
     record = read_record(folder) if (folder / "record.json").exists() else None
-    other = differences(record["asked"] if record else _begun(folder) or asked, asked)
-    _check_trained_the_same(folder, other)
-    return None if other else record
+    changes = differences(record["asked"] if record else _begun(folder) or asked, asked)
+    _check_trained_the_same(folder, changes)
+    return None if changes else record
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What a finished point left."""
+    """Return the record of a finished run."""
     return json.loads((folder / "record.json").read_text())
 
 
 def _begun(folder: Path) -> dict[str, Any]:
-    """What makes the model that train.py began in a folder; empty if there is none."""
+    """Return the model settings of a run that train.py began in a folder; empty without one."""
     path = folder / "config.json"
-    return of_the_model(json.loads(path.read_text())) if path.exists() else {}
+    return model_only(json.loads(path.read_text())) if path.exists() else {}
 
 
 def differences(found: dict[str, Any], asked: dict[str, Any]) -> dict[str, str]:
-    """What was asked of a run on disk and is not asked now, or not so: {key: "was .., is .."}.
+    """Return the settings of a run on disk that differ from `asked`, as {key: "was .., is .."}.
 
-    A setting that one side does not have, because train.py had none of it then, has its default.
+    Names of earlier releases are translated. A setting that one side lacks, because train.py did
+    not have it at that time, has its default.
     """
-    default = {key: field.default for key, field in FIELDS.items()}
+    found, _ = renamed_settings(found)
+    default = {key: field.default for key, field in FIELDS.items()} | RETIRED
     pairs = {
         key: (found.get(key, default.get(key)), asked.get(key, default.get(key)))
         for key in sorted(found.keys() | asked.keys())
@@ -71,14 +77,15 @@ def differences(found: dict[str, Any], asked: dict[str, Any]) -> dict[str, str]:
     return {key: f"was {was}, is {now}" for key, (was, now) in pairs.items() if was != now}
 
 
-def _check_trained_the_same(folder: Path, other: dict[str, str]) -> None:
-    """PointError if the differences of what is in a folder are not of its grading only."""
-    trained = [f"{key} {change}" for key, change in other.items() if not key.startswith(GRADING)]
+def _check_trained_the_same(folder: Path, changes: dict[str, str]) -> None:
+    """Raise TrialError if a difference concerns the model and not only its grade."""
+    trained = [f"{key} {change}" for key, change in changes.items() if not key.startswith(GRADING)]
     if trained:
-        was = "; ".join(trained)
-        raise TrialError(f"{folder} holds another run: {was}; delete it or choose another --out")
+        raise TrialError(
+            f"{folder} holds another run: {'; '.join(trained)}; delete it or choose another --out"
+        )
 
 
-def of_the_model(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that make the model, without those that only say how it is run."""
+def model_only(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that determine the model, without those that say how the run is run."""
     return {key: value for key, value in settings.items() if key not in RUN_ONLY}

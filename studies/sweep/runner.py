@@ -1,4 +1,4 @@
-"""Points run side by side, each in a worker process; their records come as they are ready."""
+"""Run trials side by side in worker processes, and collect their records as they finish."""
 
 import contextlib
 import os
@@ -16,27 +16,27 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
-from studies.stats.analysis import Record
+from studies.stats.records import Record
 from studies.sweep.run_cache import read_record
 
 
 class HasFolder(Protocol):
-    """A point, as far as this file knows it: its record is `record.json` there."""
+    """A trial whose record is `folder`/record.json."""
 
     @property
     def folder(self) -> Path: ...
 
 
 class Runner:
-    """Runs points side by side, a worker process and a thread each; keeps their records.
+    """Run trials side by side, each in a worker process with one thread, and keep their records.
 
     An exception inside the `with` block ends the workers at once; `run` then raises in all threads.
 
     Args:
-        name: of the progress bar.
-        work: what a worker does with a point: leave its record. Importable by name.
-        line: a record in a line, for the reader.
-        total: points, if that is known.
+        name: name of the progress bar.
+        work: function that runs a trial and writes its record. It must be importable by name.
+        line: function that describes a record in one line, which is printed.
+        total: number of trials, if it is known.
     """
 
     def __init__(
@@ -50,8 +50,8 @@ class Runner:
         self.records: dict[Path, Record] = {}
         self._work, self._line = work, line
         context = get_context("spawn")
-        ours, self._alive = context.Pipe(duplex=False)
-        self._pool = ProcessPoolExecutor(workers, context, start_worker, (ours,))
+        worker_end, self._alive = context.Pipe(duplex=False)
+        self._pool = ProcessPoolExecutor(workers, context, start_worker, (worker_end,))
         self._bar = tqdm(desc=name, unit="run", total=total, disable=not sys.stderr.isatty())
 
     def __enter__(self) -> "Runner":
@@ -59,35 +59,39 @@ class Runner:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._pool.shutdown(wait=kind is None, cancel_futures=True)
-        self._alive.close()  # workers end, whatever they are at
+        self._alive.close()  # ends the workers, even in the middle of a run
         self._pool.shutdown()
         self._bar.close()
 
-    def run(self, points: Sequence[HasFolder]) -> list[Record]:
-        """The records of these points, in order; those of points that ran before are read."""
-        futures = [self._pool.submit(_run, self._work, point) for point in points]
-        for point, future in zip(points, futures, strict=True):
-            future.add_done_callback(partial(self._keep, point))
+    def run(self, trials: Sequence[HasFolder]) -> list[Record]:
+        """Run the trials that have no record yet; return all their records, in order."""
+        futures = [self._pool.submit(_run, self._work, trial) for trial in trials]
+        for trial, future in zip(trials, futures, strict=True):
+            future.add_done_callback(partial(self._keep, trial))
         for future in futures:
             future.result()
-        return [read_record(point.folder) for point in points]
+        return [read_record(trial.folder) for trial in trials]
 
-    def _keep(self, point: HasFolder, future: Future[None]) -> None:
+    def _keep(self, trial: HasFolder, future: Future[None]) -> None:
         if not future.cancelled() and not future.exception():
-            self.records[point.folder] = read_record(point.folder)
+            self.records[trial.folder] = read_record(trial.folder)
             self._bar.update()
-            tqdm.write(self._line(self.records[point.folder]), file=sys.stdout)
+            tqdm.write(self._line(self.records[trial.folder]), file=sys.stdout)
 
 
-def _run(work: Callable[[Any], Any], point: HasFolder) -> None:
-    """In a worker. The record stays on disk: a worker may end at any time, but not mid-message."""
-    work(point)
+def _run(work: Callable[[Any], Any], trial: HasFolder) -> None:
+    """Run a trial in a worker.
+
+    The record is not sent back: the worker may be killed at any time, and a message cut short would
+    break the pool. The parent reads it from disk.
+    """
+    work(trial)
 
 
 def start_worker(parent: Connection) -> None:
-    """For a worker: one thread for a point; it ends when the other end of `parent` is closed.
+    """Initialise a worker: use one thread, and exit when the other end of `parent` is closed.
 
-    That happens at the latest when the parent is killed. Ctrl-C is for the parent to answer.
+    That end closes at the latest when the parent is killed. Ctrl-C is left to the parent.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

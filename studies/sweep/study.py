@@ -1,72 +1,84 @@
-"""A study: what is compared on what, its sweeps and fresh runs, on a pool of processes.
+"""Run a study: sweep the learning rate of each optimizer, then run fresh seeds at the best rate.
 
-The learning rate of each optimizer is swept on tuning seeds over a factor-2 grid, which grows while
-the best rate is at its edge; the best has the lowest *validation* loss. Fresh seeds, on which
-nothing was tuned, run at that rate; they alone are reported.
+The learning rate is swept on tuning seeds over a factor-2 grid, which grows while the best rate is
+at its edge; the best rate has the lowest *validation* loss. Fresh seeds, which were not used for
+tuning, run at that rate; only they are reported. Runs share a pool of processes.
 """
 
 import contextlib
 import json
 import math
 import statistics
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eval.rollout.record import write_records
-from eval.rollout.tasks import Task
+from data.files import write_atomic
 from eval.rollout.tasks.lds import Lds
+from eval.rollout.tasks.task import TaskBase
 from optim.build import MATRIX_OPTIMIZERS
-from studies.stats.analysis import Record, primary, val_loss
-from studies.sweep.reference import references_of
+from studies.stats.records import RECORDS, Record, primary, val_loss
+from studies.sweep.lds import LdsTrial
+from studies.sweep.reference import ReferenceTrial, references_of
+from studies.sweep.results import unite
 from studies.sweep.runner import Runner
-from studies.sweep.trial import Trial, run_trial
+from studies.sweep.trial import TrainTrial, Trial, run_trial
 from studies.sweep.variants import Variant
-from trainer.checkpoint.read import write_atomic
 
 FRESH = 200  # the first fresh seed; tuning seeds are 0, 1, ...
-GRIDS = {  # the first learning rates
+GRIDS = {  # the first learning rates of a sweep
     "adamw": (2e-3, 4e-3, 8e-3),
     "sgd": (0.1, 0.2, 0.4),
     "signum": (5e-4, 1e-3, 2e-3),
     "muon": (8e-3, 1.6e-2, 3.2e-2),
     "adamuon": (8e-3, 1.6e-2, 3.2e-2),
 }
-DEFAULT_GRID = (5e-4, 1e-3, 2e-3)  # of an optimizer that has none: a factor 2 around 1e-3
-MAX_RATES = 16  # of a sweep: a loss that falls all the way is no sweep
+DEFAULT_GRID = (5e-4, 1e-3, 2e-3)  # of other optimizers: a factor of 2 around 1e-3
+MAX_RATES = 16  # the most rates of a sweep
 AUX_LR = 4e-3  # of the AdamW beside matrix optimizers, with and without DoPr
 
 
 class SweepError(RuntimeError):
-    """No learning rate of a sweep is the best one: a result, of this variant alone."""
+    """A sweep found no best learning rate. This is a result, which concerns one variant only."""
+
+
+def trial_type(task: TaskBase) -> type[TrainTrial] | type[LdsTrial]:
+    """Return the kind of trial that trains models for a task."""
+    return LdsTrial if isinstance(task, Lds) else TrainTrial
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared, on what, and where the results go."""
+    """The optimizers to compare, the task, and the folder of the results."""
 
     out: Path
-    task: Task | Lds
+    task: Any  # TaskBase
     variants: tuple[Variant, ...]
     steps: int
     tuning_seeds: int
     fresh_seeds: int
-    n: int  # episodes of a grading
+    n: int  # graded episodes of each run
     settings: dict[str, Any]  # of train.py, for all variants
 
     @property
     def seeds(self) -> range:
-        """The fresh ones, which are reported."""
+        """The fresh seeds, which are reported."""
         return range(FRESH, FRESH + self.fresh_seeds)
 
-    def point(self, variant: Variant, role: str, lr: float, seed: int) -> Trial:
-        """One run. A seed is also the task's instance, if the task has any."""
-        has_instances = any(field.name == "instance" for field in fields(self.task))
+    def trial(
+        self, variant: Variant, role: str, lr: float, seed: int, kind: type[Trial] | None = None
+    ) -> Trial:
+        """Return one run. The seed also selects the instance of the task, if the task has any.
+
+        kind: defaults to the kind that trains models for the task.
+        """
+        kind = kind or trial_type(self.task)
         has_aux = variant.optimizer in MATRIX_OPTIMIZERS and "aux_lr" not in self.settings
-        aux = {"aux_lr": AUX_LR} if has_aux and isinstance(self.task, Task) else {}
-        return Trial(
+        aux = {"aux_lr": AUX_LR} if has_aux and kind.has_aux_lr else {}
+        has_instances = hasattr(self.task, "instance")
+        return kind(
             folder=run_folder(self.out, variant.name, lr, seed),
             task=replace(self.task, instance=seed) if has_instances else self.task,
             variant=variant.name,
@@ -79,81 +91,88 @@ class Study:
         )
 
     def references(self) -> list[Trial]:
-        """The source and two extremes beside it, on the instances of the fresh seeds."""
-        names = references_of(self.task)
-        rows = [Variant(name, name, ()) for name in names]
-        return [self.point(row, "reference", 0.0, seed) for row in rows for seed in self.seeds]
+        """Return the task's references on the instances of the fresh seeds."""
+        return [
+            self.trial(Variant(name, name, ()), "reference", 0.0, seed, ReferenceTrial)
+            for name in references_of(self.task)
+            for seed in self.seeds
+        ]
 
     def controls(self, rates: dict[str, float]) -> list[Trial]:
-        """Each base on the fresh seeds at its variants' rates: what of a gain is the rate's?
+        """Return each base on the fresh seeds at the rates of its variants.
 
-        rates: of every variant that has one. Without its base among them it has no control.
+        They show which part of a gain the learning rate causes.
+
+        rates: the best rate of every variant that has one. A variant whose base is not among them
+            has no control.
         """
-        tuned = [each for each in self.variants if each.name in rates]
-        bases = {each.name: each for each in tuned if each.name == each.base}
-        others = {(each.base, rates[each.name]) for each in tuned if each.base in bases}
-        others -= {(name, rates[name]) for name in bases}
+        tuned = [variant for variant in self.variants if variant.name in rates]
+        bases = {variant.name: variant for variant in tuned if variant.name == variant.base}
+        pairs = {(each.base, rates[each.name]) for each in tuned if each.base in bases}
+        pairs -= {(name, rates[name]) for name in bases}
         return [
-            self.point(bases[name], "control", lr, seed)
-            for name, lr in sorted(others)
+            self.trial(bases[name], "control", lr, seed)
+            for name, lr in sorted(pairs)
             for seed in self.seeds
         ]
 
     def fixed(self) -> dict[str, Any]:
-        """What must not change between two commands on the same folder."""
+        """Return the settings that must be the same in all commands on one folder."""
         numbers = {key: getattr(self, key) for key in ("steps", "tuning_seeds", "n", "settings")}
         return {"task": self.task.name, "spec": self.task.spec} | numbers
 
     def begin(self, command: str) -> None:
-        """Write protocol.json, united with the one that is there.
+        """Write protocol.json, or add this command's variants and seeds to the existing one.
 
-        ValueError if that has other fixed settings, or another variant of the same name.
+        Raises ValueError if the existing protocol has other fixed settings, or a variant of the
+        same name with other settings.
         """
         path = self.out / "protocol.json"
         fixed = json.loads(json.dumps(self.fixed()))
         variants = {variant.name: dict(variant.settings) for variant in self.variants}
         found = {**fixed, "variants": {}, "fresh_seeds": [], "command": ""}
         if path.exists():
-            found = _protocol(path, wanted=found)
-        there = found["variants"]
+            found = _read_protocol(path, keys=set(found))
+        existing = found["variants"]
         changed = [key for key in fixed if found.get(key) != fixed[key]]
-        changed += [name for name in variants if there.get(name, variants[name]) != variants[name]]
+        changed += [
+            each for each in variants if existing.get(each, variants[each]) != variants[each]
+        ]
         if changed:
             raise ValueError(
-                f"--out={self.out} holds a study with another {', '.join(changed)}; use another"
+                f"--out={self.out} holds a study with another {', '.join(changed)}; "
+                "use another --out"
             )
-        seeds = {*found["fresh_seeds"], *self.seeds}
         protocol = fixed | {
-            "variants": there | variants,
-            "fresh_seeds": sorted(seeds),
+            "variants": existing | variants,
+            "fresh_seeds": sorted({*found["fresh_seeds"], *self.seeds}),
             "select": "val_loss",
             "command": "\n".join(dict.fromkeys([*found["command"].splitlines(), command])),
         }
-        self.out.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(protocol, indent=1) + "\n")
 
     def check(self) -> None:
-        """ValueError for a variant that cannot be trained on these settings."""
+        """Raise ValueError if a variant cannot be trained with these settings."""
         for variant in self.variants:
             try:
-                self.point(variant, "tuning", first_rates(variant.optimizer)[0], 0).asked()
+                self.trial(variant, "tuning", first_rates(variant.optimizer)[0], 0).asked()
             except ValueError as error:
                 raise ValueError(f"{variant.name}: {error}") from error
 
 
-def _protocol(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """What a study was before. ValueError: it is no protocol."""
+def _read_protocol(path: Path, keys: set[str]) -> dict[str, Any]:
+    """Read a protocol. Raises ValueError if it is not JSON or lacks one of the keys."""
     try:
         found = json.loads(path.read_text())
-        if lacks := wanted.keys() - found.keys():
-            raise ValueError(f"it lacks {', '.join(sorted(lacks))}")
+        if missing := keys - found.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     except ValueError as error:
-        raise ValueError(f"{path}: no protocol ({error}); use another --out") from None
+        raise ValueError(f"{path}: not a protocol ({error}); use another --out") from None
     return found
 
 
 def run_folder(out: Path, variant: str, lr: float, seed: int) -> Path:
-    """Where a study in `out` keeps one run."""
+    """Return the folder of one run of the study in `out`."""
     return out / "runs" / f"{variant}-lr{lr:g}-seed{seed}"
 
 
@@ -166,7 +185,7 @@ def _line(record: Record) -> str:
 
 
 def first_rates(optimizer: str) -> tuple[float, ...]:
-    """The rates that a sweep begins with; it goes on from there as far as it must."""
+    """Return the rates that a sweep begins with."""
     return GRIDS.get(optimizer, DEFAULT_GRID)
 
 
@@ -175,28 +194,30 @@ def best_rate(losses: dict[float, float]) -> float:
 
 
 def further_rate(losses: dict[float, float]) -> float | None:
-    """What a sweep tries next: beyond the best rate where that is at the edge of those tried, lower
-    where all diverged (infinite losses); None: the best is known.
+    """Return the rate that a sweep tries next; None if the best rate is known.
+
+    That is a rate beyond the best one if that is at the edge of those tried, and a lower rate if
+    every rate diverged (infinite losses).
     """
     best, low, high = best_rate(losses), min(losses), max(losses)
-    diverges = math.isinf(losses[best])  # everywhere
-    if low < best < high and not diverges:
+    all_diverged = math.isinf(losses[best])
+    if low < best < high and not all_diverged:
         return None
-    return low / 2 if best == low or diverges else high * 2
+    return low / 2 if best == low or all_diverged else high * 2
 
 
 def sweep(study: Study, variant: Variant, run: Callable[[list[Trial]], list[Record]]) -> float:
-    """The rate of the lowest validation loss on the tuning seeds, with higher and lower ones tried.
+    """Return the rate with the lowest validation loss on the tuning seeds.
 
-    Where all runs diverge, lower rates are tried. Raises SweepError if the loss still falls at the
-    edge of MAX_RATES rates, or all diverge.
+    The grid grows while the best rate is at its edge, and downwards while every rate diverges.
+    Raises SweepError if MAX_RATES rates do not contain a best one.
     """
     losses: dict[float, float] = {}
     rates = list(first_rates(variant.optimizer))
     while len(losses) < MAX_RATES:
         for lr in rates:
             seeds = range(study.tuning_seeds)
-            records = run([study.point(variant, "tuning", lr, seed) for seed in seeds])
+            records = run([study.trial(variant, "tuning", lr, seed) for seed in seeds])
             mean = statistics.mean(map(val_loss, records))  # NaN if one of them diverged
             losses[lr] = math.inf if math.isnan(mean) else mean
         further = further_rate(losses)
@@ -207,55 +228,26 @@ def sweep(study: Study, variant: Variant, run: Callable[[list[Trial]], list[Reco
 
 
 def compare(study: Study, workers: int) -> list[Record]:
-    """Every record of the study's folder, also written to records.jsonl there.
+    """Run the study; write records.jsonl in its folder and return every record in it.
 
-    A variant whose sweep finds no rate has no fresh runs, and the others go on. Any other exception
-    ends it all; what was finished until then is written all the same.
+    A variant whose sweep finds no best rate has no fresh runs, and the others continue. Any other
+    exception ends the study; the runs that have finished are written all the same.
     """
     runner = Runner(str(study.out), workers, run_trial, _line)
-
     rates: dict[str, float] = {}
 
-    def one(variant: Variant) -> None:
-        with contextlib.suppress(
-            SweepError
-        ):  # its tuning runs tell: studies.report.summary_text.on_sweeps
+    def run_variant(variant: Variant) -> None:
+        with contextlib.suppress(SweepError):  # summary_text.on_sweeps reports its tuning runs
             lr = rates[variant.name] = sweep(study, variant, runner.run)
-            runner.run([study.point(variant, "fresh", lr, seed) for seed in study.seeds])
+            runner.run([study.trial(variant, "fresh", lr, seed) for seed in study.seeds])
 
     try:
         with ThreadPoolExecutor(len(study.variants) + 1) as threads, runner:
             references = threads.submit(runner.run, study.references())
-            jobs = [threads.submit(one, each) for each in study.variants]
+            jobs = [threads.submit(run_variant, variant) for variant in study.variants]
             for finished in as_completed([*jobs, references]):
                 finished.result()
             runner.run(study.controls(rates))
     finally:
-        records = _unite(study.out / "records.jsonl", runner.records.values())
+        records = unite(study.out / RECORDS, runner.records.values())
     return records
-
-
-def _unite(path: Path, records: Collection[Record]) -> list[Record]:
-    """Add records to a file, in the place of those of the same runs; returns all that it holds.
-
-    Fresh runs replace all fresh runs of the same variant at another rate: a sweep has one best.
-    """
-    lines = path.read_text().splitlines() if path.exists() else []
-    rates = {row["variant"]: row["lr"] for row in records if row["role"] == "fresh"}
-    there = [row for row in map(json.loads, lines) if not _is_stale(row, rates)]
-    rows = [*there, *map(without_curves, records)]
-    united = {(row["variant"], row["lr"], row["seed"]): row for row in rows}
-    records = [united[key] for key in sorted(united)]
-    write_records(path, records)
-    return records
-
-
-def _is_stale(row: Record, rates: dict[str, float]) -> bool:
-    return row["role"] == "fresh" and row["lr"] != rates.get(row["variant"], row["lr"])
-
-
-def without_curves(record: Record) -> Record:
-    """What is not reported keeps its numbers, not its curves and samples (they are in runs/)."""
-    if record["role"] not in ("tuning", "control") or record["grade"] is None:
-        return record
-    return record | {"grade": record["grade"] | {"curves": {}, "n_t": {}, "samples": []}}

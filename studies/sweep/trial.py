@@ -1,33 +1,39 @@
-"""One point of a comparison: train with these settings, grade, leave a record; never twice."""
+"""One run of a comparison: train a model, grade it, and store its record; never twice.
 
+Runs of train.py happen inside this process: a worker has imported torch already, and a run of ten
+seconds should not wait three seconds for another import.
+"""
+
+import contextlib
 import json
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
-
+import train
 from eval.rollout.record import make_record, train_command, write_record
-from eval.rollout.tasks import Task
-from eval.rollout.tasks.lds import Lds, grade_policy
-from eval.rollout.tasks.task import OracleTask
+from eval.rollout.tasks.task import TaskBase
 from eval.rollout.ttf import grade_checkpoint, grading_version
 from eval.run import ENVIRONMENT
-from studies.sweep.lds import BATCH_SIZE, command_of, train_variant
-from studies.sweep.reference import command_of as reference_command
-from studies.sweep.reference import grade_reference
-from studies.sweep.run_cache import GRADING, read_record, recorded
-from studies.sweep.training import model_settings, train_in
+from optim.dopr.layer import settings_problems
+from studies.sweep.run_cache import GRADING, TrialError, model_only, read_record, recorded
+from studies.sweep.variants import STUDY_SETTINGS, Variant, parse_changes, parse_variant
 from trainer.checkpoint.read import candidates
-from trainer.metrics import environment
+from trainer.config import load_config
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What is trained and graded. `settings` are train.py's, on top of the study's config file."""
+class Trial(ABC):
+    """A model to train and grade.
+
+    A subclass describes one way to obtain the model. `settings` are settings of train.py, on top of
+    the config file of the studies.
+    """
 
     folder: Path
-    task: Task | Lds
+    task: Any  # TaskBase
     variant: str
     base: str
     role: str  # tuning | fresh | control | reference
@@ -37,67 +43,83 @@ class Trial:
     n: int  # episodes
     grading_seed: int = 0
 
+    has_aux_lr: ClassVar[bool] = False  # whether matrix optimizers train beside an AdamW
+
+    @abstractmethod
+    def model_identity(self) -> dict[str, Any]:
+        """Return the settings that determine the model. Raises ConfigError if they are invalid."""
+
+    @abstractmethod
+    def make(self) -> dict[str, Any]:
+        """Train the model, grade it, and return its record."""
+
     @property
     def command(self) -> list[str]:
+        """The words of the command that trains the model, without the interpreter."""
         changes = {**self.settings, "lr": self.lr, "seed": self.seed}
         changes |= {"dataset": self.task.spec, "out_dir": self.folder}
         return ["train.py", "config/ttf.py", *(f"--{k}={v}" for k, v in changes.items())]
 
     def asked(self) -> dict[str, Any]:
-        """Every number that makes the record what it is. ConfigError if train.py would refuse."""
+        """Return every setting that determines the record. Raises ConfigError if one is invalid."""
         grading = {"n": self.n, "seed": self.grading_seed, "code": grading_version(self.task)}
-        return self._trained() | {GRADING + key: value for key, value in grading.items()}
-
-    def _trained(self) -> dict[str, Any]:
-        """What makes the model."""
-        if self.role == "reference":
-            return {"spec": self.task.spec}
-        if isinstance(self.task, Lds):
-            model_settings([*self.command, "--warmup_steps=0"])  # it has none
-            return {**self.settings, "lr": self.lr, "seed": self.seed, "spec": self.task.spec}
-        return model_settings(self.command)
+        return self.model_identity() | {GRADING + key: value for key, value in grading.items()}
 
 
-def run_trial(point: Trial) -> dict[str, Any]:
-    """The record of a point; from disk if it was finished before.
+def run_trial(trial: Trial) -> dict[str, Any]:
+    """Return the record of a trial, from disk if it was finished before.
 
-    A model that was trained before and graded otherwise, or by other code, is only graded again.
-    Raises PointError: why it failed, or how what is on disk differs from what is asked.
+    A model that was trained before, but graded on other episodes or by other code, is only graded
+    again. Raises TrialError if the run fails or if its folder contains another run.
     """
-    names = {"variant": point.variant, "base": point.base, "role": point.role}
-    record = recorded(point.folder, point.asked(), lambda: _graded(point) | names)
-    if record["role"] != point.role:  # a control may become the rate that is reported
-        write_record(point.folder / "record.json", record | names)
+    names = {"variant": trial.variant, "base": trial.base, "role": trial.role}
+    record = recorded(trial.folder, trial.asked(), lambda: trial.make() | names)
+    if record["role"] != trial.role:  # the rate of a control may become the rate that is reported
+        write_record(trial.folder / "record.json", record | names)
     return record | names
 
 
-def _graded(point: Trial) -> dict[str, Any]:
-    """The record of a model that is trained now, or of one that needs no training."""
-    task = point.task
-    if point.role == "reference" and isinstance(task, OracleTask | Lds):
-        return _reference_record(point, task)
-    return _policy_record(point, task) if isinstance(task, Lds) else _train_and_grade(point, task)
+class TrainTrial(Trial):
+    """A transformer that train.py trains, graded on its rollouts."""
 
+    has_aux_lr: ClassVar[bool] = True
 
-def _train_and_grade(point: Trial, task: Task) -> dict[str, Any]:
-    """A run of train.py, graded on rollouts."""
-    if _is_trained(point.folder):
-        return grade_checkpoint(point.folder, n=point.n, seed=point.grading_seed)
-    if train_in(point.folder, point.command):
-        return grade_checkpoint(point.folder, n=point.n, seed=point.grading_seed)
-    return _diverged(point, task)
+    @staticmethod
+    def parse_variant(name: str) -> Variant:
+        return parse_variant(name)
+
+    @staticmethod
+    def parse_changes(pairs: Iterable[str]) -> dict[str, str]:
+        """Return the settings of --set. Raises ValueError if one is unknown or fixed here."""
+        return parse_changes(pairs, STUDY_SETTINGS | {"block_size"})  # an episode sets block_size
+
+    @staticmethod
+    def sizes(task: Any, steps: int, tokens_per_step: int) -> dict[str, Any]:
+        """Return the settings of train.py that follow from the sizes of the task and of the run."""
+        documents = max(1, round(tokens_per_step / task.context_tokens))
+        sizes = {"block_size": task.context_tokens, "batch_size": documents}
+        sizes["micro_batch_size"] = documents
+        return sizes | {"warmup_steps": steps // 10, "eval_every": steps}
+
+    def model_identity(self) -> dict[str, Any]:
+        return model_settings(self.command)
+
+    def make(self) -> dict[str, Any]:
+        if _is_trained(self.folder) or train_in(self.folder, self.command):
+            return grade_checkpoint(self.folder, n=self.n, seed=self.grading_seed)
+        return _diverged(self.folder, self.task)
 
 
 def _is_trained(folder: Path) -> bool:
-    """Whether its model is there, from a time when it was graded otherwise."""
+    """Whether the folder contains the model of a run that was graded in another way."""
     finished = (folder / "record.json").exists() and read_record(folder)["grade"] is not None
     return finished and bool(candidates(folder / "checkpoints"))
 
 
-def _diverged(point: Trial, task: Task) -> dict[str, Any]:
-    """The record of a run that has neither loss nor rollouts."""
-    settings = json.loads((point.folder / "config.json").read_text())
-    started = json.loads((point.folder / "metrics.jsonl").read_text().splitlines()[0])
+def _diverged(folder: Path, task: TaskBase) -> dict[str, Any]:
+    """Return the record of a run that diverged: it has neither a loss nor a grade."""
+    settings = json.loads((folder / "config.json").read_text())
+    started = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
     return make_record(
         task,
         settings,
@@ -109,34 +131,35 @@ def _diverged(point: Trial, task: Task) -> dict[str, Any]:
     )
 
 
-def _policy_record(point: Trial, lds: Lds) -> dict[str, Any]:
-    """A linear policy trained and graded in closed form, without train.py."""
-    steps = point.settings["max_steps"]
-    grade = grade_policy(lds, train_variant(lds, point.settings, point.lr, point.seed, steps))
-    settings = point.settings | {"lr": point.lr, "seed": point.seed}
-    settings |= {"batch_size": BATCH_SIZE, "block_size": 1}
-    return make_record(
-        lds,
-        settings,
-        steps=steps,
-        val_loss=grade.metrics["val_loss"].mean,
-        grade=grade.to_json(),
-        command=command_of(lds, point.variant, point.lr, point.seed, steps),
-        environment=environment(torch.device("cpu")),
-    )
+def model_settings(command: list[str]) -> dict[str, Any]:
+    """Return the settings that determine the model of `python train.py ...`.
+
+    Raises ConfigError if train.py would refuse the command.
+    """
+    config, _ = load_config(command[1:], _dopr_problems)
+    return model_only(asdict(config))
 
 
-def _reference_record(point: Trial, task: OracleTask | Lds) -> dict[str, Any]:
-    """A row without an optimizer: what is possible, or what is worth nothing."""
-    grade = grade_reference(task, point.variant, n=point.n, seed=point.grading_seed)
-    sizes = {"batch_size": 0, "block_size": 0}
-    loss = grade.metrics["val_loss" if isinstance(task, Lds) else "val_ce"].mean
-    return make_record(
-        task,
-        {"optimizer": point.base, "dopr": False, "lr": 0.0, "seed": point.seed, **sizes},
-        steps=point.settings["max_steps"],
-        val_loss=loss,
-        grade=grade.to_json() | {"samples": []},
-        command=reference_command(task.spec, n=point.n, seed=point.grading_seed),
-        environment=environment(torch.device("cpu")),
-    )
+def train_in(folder: Path, command: list[str]) -> bool:
+    """Run `python train.py ...` with out_dir=`folder`; return False if the run diverged.
+
+    The output goes to train.log. Raises TrialError if the run fails for another reason.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "train.log"
+    with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        try:
+            code = train.run(command[1:])
+        except train.TrainingDiverged as error:
+            print(f"error: {error}")
+            return False
+        except train.USER_ERRORS as error:
+            print(f"error: {error}")
+            raise TrialError(f"{' '.join(command)}\nfailed: {error}; see {log}") from error
+    if code:
+        raise TrialError(f"{' '.join(command)}\nended with exit code {code}; see {log}")
+    return True
+
+
+def _dopr_problems(settings: dict[str, Any]) -> list[str]:
+    return settings_problems(settings) if settings["dopr"] else []

@@ -1,4 +1,4 @@
-"""Names of optimizers in comparisons: `adamw`, `dopr-muon`, `fast-dopr-adamw`, `sgd+momentum=0.9`.
+"""Parse the names of optimizers in comparisons: `adamw`, `dopr-muon`, `sgd+momentum=0.9`.
 
 NAME                the optimizer as train.py knows it
 dopr-NAME           with activation preconditioning in exact mode, the paper's
@@ -19,11 +19,11 @@ PLAIN = {"dopr": False}
 EXACT = {"dopr": True, "refresh_every": 1}
 FAST = {"dopr": True, "refresh_every": 10, "sigma_beta": 0.95}
 MODES = {"fast-dopr-": FAST, "dopr-": EXACT, "": PLAIN}
-OF_THE_STUDY = {  # what a comparison sets itself
+STUDY_SETTINGS = {  # the comparison itself sets these
     *("optimizer", "dopr", "lr", "seed", "max_steps", "batch_size", "micro_batch_size"),
     *("dataset", "out_dir", "resume", "device"),
 }
-OF_THE_MODEL = {
+MODEL_SETTINGS = {
     *("n_layer", "n_head", "n_embd", "block_size", "dropout", "bias", "tie_weights", "init_from"),
     *("mup", "mup_base_width", "mup_base_head_dim"),
 }
@@ -31,7 +31,7 @@ OF_THE_MODEL = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One optimizer of a comparison, and the settings of train.py that make it."""
+    """An optimizer of a comparison with its settings of train.py."""
 
     name: str
     optimizer: str
@@ -39,14 +39,14 @@ class Variant:
 
     @property
     def base(self) -> str:
-        """What it is compared with: the same optimizer without DoPr."""
+        """The variant to compare with: the same optimizer without DoPr."""
         return self.optimizer
 
 
 def parse_variant(name: str) -> Variant:
-    """The variant of that name.
+    """Return the variant with that name.
 
-    Raises ValueError: the name of no optimizer, or a change that is none of an optimizer's.
+    Raises ValueError if the optimizer is unknown or a change does not concern the optimizer.
     """
     kind, *changes = name.split("+")
     prefix = next(prefix for prefix in MODES if kind.startswith(prefix))
@@ -54,29 +54,30 @@ def parse_variant(name: str) -> Variant:
     if optimizer not in OPTIMIZERS:
         known = ", ".join(OPTIMIZERS)
         raise ValueError(
-            f"optimizer {name!r}: wants [fast-][dopr-]NAME[+key=value...], NAME one of {known}"
+            f"optimizer {name!r}: expected [fast-][dopr-]NAME[+key=value...] with NAME one of "
+            f"{known}"
         )
-    wrong = [change for change in changes if "=" not in change]
-    if wrong:
-        raise ValueError(f"optimizer {name!r}: {wrong[0]!r} is not of the form key=value")
+    malformed = [change for change in changes if "=" not in change]
+    if malformed:
+        raise ValueError(f"optimizer {name!r}: {malformed[0]!r} is not of the form key=value")
     texts = dict(change.split("=", 1) for change in changes)
-    check_names(texts, OF_THE_STUDY | OF_THE_MODEL, f"optimizer {name!r}")
+    check_names(texts, STUDY_SETTINGS | MODEL_SETTINGS, f"optimizer {name!r}")
     changed = {key: coerce(key, text) for key, text in texts.items()}
     settings = {"optimizer": optimizer} | MODES[prefix] | changed
     return Variant(name, optimizer, tuple(settings.items()))
 
 
 def parse_changes(pairs: Iterable[str], refused: set[str]) -> dict[str, str]:
-    """The settings of --set. ValueError if one is unknown, or one of `refused`."""
-    if wrong := [pair for pair in pairs if "=" not in pair]:
-        raise ValueError(f"--set {wrong[0]}: wants KEY=VALUE")
+    """Return the settings of --set. Raises ValueError if one is unknown or one of `refused`."""
+    if malformed := [pair for pair in pairs if "=" not in pair]:
+        raise ValueError(f"--set {malformed[0]}: expected KEY=VALUE")
     changes = dict(pair.split("=", 1) for pair in pairs)
     check_names(changes, refused, "--set")
     return changes
 
 
 def check_names(keys: Iterable[str], refused: set[str], where: str) -> None:
-    """ValueError if a key is no setting of train.py, or one of `refused`."""
+    """Raise ValueError if a key is not a setting of train.py or is one of `refused`."""
     for key in keys:
         if key in refused:
             raise ValueError(f"{where}: {key} is fixed here, it is the same for all optimizers")

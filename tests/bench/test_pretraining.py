@@ -1,4 +1,4 @@
-"""What is run next, and what a changed precision changes."""
+"""Tests of the order of the runs of bench.pretraining, and of the changes of bench.precisions."""
 
 import math
 
@@ -7,21 +7,21 @@ import torch
 
 import optim.dopr.refresh
 import train
+from bench import precisions
 from bench.pretraining import (
     RATES,
     SWEPT,
     TINY,
     VARIANTS,
-    Run,
+    PretrainingRun,
     curves,
-    go_on,
     next_run,
-    rows_of,
+    read_rows,
+    run_missing,
     table,
 )
 from bench.pretraining import train as train_run
 from bench.timing import write_rows
-from studies import precisions
 from tests.tiny import argv, weights
 from train import EXIT_DIVERGED
 
@@ -32,7 +32,7 @@ def row(run, loss):
 
 
 def run_all(loss_of):
-    """Every run in order, whose losses are as said."""
+    """Make every run in order, with the loss `loss_of(run)`."""
     rows = []
     while (run := next_run(rows)) and len(rows) < 100:
         rows.append(row(run, loss_of(run)))
@@ -40,17 +40,17 @@ def run_all(loss_of):
 
 
 def runs(rows):
-    return [Run(row["variant"], row["lr"], row["seed"]) for row in rows]
+    return [PretrainingRun(row["variant"], row["lr"], row["seed"]) for row in rows]
 
 
-def test_both_are_swept_and_fresh_seeds_run_at_the_best_of_their_own():
+def test_both_optimizers_are_swept_and_fresh_seeds_run_at_their_best_rates():
     best = {"muon": 2e-3, "dopr-muon": 2e-3}
     done = runs(run_all(lambda run: abs(math.log(run.lr / best[run.variant.split(",")[0]]))))
-    assert done[:6] == [Run(variant, lr, 0) for variant in SWEPT for lr in RATES]
-    assert done[6:] == [Run(v, 2e-3, seed) for seed in (200, 201, 202) for v in VARIANTS]
+    assert done[:6] == [PretrainingRun(variant, lr, 0) for variant in SWEPT for lr in RATES]
+    assert done[6:] == [PretrainingRun(v, 2e-3, seed) for seed in (200, 201, 202) for v in VARIANTS]
 
 
-def test_a_sweep_goes_on_beyond_the_edge_that_is_best():
+def test_a_sweep_is_extended_while_its_best_is_at_an_edge():
     done = runs(run_all(lambda run: run.lr if run.variant == "muon" else -run.lr))
     muon = [run.lr for run in done if run.variant == "muon" and run.seed == 0]
     assert muon == [1e-3, 2e-3, 4e-3, 5e-4, 2.5e-4, 1.25e-4, 6.25e-5, 3.125e-5]  # eight at most
@@ -62,12 +62,12 @@ def test_a_rate_that_diverged_is_not_the_best():
     assert {run.lr for run in done if run.seed} == {5e-4}
 
 
-def test_a_sweep_in_which_every_rate_diverged_ends_the_work():
+def test_a_sweep_that_diverges_at_every_rate_is_an_error():
     with pytest.raises(RuntimeError, match=r"every learning rate diverged: 0\.001, 0\.002, 0\.004"):
         run_all(lambda run: None)
 
 
-def test_a_table_compares_variants_with_their_bases_by_seed():
+def test_the_table_compares_variants_with_their_bases_by_seed():
     rows = run_all(lambda run: 3.0 + (run.seed - 201) / 10 + (run.lr != 2e-3))
     rows = [
         r | {"step_ms": 120.0, "loss": r["loss"] - 0.01} if r["variant"] == "dopr-muon" else r
@@ -84,7 +84,7 @@ def test_a_table_compares_variants_with_their_bases_by_seed():
     assert [*table(rows[:6])][2].endswith("not run yet")
 
 
-def test_a_table_says_what_diverged_and_compares_with_what_did_not():
+def test_the_table_marks_divergence_and_compares_the_other_runs():
     rows = run_all(lambda run: abs(math.log(run.lr / 2e-3)))
     is_lost = {("muon", 201), ("dopr-muon, fp32 G P", 200)}
     rows = [
@@ -113,7 +113,7 @@ CURVES = """
 """
 
 
-def test_what_is_kept_of_a_run(tmp_path):
+def test_the_curves_of_a_run(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(CURVES.strip())
     assert curves(tmp_path, has_diverged=False) == {
         **{"has_diverged": False, "val": [[0, 7.0], [5, 3.0]], "ttf": [[0, 0.1], [5, 0.6]]},
@@ -123,13 +123,13 @@ def test_what_is_kept_of_a_run(tmp_path):
     assert (lost["loss"], lost["survival"]) == (None, None)
 
 
-class Done:
+class FinishedProcess:
     def __init__(self, returncode, stderr=""):
         self.returncode, self.stdout, self.stderr = returncode, "", stderr
 
 
 def commanded(monkeypatch, tmp_path, run, done):
-    """The command line of a run, and its row, where train.py is not really started."""
+    """Return the row and the command line of a run whose subprocess is replaced by `done`."""
     commands = []
 
     def start(command, **_):
@@ -143,7 +143,9 @@ def commanded(monkeypatch, tmp_path, run, done):
 
 def test_a_variant_is_trained_by_its_config_and_change(monkeypatch, tmp_path):
     for variant, (change, base) in VARIANTS.items():
-        row, command = commanded(monkeypatch, tmp_path, Run(variant, 0.5, 7), Done(0))
+        row, command = commanded(
+            monkeypatch, tmp_path, PretrainingRun(variant, 0.5, 7), FinishedProcess(0)
+        )
         config = "config/gpt2_muon.py" if base == "muon" else "config/gpt2_dopr.py"
         assert command[2:5] == ["bench.precisions", change, config]
         assert {"--lr=0.5", "--seed=7", f"--out_dir={tmp_path}"} <= {*command}
@@ -152,14 +154,14 @@ def test_a_variant_is_trained_by_its_config_and_change(monkeypatch, tmp_path):
 
 
 def test_a_run_that_diverged_has_a_row_and_one_that_failed_an_error(monkeypatch, tmp_path):
-    run = Run("muon", 0.5, 7)
-    row, _ = commanded(monkeypatch, tmp_path, run, Done(EXIT_DIVERGED, "error"))
+    run = PretrainingRun("muon", 0.5, 7)
+    row, _ = commanded(monkeypatch, tmp_path, run, FinishedProcess(EXIT_DIVERGED, "error"))
     assert row["has_diverged"]
     with pytest.raises(RuntimeError, match="out of memory"):
-        commanded(monkeypatch, tmp_path, run, Done(1, "out of memory"))
+        commanded(monkeypatch, tmp_path, run, FinishedProcess(1, "out of memory"))
 
 
-def test_the_first_run_of_a_call_is_made_whatever_it_takes(monkeypatch, tmp_path, capsys):
+def test_the_first_run_of_a_call_ignores_the_time_limit(monkeypatch, tmp_path, capsys):
     made = []
 
     def train(run, out, settings):
@@ -167,30 +169,30 @@ def test_the_first_run_of_a_call_is_made_whatever_it_takes(monkeypatch, tmp_path
         return row(run, 3.0) | {"seconds": 100.0}
 
     monkeypatch.setattr("bench.pretraining.train", train)
-    rows = [row(Run("muon", 1e-3, 0), 3.0) | {"seconds": 100.0}]
-    go_on(rows, {"settings": {}, "git": "a", "torch": "b"}, tmp_path / "result.json", 1.0)
-    assert made == [Run("muon", 2e-3, 0)]
+    rows = [row(PretrainingRun("muon", 1e-3, 0), 3.0) | {"seconds": 100.0}]
+    run_missing(rows, {"settings": {}, "git": "a", "torch": "b"}, tmp_path / "result.json", 1.0)
+    assert made == [PretrainingRun("muon", 2e-3, 0)]
     assert (rows[-1]["git"], rows[-1]["torch"]) == ("a", "b")
-    assert "2 runs are done, not all" in capsys.readouterr().out
+    assert "2 runs are done, more are left" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"rows": []}', '{"rows": [], "environment": 1}'])
 def test_a_damaged_result_is_named(tmp_path, text):
     (tmp_path / "result.json").write_text(text)
     with pytest.raises(
-        ValueError, match=r"result\.json is no result of this command .*move it away"
+        ValueError, match=r"result\.json is not a result of bench\.pretraining .*move it away"
     ):
-        rows_of(tmp_path / "result.json", {"device": "H200", "settings": {}})
+        read_rows(tmp_path / "result.json", {"device": "H200", "settings": {}})
 
 
 def test_runs_on_another_device_or_with_other_settings_are_not_continued(tmp_path):
-    path, here = tmp_path / "result.json", {"device": "H200", "settings": {"lr": 1}, "git": "b"}
-    assert rows_of(path, here) == []
-    write_rows(path, here | {"git": "a"}, [{"variant": "muon"}])
-    assert rows_of(path, here) == [{"variant": "muon"}]
+    path, current = tmp_path / "result.json", {"device": "H200", "settings": {"lr": 1}, "git": "b"}
+    assert read_rows(path, current) == []
+    write_rows(path, current | {"git": "a"}, [{"variant": "muon"}])
+    assert read_rows(path, current) == [{"variant": "muon"}]
     for changed in ({"device": "H100"}, {"settings": {"lr": 2}}):
-        with pytest.raises(ValueError, match=r"has runs of .*; use another"):
-            rows_of(path, here | changed)
+        with pytest.raises(ValueError, match=r"has runs with .*; give another --out"):
+            read_rows(path, current | changed)
 
 
 def trained(dataset, out, change, **settings):
@@ -201,7 +203,7 @@ def trained(dataset, out, change, **settings):
 
 
 @pytest.mark.parametrize(("dtype", "is_changed"), [("bfloat16", True), ("float32", False)])
-def test_bf16_gradients_are_those_of_a_bf16_product(dataset, tmp_path, dtype, is_changed):
+def test_bf16_gradients_change_bf16_training_only(dataset, tmp_path, dtype, is_changed):
     plain = trained(dataset, tmp_path / "plain", None, dtype=dtype)
     assert trained(dataset, tmp_path / "shipped", "shipped", dtype=dtype) == plain
     changed = trained(dataset, tmp_path / "changed", "bf16_gradients", dtype=dtype)
@@ -209,7 +211,7 @@ def test_bf16_gradients_are_those_of_a_bf16_product(dataset, tmp_path, dtype, is
 
 
 @pytest.mark.parametrize("precision", ["bf16x3", "ieee"])
-def test_a_product_is_made_in_the_precision_that_is_wanted(precision, monkeypatch):
+def test_a_change_sets_the_precision_of_the_product(precision, monkeypatch):
     triton_apply = pytest.importorskip("optim.kernels._triton_apply", exc_type=ImportError)
     asked = []
 

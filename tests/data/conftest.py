@@ -1,4 +1,4 @@
-"""Small datasets in temporary folders, and a machine without a network."""
+"""Fixtures: small datasets, a network that is absent, and GPT-2's tokenizer files."""
 
 import shutil
 import socket
@@ -18,13 +18,13 @@ GPT2_CACHE = Path(__file__).parents[3] / "shared" / "tiktoken_cache"
 
 @pytest.fixture(scope="session")
 def counting_tokenizer() -> Tokenizer:
-    """8193 ids, so that a token's id can be its position in the data."""
+    """A tokenizer with 8193 ids, so that a token's id can be its position in the data."""
     return Tokenizer("counting", r".", {i.to_bytes(2, "big"): i for i in range(8192)})
 
 
 @pytest.fixture(scope="session")
 def write_counting(counting_tokenizer) -> Callable[[Path, Sequence[int], Sequence[int]], Path]:
-    """Write a dataset with shards of these sizes; each split's tokens count 0, 1, 2, ..."""
+    """Return a function that writes a dataset; the ids of each split are 0, 1, 2, ..."""
 
     def write(folder: Path, train: Sequence[int] = (100,), val: Sequence[int] = (50,)) -> Path:
         splits = {"train": empty_split(), "val": empty_split()}
@@ -45,7 +45,7 @@ def write_counting(counting_tokenizer) -> Callable[[Path, Sequence[int], Sequenc
 
 @pytest.fixture(params=["refused", "silent"])
 def offline(request, monkeypatch) -> None:
-    """No connection opens: it is refused at once, or the network never answers."""
+    """Let every connection fail: refused at once, or without an answer."""
 
     def connect(*args, **kwargs):
         if request.param == "silent":
@@ -58,7 +58,7 @@ def offline(request, monkeypatch) -> None:
 
 @pytest.fixture
 def gpt2_cache(tmp_path, monkeypatch) -> Path:
-    """A copy of GPT-2's files where tiktoken looks; tiktoken deletes those it finds damaged."""
+    """Copy GPT-2's files to a cache of the test, because tiktoken deletes damaged files."""
     if not GPT2_CACHE.is_dir():
         pytest.skip(f"GPT-2's BPE files are not at {GPT2_CACHE}")
     folder = tmp_path / "tiktoken"

@@ -1,4 +1,4 @@
-"""Foreign shards become a dataset."""
+"""Existing token files become a dataset."""
 
 import numpy as np
 import pytest

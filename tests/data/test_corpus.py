@@ -1,4 +1,4 @@
-"""Documents from local files and from the hub."""
+"""Documents are read from local files and from the hub."""
 
 import json
 import time
@@ -48,7 +48,7 @@ def test_other_files_are_one_document_each_in_the_order_of_their_names(tmp_path)
 def test_the_column_can_be_chosen_and_a_wrong_one_is_named(tmp_path):
     path = write_rows(tmp_path, "parquet", column="content")
     assert list(local_corpus(path, column="content").documents(0)) == TEXTS
-    with pytest.raises(DataError, match=r"column 'text' .* columns: id, content"):
+    with pytest.raises(DataError, match=r"column 'text' .* columns are: id, content"):
         list(local_corpus(path).documents(0))
 
 

@@ -1,4 +1,4 @@
-"""Opening a dataset: by name, by folder, and every fault that opening must find."""
+"""A dataset opens by name or folder, and opening it finds every structural fault."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ def folder(tmp_path, write_counting):
 
 @pytest.fixture
 def named(tmp_path, monkeypatch):
-    """The known datasets, all of them unprepared."""
+    """Make all known datasets unprepared."""
     for name in known_datasets():
         (tmp_path / "data" / name).mkdir(parents=True)
         (tmp_path / "data" / name / "prepare.py").touch()
@@ -86,7 +86,7 @@ META_FAULTS = {
     "no tokenizer": (lambda m: m.pop("tokenizer"), "tokenizer is None, expected dict"),
     "vocabulary": (lambda m: m["tokenizer"].update(n_vocab=65537), "n_vocab is 65537"),
     "no val": (lambda m: m["splits"].pop("val"), r"splits\.val is missing"),
-    "count": (lambda m: m["splits"]["val"].update(tokens=51), "announces 51 .* hold 50"),
+    "count": (lambda m: m["splits"]["val"].update(tokens=51), "states 51 .* hold 50"),
     "empty": (lambda m: m["splits"]["val"].update(tokens=0, files=[]), "'val' is empty"),
     "files": (lambda m: m["splits"]["val"]["files"][0].pop("sha256"), r"files\[0\]\.sha256"),
     "tokens": (
@@ -139,5 +139,5 @@ def test_another_or_no_tokenizer_is_found_at_opening(folder):
     with pytest.raises(DataError, match=r"tokenizer\.json: is .*'byte'.*'counting'"):
         open_dataset(folder)
     (folder / TOKENIZER).unlink()
-    with pytest.raises(DataError, match=r"tokenizer\.json: no tokenizer"):
+    with pytest.raises(DataError, match=r"tokenizer\.json: cannot read the tokenizer"):
         open_dataset(folder)

@@ -1,4 +1,4 @@
-"""Atomic writes and downloads."""
+"""Writes are atomic, and downloads are checked and do not wait for a dead network."""
 
 import hashlib
 import threading
@@ -14,7 +14,7 @@ CONTENT = b"content" * 1000
 
 @pytest.fixture
 def server(monkeypatch):
-    """Url of a server on this machine that answers everything with CONTENT."""
+    """The URL of a local server that answers every request with CONTENT."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -50,6 +50,20 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     with pytest.raises(RuntimeError):
         write_atomic(tmp_path / "file", chunks())
     assert (tmp_path / "file").read_bytes() == b"old"
+    assert [*tmp_path.iterdir()] == [tmp_path / "file"]
+
+
+def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):
+    path = tmp_path / "records.jsonl"
+
+    def chunks():
+        yield b"fi"
+        write_atomic(path, "second")
+        yield b"rst"
+
+    write_atomic(path, chunks())
+    assert path.read_text() == "first"
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_fetch_downloads_the_wanted_content(server, tmp_path):

@@ -1,4 +1,4 @@
-"""Data made of documents of one length: a sequence is a document, and only its targets count."""
+"""With a layout, every sequence is one document, and only some of its tokens are targets."""
 
 import json
 
@@ -32,7 +32,7 @@ def documents(tmp_path_factory):
 
 
 def expected(x):
-    """Targets of documents that count up from their first token."""
+    """Return the targets of documents whose ids increase by one."""
     y = (x + 1) % 16
     y[:, 0] = -1  # the second token of the prompt
     y[y == 3] = -1
@@ -57,7 +57,7 @@ def test_validation_is_every_document_once(documents):
     y = np.concatenate([y.numpy() for _, y in batches])
     assert (x[:N, 0] == np.arange(N)).all()
     assert (y[:N] == expected(x[:N])).all()
-    assert (y[N:] == -1).all()  # the last batch is filled up
+    assert (y[N:] == -1).all()  # padding of the last batch
 
 
 @pytest.mark.parametrize("make", [train_batches, val_batches])

@@ -1,4 +1,4 @@
-"""Training and validation batches."""
+"""Batches depend only on seed and step, and validation scores every token once."""
 
 import itertools
 import multiprocessing
@@ -23,13 +23,13 @@ def dataset(tmp_path, write_counting):
 
 
 def steps(dataset, n, **changes):
-    """The first n steps of one rank, each as a list of micro-batches."""
+    """Return the first n steps of one rank, each as a list of micro-batches."""
     arguments = dict(batch_size=8, micro_batch_size=8, block_size=T, seed=3)
     return list(itertools.islice(train_batches(dataset, **{**arguments, **changes}), n))
 
 
 def global_batch(ranks):
-    """One step's (batch_size, 2T) rows, put together from the micro-batches of every rank."""
+    """Assemble one step, (batch_size, 2T), from the micro-batches of all ranks."""
     # micro-batch i of rank r is number i * world_size + r of the global batch
     micro_batches = [each for turn in zip(*ranks, strict=True) for each in turn]
     return torch.cat([torch.cat(pair, dim=1) for pair in micro_batches])
@@ -68,7 +68,7 @@ def test_rows_are_consecutive_tokens_of_one_shard_and_targets_the_next_ones(data
         assert x.dtype == y.dtype == torch.int64
         assert x.is_contiguous()
         assert y.is_contiguous()
-        assert torch.equal(y, x + 1)  # a token is its position
+        assert torch.equal(y, x + 1)  # every id is its position
         assert torch.equal(x, x[:, :1] + torch.arange(T))
         shard = np.searchsorted(ends, torch.stack([x[:, 0], y[:, -1]]).numpy(), side="right")
         assert (shard[0] == shard[1]).all()
@@ -136,7 +136,7 @@ def test_a_shard_lost_during_the_run_is_named(dataset, fault, workers):
 
 
 def test_signals_to_the_trainers_group_do_not_reach_its_workers(dataset):
-    others = multiprocessing.active_children()  # of other tests
+    others = multiprocessing.active_children()  # left by other tests
     stream = train_batches(
         dataset, batch_size=8, micro_batch_size=8, block_size=T, seed=0, workers=1
     )
@@ -147,7 +147,7 @@ def test_signals_to_the_trainers_group_do_not_reach_its_workers(dataset):
 
 
 def scored(batches):
-    """All inputs and targets that count."""
+    """Return all scored inputs and targets."""
     pairs = [(x[y != -1], y[y != -1]) for x, y in batches]
     return (torch.cat(side).tolist() for side in zip(*pairs, strict=True))
 
@@ -177,7 +177,7 @@ def test_limited_validation_is_fixed_and_evenly_spread(tmp_path, write_counting)
     dataset = open_dataset(write_counting(tmp_path, val=(801,)))
     every = val_batches(dataset, batch_size=2, block_size=T)
     windows = torch.cat([x for x, _ in every])  # (100, T)
-    for batch_size in (1, 2, 5):  # the same windows, however they are batched
+    for batch_size in (1, 2, 5):  # the windows do not depend on the batch size
         some = val_batches(dataset, batch_size=batch_size, block_size=T, limit=10)
         assert len(some) == 10 // batch_size
         assert torch.equal(torch.cat([x for x, _ in some]), windows[::10])
@@ -188,5 +188,5 @@ def test_validation_refuses_what_it_cannot_score(tmp_path, write_counting):
     dataset = open_dataset(write_counting(tmp_path, val=(1, 1)))
     with pytest.raises(DataError, match="'val' has no token with another"):
         val_batches(dataset, batch_size=1, block_size=T)
-    with pytest.raises(ValueError, match="limit=-1 not negative"):
+    with pytest.raises(ValueError, match="limit=-1 must not be negative"):
         val_batches(dataset, batch_size=1, block_size=T, limit=-1)

@@ -1,4 +1,4 @@
-"""Documents -> a prepared folder."""
+"""Preparation turns documents into a dataset, and can be killed and continued."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def corpus_of(documents, **more):
 
 
 def texts(dataset, split):
-    """The documents of a split, decoded."""
+    """Return the decoded documents of a split."""
     ids = np.concatenate([shard.tokens() for shard in dataset.split(split).shards])
     ends = np.flatnonzero(ids == dataset.tokenizer.eot)
     assert ends[-1] == len(ids) - 1
@@ -36,7 +36,7 @@ def texts(dataset, split):
 
 
 def files(folder):
-    """Everything that a preparation leaves, byte for byte."""
+    """Return the content of every file in a folder."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -48,7 +48,7 @@ def test_documents_come_back_in_order_and_in_one_split_each(tmp_path):
     assert train == [text for text in DOCUMENTS if text in set(train)]
     assert val == [text for text in DOCUMENTS if text in set(val)]
     assert len(train) + len(val) == len(DOCUMENTS)
-    assert 0.1 < len(val) / len(DOCUMENTS) < 0.3  # 0.2 wanted, 5 standard deviations
+    assert 0.1 < len(val) / len(DOCUMENTS) < 0.3  # 0.2 expected, within 5 standard deviations
 
 
 def test_meta_counts_what_the_shards_hold(tmp_path):
@@ -84,7 +84,7 @@ def test_the_split_of_a_document_depends_on_nothing_else(tmp_path):
 def test_a_second_call_does_nothing(tmp_path, capsys):
     prepare(corpus_of(DOCUMENTS), out=tmp_path, **SETTINGS)
     before = files(tmp_path)
-    prepare(corpus_of(None), out=tmp_path, **SETTINGS)  # its documents cannot be read
+    prepare(corpus_of(None), out=tmp_path, **SETTINGS)  # reading the documents would fail
     assert "already prepared" in capsys.readouterr().out
     assert files(tmp_path) == before
 
@@ -119,10 +119,9 @@ def test_a_killed_preparation_continues_to_the_same_bytes(tmp_path, capsys):
     progress = json.loads((tmp_path / "killed" / PROGRESS).read_text())
     assert 0 < progress["documents_read"] < 300
     assert not (tmp_path / "killed" / META).exists()
-    (tmp_path / "killed" / "train_000099.bin.tmp").touch()
+    (tmp_path / "killed" / "train_000099.bin.01234567.tmp").touch()
     prepare(corpus_of(DOCUMENTS), out=tmp_path / "killed", **SETTINGS)
     assert f"continues after {progress['documents_read']} documents" in capsys.readouterr().out
-    (tmp_path / "killed" / "train_000099.bin.tmp").unlink()
     prepare(corpus_of(DOCUMENTS), out=tmp_path / "whole", **SETTINGS)
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
@@ -146,7 +145,7 @@ def test_text_that_is_not_utf8_is_counted_and_left_out(tmp_path):
 
 
 @pytest.mark.parametrize(("fraction", "split"), [(1e-9, "val"), (1 - 1e-9, "train")])
-def test_an_empty_split_is_refused_and_can_be_mended(fraction, split, tmp_path):
+def test_an_empty_split_is_refused_and_can_be_prepared_again(fraction, split, tmp_path):
     with pytest.raises(DataError, match=f"none of 400 documents went into split '{split}'"):
         prepare(corpus_of(DOCUMENTS), out=tmp_path, **{**SETTINGS, "val_fraction": fraction})
     prepare(corpus_of(DOCUMENTS), out=tmp_path, **SETTINGS)
@@ -168,7 +167,7 @@ def test_bad_settings_are_refused_before_any_work(message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bpe_learns_from_training_documents_only(tmp_path):
+def test_a_bpe_is_trained_on_training_documents_only(tmp_path):
     out, settings = tmp_path / "out", {**SETTINGS, "tokenizer": "bpe", "vocab_size": 258}
     documents = ["ab" * 3] * 10, ["xy" * 50] * 10
     corpus = corpus_of(

@@ -1,4 +1,4 @@
-"""The standard library as a corpus."""
+"""The standard library is prepared as a dataset."""
 
 import hashlib
 import json
@@ -10,16 +10,16 @@ import pytest
 import data.pystdlib.prepare
 from data.dataset import open_dataset
 from data.prepare import MANIFEST
-from data.pystdlib.prepare import LEFT_OUT, stdlib_files
+from data.pystdlib.prepare import EXCLUDED, stdlib_files
 
 
 @pytest.fixture
 def stdlib(tmp_path, monkeypatch):
-    """A small standard library, with packages and tests inside."""
+    """Create a small standard library that contains packages and tests."""
     root = tmp_path / "lib"
     kept = {f"pkg/m{i}.py": f"value = {i}\n" * 20 for i in range(40)} | {"b.py": "é = 1\n"}
-    left_out = {f"{folder}/deep/x.py": "left out" for folder in LEFT_OUT}
-    for name, text in {**kept, **left_out, "pkg/test/y.py": "left out", "c.txt": "text"}.items():
+    excluded = {f"{folder}/deep/x.py": "excluded" for folder in EXCLUDED}
+    for name, text in {**kept, **excluded, "pkg/test/y.py": "excluded", "c.txt": "text"}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     (root / "latin.py").write_bytes("é = 1\n".encode("latin-1"))
@@ -27,7 +27,7 @@ def stdlib(tmp_path, monkeypatch):
     return root
 
 
-def test_tests_and_packages_are_left_out(stdlib):
+def test_tests_and_packages_are_excluded(stdlib):
     names = [path.relative_to(stdlib).as_posix() for path in stdlib_files(stdlib)]
     assert names == ["b.py", "latin.py", *sorted(f"pkg/m{i}.py" for i in range(40))]
 
@@ -50,10 +50,10 @@ def test_the_real_library_is_megabytes_of_text():
     files = stdlib_files(Path(json.__file__).parents[1])
     assert len(files) > 300
     assert sum(path.stat().st_size for path in files) > 5e6
-    assert not any(LEFT_OUT & set(path.parts[-4:]) for path in files)
+    assert not any(EXCLUDED & set(path.parts[-4:]) for path in files)
 
 
-def test_by_default_a_bpe_is_learnt_from_the_sources(tmp_path):
+def test_by_default_a_bpe_is_trained_on_the_sources(tmp_path):
     data.pystdlib.prepare.main(["--out", str(tmp_path)])
     dataset = open_dataset(tmp_path)
     assert dataset.tokenizer.n_vocab == 2048

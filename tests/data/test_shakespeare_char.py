@@ -1,4 +1,4 @@
-"""A character vocabulary, split by position."""
+"""Tiny Shakespeare has a character vocabulary and is split by position."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Token files and everything that can be wrong with them."""
+"""Token files are read and written, and damaged ones are refused."""
 
 import pickle
 import struct
@@ -48,7 +48,7 @@ def test_a_shard_without_tokens_is_not_written(tmp_path):
 
 
 def patched(offset: int, value: int):
-    """Put an int32 into the header."""
+    """Return a function that writes an int32 into the header."""
     return lambda raw: raw[:offset] + struct.pack("<i", value) + raw[offset + 4 :]
 
 
@@ -62,7 +62,7 @@ CORRUPTIONS = {
     "wrong version": (patched(4, 2), "version 2, expected 1"),
     "count too large": (patched(8, 1001), "3,024 bytes, expected 3,026 for 1,001 tokens"),
     "count too small": (patched(8, 999), "3,024 bytes, expected 3,022 for 999 tokens"),
-    "count negative": (patched(8, -1), "announces -1 tokens"),
+    "count negative": (patched(8, -1), "states -1 tokens"),
     "no tokens": (lambda raw: patched(8, 0)(raw)[:1024], "holds no tokens"),
 }
 

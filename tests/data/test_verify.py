@@ -1,4 +1,4 @@
-"""The command that reads all shards."""
+"""`python -m data.verify` finds damaged shards."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from data.verify import main, verify
 def test_an_intact_dataset_passes(tmp_path, write_counting, capsys):
     write_counting(tmp_path, train=(60, 40))
     main([str(tmp_path)])
-    assert "3 files are what meta.json says" in capsys.readouterr().out
+    assert "3 files agree with meta.json" in capsys.readouterr().out
 
 
 def test_one_flipped_bit_is_found_and_its_file_named(tmp_path, write_counting):

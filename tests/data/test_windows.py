@@ -1,4 +1,4 @@
-"""The order of training sequences."""
+"""Every epoch visits all windows once, in an order that depends on the seed and the epoch."""
 
 import numpy as np
 import pytest
@@ -20,12 +20,12 @@ def test_an_epoch_has_every_window_once_inside_its_shard(sizes, block_size, seed
     windows = EpochWindows(sizes, block_size, seed)
     shards, starts = windows.locate(np.arange(windows.total) + epoch * windows.total)
     for shard, size in enumerate(sizes):
-        mine = np.sort(starts[shards == shard])
-        assert len(mine) == windows.counts[shard]
-        assert (np.diff(mine) == block_size).all()
-        if len(mine):
-            assert mine[0] >= 0
-            assert mine[-1] + block_size + 1 <= size
+        in_shard = np.sort(starts[shards == shard])
+        assert len(in_shard) == windows.counts[shard]
+        assert (np.diff(in_shard) == block_size).all()
+        if len(in_shard):
+            assert in_shard[0] >= 0
+            assert in_shard[-1] + block_size + 1 <= size
 
 
 def test_the_smallest_usable_shard_has_one_window():

@@ -1,4 +1,4 @@
-"""Training in several processes, for tests: what runs in each of them, and what is compared."""
+"""Start runs in several processes, and compare their weights."""
 
 import contextlib
 import io
@@ -9,8 +9,9 @@ from tests.processes import Gang
 from tests.tiny import argv
 from trainer.checkpoint.read import open_checkpoint
 
-# Sizes that 3 and 4 processes cannot share evenly; fp32 where bf16 would hide differences. Without
-# biases: the gradient of a key's bias is zero but for rounding, which AdamW makes a step of.
+# The vocabulary of 257 ids does not divide evenly among 3 or 4 processes, nor the width among 3.
+# Newton-Schulz uses fp32, because bf16 would hide differences. There are no biases, because the
+# gradient of a key's bias is only rounding error, which AdamW would turn into a full step.
 SETTINGS = {"n_embd": 20, "bias": "false", "batch_size": 12, "micro_batch_size": 1, "max_steps": 5}
 SETTINGS |= {"warmup_steps": 1, "grad_clip": 0.5, "ns_dtype": "float32", "log_every": 1}
 
@@ -34,25 +35,25 @@ PARALLEL = {
 
 
 def main(arguments: list[str]) -> tuple[int, str]:
-    """Exit code and standard error of a run."""
+    """Start a run in this process; return its exit code and standard error."""
     with contextlib.redirect_stderr(io.StringIO()) as errors:
         return train.main(arguments), errors.getvalue()
 
 
 def run(gang: Gang, size: int, data: Path, out: Path, **changes: object) -> list[tuple[int, str]]:
-    """A run in `size` processes; of one, in this process."""
+    """Start a run in `size` processes, or in this process if `size` is 1."""
     arguments = argv(data, out, **SETTINGS | changes)
     return [main(arguments)] if size == 1 else gang.run(size, main, arguments)
 
 
 def trained(gang: Gang, size: int, data: Path, out: Path, **changes: object) -> Path:
-    """The folder of a run that went well."""
+    """Start a run, assert that it succeeds, and return its folder."""
     results = run(gang, size, data, out, **changes)
     assert all(code == 0 for code, _ in results), results
     return out
 
 
 def distance(one: Path, other: Path) -> float:
-    """The largest difference of a weight between the newest checkpoints of two runs."""
+    """Return the largest difference of a weight between the newest checkpoints of two runs."""
     a, b = open_checkpoint(one).model, open_checkpoint(other).model
     return max((a[key] - b[key]).abs().max().item() for key in a.keys() | b.keys())

@@ -1,4 +1,4 @@
-"""Checkpoints do not know how many processes wrote them, nor in which format."""
+"""A checkpoint can be resumed by any number of processes, in either format."""
 
 import json
 import os
@@ -18,9 +18,9 @@ from trainer.checkpoint.resume import find_checkpoint
 from trainer.checkpoint.write import save_checkpoint, save_sharded
 from trainer.parallel import Parallel
 
-pytestmark = pytest.mark.xdist_group("gang")  # one gang of processes for all of them
+pytestmark = pytest.mark.xdist_group("gang")  # the tests share a gang of processes
 
-TOLERANCE = 1e-5  # fp32 sums in another order
+TOLERANCE = 1e-5  # for fp32 sums in another order
 MUON = {"optimizer": "muon", "lr": 3e-3, "dopr": "true", "refresh_every": 2, "sigma_beta": 0.9}
 MUON |= {"ema_decay": 0.5, "max_steps": 8, "save_every": 5, "keep_checkpoints": 9}
 WRITERS = {
@@ -33,7 +33,7 @@ READERS = {"ddp": {}, "fsdp": {"parallel": "fsdp", "checkpoint_format": "sharded
 
 @pytest.fixture(scope="module")
 def written(gang, dataset, tmp_path_factory):
-    """Runs of 8 steps by four processes, which saved after 5."""
+    """Runs of 8 steps by four processes, with a checkpoint at step 5."""
     folder = tmp_path_factory.mktemp("written")
     return {
         name: trained(gang, size, dataset, folder / name, **MUON, **how)
@@ -58,26 +58,29 @@ def test_what_four_processes_saved_any_number_continues(
     out = trained(gang, size, dataset, tmp_path / "run", **settings)
     assert metrics(out, "train")[0]["step"] == 6
     for kind in ("model", "ema"):
-        ours, theirs = (whole(each, kind) for each in (out, written[writer]))
-        for key, value in theirs.items():
-            torch.testing.assert_close(ours[key], value, atol=TOLERANCE, rtol=0)
+        found, expected = (full_weights(each, kind) for each in (out, written[writer]))
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, atol=TOLERANCE, rtol=0)
 
 
-def whole(out, kind):
-    """The newest weights of a run in either format."""
+def full_weights(out, kind):
+    """Return the newest weights of a run in either format."""
     return sharded.read_all(getattr(open_checkpoint(out), kind))
 
 
 def test_the_formats_hold_the_same(written, tmp_path, capsys):
-    """There and back: full -> sharded -> full gives the same bytes of tensors."""
+    """Converting full -> sharded -> full gives the same tensors."""
     convert([str(written["fsdp"]), str(tmp_path / "shards"), "--to", "sharded"])
     convert([str(tmp_path / "shards"), str(tmp_path / "full"), "--to", "full"])
     before, after = open_checkpoint(written["fsdp"]), open_checkpoint(tmp_path / "full")
     for kind in ("model", "ema", "train"):
-        found, wanted = getattr(after, kind), getattr(before, kind)
-        torch.testing.assert_close(found, wanted, atol=0, rtol=0)
-    own = {"files", "sha256", "format"}
-    facts = [{k: v for k, v in each.manifest.items() if k not in own} for each in (before, after)]
+        found, expected = getattr(after, kind), getattr(before, kind)
+        torch.testing.assert_close(found, expected, atol=0, rtol=0)
+    differing = {"files", "format"}
+    facts = [
+        {key: value for key, value in each.manifest.items() if key not in differing}
+        for each in (before, after)
+    ]
     assert facts[0] == facts[1]
     assert "step 8" in capsys.readouterr().out
 
@@ -99,7 +102,7 @@ def test_damage_to_a_shard_is_found(written, tmp_path, capsys):
 
 
 def with_a_full_disk(arguments):
-    """A run of which the last process cannot write its tensors."""
+    """Start a run in which the process of rank 1 cannot write its tensors."""
     save = torch.save
 
     def disk_full(*args, **kwargs):
@@ -112,8 +115,8 @@ def with_a_full_disk(arguments):
         return main(arguments)
 
 
-def test_shards_that_one_process_cannot_write_are_no_checkpoint(gang, dataset, tmp_path):
-    """Fault 2: the run goes on after the save at step 2 and fails with the last, at step 4."""
+def test_a_sharded_checkpoint_fails_if_one_process_cannot_write(gang, dataset, tmp_path):
+    """The run continues after the save at step 2 and fails at the last save, at step 4."""
     how = {"max_steps": 4, "save_every": 2, "parallel": "fsdp", "checkpoint_format": "sharded"}
     arguments = argv(dataset, tmp_path / "run", **SETTINGS | how)
     for code, errors in gang.run(2, with_a_full_disk, arguments):
@@ -134,32 +137,32 @@ def save_to_folders_of_their_own(folder):
     return str(caught.value)
 
 
-def test_shards_in_folders_that_are_not_shared_are_no_checkpoint(gang, tmp_path):
+def test_a_sharded_checkpoint_fails_if_the_processes_do_not_share_the_folder(gang, tmp_path):
     for message in gang.run(2, save_to_folders_of_their_own, tmp_path):
         assert "__1_0.distcp of other processes is not in" in message
-        assert "out_dir must be a folder that all of them share" in message
+        assert "out_dir must be a folder that all processes share" in message
     assert not list(tmp_path.glob("*/step-00000001"))
 
 
-class Trap:
+class CodeInPickle:
     def __reduce__(self):
         return print, ("code ran",)
 
 
 def test_an_index_that_runs_code_is_refused(tmp_path, capsys):
-    marked = sharded.write(tmp_path, {"w": torch.ones(2)}, is_alone=True)
-    for trap in (
-        pickle.dumps(Trap()),
+    tree = sharded.write(tmp_path, {"w": torch.ones(2)}, is_alone=True)
+    for index in (
+        pickle.dumps(CodeInPickle()),
         b"\x80\x04\x8c\x27torch.distributed.checkpoint.filesystem\x8c\x09os.getcwd\x93)R.",
     ):
-        (tmp_path / sharded.INDEX).write_bytes(trap)
+        (tmp_path / sharded.INDEX).write_bytes(index)
         with pytest.raises(ValueError, match="refused"):
-            sharded.stored(tmp_path, marked)
+            sharded.stored(tmp_path, tree)
     assert capsys.readouterr().out == ""
 
 
 def save_of_a_wrapped_model(folder):
-    """DDP around a compiled model, saved by every process's main."""
+    """Save a compiled model wrapped in DDP."""
     distributed.init_process_group("gloo")
     model = nn.parallel.DistributedDataParallel(torch.compile(nn.Linear(4, 3)))
     if distributed.get_rank() == 0:
@@ -169,14 +172,14 @@ def save_of_a_wrapped_model(folder):
     distributed.destroy_process_group()
 
 
-def test_no_wrapper_leaves_its_prefix(gang, tmp_path):
+def test_the_prefixes_of_wrappers_are_not_saved(gang, tmp_path):
     gang.run(2, save_of_a_wrapped_model, tmp_path)
     assert open_checkpoint(tmp_path / "step-00000001").model.keys() == {"weight", "bias"}
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_another_number_of_processes_sees_the_same_tokens_and_losses(gang, dataset, tmp_path, size):
-    """Fault 11: 1 -> 2 and 2 -> 1 in the middle of a run, of one number throughout."""
+    """Compare runs that change from 1 to 2 or from 2 to 1 processes with runs that do not."""
     settings = {"lr": 3e-3, "max_steps": 8, "save_every": 4, "keep_checkpoints": 9}
     steady = trained(gang, size, dataset, tmp_path / "steady", **settings)
     start = steady / "checkpoints/step-00000004"
@@ -187,7 +190,7 @@ def test_another_number_of_processes_sees_the_same_tokens_and_losses(gang, datas
 
 
 def find_in_folders_of_their_own(data, folder):
-    """A run of two processes whose out_dirs are not the same."""
+    """Look for a checkpoint in out_dirs that differ between the processes."""
     import train
 
     rank = os.environ["RANK"]
@@ -200,7 +203,6 @@ def find_in_folders_of_their_own(data, folder):
 
 
 def test_processes_that_see_different_checkpoints_refuse_to_resume(gang, dataset, tmp_path):
-    """Fault 29."""
     trained(gang, 1, dataset, tmp_path / "0", lr=3e-3, max_steps=3)
     trained(gang, 1, dataset, tmp_path / "1", lr=3e-3, max_steps=4)
     for message in gang.run(2, find_in_folders_of_their_own, dataset, tmp_path):
@@ -210,7 +212,6 @@ def test_processes_that_see_different_checkpoints_refuse_to_resume(gang, dataset
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(gang, dataset, tmp_path):
-    """Fault 30."""
     for code, errors in run(gang, 4, dataset, tmp_path / "run", batch_size=6, max_steps=2):
         assert code == 1
         assert "batch_size=6: must be divisible by the number of processes" in errors

@@ -1,4 +1,4 @@
-"""Several processes train as one does on the same micro-batches."""
+"""Several processes train like one process on the same micro-batches."""
 
 from itertools import product
 
@@ -7,14 +7,14 @@ import pytest
 from tests.distributed.runs import DOPR, OPTIMIZERS, PARALLEL, distance, trained
 from tests.tiny import metrics
 
-pytestmark = pytest.mark.xdist_group("gang")  # one gang of processes for all of them
+pytestmark = pytest.mark.xdist_group("gang")  # the tests share a gang of processes
 
-TOLERANCE = 1e-5  # fp32 sums in another order; the weights are near 0.02, and 5 steps move them
+TOLERANCE = 1e-5  # for fp32 sums in another order; the weights are about 0.02
 
 
 @pytest.fixture(scope="module")
 def alone(dataset, tmp_path_factory):
-    """The run of one process with these settings, made once."""
+    """Return a function that trains with given settings in one process, once per settings."""
     made = {}
 
     def run(**settings):
@@ -28,7 +28,7 @@ def alone(dataset, tmp_path_factory):
 
 
 def is_quick(optimizer, dopr, parallel):
-    """The cases of `make test`."""
+    """Return whether a case is in `make test`."""
     if dopr == "fast":
         return (optimizer, parallel) == ("adamw", "fsdp")
     return dopr == "exact" and (optimizer in ("adamw", "muon") or parallel == "hsdp")

@@ -1,4 +1,4 @@
-"""muP over several processes: its factors go by the names of parameters, however they lie."""
+"""muP does not depend on how the parameters are sharded."""
 
 from itertools import product
 
@@ -11,9 +11,12 @@ from trainer.checkpoint.sharded import read_all
 
 pytestmark = pytest.mark.xdist_group("gang")
 
-WIDER = {"mup": "true", "mup_base_width": 5, "wd_scaling": "sqrt"}  # the run is 20 wide: m = 4
+WIDER = {"mup": "true", "mup_base_width": 5, "wd_scaling": "sqrt"}  # the width is 20, so m = 4
 OPTIMIZERS = {
-    "adamw": {"lr": 3e-3, "eps": 1e-6},  # gradients are m times smaller: 1e-8 lets rounding through
+    "adamw": {
+        "lr": 3e-3,
+        "eps": 1e-6,
+    },  # gradients are m times smaller; eps=1e-8 amplifies rounding
     "muon": {"lr": 3e-3, "eps": 1e-6},
     "sgd": {"lr": 0.01},
 }

@@ -1,4 +1,4 @@
-"""What a run of several processes does besides training: validation, rollouts, records."""
+"""Validation, rollouts and records of a run with several processes."""
 
 import os
 import time
@@ -10,7 +10,7 @@ from tests.distributed.runs import trained
 from tests.tiny import metrics, weights
 from trainer.parallel import Parallel
 
-pytestmark = pytest.mark.xdist_group("gang")  # one gang of processes for all of them
+pytestmark = pytest.mark.xdist_group("gang")  # the tests share a gang of processes
 
 PDFA = "task:pdfa,states=4,alphabet=4,horizon=16,n_documents=64"
 RUN = {"lr": 3e-3, "max_steps": 4, "dopr": "true"}
@@ -18,13 +18,13 @@ RUN = {"lr": 3e-3, "max_steps": 4, "dopr": "true"}
 
 @pytest.mark.parametrize(("size", "parallel"), [(2, "ddp"), (3, "fsdp")])
 def test_rollouts_are_graded_as_in_one_process(gang, tmp_path, size, parallel):
-    """The rows are shared out; 8 episodes on 3 processes are not even."""
+    """The episodes are divided among the processes; 8 do not divide evenly among 3."""
     settings = RUN | {"ttf_every": 2, "ttf_episodes": 8}
     alone = trained(gang, 1, PDFA, tmp_path / "alone", **settings)
     out = trained(gang, size, PDFA, tmp_path / "run", **settings, parallel=parallel)
-    rows, wanted = metrics(out, "ttf"), metrics(alone, "ttf")
-    assert len(rows) == len(wanted) == 3
-    for ours, theirs in zip(rows, wanted, strict=True):
+    rows, expected = metrics(out, "ttf"), metrics(alone, "ttf")
+    assert len(rows) == len(expected) == 3
+    for ours, theirs in zip(rows, expected, strict=True):
         assert ours.keys() == theirs.keys()
         numbers = {key: value for key, value in theirs.items() if key != "kind"}
         assert {key: ours[key] for key in numbers} == pytest.approx(numbers, rel=1e-3)
@@ -59,7 +59,7 @@ def test_one_process_writes_and_says_how_many_there_were(gang, dataset, tmp_path
 
 
 def slowly_prepared(path):
-    """What the first process writes after a while, and all of them read."""
+    """Let the first process write a file after a while, and all processes read it."""
 
     def prepared():
         if os.environ["RANK"] == "0":

@@ -1,7 +1,7 @@
-"""The trainer's world in one process that goes through torch.distributed all the same.
+"""One process that uses torch.distributed trains like one that does not.
 
-So much one GPU can have of NCCL: placing, DDP's and FSDP2's own messages, agreement. Σ is not
-summed and P not sent: a group of one leaves that out.
+This is what can be tested of NCCL with one GPU: placement, the communication of DDP and FSDP2, and
+decisions. In a group of one process, DoPr neither sums Σ nor sends P.
 """
 
 import pytest
@@ -11,9 +11,9 @@ from model import GPT, GPTConfig
 from optim import ActivationPreconditioner
 from optim.build import build_optimizers
 from tests.devices import DEVICES
-from trainer import parallel as dist
+from trainer import parallel as parallel_module
 from trainer.parallel import Parallel
-from trainer.sharding import full, make_mesh
+from trainer.sharding import full_tensor, make_mesh
 
 pytestmark = pytest.mark.xdist_group("gang")
 SHAPE = {"n_layer": 2, "block_size": 16, "n_embd": 32, "n_head": 2, "vocab_size": 64}
@@ -21,21 +21,25 @@ NUMBERS = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "momen
 
 
 class Forced(Parallel):
-    """A World that believes it has two processes, so that it leaves nothing out, and has one."""
+    """A Parallel with one process that behaves as if there were two, so that it communicates."""
 
     def __enter__(self):
         self.size, start = 2, torch.distributed.init_process_group
+
+        def mesh_of_one(kind, size, *more):
+            return make_mesh(kind, 1, *more)
+
+        def start_one(*args, **kwargs):
+            start(*args, **kwargs | {"world_size": 1})
+
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dist, "make_mesh", lambda kind, size, *more: make_mesh(kind, 1, *more))
-            patch.setattr(
-                *(torch.distributed, "init_process_group"),
-                lambda *args, **kwargs: start(*args, **kwargs | {"world_size": 1}),
-            )
+            patch.setattr(parallel_module, "make_mesh", mesh_of_one)
+            patch.setattr(torch.distributed, "init_process_group", start_one)
             return super().__enter__()
 
 
 def weights_after(parallel: Parallel, optimizer: str) -> list[torch.Tensor]:
-    """The weights of a tiny GPT after three steps of two micro-batches with DoPr."""
+    """Return the weights of a tiny GPT after three steps of two micro-batches with DoPr."""
     with parallel:
         torch.manual_seed(0)
         model = GPT(GPTConfig(bias=False, **SHAPE))
@@ -56,11 +60,11 @@ def weights_after(parallel: Parallel, optimizer: str) -> list[torch.Tensor]:
                 each.step()
             model.zero_grad()
         assert (parallel.gather("here")[0], parallel.all_reduce_flag(3)) == ("here", 3)
-        return [full(p.detach()).cpu() for p in model.parameters()]
+        return [full_tensor(p.detach()).cpu() for p in model.parameters()]
 
 
 def distance(device: str, parallel: str, optimizer: str) -> float:
-    """The largest difference of a weight between both kinds of world."""
+    """Return the largest difference of a weight with and without torch.distributed."""
     plain = weights_after(Parallel(torch.device(device)), optimizer)
     forced = weights_after(Forced(torch.device(device), mode=parallel, timeout_s=60), optimizer)
     return max((a - b).abs().max().item() for a, b in zip(plain, forced, strict=True))

@@ -1,4 +1,4 @@
-"""The validation loss: an exact sum, however the tokens are laid out in batches."""
+"""Test that the validation loss is an exact sum, however tokens are batched."""
 
 import math
 
@@ -12,7 +12,7 @@ from model import GPT, GPTConfig
 
 V = 61
 END_OF_TEXT = 0
-BYTES = np.arange(V, dtype=np.int32) % 7  # none for end-of-text
+BYTES = np.arange(V, dtype=np.int32) % 7  # 0 for end-of-text
 REL = 1e-6  # float32 logits, summed in float64
 
 
@@ -24,7 +24,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def data():
-    """Rows (x, y) of 8 tokens; of every third row only a part is scored."""
+    """Return rows (x, y) of 8 tokens. In every third row, only some targets are scored."""
     x, y = torch.randint(V, (2, 12, 8), generator=torch.Generator().manual_seed(0))
     y[::3, 5:] = -1
     return x, y
@@ -36,7 +36,7 @@ def batches(data, size):
 
 @torch.no_grad()
 def plain_loop(model, data):
-    """(nats, tokens, bytes), one token at a time."""
+    """Compute (nats, tokens, bytes) one token at a time."""
     nats, n_tokens, n_bytes = 0.0, 0, 0
     for x, y in zip(*data, strict=True):
         logp = log_softmax(model(x[None])[0][0].double(), dim=-1)
@@ -68,7 +68,7 @@ def test_the_loss_does_not_depend_on_the_batches(model, data, size):
 def test_a_token_that_is_not_scored_does_not_count(model, data):
     x, y = data
     shuffled = x.clone()
-    shuffled[::3, 6:] = 0  # nothing that is scored comes after these
+    shuffled[::3, 6:] = 0  # no scored target follows these tokens
     first, second = (evaluate(model, [(z, y)], BYTES, device="cpu") for z in (x, shuffled))
     assert first == second
 
@@ -94,7 +94,7 @@ def test_autocast_is_entered_for_every_batch(model, data):
     autocast = torch.autocast("cpu", torch.bfloat16)
     rounded = evaluate(model, batches(data, 4), BYTES, device="cpu", autocast=autocast)
     assert rounded.loss != exact.loss
-    assert rounded.loss == pytest.approx(exact.loss, rel=1e-2)  # bfloat16 keeps 8 bits
+    assert rounded.loss == pytest.approx(exact.loss, rel=1e-2)  # bfloat16 has 8 significant bits
 
 
 def test_a_stop_gives_no_loss_of_a_part(model, data):

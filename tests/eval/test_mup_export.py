@@ -1,8 +1,9 @@
-"""A muP model's weights with its factors folded in are a standard model that computes the same."""
+"""Test that a standard GPT with a muP model's folded weights computes the same."""
 
 import pytest
 import torch
 
+from eval.generate import generate
 from eval.mup_export import folded_weights, unfolded_weights
 from eval.rollout.tasks import parse_task
 from eval.rollout.ttf import grade_model
@@ -14,13 +15,13 @@ X = torch.randint(61, (3, 16), generator=torch.Generator().manual_seed(0))
 
 
 def mup_model(m: float, **changes) -> GPT:
-    """A model whose every weight and bias has an effect, attention's above all."""
+    """Build a muP model in which every weight and bias matters, and attention is not uniform."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SIZES, **changes, **forward_mults(m, m)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter) / 5
-            larger = 40 if "c_attn" in name else 5  # attention is far from uniform
+            larger = 40 if "c_attn" in name else 5  # so that attention is far from uniform
             parameter.add_(noise) if parameter.dim() == 1 else parameter.mul_(larger)
     return model.eval()
 
@@ -61,13 +62,13 @@ def test_generation_by_its_cache_draws_the_standard_models_tokens():
     plain.load_state_dict(folded_weights(ours))
     for prompts in ([[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4]]):  # even rows, ragged rows
         drawn = [
-            model.generate(prompts, 12, generator=torch.Generator().manual_seed(0))
+            generate(model, prompts, 12, generator=torch.Generator().manual_seed(0))
             for model in (ours, plain)
         ]
         assert drawn[0] == drawn[1]
-        greedy = torch.tensor([*prompts[-1], *ours.generate(prompts[-1:], 12, greedy=True)[0]])
-        wanted = ours(greedy[None])[0].argmax(-1)[0]  # without a cache
-        assert greedy[len(prompts[-1]) :].tolist() == wanted[len(prompts[-1]) - 1 : -1].tolist()
+        greedy = torch.tensor([*prompts[-1], *generate(ours, prompts[-1:], 12, greedy=True)[0]])
+        expected = ours(greedy[None])[0].argmax(-1)[0]  # without a cache
+        assert greedy[len(prompts[-1]) :].tolist() == expected[len(prompts[-1]) - 1 : -1].tolist()
 
 
 def test_rollouts_are_graded_as_those_of_the_standard_model():
@@ -83,9 +84,11 @@ def test_rollouts_are_graded_as_those_of_the_standard_model():
     assert found[0] != found[2]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by torch while it compiles
 @torch.no_grad()
 def test_the_compiled_model_has_the_same_logits():
     ours = mup_model(4.0)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(X)[0], ours(X)[0], rtol=0, atol=1e-5)  # order of sums
+    torch.testing.assert_close(
+        compiled(X)[0], ours(X)[0], rtol=0, atol=1e-5
+    )  # another order of summation

@@ -1,4 +1,4 @@
-"""`python -m eval.sample`: what it prints, what it writes, and how it refuses."""
+"""Test `python -m eval.sample`: its output, its files and its error messages."""
 
 import json
 
@@ -7,8 +7,9 @@ import torch
 
 import train
 from data.tokenizer import byte_tokenizer
+from eval.generate import Sampling, generate
 from eval.sample import main, read_prompts, sample
-from model import GPT, GPTConfig, Sampling
+from model import GPT, GPTConfig
 from tests.tiny import argv
 
 TOKENIZER = byte_tokenizer()
@@ -53,16 +54,18 @@ def test_without_a_limit_the_longest_prompt_fills_the_context(model):
 
 def test_end_of_text_ends_a_sample_and_is_no_part_of_its_text(model, monkeypatch):
     answer = [[*b"xy", TOKENIZER.eot], [*b"xyz"]]
-    monkeypatch.setattr(model, "generate", lambda *args, stop_token, **rest: answer)
+    monkeypatch.setattr("eval.sample.generate", lambda *args, stop_token, **rest: answer)
     assert [row["completion"] for row in rows(model, ["a", "b"])] == ["xy", "xyz"]
 
 
 def test_an_empty_prompt_starts_from_end_of_text(model, monkeypatch):
     seen = []
-    generate = model.generate
-    monkeypatch.setattr(
-        model, "generate", lambda p, *a, **k: seen.extend(p) or generate(p, *a, **k)
-    )
+
+    def record(model, prompts, *args, **rest):
+        seen.extend(prompts)
+        return generate(model, prompts, *args, **rest)
+
+    monkeypatch.setattr("eval.sample.generate", record)
     rows(model, ["", "a"])
     assert seen == [[TOKENIZER.eot], [ord("a")]]
 
@@ -70,7 +73,7 @@ def test_an_empty_prompt_starts_from_end_of_text(model, monkeypatch):
 def test_a_prompt_that_is_too_long_is_named(model):
     with pytest.raises(ValueError, match="prompt 2 has 16 tokens and block_size is 16: 0 new"):
         rows(model, ["a", "b" * 16])
-    with pytest.raises(ValueError, match="6 new tokens fit, 7 are wanted"):
+    with pytest.raises(ValueError, match="6 new tokens fit, but 7 are needed"):
         rows(model, max_new_tokens=7)
 
 
@@ -85,7 +88,7 @@ def test_prompts_come_one_a_line_or_as_json(tmp_path):
 def test_a_line_without_a_prompt_is_named(tmp_path, line):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=r"p.jsonl:2: got .*, wanted an object"):
+    with pytest.raises(ValueError, match=r"p.jsonl:2: expected an object like .*, but got"):
         read_prompts(path)
 
 
@@ -118,7 +121,7 @@ BAD_LINES = {
     "block_size is 16: 0 new tokens fit": ["--prompt=0123456789abcdef"],
     "no averaged weights": ["--ema"],
     "none.txt: No such file": ["--prompts=none.txt"],
-    "there is no folder nowhere": ["--out=nowhere/samples.jsonl"],
+    "the folder nowhere does not exist": ["--out=nowhere/samples.jsonl"],
 }
 
 

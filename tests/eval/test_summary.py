@@ -1,4 +1,4 @@
-"""The table of runs says what the runs' own records say."""
+"""Test that the table of runs agrees with the runs' own records."""
 
 import train
 from eval.summary import main
@@ -18,4 +18,4 @@ def test_the_table_holds_the_last_validation_of_every_run(dataset, tmp_path, cap
 
 def test_a_folder_without_a_run_is_named(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
-    assert f"error: {tmp_path} holds no run" in capsys.readouterr().err
+    assert f"error: {tmp_path} contains no run" in capsys.readouterr().err

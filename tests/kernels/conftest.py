@@ -1,4 +1,4 @@
-"""Fixtures of the kernels' tests."""
+"""Fixtures for the tests of the kernels."""
 
 import pytest
 import torch
@@ -8,11 +8,11 @@ from tests.kernels.memory import guarded, is_intact
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Whatever a launcher allocates is NaN at first, and has guards that must stay NaN."""
+    """Fill every buffer that a kernel launcher allocates with NaN, and check its guards."""
     allocate, buffers = torch.Tensor.new_empty, []
 
     def new_empty(self, size, **options):
-        if size == 0:  # Triton's interpreter makes its own views of memory from this
+        if size == 0:  # Triton's interpreter creates its views of memory this way
             return allocate(self, size, **options)
         view, buffer = guarded(allocate(self, size, **options).fill_(torch.nan))
         buffers.append(buffer)

@@ -1,11 +1,11 @@
-"""Whether Triton's interpreter, which TRITON_INTERPRET=1 asks for, runs here at all."""
+"""A mark that skips a test if Triton's interpreter (TRITON_INTERPRET=1) does not work here."""
 
 import pytest
 from packaging.version import Version
 
-triton = pytest.importorskip("triton", reason="triton is not installed: it is for Linux only")
+triton = pytest.importorskip("triton", reason="triton is not installed; it supports Linux only")
 
 needs_interpreter = pytest.mark.skipif(
     Version(triton.__version__) < Version("3.7"),
-    reason="Triton 3.6 interprets loops by int() of an array, which NumPy warns of or refuses",
+    reason="Triton 3.6 interprets loops by int(array), for which NumPy warns or raises",
 )

@@ -1,13 +1,13 @@
-"""Covariances to invert in tests, and the dense float64 answer."""
+"""Covariances with a given spectrum, and their dense float64 inverse roots."""
 
 import torch
 
 
 def spd(d, condition, *, top=None, seed=0, dtype=torch.float32):
-    """A random symmetric A (d, d) with this condition number; returns A and its least eigenvalue.
+    """Return a random symmetric A (d, d) with this condition number, and its smallest eigenvalue.
 
-    Its eigenvalues are log-uniform, or, as with real activations, one of them holds the share
-    `top` of the trace and the rest spread over six decades, with a damping.
+    By default the eigenvalues are log-uniform. With `top`, one eigenvalue holds this fraction of
+    the trace, as for real activations, and the others cover six decades before damping is added.
     """
     generator = torch.Generator().manual_seed(seed)
     Q = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))[0]
@@ -23,10 +23,10 @@ def spd(d, condition, *, top=None, seed=0, dtype=torch.float32):
 
 
 def exact_inverse_root(A, p):
-    """A^(-1/p) by a float64 eigendecomposition."""
+    """Return A^(-1/p) from a float64 eigendecomposition."""
     w, Q = torch.linalg.eigh(A.double())
     return (Q * w[..., None, :] ** (-1 / p)) @ Q.mT
 
 
-def relative_error(got, wanted):
-    return ((got.double() - wanted.double()).norm() / wanted.double().norm()).item()
+def relative_error(actual, expected):
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()

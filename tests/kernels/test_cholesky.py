@@ -1,4 +1,4 @@
-"""kernels/cholesky.py against dense float64 solves, and on what cannot be inverted."""
+"""kernels/cholesky.py against dense float64 solves, and for matrices without an inverse."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ INVERSES = ["cholesky", "newton_schulz"]
 
 
 def covariance(d, n, seed=0):
-    """Σ of n Gaussian inputs whose features differ in scale: of rank n where n < d."""
+    """Return Σ of n Gaussian inputs with features of different scales; it has rank min(n, d)."""
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(n, d, generator=generator) * torch.logspace(0, -1, d)
     return z.mT @ z / n
@@ -54,8 +54,8 @@ def test_ragged_and_rank_deficient_covariances_are_inverted_with_damping(d, n, g
     sigma = covariance(d, n, seed=d)
     damping = gamma * mean_eigenvalue(sigma)
     X, used, failures = damped_inverse_root(sigma, damping, p)
-    wanted = exact_inverse_root(sigma.double() + damping.double() * torch.eye(d), p)
-    assert relative_error(X, wanted) < 1e-5
+    expected = exact_inverse_root(sigma.double() + damping.double() * torch.eye(d), p)
+    assert relative_error(X, expected) < 1e-5
     assert torch.equal(used, damping)
     assert failures == 0
 
@@ -92,7 +92,7 @@ def test_a_batch_equals_a_loop(p):
 
 
 @pytest.mark.parametrize("p", [1, 2, 4])
-def test_what_has_no_inverse_is_nan_and_not_ok_and_leaves_its_neighbours_alone(p):
+def test_a_matrix_without_an_inverse_is_nan_and_not_ok_and_others_are_unaffected(p):
     A = torch.stack([torch.eye(4)] * 5)
     A[1, 2, 2] = -1
     A[2] = 0
@@ -122,12 +122,13 @@ def test_an_indefinite_covariance_gets_ten_times_its_damping_until_it_has_an_inv
     X, used, failures = damped_inverse_root(sigma, torch.tensor([0.01, 0.01]), 1, inverse=inverse)
     torch.testing.assert_close(used, torch.tensor([0.01, 1.0]))
     assert failures.tolist() == [0, 2 if inverse == "cholesky" else 3]
-    wanted = exact_inverse_root(sigma[1] + torch.eye(6), 1)
-    assert relative_error(X[1], wanted) < 1e-5
+    expected = exact_inverse_root(sigma[1] + torch.eye(6), 1)
+    assert relative_error(X[1], expected) < 1e-5
 
 
 def test_a_failed_newton_schulz_is_redone_by_cholesky_with_the_same_damping():
-    sigma, damping = covariance(40, 3), torch.tensor(1e-6)  # beyond fp32 Newton-Schulz
+    sigma = covariance(40, 3)
+    damping = torch.tensor(1e-6)  # too small for Newton-Schulz in fp32
     X, used, failures = damped_inverse_root(sigma, damping, 1, inverse="newton_schulz")
     assert failures == 1
     assert used == damping

@@ -1,4 +1,4 @@
-"""kernels/gram.py against the dense float64 sum, and its operator under torch.compile."""
+"""kernels/gram.py against the dense float64 sum, and its custom operator under torch.compile."""
 
 import pytest
 import torch
@@ -12,21 +12,21 @@ RUNS, PAUSED = torch.tensor(False), torch.tensor(True)
 
 
 def gram(z, blocks=1, **sampling):
-    """S (blocks, d/blocks, d/blocks) of z alone, and the count."""
+    """Return S (blocks, d/blocks, d/blocks) of z and the number of tokens."""
     b = z.shape[-1] // blocks
     S = torch.zeros(blocks, b, b, dtype=torch.promote_types(z.dtype, torch.float32))
     return S, gram_(S, z, **sampling)
 
 
 def dense_gram(rows, blocks=1):
-    """(n, d) -> the diagonal blocks of rowsᵀ rows in float64."""
+    """Return the diagonal blocks of rowsᵀ rows in float64, for rows (n, d)."""
     full = rows.double().mT @ rows.double()
     b = full.shape[0] // blocks
     return torch.stack([full[k * b : (k + 1) * b, k * b : (k + 1) * b] for k in range(blocks)])
 
 
 def sampled_positions(T, stride, offset):
-    """Which positions of which sequence count: one-hot inputs make the gram their histogram."""
+    """Return the sampled positions (B, T) as 0 or 1; the gram of one-hot inputs is a histogram."""
     B = 5
     z = torch.eye(B * T).reshape(B, T, B * T)
     S, n = gram(z, stride=stride, offset=offset)
@@ -55,7 +55,7 @@ def test_gram_equals_the_dense_float64_sum_over_the_sampled_rows(
     rows = torch.stack([z[i, t] for i, t in taken])
     assert n == len(taken)
     assert S.shape == (blocks, b, b)
-    # products of bf16 are exact in fp32: only the sum of at most 52 terms rounds
+    # Products of bf16 numbers are exact in fp32; only the sum of at most 52 terms is rounded.
     torch.testing.assert_close(S.double(), dense_gram(rows, blocks), atol=2e-5, rtol=1e-5)
     assert torch.equal(S, S.mT)
 
@@ -149,12 +149,15 @@ def test_mirror_never_reads_the_upper_triangle_and_works_in_place():
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (lambda: gram_(torch.zeros(3, 3, 3), torch.ones(4, 10)), "wants S"),
-        (lambda: gram_(torch.ones(2, 3, 3), torch.ones(5, 4)), "wants S"),
+        (lambda: gram_(torch.zeros(3, 3, 3), torch.ones(4, 10)), "expected S of shape"),
+        (lambda: gram_(torch.ones(2, 3, 3), torch.ones(5, 4)), "expected S of shape"),
         (lambda: gram_(torch.ones(1, 4, 4), torch.ones(5, 4), stride=0), "stride=0"),
-        (lambda: gram_(torch.ones(1, 4, 4), torch.ones(4)), "wants a floating"),
-        (lambda: gram_(torch.ones(1, 4, 4), torch.ones(9, 4).long()), "wants a floating"),
-        (lambda: gram_(torch.ones(1, 4, 4), torch.ones(9, 4, device="meta")), "wants one device"),
+        (lambda: gram_(torch.ones(1, 4, 4), torch.ones(4)), "expected a floating"),
+        (lambda: gram_(torch.ones(1, 4, 4), torch.ones(9, 4).long()), "expected a floating"),
+        (
+            lambda: gram_(torch.ones(1, 4, 4), torch.ones(9, 4, device="meta")),
+            "expected S and z on one device",
+        ),
     ],
 )
 def test_bad_arguments_are_refused_by_name(bad, message):
@@ -163,7 +166,7 @@ def test_bad_arguments_are_refused_by_name(bad, message):
 
 
 class CapturingLinear(torch.autograd.Function):
-    """z @ Wᵀ, whose backward adds its inputs to a gram: the way a layer is observed in training."""
+    """z @ Wᵀ with a backward that adds z to a gram, as the preconditioner captures a layer."""
 
     @staticmethod
     def forward(ctx, z, W, S, count, offset):
@@ -183,14 +186,14 @@ def layer(z, W, S, count, offset):
 
 
 def captured(forward, z, W, offset):
-    """S, count and W's gradient after one forward and backward."""
+    """Return S, count and the gradient of W after one forward and backward."""
     W = W.clone().requires_grad_()
     S, count = torch.zeros(2, 4, 4), torch.zeros((), dtype=torch.int64)
     forward(z, W, S, count, torch.tensor(offset)).square().sum().backward()
     return S, count, W.grad
 
 
-# Dynamo makes an instance of the Function class to trace it, which torch itself warns about.
+# Dynamo instantiates the Function class to trace it, for which torch emits a warning.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_the_operator_in_a_compiled_backward_equals_eager_and_does_not_recompile():
     torch._dynamo.reset()

@@ -10,6 +10,7 @@ from optim.kernels.newton_schulz import (
     QUINTIC,
     full_precision,
     inverse_root,
+    newton_error,
     newton_iterations,
     orthogonalize,
     probe_residual,
@@ -17,7 +18,7 @@ from optim.kernels.newton_schulz import (
 )
 from tests.kernels.spectra import exact_inverse_root, relative_error, spd
 
-TOPS = [None, 0.13, 0.5, 0.95]  # λ₁ / tr Σ of real activations is 0.13 to 0.95
+TOPS = [None, 0.13, 0.5, 0.95]  # for real activations, λ₁ / tr Σ is 0.13 to 0.95
 
 
 def torch_muon(G):
@@ -38,15 +39,15 @@ def test_quintic_equals_torch_muon_bit_for_bit_where_the_norm_is_exact(shape):
 @pytest.mark.parametrize("shape", [(48, 48), (37, 100), (100, 37)])
 def test_quintic_equals_torch_muon_up_to_bf16_rounding_of_the_norm(shape):
     G = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    # the norm, and its quotient, are fp32 here and bf16 there: 2⁻⁸, amplified by five steps
+    # torch rounds the norm and the quotient to bf16 (2⁻⁸), which five steps amplify; we use fp32.
     assert relative_error(orthogonalize(G, ns_coefficients="quintic"), torch_muon(G)) < 0.04
 
 
 @pytest.mark.parametrize(
     ("ns_coefficients", "steps", "low", "high"),
     [
-        ("quintic", 5, 0.65, 1.25),  # the classic band, from σ = 1e-2 up
-        ("polar_express", 5, 0.84, 1.13),  # from σ = 1e-3 up, with the safety factor
+        ("quintic", 5, 0.65, 1.25),  # the known band, for σ >= 1e-2
+        ("polar_express", 5, 0.84, 1.13),  # for σ >= 1e-3, with the safety factor
         ("polar_express", 6, 0.993, 1.002),
         ("polar_express", 10, 1 - 1e-6, 1 + 1e-6),
     ],
@@ -90,9 +91,9 @@ def test_a_batch_equals_its_matrices_one_by_one_and_transposition_commutes(m, n,
     got = orthogonalize(G, dtype=dtype)
     assert got.shape == G.shape
     assert got.dtype == G.dtype
-    tolerance = 1e-4 if wide else 3e-2  # the batched product may sum in another order
+    tolerance = 1e-4 if wide else 3e-2  # batched products may sum in another order
     assert relative_error(got[1, 2], orthogonalize(G[1, 2], dtype=dtype)) < tolerance
-    if m != n:  # a square matrix has no smaller side: Gram matrices on the other side round apart
+    if m != n:  # for a square matrix, X Xᵀ is not the same product after a transposition
         assert torch.equal(got.mT, orthogonalize(G.mT, dtype=dtype))
 
 
@@ -127,9 +128,18 @@ def test_the_root_solves_its_equation(p):
 def test_scaling_saves_two_fifths_of_the_iterations_of_the_plain_scheme(p):
     for condition in (1e3, 1e4, 1e5):
         low, plain = 1 / condition, 0
-        while (1 - low) / p > 1e-3:  # the plain scheme is not centred: its error is all on one side
+        while (1 - low) / p > 1e-3:  # the plain scheme is not centered: its error is one-sided
             low, plain = low * ((p + 1 - low) / p) ** p, plain + 1
         assert newton_iterations(condition, p, tolerance=1e-3) <= 0.6 * plain
+
+
+@pytest.mark.parametrize("p", [1, 2, 4])
+def test_newton_error_is_that_of_newton_iterations(p):
+    condition = torch.tensor([10.0, 1e3, 1e4])
+    for i, each in enumerate(condition.tolist()):
+        steps = newton_iterations(each, p, tolerance=1e-3)
+        assert newton_error(condition, p, steps)[i] <= 1e-3
+        assert newton_error(condition, p, steps - 1)[i] > 1e-3
 
 
 def test_a_well_conditioned_matrix_takes_few_iterations_and_a_scaled_identity_none():
@@ -207,7 +217,7 @@ def test_the_probe_tells_a_failed_matrix_from_a_good_one(p):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (lambda: orthogonalize(torch.ones(3)), "wants a floating"),
+        (lambda: orthogonalize(torch.ones(3)), "expected a floating"),
         (lambda: orthogonalize(torch.ones(3, 3), steps=0), "steps=0"),
         (lambda: orthogonalize(torch.ones(3, 3), ns_coefficients="cubic"), "'cubic'"),
         (lambda: inverse_root(torch.ones(3, 2), 1, lower_bound=1.0, iterations=1), r"\(3, 2\)"),

@@ -12,12 +12,12 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 apply = triton_apply.apply
 ONE = torch.ones(())
 
-# Of fp32 inputs, bf16x3 keeps about 16 bits and the other two at least 21.
+# bf16x3 keeps about 16 bits of fp32 inputs, the other two at least 21.
 TOLERANCE = {"bf16x3": 1e-4, "tf32x3": 2e-6, "ieee": 1e-6}
 
 
 def dense(G, P):
-    """M in float64, from the dense block-diagonal P."""
+    """Return M in float64 from the dense block-diagonal P."""
     P = torch.stack([torch.block_diag(*each) for each in P.double()])
     return G.double() @ P
 
@@ -35,8 +35,8 @@ def test_it_equals_float64_on_ragged_shapes(N, m, b, blocks, precision, config):
 
 def test_it_equals_the_reference():
     G, P = randn(2, 20, 51), randn(2, 3, 17, 17, seed=1)
-    wanted = torch.stack([precondition(g, p) for g, p in zip(G, P, strict=True)])
-    torch.testing.assert_close(apply(G, P, config=SMALL), wanted, atol=2e-5, rtol=1e-5)
+    expected = torch.stack([precondition(g, p) for g, p in zip(G, P, strict=True)])
+    torch.testing.assert_close(apply(G, P, config=SMALL), expected, atol=2e-5, rtol=1e-5)
 
 
 def test_the_identity_changes_no_bit():

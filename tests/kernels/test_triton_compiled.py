@@ -1,8 +1,8 @@
-"""The Triton kernels as the compiler makes them, for GPUs that need not be here."""
+"""The compiled Triton kernels, for GPU architectures that this host need not have."""
 
 import pytest
 
-triton = pytest.importorskip("triton", reason="triton is not installed: it is for Linux only")
+triton = pytest.importorskip("triton", reason="triton is not installed; it supports Linux only")
 if triton.knobs.runtime.interpret:
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 

@@ -13,7 +13,7 @@ from tests.kernels.triton_device import DEVICE, triton_newton_schulz
 
 @pytest.fixture
 def launches(monkeypatch):
-    """(iterations, precision) of every inverse; no bound may be read from the device."""
+    """Record (iterations, precision) of every inverse; fail if a bound is read from the device."""
     seen, inverse_root = [], triton_newton_schulz.inverse_root
 
     def recorded(*args, **kwargs):
@@ -37,17 +37,18 @@ def by_triton(sigma, gamma, deflation_basis=None, condition_bound=None):
     )
 
 
-# 1e-4 is left by the iterations; of bf16x3 about 1e-6 of the condition number of A', truncated here
+# The iterations leave an error of 1e-4. bf16x3 products leave about 1e-6 times the condition number
+# of A' in the interpreter, which truncates.
 @pytest.mark.parametrize(("gamma", "tolerance"), [(0.1, 3e-4), (0.01, 1e-3)])
 def test_m_equals_float64_from_the_first_inverse_on(gamma, tolerance, launches):
     U = first_deflation_basis(torch.zeros(D, D, device=DEVICE), 1)
-    for seed in (0, 1):  # the second finds the directions of another covariance
+    for seed in (0, 1):  # the second covariance starts from the basis of the first
         sigma, G = covariance((0.5, 0.95)[seed], seed=seed)
         X, _, failures = by_triton(sigma, gamma, U)
         assert failures == 0
         assert torch.equal(X, X.mT)
-        wanted = G @ exact_inverse_root(damped(sigma, gamma), 1)
-        assert relative_error(G @ X.cpu().double(), wanted) < tolerance
+        expected = G @ exact_inverse_root(damped(sigma, gamma), 1)
+        assert relative_error(G @ X.cpu().double(), expected) < tolerance
     assert launches[0] == launches[1]
 
 
@@ -67,13 +68,13 @@ def test_m_of_narrow_inputs_which_are_not_deflated_is_within_the_wanted_error(ga
         sigma, G = covariance(0.9, d=64, n_top=1, seed=seed)
         X, _, failures = by_triton(sigma, gamma, condition_bound=64 / gamma)
         assert failures == 0
-        wanted = G @ exact_inverse_root(damped(sigma, gamma), 1)
-        assert relative_error(G @ X.cpu().double(), wanted) < WANTED_ERROR
+        expected = G @ exact_inverse_root(damped(sigma, gamma), 1)
+        assert relative_error(G @ X.cpu().double(), expected) < WANTED_ERROR
     assert {precision for _, precision in launches} == {"bf16x3" if gamma == 2 else "ieee"}
 
 
 def test_too_few_iterations_are_found_out_and_redone_by_cholesky(launches):
-    sigma, _ = covariance(0.9, n_top=60, decay=0.1)  # U holds no more than a third of the trace
+    sigma, _ = covariance(0.9, n_top=60, decay=0.1)  # U captures at most a third of the trace
     U = first_deflation_basis(sigma.to(DEVICE), 1)
     X, _, failures = by_triton(sigma, 0.01, U, condition_bound=100.0)
     assert len(launches) == failures == 1
@@ -87,5 +88,5 @@ def test_what_converges_too_little_for_the_wanted_error_would_pass_the_probe(lau
     X, _, failures = by_triton(
         sigma, 0.01, first_deflation_basis(sigma.to(DEVICE), 1), condition_bound=1000.0
     )
-    assert failures == 0  # so the bound, not the probe, is what finds it out
+    assert failures == 0  # the probe does not detect it; only the error bound does
     assert relative_error(X.cpu(), exact_inverse_root(damped(sigma, 0.01), 1)) > WANTED_ERROR

@@ -11,14 +11,14 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def both(z, blocks=1, *, config=SMALL, **arguments):
-    """S and the count of the Triton kernel and of the reference, from the same random S."""
+    """Return S and the count of the Triton kernel and of the reference, from the same random S."""
     b = z.shape[-1] // blocks
     S = gram.mirror_(randn(blocks, b, b, seed=1))
-    wanted = S.clone()
+    expected = S.clone()
     S += torch.full_like(S, torch.nan).triu(1)  # the upper triangle is not read
     got_n = triton_gram.gram_(S, z, config=config, **arguments)
-    wanted_n = gram.gram_(wanted, z, **arguments)
-    return S, wanted, got_n, wanted_n
+    expected_n = gram.gram_(expected, z, **arguments)
+    return S, expected, got_n, expected_n
 
 
 @pytest.mark.parametrize("config", [SMALL, None])
@@ -37,24 +37,24 @@ def both(z, blocks=1, *, config=SMALL, **arguments):
 def test_it_equals_the_reference_on_ragged_shapes(B, T, b, blocks, stride, offset, dtype, config):
     z = randn(B, T, b * blocks, dtype=dtype)
     sampling = {"stride": stride, "offset": offset}
-    S, wanted, got_n, wanted_n = both(z, blocks, config=config, beta=0.9, alpha=0.1, **sampling)
-    assert got_n == wanted_n
-    torch.testing.assert_close(S, wanted, atol=2e-6, rtol=1e-5)  # sums of at most 66 terms
+    S, expected, got_n, expected_n = both(z, blocks, config=config, beta=0.9, alpha=0.1, **sampling)
+    assert got_n == expected_n
+    torch.testing.assert_close(S, expected, atol=2e-6, rtol=1e-5)  # sums of at most 66 terms
     assert torch.equal(S, S.mT)
 
 
 @pytest.mark.parametrize("offset", [0, 1, 6, 12, 10**12 + 5, -4])
 def test_the_sampled_positions_are_those_of_the_reference(offset):
     z = torch.eye(4 * 13, device=DEVICE).reshape(4, 13, 52)  # its gram is a histogram
-    S, wanted, _, _ = both(z, stride=4, offset=torch.tensor(offset, device=DEVICE), beta=0.0)
-    assert torch.equal(S, wanted)
+    S, expected, _, _ = both(z, stride=4, offset=torch.tensor(offset, device=DEVICE), beta=0.0)
+    assert torch.equal(S, expected)
 
 
 def test_it_is_beta_s_plus_alpha_times_the_sum_with_coefficients_on_the_device():
     z, numbers = randn(30, 24), {"beta": 0.75, "alpha": 0.5}
     tensors = {name: torch.tensor(value, device=DEVICE) for name, value in numbers.items()}
-    S, wanted, _, _ = both(z, 2, **tensors)
-    torch.testing.assert_close(S, wanted, atol=2e-6, rtol=1e-5)
+    S, expected, _, _ = both(z, 2, **tensors)
+    torch.testing.assert_close(S, expected, atol=2e-6, rtol=1e-5)
     assert torch.equal(S, both(z, 2, **numbers)[0])
 
 
@@ -63,16 +63,16 @@ def test_many_splits_give_the_same_sum_and_the_same_bits_every_time(dtype, monke
     monkeypatch.setattr(triton_gram, "SPLIT_ROWS", 16)
     z = randn(3, 37, 40, dtype=dtype)
     assert triton_gram.split_rows(111, 6, 16) == 32
-    S, wanted, _, _ = both(z, 2)
-    torch.testing.assert_close(S, wanted, atol=1e-5, rtol=1e-5)
+    S, expected, _, _ = both(z, 2)
+    torch.testing.assert_close(S, expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(S, S.mT)
     assert torch.equal(S, both(z, 2)[0])
 
 
 def test_integer_valued_inputs_give_the_exact_sum():
     z = (8 * randn(2, 50, 36)).round().clamp(-8, 8).bfloat16()
-    S, wanted, _, _ = both(z, 3, beta=0.0)
-    assert torch.equal(S, wanted)
+    S, expected, _, _ = both(z, 3, beta=0.0)
+    assert torch.equal(S, expected)
 
 
 def test_nothing_outside_s_and_z_is_read_or_written():
@@ -80,15 +80,15 @@ def test_nothing_outside_s_and_z_is_read_or_written():
     S, buffer = guarded(torch.zeros(1, 23, 23, device=DEVICE), guard=7.0)
     triton_gram.gram_(S, z, beta=0.5, stride=2, config=SMALL)
     assert S.isfinite().all()
-    assert is_intact(buffer, guard=7.0)  # NaN would not show a row that is read and written back
+    assert is_intact(buffer, guard=7.0)  # NaN would not reveal a row that is read and written back
 
 
 def test_rows_and_columns_may_lie_apart():
     wide = torch.full((2, 9, 60), torch.nan, device=DEVICE)
     wide[..., 8:40] = randn(2, 9, 32)
     padded, transposed = wide[..., 8:40], wide[..., 8:40].mT.contiguous().mT
-    S, wanted, _, _ = both(padded, 2, stride=2)
-    torch.testing.assert_close(S, wanted, atol=2e-6, rtol=1e-5)
+    S, expected, _, _ = both(padded, 2, stride=2)
+    torch.testing.assert_close(S, expected, atol=2e-6, rtol=1e-5)
     assert torch.equal(both(transposed, 2, stride=2)[0], S)
 
 
@@ -97,9 +97,9 @@ def test_s_may_be_a_slice_of_a_larger_tensor():
     S = large[::2, :, 10:50:2]
     z = randn(15, 40)
     triton_gram.gram_(S, z, config=SMALL)
-    wanted = torch.zeros(2, 20, 20, device=DEVICE)
-    gram.gram_(wanted, z)
-    torch.testing.assert_close(S, wanted, atol=2e-6, rtol=1e-5)
+    expected = torch.zeros(2, 20, 20, device=DEVICE)
+    gram.gram_(expected, z)
+    torch.testing.assert_close(S, expected, atol=2e-6, rtol=1e-5)
     S.zero_()
     assert not large.any()
 

@@ -1,4 +1,4 @@
-"""The tests of the Triton kernels without a GPU: in Triton's interpreter, one process a file."""
+"""Run the tests of the Triton kernels in Triton's interpreter, one process per file."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ FILES = sorted(
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
 def test_a_kernel_is_right_in_the_interpreter(file):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTEST_ADDOPTS", None)  # those of the outer run, which may ask for workers
+    environment.pop("PYTEST_ADDOPTS", None)  # set for the outer run, which may use workers
     command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", file]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-2000:]

@@ -11,13 +11,13 @@ from tests.kernels.triton_device import DEVICE, randn, triton_newton_schulz
 pytestmark = pytest.mark.usefixtures("poisoned")
 inverse_root, orthogonalize = triton_newton_schulz.inverse_root, triton_newton_schulz.orthogonalize
 
-# Error floors at condition number 1e3: 1e-7 of it for bf16x3, twice that where bf16 is truncated,
-# 8e-6 of it for tf32; for ieee it is the tolerance of `newton_iterations`.
+# Error floors at condition number κ = 1e3: bf16x3 1e-7 κ, or twice that if bf16 is truncated; tf32
+# 8e-6 κ; ieee the tolerance of `newton_iterations`.
 TOLERANCE = {"ieee": 1e-4, "bf16x3": 1e-3, "tf32": 2e-2}
 
 
 def covariances(d, conditions):
-    """A (N, d, d), its least eigenvalues (N,) and the iterations for the worst matrix."""
+    """Return A (N, d, d), its smallest eigenvalues (N,) and a bound on the condition numbers."""
     pairs = [spd(d, condition, top=0.4, seed=i) for i, condition in enumerate(conditions)]
     A = torch.stack([a for a, _ in pairs]).to(DEVICE)
     lower = torch.tensor([low for _, low in pairs], device=DEVICE)
@@ -41,9 +41,9 @@ def test_the_iterates_are_those_of_the_reference(p):
     for iterations in (0, 1, 3):  # far from converged
         arguments = {"lower_bound": lower[None], "iterations": iterations}
         X = inverse_root(A[None], p, **arguments, precision="ieee")
-        wanted = newton_schulz.inverse_root(A[None], p, **arguments)
-        assert X.shape == wanted.shape
-        assert relative_error(X, wanted) < 1e-6  # fp32 rounding
+        expected = newton_schulz.inverse_root(A[None], p, **arguments)
+        assert X.shape == expected.shape
+        assert relative_error(X, expected) < 1e-6  # fp32 rounding
 
 
 def test_one_bound_serves_all_and_the_same_bits_come_every_time():
@@ -59,8 +59,8 @@ def test_one_bound_serves_all_and_the_same_bits_come_every_time():
 def test_orthogonalize_equals_the_reference_in_fp32(shape, ns_coefficients):
     G = randn(*shape)
     arguments = {"steps": 3, "ns_coefficients": ns_coefficients, "dtype": torch.float32}
-    got, wanted = orthogonalize(G, **arguments), newton_schulz.orthogonalize(G, **arguments)
-    assert relative_error(got, wanted) < 1e-5  # fp32 rounding, amplified by the polynomials
+    got, expected = orthogonalize(G, **arguments), newton_schulz.orthogonalize(G, **arguments)
+    assert relative_error(got, expected) < 1e-5  # fp32 rounding, amplified by the polynomials
     assert got.shape == G.shape
 
 
@@ -69,7 +69,7 @@ def test_bf16_singular_values_end_near_one(dtype):
     G = torch.diag(torch.logspace(0, -2, 24)).flip(1).to(DEVICE, dtype)
     got = orthogonalize(G)
     assert got.dtype == dtype
-    # the band of five polar steps is 0.84 to 1.13 with exact products, and those of bf16 widen it
+    # With exact products, five steps of polar_express give 0.84 to 1.13; bf16 widens this band.
     sigma = torch.linalg.svdvals(got.double())
     assert sigma.min() > 0.75
     assert sigma.max() < 1.25
@@ -79,9 +79,9 @@ def test_zero_matrices_give_zeros():
     assert not orthogonalize(torch.zeros(2, 5, 8, device=DEVICE), steps=2).any()
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # is a prototype, it says
-@pytest.mark.skipif(DEVICE == "cpu", reason="only a GPU can be waited for")
-def test_nothing_waits_for_the_device():
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # a prototype feature
+@pytest.mark.skipif(DEVICE == "cpu", reason="only a GPU runs asynchronously")
+def test_nothing_synchronizes_with_the_device():
     A, lower, _ = covariances(64, [1e2, 1e3])
     try:
         torch.cuda.set_sync_debug_mode("error")
@@ -96,7 +96,7 @@ def test_nothing_waits_for_the_device():
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (lambda: orthogonalize(torch.ones(3)), "wants a floating"),
+        (lambda: orthogonalize(torch.ones(3)), "expected a floating"),
         (lambda: orthogonalize(torch.ones(3, 3), dtype=torch.float64), "float64"),
         (lambda: inverse_root(torch.ones(3, 2), 1, lower_bound=1.0, iterations=1), r"\(3, 2\)"),
         (lambda: inverse_root(torch.eye(3).double(), 1, lower_bound=1.0, iterations=1), "float64"),

@@ -1,4 +1,4 @@
-"""The Triton kernels as operators of torch: opcheck, torch.compile; on a GPU or interpreted."""
+"""The Triton kernels as custom operators: opcheck and torch.compile, on a GPU or interpreted."""
 
 import pytest
 import torch
@@ -22,10 +22,7 @@ def sums():
 def test_the_sum_passes_opcheck():
     offset = torch.ones((), dtype=torch.int64, device=DEVICE)
     args = (*sums(), randn(3, 6, 8), offset, torch.tensor(False), 2, "triton")
-    checks = (
-        "test_schema",
-        "test_faketensor",
-    )  # test_gram.py has the slow ones, which see no kernel
+    checks = ("test_schema", "test_faketensor")  # test_gram.py runs the others
     torch.library.opcheck(accumulate_gram, args, test_utils=checks)
 
 
@@ -46,15 +43,15 @@ def test_an_inverse_compiles_to_one_graph_and_equals_eager():
     A, lower = spd(20, 50)
     arguments = {"lower_bound": torch.tensor([lower], device=DEVICE), "iterations": 2}
     compiled = torch.compile(triton_newton_schulz.inverse_root, fullgraph=True, backend="aot_eager")
-    wanted = triton_newton_schulz.inverse_root(A[None].to(DEVICE), 1, **arguments)
-    assert torch.equal(compiled(A[None].to(DEVICE), 1, **arguments), wanted)
+    expected = triton_newton_schulz.inverse_root(A[None].to(DEVICE), 1, **arguments)
+    assert torch.equal(compiled(A[None].to(DEVICE), 1, **arguments), expected)
 
 
-def test_orthogonalisation_compiles_to_one_graph_and_equals_eager():
+def test_orthogonalization_compiles_to_one_graph_and_equals_eager():
     G = randn(2, 12, 7)
     compiled = torch.compile(
         triton_newton_schulz.orthogonalize, fullgraph=True, backend="aot_eager"
     )
     arguments = {"steps": 2, "dtype": torch.float32}
-    wanted = triton_newton_schulz.orthogonalize(G, **arguments)
-    assert torch.equal(compiled(G, **arguments), wanted)
+    expected = triton_newton_schulz.orthogonalize(G, **arguments)
+    assert torch.equal(compiled(G, **arguments), expected)

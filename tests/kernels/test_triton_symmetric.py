@@ -18,7 +18,7 @@ from tests.kernels.triton_device import (
 pytestmark = pytest.mark.usefixtures("poisoned")
 tl, symmetric_product = triton.language, triton_symmetric.symmetric_product
 
-# Of a product with fp32 inputs: tf32 has 11 bits and bf16x3 about 16, halved where truncated.
+# For fp32 inputs, tf32 keeps 11 bits and bf16x3 about 16, or 1 bit less if bf16 is truncated.
 TOLERANCE = {"bf16x3": 1e-4, "tf32": 2e-3, "ieee": 1e-6}
 
 
@@ -27,7 +27,7 @@ def symmetric(N, d, seed=0):
 
 
 def commuting(N, d):
-    """A and B = A² - A / 2, symmetric, whose product is so too."""
+    """Return A and B = A² - A / 2, which are symmetric and have a symmetric product."""
     A = symmetric(N, d).double() / d**0.5
     return A.float(), mirror_((A @ A - A / 2).float())
 
@@ -71,9 +71,9 @@ def test_a_gram_of_rows_equals_float64(N, d, k, precision):
 def test_bf16_factors_are_summed_in_fp32_and_rounded_once():
     X = randn(2, 40, 70, dtype=torch.bfloat16)
     got = symmetric_product(X, X, precision="bf16", config=SMALL)
-    wanted = X.double() @ X.double().mT
+    expected = X.double() @ X.double().mT
     assert got.dtype == torch.bfloat16
-    assert ((got.double() - wanted).abs() <= 2**-7 * wanted.abs() + 1e-4).all()
+    assert ((got.double() - expected).abs() <= 2**-7 * expected.abs() + 1e-4).all()
     assert torch.equal(got, got.mT)
 
 
@@ -81,13 +81,13 @@ def test_each_matrix_of_a_batch_has_its_own_coefficients():
     A, B = commuting(3, 33)
     C = symmetric(3, 33, seed=2)
     alpha, beta, gamma = randn(3, 3, seed=3)
-    upper_is_nan = C + torch.full_like(C, torch.nan).triu(1)  # it is not read
+    upper_is_nan = C + torch.full_like(C, torch.nan).triu(1)  # the upper triangle is not read
     got = symmetric_product(
         *(A, B), alpha=alpha, beta=beta, C=upper_is_nan, gamma=gamma, precision="ieee", config=SMALL
     )
     a, b, c = (each.double()[:, None, None] for each in (alpha, beta, gamma))
-    wanted = a * A.double() @ B.double() + b * C.double() + c * torch.eye(33, device=DEVICE)
-    torch.testing.assert_close(got.double(), wanted, atol=1e-5, rtol=1e-5)
+    expected = a * A.double() @ B.double() + b * C.double() + c * torch.eye(33, device=DEVICE)
+    torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(got, got.mT)
 
 
@@ -118,7 +118,7 @@ def test_nothing_outside_the_matrices_is_read():
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"precision": "bf16"}, "bf16 of torch.float32"),
+        ({"precision": "bf16"}, "'bf16' is not available for torch.float32"),
         ({"precision": "fp8"}, "fp8"),
         ({"B": torch.ones(1, 4, 5)}, r"\(1, 4, 5\)"),
         ({"C": torch.ones(1, 4, 5)}, r"\(1, 4, 4\)"),

@@ -32,7 +32,7 @@ NEWTON_SCHULZ = {"inverse": "newton_schulz"}
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often each Triton operation was called."""
+    """Count the calls of each Triton operation."""
     counts = {}
 
     def counted(name, function):
@@ -48,7 +48,7 @@ def calls(monkeypatch):
 
 
 def change(make_optimizer, **settings):
-    """What three steps change in the weights of an mlp; with settings, its preconditioner's too."""
+    """Return the change of an MLP's weights in three steps; `settings` enable preconditioning."""
     model = mlp().to(DEVICE)
     optimizer = make_optimizer([p for p in model.parameters() if p.dim() == 2])
     if settings:
@@ -69,8 +69,8 @@ def sgd(params):
 
 @pytest.mark.parametrize(
     ("settings", "inverses", "tolerance"),
-    [  # 2^-21 in a tf32x3 product times the condition number, at most 12 (1 + 1/γ) = 132; 1e-3 is
-        # what kernels/cholesky.py allows Newton-Schulz
+    [  # 1e-4: tf32x3 rounds by 2^-21, times a condition number of at most 12 (1 + 1/γ) = 132.
+        # 1e-3: WANTED_ERROR of Newton-Schulz in kernels/cholesky.py
         ({}, 0, 1e-4),
         (FAST | BLOCKS, 0, 1e-4),
         (NEWTON_SCHULZ | BLOCKS, 3, 1e-3),
@@ -78,10 +78,10 @@ def sgd(params):
     ],
 )
 def test_dopr_takes_the_same_steps(settings, inverses, tolerance, calls):
-    wanted = change(sgd, backend="torch", **settings)
+    expected = change(sgd, backend="torch", **settings)
     assert not calls
     got = change(sgd, backend="triton", **settings)
-    assert relative_error(got, wanted) < tolerance
+    assert relative_error(got, expected) < tolerance
     assert calls["gram_"] == calls["apply"] == 2 * 3  # two layers, of two shapes, three steps
     assert calls.get("inverse_root", 0) == 2 * inverses
 
@@ -92,10 +92,10 @@ def test_muon_takes_the_same_steps(kind, dtype, tolerance, calls):
     def optimizer(backend):
         return lambda params: kind(params, lr=0.1, ns_dtype=dtype, backend=backend)
 
-    wanted = change(optimizer("torch"))
+    expected = change(optimizer("torch"))
     assert not calls
     got = change(optimizer("triton"))
-    assert relative_error(got, wanted) < tolerance  # bf16 resolves 2^-8, five iterations deep
+    assert relative_error(got, expected) < tolerance  # bf16 resolves 2^-8, five iterations deep
     assert calls == {"orthogonalize": 2 * 3}
 
 
@@ -108,17 +108,17 @@ def test_layers_of_equal_shape_are_preconditioned_in_one_launch(calls):
     assert calls == {"gram_": 5, "apply": 1}
 
 
-@pytest.mark.parametrize("gamma", [0.1, 1e-4])  # bf16x3, and ieee where it would not do
+@pytest.mark.parametrize("gamma", [0.1, 1e-4])  # uses bf16x3 for 0.1 and ieee for 1e-4
 @pytest.mark.parametrize("p", [1, 2])
 def test_the_bound_alone_makes_an_inverse_as_good_as_wanted(p, gamma, calls, monkeypatch):
-    monkeypatch.setattr(cholesky, "_measured_condition", None)  # which reads the device
+    monkeypatch.setattr(cholesky, "_measured_condition", None)  # it would read the device
     A, _ = spd(16, 1e6, top=0.5)
     sigma = A[None].to(DEVICE)
     mean = sigma[0].trace() / 16
     settings = {"inverse": "newton_schulz", "condition_bound": 16 / gamma}
     X, _, failures = damped_inverse_root(sigma, gamma * mean[None], p, backend="triton", **settings)
-    wanted = damped_inverse_root(sigma.double(), gamma * mean[None], p, backend="torch").X
-    assert relative_error(X, wanted) < 1e-3
+    expected = damped_inverse_root(sigma.double(), gamma * mean[None], p, backend="torch").X
+    assert relative_error(X, expected) < 1e-3
     assert (calls, failures.item()) == ({"inverse_root": 1}, 0)
 
 
@@ -128,7 +128,7 @@ def test_an_inverse_that_triton_misses_is_redone_by_cholesky(calls):
     settings = {"inverse": "newton_schulz", "backend": "triton", "condition_bound": 1e4}
     X, damping, failures = damped_inverse_root(sigma, sigma.new_full((1,), 0.01), 1, **settings)
     assert calls == {"inverse_root": 1}
-    assert failures.item() == 3  # by Newton-Schulz, by Cholesky, and with a damping of 0.1
+    assert failures.item() == 3  # Newton-Schulz, Cholesky, and Cholesky with damping 0.1
     torch.testing.assert_close(damping, sigma.new_ones(1))
     assert X.isfinite().all()
 

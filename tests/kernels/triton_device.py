@@ -1,13 +1,13 @@
-"""Where the tests of the Triton kernels run: on a GPU, or in Triton's interpreter on the CPU.
+"""The device for tests of the Triton kernels: a GPU, or the CPU with Triton's interpreter.
 
-The interpreter is chosen by TRITON_INTERPRET=1 when triton is imported, for the whole process:
-`test_triton_interpreted.py` runs the files that import this one in processes of their own.
+TRITON_INTERPRET=1 selects the interpreter for the whole process when triton is imported. Therefore
+`test_triton_interpreted.py` runs each file that imports this module in a separate process.
 """
 
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="triton is not installed: it is for Linux only")
+triton = pytest.importorskip("triton", reason="triton is not installed; it supports Linux only")
 INTERPRETED = triton.knobs.runtime.interpret
 if not (INTERPRETED or torch.cuda.is_available()):
     pytest.skip("no GPU: test_triton_interpreted.py runs this file", allow_module_level=True)
@@ -19,7 +19,7 @@ from optim.kernels import _triton_symmetric as triton_symmetric  # noqa: E402, F
 from optim.kernels import _triton_tiles as triton_tiles  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
-SMALL = triton_tiles.Config(tile=16, depth=16, num_warps=4, num_stages=2)  # many tiles
+SMALL = triton_tiles.TileConfig(tile=16, depth=16, num_warps=4, num_stages=2)  # gives many tiles
 
 
 def randn(*shape, dtype=torch.float32, seed=0):

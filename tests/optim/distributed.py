@@ -1,4 +1,4 @@
-"""What runs in each process of a test of the optimizers: a stranger's trainer, in a few lines."""
+"""Functions that the worker processes of distributed optimizer tests run: a minimal trainer."""
 
 import hashlib
 from datetime import timedelta
@@ -14,7 +14,11 @@ from optim.process_group import local
 from optim.signum import Signum
 from tests.optim.models import mlp, randn, regression
 
-WIDTHS = {"d_in": 12, "d": 7, "d_out": 5}  # of 4 processes, the last has no row of the last layer
+WIDTHS = {
+    "d_in": 12,
+    "d": 7,
+    "d_out": 5,
+}  # with 4 processes, the last one has no row of the last layer
 BASES = {
     "adamw": lambda params, group: torch.optim.AdamW(params, lr=1e-2, eps=1e-4),
     "sgd": lambda params, group: torch.optim.SGD(params, lr=1e-1, momentum=0.9, foreach=True),
@@ -23,12 +27,12 @@ BASES = {
     "adamuon": lambda params, group: AdaMuon(matrices(params), **MATRIX, process_group=group),
 }
 MATRIX = {"lr": 1e-2, "ns_dtype": "float32"}
-N = 60  # tokens a step
+N = 60  # tokens per step
 LIMIT = timedelta(seconds=60)
 
 
-def grouped(function, *args):
-    """`function(*args)` with torch.distributed initialised, as torchrun's environment says."""
+def in_process_group(function, *args):
+    """Call `function(*args)` with torch.distributed initialised from torchrun's environment."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     distributed.init_process_group(backend, timeout=LIMIT)
     result = function(*args)
@@ -38,24 +42,25 @@ def grouped(function, *args):
 
 
 def message_of(function, *args):
-    """What `function` raises, in words."""
+    """Return the type and message of the error that `function` raises."""
     with pytest.raises((ValueError, RuntimeError, FloatingPointError)) as caught:
         function(*args)
     return f"{type(caught.value).__name__}: {caught.value}"
 
 
 def matrices(params):
+    """Return the two-dimensional parameters."""
     return [param for param in params if param.dim() == 2]
 
 
 def bounds(rank: int, size: int) -> tuple[int, int]:
-    """Which of the N tokens of a step a process sees: ragged, and none for rank 1 of several."""
+    """Return the range of the N tokens that a process sees: uneven, and empty for one process."""
     ends = torch.tensor([7, 7, 30, N])[-size:] if size > 1 else torch.tensor([N])
     return (0 if rank == 0 else int(ends[rank - 1])), int(ends[rank])
 
 
 def parts(base: str, how: str, device: str = "cpu", **settings):
-    """Model, what is called, optimizer and preconditioner, as a stranger would make them."""
+    """Return the model, its DDP or FSDP2 wrapper, the optimizer and the preconditioner."""
     model = mlp(**WIDTHS).to(device)
     forward = model
     if how == "ddp":
@@ -69,6 +74,7 @@ def parts(base: str, how: str, device: str = "cpu", **settings):
 
 
 def sharded(model: nn.Module, how: str, device: str = "cpu") -> nn.Module:
+    """Shard the model by FSDP2: over all processes ("fsdp"), or over pairs ("hsdp")."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -82,7 +88,7 @@ def sharded(model: nn.Module, how: str, device: str = "cpu") -> nn.Module:
 
 
 def step(forward, optimizer, number: int) -> None:
-    """One step on the N tokens of this number; every process on its own, in two micro-batches."""
+    """Take one step on the N tokens of batch `number`, each process on its part, in two passes."""
     size = distributed.get_world_size() if distributed.is_initialized() else 1
     rank = distributed.get_rank() if size > 1 else 0
     first, last = bounds(rank, size)
@@ -96,18 +102,19 @@ def step(forward, optimizer, number: int) -> None:
     optimizer.zero_grad()
 
 
-def whole(tensor) -> Tensor:
-    whole = tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
-    return whole.cpu()
+def full_tensor(tensor) -> Tensor:
+    """Gather a sharded tensor, and move it to the CPU."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu()
 
 
 def train(base: str, how: str, n_steps: int, settings: dict, device: str = "cpu"):
-    """Weights, and Σ and P of every layer, after n_steps."""
+    """Return the weights, (Σ, P) of every layer and the norm ratios after n_steps."""
     model, forward, optimizer, preconditioner = parts(base, how, device, **settings)
     for number in range(n_steps):
         step(forward, optimizer, number)
     return (
-        [whole(param).numpy() for param in model.parameters()],
+        [full_tensor(param).numpy() for param in model.parameters()],
         [(layer.sigma.cpu().numpy(), layer.P.cpu().numpy()) for layer in preconditioner.layers],
         [row["norm_ratio"] for row in preconditioner.report()],
     )
@@ -117,7 +124,7 @@ COLLECTIVES = ("all_reduce", "broadcast", "all_gather", "all_to_all_single")
 
 
 def counted(base: str, how: str, n_steps: int, settings: dict) -> list[dict[str, int]]:
-    """How many collectives each step asks for, not counting those inside DDP and FSDP2."""
+    """Count the collectives of each step, except those inside DDP and FSDP2."""
     _, forward, optimizer, _ = parts(base, how, **settings)
     counts: list[dict[str, int]] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -130,21 +137,23 @@ def counted(base: str, how: str, n_steps: int, settings: dict) -> list[dict[str,
 
 
 def counting(name: str, function, counts: list[dict[str, int]]):
-    def call(*args, **kwargs):
+    """Wrap `function` so that each call adds one to the last of `counts`."""
+
+    def counted_call(*args, **kwargs):
         counts[-1][name] += 1
         return function(*args, **kwargs)
 
-    return call
+    return counted_call
 
 
 def fingerprint(base: str, how: str, n_steps: int, settings: dict) -> tuple[str, str]:
-    """Hashes of all that must be the same: weights here, statistics."""
+    """Return a hash of the local weights, and one of all Σ and P, after n_steps."""
     model, forward, optimizer, preconditioner = parts(base, how, **settings)
     for number in range(n_steps):
         step(forward, optimizer, number)
-    here = [local(param.detach()) for param in model.parameters()]
-    known = [each for layer in preconditioner.layers for each in (layer.sigma, layer.P)]
-    return digest(here), digest(known)
+    weights = [local(param.detach()) for param in model.parameters()]
+    statistics = [each for layer in preconditioner.layers for each in (layer.sigma, layer.P)]
+    return digest(weights), digest(statistics)
 
 
 def digest(tensors: list[Tensor]) -> str:
@@ -152,7 +161,7 @@ def digest(tensors: list[Tensor]) -> str:
 
 
 def deflated(how: str):
-    """U and P of one layer, wide enough to be deflated, after two steps."""
+    """Return U and P of one layer, wide enough for deflation, after two steps."""
     model = nn.Sequential(nn.Linear(128, 4))
     forward = nn.parallel.DistributedDataParallel(model) if how == "ddp" else model
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)

@@ -1,4 +1,4 @@
-"""A run of training as three objects: a model, its optimizer, its preconditioner."""
+"""Training runs as a tuple of three objects: model, optimizer, preconditioner."""
 
 import io
 
@@ -27,7 +27,7 @@ BASES = {
 
 
 def made(base="sgd", **settings):
-    """A model, an optimizer and its preconditioner."""
+    """Return a model, its optimizer and its preconditioner."""
     model = mlp()
     optimizer = BASES[base](model)
     settings = {"gamma": 0.1} | settings
@@ -36,6 +36,7 @@ def made(base="sgd", **settings):
 
 
 def train(parts, steps):
+    """Train on the batches with these numbers."""
     model, optimizer, _ = parts
     for step in steps:
         backward(model, step)
@@ -44,7 +45,7 @@ def train(parts, steps):
 
 
 def resumed(parts, base="sgd", **settings):
-    """The same run in new objects, through a file."""
+    """Save a run to a file and load it into new objects."""
     file, again = io.BytesIO(), made(base, **settings)
     torch.save([part.state_dict() for part in parts], file)
     file.seek(0)
@@ -53,10 +54,11 @@ def resumed(parts, base="sgd", **settings):
     return again
 
 
-def assert_same(some, others):
-    for a, b in zip(some[0].parameters(), others[0].parameters(), strict=True):
+def assert_same(first, second):
+    """Assert that the weights, Σ, P and reports of two runs are bit-equal."""
+    for a, b in zip(first[0].parameters(), second[0].parameters(), strict=True):
         assert torch.equal(a, b)
-    for a, b in zip(some[2].layers, others[2].layers, strict=True):
+    for a, b in zip(first[2].layers, second[2].layers, strict=True):
         assert torch.equal(a.sigma, b.sigma)
         assert torch.equal(a.P, b.P)
-    assert some[2].report() == others[2].report()
+    assert first[2].report() == second[2].report()

@@ -1,4 +1,4 @@
-"""AdaMuon against Algorithm 1 of the paper, written out for one matrix in double precision."""
+"""AdaMuon against Algorithm 1 of the paper for one matrix, in double precision."""
 
 import math
 
@@ -43,15 +43,15 @@ def algorithm_1(weight, grads, *, lr, beta, weight_decay, nesterov, eps=1e-8) ->
 def test_equals_algorithm_1_of_the_paper(shape, nesterov):
     weight, grads = randn(*shape, seed=9), [randn(*shape, seed=i) for i in range(4)]
     ours = stepped(weight, grads, lr=0.1, nesterov=nesterov, weight_decay=0.1, **EXACT)
-    wanted = algorithm_1(weight, grads, lr=0.1, beta=0.95, weight_decay=0.1, nesterov=nesterov)
-    torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)  # fp32 against double
+    expected = algorithm_1(weight, grads, lr=0.1, beta=0.95, weight_decay=0.1, nesterov=nesterov)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)  # fp32 against double
 
 
-def test_momentum_zero_is_the_sign_of_the_orthogonalised_sign():
+def test_momentum_zero_is_the_sign_of_the_orthogonalized_sign():
     grad = randn(6, 4, seed=0)
     update = -stepped(torch.zeros(6, 4), [grad], lr=1.0, momentum=0.0, weight_decay=0.0, **EXACT)
-    wanted = orthogonalize(grad.sign(), steps=5, ns_coefficients="quintic", dtype=torch.float32)
-    torch.testing.assert_close(update, 0.2 * wanted.sign(), rtol=1e-5, atol=0)  # eps / |O|
+    expected = orthogonalize(grad.sign(), steps=5, ns_coefficients="quintic", dtype=torch.float32)
+    torch.testing.assert_close(update, 0.2 * expected.sign(), rtol=1e-5, atol=0)  # eps / |O|
 
 
 def test_gradient_scale_does_not_matter_bit_for_bit():

@@ -1,4 +1,4 @@
-"""From a name to optimizers: who gets what, at which rate, and what is printed."""
+"""build_optimizers: which optimizer holds which parameters, with which settings; and the table."""
 
 import copy
 import io
@@ -57,7 +57,7 @@ def test_one_optimizer_for_everything(name):
 
 
 @pytest.mark.parametrize("name", ["muon", "adamuon"])
-def test_matrices_to_it_and_everything_else_to_adamw(name):
+def test_matrix_optimizers_get_the_matrices_and_adamw_the_rest(name):
     main, aux = build(gpt(tie_weights=False), name)
     assert (type(main), type(aux)) == (MAIN[name], torch.optim.AdamW)
     assert {group["role"] for group in main.param_groups} == {"matrix"}
@@ -66,30 +66,25 @@ def test_matrices_to_it_and_everything_else_to_adamw(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_what_is_two_dimensional_decays_and_nothing_else(name):
+def test_only_2d_parameters_decay(name):
     for group in groups_of(build(gpt(), name)):
-        wanted = {2: 0.1, 1: 0.0}
-        assert {wanted[p.ndim] for p in group["params"]} == {group["weight_decay"]}
+        expected = {2: 0.1, 1: 0.0}
+        assert {expected[p.ndim] for p in group["params"]} == {group["weight_decay"]}
 
 
-@pytest.mark.parametrize(("aux_lr", "wanted"), [(None, AUX_LR), (0.002, 0.002)])
-def test_rates(aux_lr, wanted):
+@pytest.mark.parametrize(("aux_lr", "expected"), [(None, AUX_LR), (0.002, 0.002)])
+def test_learning_rates(aux_lr, expected):
     main, aux = build(gpt(), "muon", aux_lr=aux_lr)
     assert {(g["lr"], g["base_lr"]) for g in main.param_groups} == {(0.01, 0.01)}
-    assert {(g["lr"], g["base_lr"]) for g in aux.param_groups} == {(wanted, wanted)}
+    assert {(g["lr"], g["base_lr"]) for g in aux.param_groups} == {(expected, expected)}
 
 
 def test_settings_reach_the_optimizers():
-    changes = {
-        "nesterov": False,
-        "ns_steps": 3,
-        "ns_coefficients": "quintic",
-        "ns_dtype": "float32",
-    }
+    changes = {"nesterov": False, "ns_coefficients": "quintic", "ns_dtype": "float32"}
     for name, own in (("muon", {"adjust_lr": "spectral"}), ("adamuon", {"eps": 1e-6})):
         main, aux = build(gpt(), name, adjust_lr="spectral", eps=1e-6, **changes)
-        wanted = changes | own | {"momentum": 0.9, "lr_mult": 1.0}
-        assert all(wanted.items() <= group.items() for group in main.param_groups)
+        expected = changes | own | {"momentum": 0.9, "lr_mult": 1.0}
+        assert all(expected.items() <= group.items() for group in main.param_groups)
         assert (aux.defaults["betas"], aux.defaults["eps"]) == ((0.9, 0.95), 1e-6)
     assert build(gpt(), "sgd")[0].defaults["momentum"] == 0.9
     assert build(gpt(), "signum")[0].defaults["momentum"] == 0.9

@@ -1,4 +1,4 @@
-"""The role of every parameter, and that none is lost."""
+"""Roles of parameters, and the check that every parameter is in one param group."""
 
 import pytest
 import torch

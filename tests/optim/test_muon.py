@@ -1,4 +1,4 @@
-"""Muon against torch.optim.Muon, against exact arithmetic, and against itself block by block."""
+"""Muon against torch.optim.Muon, against an exact computation, and block by block."""
 
 import math
 
@@ -18,7 +18,7 @@ def randn(*shape: int, seed: int) -> torch.Tensor:
 
 
 def stepped(optimizer_class, shapes=SHAPES, steps: int = 3, group=None, **settings):
-    """The parameters after `steps` steps from fixed weights with fixed gradients."""
+    """Return the parameters after `steps` steps from fixed weights with fixed gradients."""
     params = [torch.nn.Parameter(randn(*shape, seed=i)) for i, shape in enumerate(shapes)]
     optimizer = optimizer_class([{"params": params, **(group or {})}], **settings)
     for step in range(steps):
@@ -29,7 +29,7 @@ def stepped(optimizer_class, shapes=SHAPES, steps: int = 3, group=None, **settin
 
 
 def reference_muon(param, grads, *, lr, momentum, nesterov, adjust_lr, weight_decay):
-    """One matrix by the textbook: heavy-ball momentum in double precision, then fp32 iterations."""
+    """Return a matrix after heavy-ball momentum in double precision and fp32 iterations."""
     M = torch.zeros_like(param, dtype=torch.float64)
     for grad in grads:
         M = momentum * M + grad
@@ -41,36 +41,36 @@ def reference_muon(param, grads, *, lr, momentum, nesterov, adjust_lr, weight_de
 
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize(
-    ("ours", "theirs"), [("original", None), ("match_rms_adamw", "match_rms_adamw")]
+    ("adjust_lr", "adjust_lr_fn"), [("original", None), ("match_rms_adamw", "match_rms_adamw")]
 )
-def test_equals_torch_muon_up_to_bfloat16(ours, theirs, nesterov):
+def test_equals_torch_muon_up_to_bfloat16(adjust_lr, adjust_lr_fn, nesterov):
     settings = {"lr": 0.01, "nesterov": nesterov}
-    mine = stepped(Muon, **TORCH_LIKE | {"adjust_lr": ours}, **settings)
-    reference = stepped(torch.optim.Muon, adjust_lr_fn=theirs, **settings)
-    for a, b in zip(mine, reference, strict=True):
-        largest = 3 * 0.01 * ADJUST_LR[ours](*a.shape)  # three updates with entries below 1
+    ours = stepped(Muon, **TORCH_LIKE | {"adjust_lr": adjust_lr}, **settings)
+    reference = stepped(torch.optim.Muon, adjust_lr_fn=adjust_lr_fn, **settings)
+    for a, b in zip(ours, reference, strict=True):
+        largest = 3 * 0.01 * ADJUST_LR[adjust_lr](*a.shape)  # three updates with entries below 1
         assert (a - b).abs().max() < 0.03 * largest  # bfloat16 resolves 2^-8, five iterations deep
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("adjust_lr", ADJUST_LR)
-def test_equals_the_textbook_with_fp32_iterations(adjust_lr, nesterov):
+def test_equals_the_reference_with_fp32_iterations(adjust_lr, nesterov):
     settings = {"lr": 0.5, "momentum": 0.9, "nesterov": nesterov, "adjust_lr": adjust_lr}
-    mine = stepped(
+    ours = stepped(
         Muon, ns_coefficients="quintic", ns_dtype="float32", weight_decay=0.1, **settings
     )
     for i, shape in enumerate(SHAPES):
         grads = [randn(*shape, seed=100 * step + i) for step in range(3)]
-        wanted = reference_muon(randn(*shape, seed=i), grads, weight_decay=0.1, **settings)
-        torch.testing.assert_close(mine[i], wanted, **FP32)
+        expected = reference_muon(randn(*shape, seed=i), grads, weight_decay=0.1, **settings)
+        torch.testing.assert_close(ours[i], expected, **FP32)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_stack_of_matrices_equals_one_at_a_time(dtype):
     matrices = [randn(*shape, seed=i) for i, shape in enumerate(SHAPES)]
     settings = {"qkv_blocks": 1, "steps": 5, "ns_coefficients": "polar_express", "ns_dtype": dtype}
-    raise_on_all_ranks = orthogonalize_all(matrices, **settings)
-    for matrix, batched in zip(matrices, raise_on_all_ranks, strict=True):
+    stacked = orthogonalize_all(matrices, **settings)
+    for matrix, batched in zip(matrices, stacked, strict=True):
         (alone,) = orthogonalize_all([matrix], **settings)
         torch.testing.assert_close(
             batched, alone, rtol=0, atol=1e-6 if dtype == "float32" else 0.02
@@ -161,7 +161,7 @@ def test_lr_mult_scales_the_update_and_not_the_decay():
         ),
         ({"ns_coefficients": "cubic"}, "ns_coefficients='cubic'"),
         ({"ns_dtype": "float16"}, "ns_dtype='float16': must be one of bfloat16, float32"),
-        ({"ns_steps": 0}, "ns_steps=0: must be a whole number, at least 1"),
+        ({"ns_steps": 0}, "ns_steps=0: must be an integer, at least 1"),
         ({"momentum": 1.0}, "Muon: momentum=1.0"),
         ({"lr": float("inf")}, "Muon: lr=inf"),
     ],

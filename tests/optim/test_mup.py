@@ -1,4 +1,4 @@
-"""What the factors of mup.py do to a step: its effect is the same at every width."""
+"""With the width rules of optim/mup.py, a step has the same effect at every width."""
 
 import math
 
@@ -10,7 +10,7 @@ from optim.build import build_optimizers
 
 NUMBERS = {"lr": 0.1, "momentum": 0.9, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
 BASE, WIDTHS = 32, (32, 128, 512)
-ATOL = 0.1  # of a slope over 16x; rules differ by 1/2, one random matrix a width by 0.06
+ATOL = 0.1  # of a slope over 16x in width; rules differ by 1/2, random matrices by 0.06
 RULES = {
     "adamw": {},
     "signum": {},
@@ -24,7 +24,7 @@ SHIFTS = {"adamw": 1, "signum": 1, "sgd": 0, "muon match_rms_adamw": 0.5, "adamu
 
 
 def layer(width, rule, *, has_rules=True, **changes):
-    """A hidden matrix (2 d, d) and the optimizer that trains it."""
+    """Return a hidden layer with a weight (2 d, d) and its optimizer."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(width, 2 * width, bias=False))
     settings = NUMBERS | {"optimizer": rule.split()[0], "weight_decay": 0.0} | RULES[rule] | changes
@@ -33,9 +33,9 @@ def layer(width, rule, *, has_rules=True, **changes):
 
 
 def move(width, rule, **changes):
-    """RMS of what a step on a gradient δ zᵀ changes in W z; δ is of size 1/d, as under muP.
+    """Return the RMS change of W z in a step with the gradient δ zᵀ; δ scales with 1/d under muP.
 
-    AdaMuon's gradient has full rank: with rank one its first step is that of Signum.
+    For AdaMuon, the gradient has full rank, because its first step on rank one equals Signum's.
     """
     linear, optimizer = layer(width, rule, **changes)
     z, delta = torch.randn(width).sign(), torch.randn(2 * width).sign() / width
@@ -57,7 +57,7 @@ def test_a_step_moves_activations_as_much_at_every_width(rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_without_the_rules_it_moves_wider_layers_more(rule):
+def test_without_the_rules_a_step_moves_wider_layers_more(rule):
     found = slope([move(width, rule, has_rules=False) for width in WIDTHS])
     assert found == pytest.approx(SHIFTS.get(rule, 0), abs=ATOL)
 
@@ -69,16 +69,16 @@ DECAYS = {"independent": 1, "constant": 0, "sqrt": 0.5, "inv_width": -1}
 @pytest.mark.parametrize("rule", RULES)
 def test_weight_decay_follows_the_width_as_asked(rule, mode):
     m, update = 4, 4 ** -SHIFTS.get(rule, 0)
-    wanted = 1 if mode == "independent" else update * m ** DECAYS[mode]
+    expected = 1 if mode == "independent" else update * m ** DECAYS[mode]
     linear, optimizer = layer(m * BASE, rule, wd_scaling=mode, weight_decay=0.5)
     before = linear.weight.detach().clone()
     linear.weight.grad = torch.zeros_like(linear.weight)
     optimizer.step()
-    torch.testing.assert_close(linear.weight, before * (1 - 0.1 * 0.5 * wanted))
+    torch.testing.assert_close(linear.weight, before * (1 - 0.1 * 0.5 * expected))
 
 
-class Everything(nn.Module):
-    """One parameter of every role, two of the matrices fused."""
+class AllRoles(nn.Module):
+    """A model with parameters of every role."""
 
     def __init__(self):
         super().__init__()
@@ -86,9 +86,9 @@ class Everything(nn.Module):
         self.c_attn, self.lm_head = nn.Linear(8, 24), nn.Linear(8, 11, bias=False)
 
 
-def rates(optimizer, **changes):
-    """The peak rate of every role, with the number of blocks that a matrix has."""
-    model = Everything()
+def peak_rates(optimizer, **changes):
+    """Return the peak learning rate of every role."""
+    model = AllRoles()
     built = build_optimizers(
         model, optimizer=optimizer, **NUMBERS, weight_decay=0.1, width_mult=4, **changes
     )
@@ -97,23 +97,23 @@ def rates(optimizer, **changes):
     return {group["role"]: group["base_lr"] * group.get("lr_mult", 1) for group in groups}
 
 
-def test_only_the_matrices_rate_falls_and_only_that_of_sgd_grows_elsewhere():
+def test_matrix_rates_fall_and_only_sgd_raises_the_other_rates():
     others = ("embedding", "head", "gain", "bias")
-    assert rates("adamw") == {"matrix": 0.025, **dict.fromkeys(others, 0.1)}
-    assert rates("signum") == {"matrix": 0.025, **dict.fromkeys(others, 0.1)}
-    assert rates("sgd") == {"matrix": 0.1, **dict.fromkeys(others, 0.4)}
-    assert rates("muon") == {"matrix": 0.05, **dict.fromkeys(others, 6e-4)}
+    assert peak_rates("adamw") == {"matrix": 0.025, **dict.fromkeys(others, 0.1)}
+    assert peak_rates("signum") == {"matrix": 0.025, **dict.fromkeys(others, 0.1)}
+    assert peak_rates("sgd") == {"matrix": 0.1, **dict.fromkeys(others, 0.4)}
+    assert peak_rates("muon") == {"matrix": 0.05, **dict.fromkeys(others, 6e-4)}
 
 
-def test_sgds_matrices_alone_have_another_rule_behind_preconditioning():
-    assert rates("sgd", dopr=True) == rates("sgd") | {"matrix": 0.1 * 4**0.8}
+def test_preconditioning_changes_only_the_rule_of_sgd_matrices():
+    assert peak_rates("sgd", dopr=True) == peak_rates("sgd") | {"matrix": 0.1 * 4**0.8}
     for name in ("adamw", "signum", "muon", "adamuon"):
-        assert rates(name, dopr=True) == rates(name)
+        assert peak_rates(name, dopr=True) == peak_rates(name)
 
 
 def test_eps_follows_what_it_is_added_to():
-    for name, wanted in (("adamw", [2.5e-9]), ("adamuon", [5e-9, 2.5e-9])):
+    for name, expected in (("adamw", [2.5e-9]), ("adamuon", [5e-9, 2.5e-9])):
         built = build_optimizers(
-            Everything(), optimizer=name, **NUMBERS, weight_decay=0.1, width_mult=4
+            AllRoles(), optimizer=name, **NUMBERS, weight_decay=0.1, width_mult=4
         )
-        assert [each.param_groups[0]["eps"] for each in built] == wanted
+        assert [each.param_groups[0]["eps"] for each in built] == expected

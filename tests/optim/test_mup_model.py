@@ -1,4 +1,4 @@
-"""muP: nothing changes at the base width, and everywhere else all parts apply the same factors."""
+"""muP in whole runs: no change at the base width, and consistent factors at other widths."""
 
 import math
 
@@ -9,14 +9,15 @@ import transformers
 import train
 from data.dataset import open_dataset
 from data.loader import val_batches
+from eval.generate import KVCache, next_logits
 from eval.hf import export_hf
 from eval.loss import evaluate
 from eval.run import load_run
 from model import GPT, GPTConfig
-from optim.build import build_optimizers
-from optim.mup import DECAY, EPS, MATRIX, decay_mult, eps_mult, forward_mults, update_mult
+from optim.mup import DECAY, EPS, MATRIX_UPDATE, decay_mult, eps_mult, forward_mults, update_mult
 from tests.test_train import losses
-from tests.tiny import SETTINGS, argv, metrics, weights
+from tests.tiny import argv, metrics, weights
+from trainer.build import make_optimizers
 from trainer.checkpoint.read import load_checkpoint
 from trainer.config import load_config
 from trainer.settings import ConfigError, TrainConfig
@@ -35,7 +36,7 @@ OPTIMIZERS |= {f"dopr-{name}": {"dopr": True, **each} for name, each in OPTIMIZE
 
 
 @pytest.mark.parametrize("role", ["matrix", "embedding", "head", "gain", "bias"])
-@pytest.mark.parametrize("rule", MATRIX)
+@pytest.mark.parametrize("rule", MATRIX_UPDATE)
 def test_every_factor_is_exactly_one_at_the_base_width(rule, role):
     assert update_mult(rule, role, 1.0) == 1
     assert {decay_mult(mode, rule, role, 1.0) for mode in ("independent", *DECAY)} == {1}
@@ -69,7 +70,7 @@ def test_gradients_at_the_base_width_are_the_standard_ones_bit_for_bit():
 
 
 def test_the_models_factors_are_those_of_the_table():
-    d, d_base = 64, 16  # of a head: qᵀk √d_base / d
+    d, d_base = 64, 16  # widths of a head; logits are qᵀk √d_base / d
     found = forward_mults(9.0, d / d_base)
     assert found["attention_mult"] / math.sqrt(d) == math.sqrt(d_base) / d
     assert found["init_mult"] == pytest.approx(1 / 3)
@@ -82,8 +83,8 @@ def test_all_hidden_matrices_start_smaller_in_wider_models_and_nothing_else_does
     model = GPT(GPTConfig(**sizes, tie_weights=False, init_mult=0.25))
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
-            wanted = 0.02 * (0.25 if ".h." in name else 1) / (2 if "c_proj" in name else 1)
-            assert parameter.std().item() == pytest.approx(wanted, rel=0.03)  # 1/√(2·128²)
+            expected = 0.02 * (0.25 if ".h." in name else 1) / (2 if "c_proj" in name else 1)
+            assert parameter.std().item() == pytest.approx(expected, rel=0.03)  # 1/√(2·128²)
 
 
 @pytest.mark.parametrize(("mode", "decay"), [("independent", 0.5), ("constant", 0.5 / 16)])
@@ -100,14 +101,14 @@ def test_a_run_trains_with_the_factors_of_its_settings(dataset, tmp_path, mode, 
     for name, eta, share in (("h.1.mlp.c_proj", 0.25 / 16, decay), ("wte", 0.25, 0.5)):
         key = f"transformer.{name}.weight"
         moved = (after[key] - (1 - share) * before[key]).abs().max().item()
-        assert moved == pytest.approx(eta, rel=1e-5)  # a sign
+        assert moved == pytest.approx(eta, rel=1e-5)  # the update is a sign
 
 
 @pytest.mark.parametrize(("dopr", "exponent"), [(False, 0), (True, 0.8)])
-def test_a_runs_optimizers_know_of_preconditioning(dopr, exponent):
+def test_a_run_passes_dopr_to_the_width_rules(dopr, exponent):
     config = TrainConfig(**WIDER, n_embd=32, n_head=2, optimizer="sgd", lr=0.5, dopr=dopr)
     model = GPT(GPTConfig(vocab_size=61, block_size=16, n_layer=1, n_head=2, n_embd=32))
-    (optimizer,) = build_optimizers(model, **train.optimizer_settings(config))
+    (optimizer,) = make_optimizers(config, model, None)
     rates = {group["role"]: group["lr"] for group in optimizer.param_groups}
     assert rates["matrix"] == 0.5 * 4**exponent
 
@@ -123,8 +124,8 @@ def test_training_evaluation_generation_and_export_agree(dataset, tmp_path, tie_
     reached = evaluate(run.model, batches, data.tokenizer.token_bytes(), device="cpu")
     assert reached.loss == metrics(out, "val")[-1]["loss"]
     x = torch.arange(12)[None]
-    cache = run.model.make_cache(1)
-    steps = torch.cat([run.model.step(x[:, i : i + 1], cache) for i in range(12)], dim=1)
+    cache = KVCache(run.model, 1)
+    steps = torch.cat([next_logits(run.model, x[:, i : i + 1], cache) for i in range(12)], dim=1)
     with torch.no_grad():
         torch.testing.assert_close(steps, run.model(x)[0], rtol=0, atol=1e-5)  # order of sums
         export_hf(run.model, run.tokenizer, tmp_path / "hf")
@@ -133,13 +134,16 @@ def test_training_evaluation_generation_and_export_agree(dataset, tmp_path, tie_
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_run_begins_with_the_function_of_a_hugging_face_folder(dataset, tmp_path, bias):
+def test_a_run_from_a_hugging_face_folder_starts_with_the_same_function(dataset, tmp_path, bias):
     changes = {"bias": bias, "max_steps": 1, "warmup_steps": 0, "lr": 1e-3, "eval_batches": 0}
     source = WIDER | changes
     assert train.main(argv(dataset, tmp_path / "first", **source)) == 0
     run = load_run(tmp_path / "first")
     export_hf(run.model, run.tokenizer, tmp_path / "hf")
-    changes |= {"bias": True, "init_from": tmp_path / "hf"}  # Hugging Face's always has biases
+    changes |= {
+        "bias": True,
+        "init_from": tmp_path / "hf",
+    }  # a Hugging Face model always has biases
     found = []
     for mup in ({}, WIDER, {"mup": True, "mup_base_width": 2, "mup_base_head_dim": 4}):
         out = tmp_path / f"second-{len(found)}"
@@ -147,7 +151,7 @@ def test_a_run_begins_with_the_function_of_a_hugging_face_folder(dataset, tmp_pa
         found.append([row["loss"] for row in metrics(out, "val")])
     first = metrics(tmp_path / "first", "val")[-1]["loss"]
     assert [losses[0] for losses in found] == [first] * 3
-    assert len({losses[1] for losses in found}) == 3  # a step is another one
+    assert len({losses[1] for losses in found}) == 3  # the first step differs
 
 
 @pytest.mark.parametrize("changes", [{"optimizer": "muon", "dopr": True}, {"optimizer": "sgd"}])
@@ -164,7 +168,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(dataset, tmp_path, c
     [
         ({"mup": False}, "logits_mult was 0.25, is 1"),
         (WIDER | {"mup_base_width": 16}, "logits_mult was 0.25, is 0.5"),
-        (WIDER | {"mup_base_head_dim": 16}, "attention_mult was 0.5, is 1; give"),
+        (WIDER | {"mup_base_head_dim": 16}, "attention_mult was 0.5, is 1"),
         (WIDER | {"n_head": 4}, "n_head was 2, is 4"),
     ],
 )
@@ -176,28 +180,25 @@ def test_weights_are_not_resumed_as_another_function(dataset, tmp_path, capsys, 
 
 def test_the_attention_factor_is_of_the_width_of_a_head():
     sizes = {"n_embd": 64, "n_head": 4, "mup": True, "mup_base_width": 16}
-    assert TrainConfig(**sizes).head_mult == 4  # the base has as many heads, of width 4
-    assert (
-        TrainConfig(**sizes, mup_base_head_dim=16).head_mult == 1
-    )  # it has heads as wide as these
+    assert TrainConfig(**sizes).head_mult == 4  # by default, the base has 4 heads of width 4
+    assert TrainConfig(**sizes, mup_base_head_dim=16).head_mult == 1  # equal head widths
     assert TrainConfig(**sizes | {"mup": False}).head_mult == 1
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"wd_scaling": "constant"}, "wd_scaling=constant: means nothing without mup=true"),
-        ({"mup_base_head_dim": 8}, "mup_base_head_dim=8: means nothing without mup=true"),
+        ({"wd_scaling": "constant"}, "wd_scaling=constant: has no effect without mup=true"),
+        ({"mup_base_head_dim": 8}, "mup_base_head_dim=8: has no effect without mup=true"),
         ({"mup": True, "mup_base_head_dim": 0}, "mup_base_head_dim=0: must be at least 1"),
         ({"mup": True, "mup_base_width": 0}, "mup_base_width=0: must be at least 1"),
-        ({"mup": True, "dopr": True, "optimizer": "sgd", "include": "*attn*"}, "one rule of muP"),
+        (
+            {"mup": True, "dopr": True, "optimizer": "sgd", "include": "*attn*"},
+            "one rule for all matrices",
+        ),
         ({"mup": True, "wd_scaling": "linear"}, "wd_scaling='linear': must be one of"),
     ],
 )
 def test_width_rules_that_mean_nothing_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
         load_config([f"--{key}={value}" for key, value in changes.items()])
-
-
-def test_the_settings_of_the_tiny_run_are_at_another_width_than_its_base():
-    assert SETTINGS["n_embd"] == 4 * WIDER["mup_base_width"]

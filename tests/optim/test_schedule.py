@@ -1,4 +1,4 @@
-"""The learning-rate schedule at its boundaries, and everywhere."""
+"""Learning-rate schedules: boundary values and general properties."""
 
 import itertools
 import math

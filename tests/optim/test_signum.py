@@ -1,4 +1,4 @@
-"""Signum against sign-SGD and against its formula written out."""
+"""Signum against sign-SGD and against its formula."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from optim.signum import Signum, signum_update
 
 
 def integers(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Small integers, on which sums and products are exact."""
+    """Return small random integers, for which sums and products are exact."""
     return torch.randint(-4, 5, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 

@@ -1,8 +1,8 @@
-"""torch's own description of an optimizer and its input generators, applied to ours.
+"""Apply torch's generic optimizer tests to our optimizers.
 
-torch's tests of its optimizers are not in the wheel, but what drives them is: OptimizerInfo,
-OptimizerInput, the error inputs for all optimizers, the schedulers, TensorTracker. torch.optim.Muon
-runs through the same checks, as a control.
+The tests themselves are not in torch's wheel, but their tools are: OptimizerInfo, OptimizerInput,
+the error inputs for all optimizers, the schedulers and TensorTracker. torch.optim.Muon runs through
+the same tests as a control.
 """
 
 import copy
@@ -28,7 +28,7 @@ from optim.signum import Signum
 
 
 def inputs_with(*own: dict):
-    """torch's settings for every optimizer, and those of one of ours."""
+    """Return a generator of optimizer inputs: torch's common settings and `own`."""
     shared = [{}, {"lr": 0.01}, {"lr": torch.tensor(0.001)}, {"weight_decay": 0.2}]
     settings = [*shared, {"momentum": 0.8}, *own]
     return lambda device, dtype=None: [
@@ -37,7 +37,7 @@ def inputs_with(*own: dict):
 
 
 INFO_OF = {info.optim_cls: info for info in optim_db}
-CONTROL, SGD = INFO_OF[torch.optim.Muon], INFO_OF[torch.optim.SGD]  # SGD: for its many schedulers
+CONTROL, SGD = INFO_OF[torch.optim.Muon], INFO_OF[torch.optim.SGD]  # SGD provides many schedulers
 NEWTON_SCHULZ = ({"ns_steps": 6, "ns_dtype": "float32"}, {"ns_coefficients": "quintic"})
 OURS = [
     OptimizerInfo(
@@ -57,7 +57,7 @@ every_optimizer = pytest.mark.parametrize("info", INFOS, ids=lambda i: f"{i.opti
 
 
 def problem(info, case, groups=None):
-    """A least-squares problem of two matrices, its optimizer, and the closure of a step."""
+    """Return the matrices of a least-squares problem, its optimizer and the closure of a step."""
     generator = torch.Generator().manual_seed(0)
     A, B, x = (torch.randn(n, m, generator=generator) for n, m in ((6, 5), (4, 6), (5, 8)))
     params = [torch.nn.Parameter(A), torch.nn.Parameter(B)]

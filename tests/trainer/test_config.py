@@ -1,7 +1,9 @@
-"""Settings: precedence, coercion by declared type, and one error with every problem."""
+"""Settings have an order of precedence and a type, and one error lists every problem."""
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,14 +91,39 @@ def test_help_lists_every_setting_with_its_comment(capsys):
     assert caught.value.code == 0
     assert all(f"--{key}=" in text for key in FIELDS)
     assert "of the AdamW beside muon and adamuon" in text
-    assert "global norm of the raw gradient" in text
+
+
+def test_a_name_of_an_earlier_release_is_accepted_with_a_warning(tmp_path, capsys):
+    file = write(tmp_path / "old.py", "kernel = 'torch'\nmuon_scale = 'match_rms'\n")
+    config, origins = load_config([file, "--coefficients=quintic"])
+    assert (config.backend, config.adjust_lr) == ("torch", "match_rms_adamw")
+    assert config.ns_coefficients == "quintic"
+    assert origins["backend"] == file
+    assert capsys.readouterr().out.splitlines() == [
+        f"warning: {file}: kernel is now called backend; please rename it",
+        f"warning: {file}: muon_scale is now called adjust_lr; please rename it",
+        "warning: command line: coefficients is now called ns_coefficients; please rename it",
+    ]
+
+
+def test_a_bad_value_under_an_earlier_name_is_refused_by_the_current_name():
+    with pytest.raises(ConfigError, match="backend='cuda': must be one of auto, torch, triton"):
+        load_config(["--kernel=cuda"])
+
+
+def test_reading_settings_does_not_import_torch():
+    code = (
+        "import sys; from trainer.config import load_config, help_text\n"
+        "load_config(['--lr=1']); help_text(); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_description_shows_what_was_set_and_where():
     config, origins = load_config(["--lr=0.01", "--seed=1337"])
     text = describe(config, origins)
     assert "lr = 0.01  (command line)" in text
-    assert "seed" not in text  # given, but at its default
+    assert "seed" not in text  # given, but equal to its default
 
 
 def test_json_round_trips():

@@ -1,4 +1,4 @@
-"""Records: complete, continued without duplicates, and never the end of a run."""
+"""Records are complete, continue without duplicates, and never stop a run."""
 
 import json
 import sys
@@ -30,7 +30,7 @@ def test_every_row_has_a_kind_and_a_step(tmp_path, capsys):
     assert "step 1/10 (10%)" in capsys.readouterr().out
 
 
-def test_a_resumed_run_forgets_what_it_will_write_again(tmp_path):
+def test_a_resumed_run_removes_the_rows_that_it_will_write_again(tmp_path):
     log = MetricsLog(tmp_path, 0, 10)
     for step in range(1, 5):
         log.train(step, **TRAIN)
@@ -42,7 +42,7 @@ def test_a_resumed_run_forgets_what_it_will_write_again(tmp_path):
     assert [(row["kind"], row["step"]) for row in rows(tmp_path)] == [
         ("train", 1),
         ("val", 1),
-        ("train", 2),  # step 2 was trained; its validation is done again on resume
+        ("train", 2),  # step 2 was trained, but its validation is repeated on resume
     ]
 
 
@@ -75,7 +75,7 @@ def test_a_failing_wandb_stops_nothing_and_loses_nothing(tmp_path, monkeypatch, 
     assert capsys.readouterr().out.count("warning: wandb is off") == 1
 
 
-def test_mfu_is_a_share_of_the_peak_or_unknown_but_never_a_guess():
+def test_mfu_is_a_fraction_of_the_peak_and_none_if_the_peak_is_unknown():
     assert mfu(494.5e12, "NVIDIA H100 80GB HBM3", "bfloat16") == pytest.approx(0.5)
     assert mfu(1e12, "Some New GPU", "bfloat16") is None
     assert mfu(1e12, "NVIDIA H100 80GB HBM3", "float32") is None

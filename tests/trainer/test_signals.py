@@ -1,4 +1,4 @@
-"""A signal is a request; a second one is an order."""
+"""The first signal sets a flag; the second one ends the process."""
 
 import os
 import signal

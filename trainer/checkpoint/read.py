@@ -1,23 +1,22 @@
-"""Checkpoints: everything a run is, in one folder, verified before it is used.
+"""Read checkpoints and verify them before use.
 
     out_dir/checkpoints/step-00000020/
-        model.safetensors   weights, under names without any wrapper's prefix
-        ema.safetensors     averaged weights, when the run keeps them
-        train.pt            optimizers and counters, safe to load (`weights_only`)
-        tokenizer.json      so that a checkpoint can be sampled anywhere
+        model.safetensors   weights, under names without the prefixes of wrappers
+        ema.safetensors     averaged weights, if the run keeps them
+        train.pt            optimizers and counters, loaded with `weights_only=True`
+        tokenizer.json      lets a checkpoint be sampled without the dataset
         manifest.json       schema, config, size and sha256 of every file above
-    With checkpoint_format=sharded: shards/ (sharded.py) instead of the tensors in the first three.
+    With checkpoint_format=sharded, the tensors of the first three are in shards/ (sharded.py).
 
-    out_dir/checkpoints/latest    the name of the newest folder, written last; for people
+    out_dir/checkpoints/latest    name of the newest folder, for people; no code reads it
 
-saving.py writes them.
+`write.py` writes checkpoints.
 """
 
 import hashlib
 import json
-import os
 import re
-import secrets
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,49 +26,50 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from data.files import sha256_of
+from optim.legacy_names import renamed_settings
 from trainer.checkpoint import sharded
-from trainer.sharding import laid_out
+from trainer.sharding import shard_like
 
-SCHEMA = 1  # of the folder's layout
+SCHEMA = 1  # version of the folder's layout
 FOLDER = re.compile(r"step-\d{8}")
 WRAPPER_PREFIXES = re.compile(r"^(?:(?:_orig_mod|module)\.)+")  # torch.compile, DDP, AveragedModel
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used: damaged, of another schema, or of another shape."""
+    """A checkpoint cannot be used: it is damaged, or of another schema, model or run."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One verified checkpoint, on the CPU; of a sharded one, each tensor is a `sharded.Stored`."""
+    """One verified checkpoint, on the CPU. If it is sharded, its tensors are `StoredTensor`s."""
 
     path: Path
     step: int
     manifest: dict[str, Any]
+    digest: str  # sha256 of the manifest on disk, which includes the hashes of all files
     model: dict[str, Any]
     ema: dict[str, Any] | None
     train: dict[str, Any]
 
-    @property
-    def digest(self) -> str:
-        """Of everything that the manifest says, the hashes of all files included."""
-        return digest_of(self.manifest)
-
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read and verify one checkpoint folder, all of it, before anything is handed out.
+    """Read and verify all of one checkpoint folder.
+
+    Settings in the manifest that have names of an earlier release are renamed, with one warning.
 
     Raises:
-        CheckpointError: what is wrong with which file; nothing was half-loaded, no code was run.
+        CheckpointError: a file is missing, damaged or unsafe; the message names it.
     """
-    manifest = _read_manifest(path)
-    for name, wanted in manifest["files"].items():
-        _verify(path, name, wanted)
+    manifest, digest = _read_manifest(path)
+    for name, entry in manifest["files"].items():
+        _verify(path, name, entry)
     try:
         train = torch.load(path / "train.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for a pickle that it will not run
+    except Exception as error:  # torch raises many types for a pickle that it refuses
         raise CheckpointError(f"checkpoint {path}: train.pt refused ({error})") from error
-    facts = {"path": path, "step": manifest["step"], "manifest": manifest}
+    _rename_settings(path, manifest)
+    facts = {"path": path, "step": manifest["step"], "manifest": manifest, "digest": digest}
     if manifest.get("format") == "sharded":
         try:
             return Checkpoint(**facts, **sharded.stored(path / sharded.FOLDER, train))
@@ -85,15 +85,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def candidates(root: Path) -> list[Path]:
-    """The finished checkpoint folders under `root`, the newest step first."""
+    """Return the finished checkpoint folders under `root`, the newest step first."""
     return sorted((p for p in root.glob("step-*") if FOLDER.fullmatch(p.name)), reverse=True)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`: one checkpoint's folder, or the newest good one of an out_dir.
+    """Load the checkpoint folder `path`, or the newest good checkpoint of the out_dir `path`.
 
     Raises:
-        CheckpointError: there is none, or none that can be used.
+        CheckpointError: there is no checkpoint, or none that can be used.
     """
     if (path / "checkpoints").is_dir():
         newest = newest_good(path / "checkpoints")
@@ -101,16 +101,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
             return newest
     if not (path / "manifest.json").is_file():
         raise CheckpointError(
-            f"no checkpoint at {path}: wanted a run's out_dir or a folder step-N with manifest.json"
+            f"no checkpoint at {path}: expected a run's out_dir or a folder step-N with "
+            "manifest.json"
         )
     return load_checkpoint(path)
 
 
 def newest_good(root: Path, warn: Callable[[str], None] = print) -> Checkpoint | None:
-    """The newest checkpoint that verifies; says which damaged ones were passed over.
+    """Load the newest checkpoint that is not damaged, and warn about those that are.
+
+    Returns None if there are no checkpoints.
 
     Raises:
-        CheckpointError: there are checkpoints, but none can be used.
+        CheckpointError: there are checkpoints, but all are damaged.
     """
     reasons = []
     for path in candidates(root):
@@ -118,7 +121,7 @@ def newest_good(root: Path, warn: Callable[[str], None] = print) -> Checkpoint |
             return load_checkpoint(path)
         except CheckpointError as error:
             reasons.append(str(error))
-            warn(f"warning: {error}; trying the one before it")
+            warn(f"warning: {error}; trying the previous one")
     if reasons:
         raise CheckpointError(
             f"no usable checkpoint under {root}: "
@@ -129,10 +132,10 @@ def newest_good(root: Path, warn: Callable[[str], None] = print) -> Checkpoint |
 
 
 def load_into(model: nn.Module, state: Mapping[str, Tensor], where: Path) -> None:
-    """Copy `state` into `model`, wrapped, sharded or not; all of it or nothing.
+    """Copy `state` into `model`, which may be wrapped or sharded; change nothing on an error.
 
     Raises:
-        CheckpointError: lists every key that is missing, unexpected or of another shape.
+        CheckpointError: lists every key that is missing, unexpected or has another shape.
     """
     own = {WRAPPER_PREFIXES.sub("", key): value for key, value in model.state_dict().items()}
     problems = [f"missing {key}" for key in own.keys() - state.keys()]
@@ -148,13 +151,13 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], where: Path) -> Non
         )
     with torch.no_grad():
         for key, value in own.items():
-            value.copy_(laid_out(state[key], value))
+            value.copy_(shard_like(state[key], value))
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors by name, as they lie, without the prefixes of wrappers.
+    """Return the model's tensors by name, without the prefixes of wrappers.
 
-    `n_averaged` is AveragedModel's own counter and no part of the model.
+    Sharded tensors stay sharded. AveragedModel's counter `n_averaged` is left out.
     """
     return {
         WRAPPER_PREFIXES.sub("", key): value.detach()
@@ -163,19 +166,8 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace `path` by a file with `text`, or leave it as it was; several writers may try."""
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        partial.write_text(text)
-        fsync(partial)
-        partial.replace(path)
-        fsync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
+    """Return the content of manifest.json without its own hash, and that hash."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         schema, digest = manifest["schema"], manifest.pop("sha256")
@@ -183,43 +175,44 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {path} is damaged (manifest.json: {error})") from error
     if schema != SCHEMA:
         raise CheckpointError(
-            f"checkpoint {path} has schema {schema}, this version reads schema {SCHEMA}"
+            f"checkpoint {path} has schema {schema}, but this version reads schema {SCHEMA}"
         )
-    if digest != digest_of(manifest):
-        raise CheckpointError(f"checkpoint {path} is damaged (manifest.json does not match itself)")
-    return manifest
+    if digest != manifest_digest(manifest):
+        raise CheckpointError(f"checkpoint {path} is damaged (manifest.json has a wrong sha256)")
+    return manifest, digest
 
 
-def _verify(path: Path, name: str, wanted: dict[str, Any]) -> None:
-    """The file's size, then its hash: truncation is told apart from corruption."""
+def _verify(path: Path, name: str, entry: dict[str, Any]) -> None:
+    """Compare a file's size, then its hash, to tell truncation from corruption in the message."""
     file = path / name
     if not file.is_file():
         raise CheckpointError(f"checkpoint {path} is damaged ({name} is missing)")
-    if file.stat().st_size != wanted["bytes"]:
+    if file.stat().st_size != entry["bytes"]:
         raise CheckpointError(
             f"checkpoint {path} is damaged ({name} has {file.stat().st_size} bytes, "
-            f"{wanted['bytes']} were written)"
+            f"expected {entry['bytes']})"
         )
-    if fingerprint_of(file) != wanted:
+    if manifest_entry(file) != entry:
         raise CheckpointError(f"checkpoint {path} is damaged ({name} does not match its sha256)")
 
 
-def digest_of(manifest: dict[str, Any]) -> str:
+def _rename_settings(path: Path, manifest: dict[str, Any]) -> None:
+    """Give the settings of the run that saved the checkpoint their current names."""
+    settings, old_names = renamed_settings(manifest.get("config", {}))
+    if old_names:
+        manifest["config"] = settings
+        warnings.warn(
+            f"checkpoint {path} has settings of an earlier release: {', '.join(old_names)}",
+            FutureWarning,
+            stacklevel=3,  # the caller of load_checkpoint
+        )
+
+
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    """Return the sha256 of a manifest."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def fingerprint_of(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
-
-
-def fsync(path: Path) -> None:
-    """Force a file's content or a folder's entries onto the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def manifest_entry(path: Path) -> dict[str, Any]:
+    """Return the entry of a file in the manifest: its sha256 and its size."""
+    return {"sha256": sha256_of(path), "bytes": path.stat().st_size}

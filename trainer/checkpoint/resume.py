@@ -1,4 +1,4 @@
-"""Which checkpoint a run continues from, and what speaks against it."""
+"""Find the checkpoint from which a run resumes, and refuse one that does not fit."""
 
 import hashlib
 from dataclasses import asdict
@@ -18,7 +18,7 @@ from trainer.settings import ConfigError, TrainConfig
 
 
 def check_agreement(config: TrainConfig, dataset: Dataset, parallel: Parallel) -> None:
-    """ConfigError if not all processes have the same settings and data."""
+    """Raise ConfigError unless all processes have the same settings and data."""
     facts = asdict(config) | {"hash of the data": fingerprint(dataset)}
     rows = parallel.gather(facts)
     if differing := [key for key in facts if len({repr(row[key]) for row in rows}) > 1]:
@@ -31,19 +31,25 @@ def check_agreement(config: TrainConfig, dataset: Dataset, parallel: Parallel) -
 
 
 def find_checkpoint(config: TrainConfig, dataset: Dataset, parallel: Parallel) -> Checkpoint | None:
-    """What `resume` asks for; CheckpointError if not all processes see the same."""
+    """Load the checkpoint selected by the setting `resume`; None for a new run.
+
+    Raises:
+        ConfigError: the setting would overwrite another run, or the checkpoint is past max_steps.
+        CheckpointError: the checkpoint cannot be used, it belongs to another tokenizer, or the
+            processes see different checkpoints.
+    """
     found = _find_checkpoint(config, dataset)
     seen = parallel.gather(found and f"{found.path} ({found.digest[:12]})")
     if len({*seen}) > 1:
         raise CheckpointError(
             f"the processes see different checkpoints, by rank: {', '.join(map(str, seen))}; "
-            "out_dir must be a folder that all of them share"
+            "out_dir must be a folder that all processes share"
         )
     return found
 
 
 def _find_checkpoint(config: TrainConfig, dataset: Dataset) -> Checkpoint | None:
-    """What `resume` asks for. Refuses to train over a run, or on another tokenizer."""
+    """Find the checkpoint in one process; see `find_checkpoint`."""
     root = Path(config.out_dir) / "checkpoints"
     if config.resume == "never":
         if candidates(root):
@@ -64,7 +70,7 @@ def _find_checkpoint(config: TrainConfig, dataset: Dataset) -> Checkpoint | None
         )
     if found.manifest["tokenizer_sha256"] != dataset.tokenizer.sha256:
         raise CheckpointError(
-            f"checkpoint {found.path} was trained with another tokenizer than {dataset.dir} has; "
+            f"checkpoint {found.path} was trained with a different tokenizer than {dataset.dir}; "
             "resume it on the data that it was trained on"
         )
     if found.manifest["dataset_sha256"] != fingerprint(dataset):
@@ -73,9 +79,10 @@ def _find_checkpoint(config: TrainConfig, dataset: Dataset) -> Checkpoint | None
 
 
 def check_same_function(found: Checkpoint, model: dict[str, Any]) -> None:
-    """CheckpointError if a checkpoint's weights, though they fit, would compute something else.
+    """Raise CheckpointError if the weights have the right shapes but belong to another function.
 
-    model: the settings of the model that they are for, as in the checkpoint's manifest.
+    Args:
+        model: the model's settings, in the format of the checkpoint's manifest.
     """
     saved = {"attention_mult": 1.0, "logits_mult": 1.0} | found.manifest["model"]
     changed = [
@@ -85,13 +92,14 @@ def check_same_function(found: Checkpoint, model: dict[str, Any]) -> None:
     ]
     if changed:
         raise CheckpointError(
-            f"checkpoint {found.path} is of another function of the same weights: "
-            f"{'; '.join(changed)}; give n_head, mup, mup_base_width and mup_base_head_dim as then"
+            f"checkpoint {found.path} was trained as another function of the same weights: "
+            f"{'; '.join(changed)}; set n_head, mup, mup_base_width and mup_base_head_dim as in "
+            "that run"
         )
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """The hash of all shards' hashes: the same for the same data, wherever it lies."""
+    """Return a hash of the dataset's content, which does not depend on its path."""
     splits = dataset.meta["splits"]
     hashes = [file["sha256"] for name in sorted(splits) for file in splits[name]["files"]]
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()

@@ -1,6 +1,7 @@
-"""Tensors of a checkpoint in shards: every process writes what it holds and reads what it needs.
+"""Write and read the tensors of a checkpoint in shards with torch.distributed.checkpoint.
 
-torch.distributed.checkpoint does it; its index is a pickle, which is read without running code.
+Every process writes the parts that it holds and reads the parts that it needs. The index is a
+pickle; it is read by an unpickler that runs no code.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FOLDER = "shards"  # in a checkpoint's folder
-MARK = "tensor in shards: "  # stands where a tensor was
+FOLDER = "shards"  # inside the checkpoint's folder
+PLACEHOLDER = "tensor in shards: "  # followed by a tensor's key, replaces the tensor in a tree
 INDEX = ".metadata"
-ALLOWED = {  # what an index is made of
+ALLOWED = {  # module -> the names that an index may use
     "torch.distributed.checkpoint.metadata": (
         *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata"),
         *("ChunkStorageMetadata", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING"),
@@ -33,8 +34,8 @@ ALLOWED = {  # what an index is made of
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor in a folder of shards, not read yet."""
+class StoredTensor:
+    """A tensor in a folder of shards that has not been read yet."""
 
     folder: Path
     key: str
@@ -42,7 +43,7 @@ class Stored:
     dtype: torch.dtype
 
     def read(self, like: Any = None) -> Tensor:
-        """All of it, on the CPU; or what belongs where `like`, a DTensor, lies.
+        """Read the full tensor on the CPU, or only this process's part if `like` is a DTensor.
 
         Raises OSError if it cannot be read.
         """
@@ -52,39 +53,42 @@ class Stored:
             target = torch.empty_like(like, dtype=self.dtype)
         else:
             target = torch.empty(self.shape, dtype=self.dtype)
-        with _torchs_own():
+        with _torch_errors_as_oserror():
             load({self.key: target}, storage_reader=_reader(self.folder), no_dist=True)
         return target
 
 
 def write(folder: Path, tree: Any, *, is_alone: bool) -> Any:
-    """Write all tensors of nested dicts and lists; returns the tree with marks in their places.
+    """Write the tensors in nested dicts and lists; return the tree with placeholders for them.
 
-    All processes call this together, unless one `is_alone`. Raises OSError in all of them if one
-    cannot write.
+    All processes must call this together, unless a single process `is_alone`. Raises OSError in all
+    of them if one cannot write.
     """
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
     tensors: dict[str, Tensor] = {}
-    marked = _split(tree, "", tensors)
-    with _torchs_own():
+    tree = _replace_tensors(tree, "", tensors)
+    with _torch_errors_as_oserror():
         save(tensors, storage_writer=FileSystemWriter(folder), no_dist=is_alone)
-    return marked
+    return tree
 
 
 def check_complete(folder: Path) -> None:
-    """OSError if a file that the index names is not in the folder."""
+    """Raise OSError if a file named in the index is not in the folder."""
     names = {entry.relative_path for entry in _index(folder).storage_data.values()}
     if absent := sorted(name for name in names if not (folder / name).is_file()):
         raise OSError(
             f"{', '.join(absent)} of other processes is not in {folder}; "
-            "out_dir must be a folder that all of them share"
+            "out_dir must be a folder that all processes share"
         )
 
 
-def stored(folder: Path, marked: Any) -> Any:
-    """The tree with a `Stored` at every mark. ValueError: the index is none, or lacks a tensor."""
+def stored(folder: Path, tree: Any) -> Any:
+    """Return the tree with a `StoredTensor` for every placeholder.
+
+    Raises ValueError if the index is damaged or lacks a tensor.
+    """
     index = _index(folder)
 
     def restore(tree: Any) -> Any:
@@ -92,44 +96,45 @@ def stored(folder: Path, marked: Any) -> Any:
             return {key: restore(value) for key, value in tree.items()}
         if isinstance(tree, list):
             return [restore(value) for value in tree]
-        if not (isinstance(tree, str) and tree.startswith(MARK)):
+        if not (isinstance(tree, str) and tree.startswith(PLACEHOLDER)):
             return tree
-        key = tree.removeprefix(MARK)
+        key = tree.removeprefix(PLACEHOLDER)
         if key not in index.state_dict_metadata:
-            raise ValueError(f"{folder / INDEX} does not know {key}")
+            raise ValueError(f"{folder / INDEX} has no tensor {key}")
         entry = index.state_dict_metadata[key]
-        return Stored(folder, key, entry.size, entry.properties.dtype)
+        return StoredTensor(folder, key, entry.size, entry.properties.dtype)
 
-    return restore(marked)
+    return restore(tree)
 
 
 def read_all(tree: Any) -> Any:
-    """The tree with every `Stored` read, whole."""
-    if isinstance(tree, Stored):
+    """Return the tree with every `StoredTensor` read in full."""
+    if isinstance(tree, StoredTensor):
         return tree.read()
     if isinstance(tree, dict):
         return {key: read_all(value) for key, value in tree.items()}
     return [read_all(value) for value in tree] if isinstance(tree, list) else tree
 
 
-def _split(tree: Any, key: str, tensors: dict[str, Tensor]) -> Any:
+def _replace_tensors(tree: Any, key: str, tensors: dict[str, Tensor]) -> Any:
+    """Return the tree with placeholders for its tensors, which are added to `tensors`."""
     if isinstance(tree, Tensor):
         tensors[key] = tree.detach()
-        return MARK + key
+        return PLACEHOLDER + key
     if isinstance(tree, dict):
-        return {name: _split(value, f"{key}/{name}", tensors) for name, value in tree.items()}
+        return {k: _replace_tensors(value, f"{key}/{k}", tensors) for k, value in tree.items()}
     if isinstance(tree, list):
-        return [_split(value, f"{key}/{i}", tensors) for i, value in enumerate(tree)]
+        return [_replace_tensors(value, f"{key}/{i}", tensors) for i, value in enumerate(tree)]
     return tree
 
 
 class _Unpickler(pickle.Unpickler):
-    """Loads plain data and the classes of the index; runs nothing else."""
+    """Load plain data and the classes in `ALLOWED`; refuse everything else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name in ALLOWED.get(module, ()):
             return super().find_class(module, name)
-        raise ValueError(f"{INDEX} asks for {module}.{name}, which no index needs: refused")
+        raise ValueError(f"{INDEX} refused: it uses {module}.{name}, which no index needs")
 
 
 def _index(folder: Path) -> Any:
@@ -140,8 +145,11 @@ def _index(folder: Path) -> Any:
 
 
 @contextmanager
-def _torchs_own() -> Iterator[None]:
-    """OSError for torch's error, which is no Exception; no word that it works alone, as told to."""
+def _torch_errors_as_oserror() -> Iterator[None]:
+    """Raise torch's CheckpointException, a BaseException, as an OSError.
+
+    Also silences torch's warning that a single process saves without torch.distributed.
+    """
     from torch.distributed.checkpoint.api import CheckpointException
 
     with warnings.catch_warnings():

@@ -1,6 +1,7 @@
-"""Everything that a run is at one instant: what a checkpoint holds, and what resuming puts back.
+"""Hold, save and restore the state of a run.
 
-Randomness and the position in the data are not here: both are functions of (seed, step).
+The state has no random generators and no position in the data, because both are functions of
+(seed, step).
 """
 
 from dataclasses import dataclass
@@ -13,24 +14,19 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from optim import ActivationPreconditioner
-from trainer.checkpoint.read import (
-    Checkpoint,
-    CheckpointError,
-    load_into,
-    plain_state,
-)
+from trainer.checkpoint.read import Checkpoint, CheckpointError, load_into, plain_state
 from trainer.checkpoint.sharded import read_all
 from trainer.checkpoint.write import save_checkpoint, save_sharded
 from trainer.parallel import Parallel
-from trainer.sharding import laid_out
+from trainer.sharding import shard_like
 
 
 @dataclass
 class TrainState:
-    """The mutable half of a run.
+    """Everything that changes during a run.
 
-    `step` counts optimizer steps done; `skipped` those among them whose gradient was not finite,
-    `skipped_in_row` the ones since the last good step.
+    `step` counts the optimizer steps, including the `skipped` steps whose loss or gradient was not
+    finite. `skipped_in_row` counts the skipped steps since the last good one.
     """
 
     model: nn.Module
@@ -43,13 +39,13 @@ class TrainState:
     saved_step: int = -1  # of the newest checkpoint
 
     def count_step(self, is_finite: bool) -> None:
-        """One more optimizer step was done, or skipped."""
+        """Count one optimizer step, which is skipped if it was not finite."""
         self.step += 1
         self.skipped += not is_finite
         self.skipped_in_row = 0 if is_finite else self.skipped_in_row + 1
 
     def evaluated(self) -> dict[str, nn.Module]:
-        """The weights, and their average if there is one, by the prefix of what is said of them."""
+        """Return the models to evaluate by the prefix of their metrics: "" and, if kept, "ema_"."""
         return {"": self.model} | ({"ema_": self.ema.module} if self.ema else {})
 
     def save(
@@ -62,10 +58,12 @@ class TrainState:
         keep: int,
         is_sharded: bool = False,
     ) -> None:
-        """Write a checkpoint under `root`, unless this step already has one. All processes call it.
+        """Write a checkpoint of this step under `root`, unless that was done already.
+
+        All processes must call this.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: the checkpoint could not be written.
         """
         if self.step == self.saved_step:
             return
@@ -76,8 +74,8 @@ class TrainState:
         if is_sharded:
             save_sharded(root, self.step, parallel, **tensors, **files)
         else:
-            whole = parallel.saved(tensors)
-            write = partial(save_checkpoint, root, self.step, **whole, **files)
+            tensors = parallel.full_state_on_main(tensors)
+            write = partial(save_checkpoint, root, self.step, **tensors, **files)
             parallel.raise_on_all_ranks(
                 write if parallel.is_main else lambda: None, CheckpointError
             )
@@ -87,9 +85,9 @@ class TrainState:
         return [type(optimizer).__name__ for optimizer in self.optimizers]
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the weights, in types that `torch.load(weights_only=True)` accepts.
+        """Return everything except weights, as types that `torch.load(weights_only=True)` accepts.
 
-        Hyperparameters are left out: they always come from the run's settings.
+        Hyperparameters are left out because they always come from the run's settings.
         """
         return {
             "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
@@ -100,18 +98,18 @@ class TrainState:
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Become the state that `checkpoint` holds.
+        """Load the state in `checkpoint`.
 
         Raises:
-            CheckpointError: it holds another model, other optimizers, or lacks the averaged weights
-                or the preconditioner's statistics that this run wants.
+            CheckpointError: the checkpoint has another model or other optimizers, or it lacks the
+                averaged weights or the preconditioner state that this run needs.
         """
         saved = checkpoint.train
-        theirs, ours = checkpoint.manifest["optimizers"], self._optimizer_names()
-        if theirs != ours:
+        saved_names, own_names = checkpoint.manifest["optimizers"], self._optimizer_names()
+        if saved_names != own_names:
             raise CheckpointError(
-                f"checkpoint {checkpoint.path} was written with optimizers {theirs}, "
-                f"this run has {ours}; use the same ones"
+                f"checkpoint {checkpoint.path} was written with optimizers {saved_names}, "
+                f"but this run has {own_names}; use the same ones"
             )
         if self.ema and checkpoint.ema is None:
             raise CheckpointError(
@@ -126,30 +124,32 @@ class TrainState:
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             groups = optimizer.state_dict()["param_groups"]
             params = [param for group in optimizer.param_groups for param in group["params"]]
-            placed = {i: _placed(values, params[i]) for i, values in state.items()}
-            optimizer.load_state_dict({"state": placed, "param_groups": groups})
+            sharded = {i: _shard_state(values, params[i]) for i, values in state.items()}
+            optimizer.load_state_dict({"state": sharded, "param_groups": groups})
         self.step = self.saved_step = checkpoint.step
         self.skipped = saved["skipped"]
         self.skipped_in_row = saved["skipped_in_row"]
 
 
-def _placed(values: dict[str, Any], param: Tensor) -> dict[str, Any]:
-    """An optimizer's state of one parameter; what has its shape lies as it does."""
+def _shard_state(values: dict[str, Any], param: Tensor) -> dict[str, Any]:
+    """Shard an optimizer's state of one parameter: tensors of its shape are sharded like it."""
     return {
-        key: laid_out(value, param)
+        key: shard_like(value, param)
         if getattr(value, "shape", None) == param.shape
         else read_all(value)
         for key, value in values.items()
     }
 
 
-def _restore_preconditioner(own: ActivationPreconditioner, checkpoint: Checkpoint) -> None:
+def _restore_preconditioner(
+    preconditioner: ActivationPreconditioner, checkpoint: Checkpoint
+) -> None:
     saved = checkpoint.train["dopr"]
     if saved is None:
         raise CheckpointError(
             f"checkpoint {checkpoint.path} was written without DoPr; resume with dopr=false"
         )
     try:
-        own.load_state_dict(read_all(saved))
+        preconditioner.load_state_dict(read_all(saved))
     except (ValueError, FloatingPointError) as error:
         raise CheckpointError(f"checkpoint {checkpoint.path}: {error}") from error

@@ -1,8 +1,9 @@
-"""Checkpoints are written whole or not at all; checkpoint.py says what is in them.
+"""Write checkpoints atomically; `read.py` describes their content.
 
-Protocol: write `step-N.tmp/`, fsync files and folder, rename, update `latest`, prune. A crash at
-any instant leaves the previous checkpoint intact; the next save removes what it left behind. A run
-that goes back to an earlier step renames the later folders to `abandoned-step-N` when it saves.
+A save writes `step-N.tmp/`, syncs its files and the folder to disk, renames it, updates `latest`
+and removes old checkpoints. A crash at any time leaves the previous checkpoint intact, and the next
+save removes the temporary folder. If a run was resumed from an earlier step, its next save renames
+the later folders to `abandoned-step-N`.
 """
 
 import json
@@ -17,15 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data.files import fsync, write_atomic
 from trainer.checkpoint import sharded
 from trainer.checkpoint.read import (
     SCHEMA,
     CheckpointError,
     candidates,
-    digest_of,
-    fingerprint_of,
-    fsync,
-    write_atomic,
+    manifest_digest,
+    manifest_entry,
 )
 from trainer.parallel import Parallel
 
@@ -41,20 +41,22 @@ def save_checkpoint(
     manifest: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write `root/step-N` so that it exists whole or not at all; keep the newest `keep`.
+    """Write the checkpoint `root/step-N` atomically and remove all but the newest `keep`.
 
     Args:
-        model, ema: weights on the CPU, see `plain_state`.
-        train: nested dicts and lists of tensors and Python scalars only (`weights_only`-safe).
-        manifest: JSON-able facts about the run; schema, step and hashes are added here.
+        model, ema: weights on the CPU; see `plain_state`.
+        train: nested dicts and lists that hold only tensors and Python scalars.
+        tokenizer_json: content of tokenizer.json.
+        manifest: JSON-serializable facts about the run, to which schema, step and hashes are added.
+        keep: number of checkpoints to keep.
     Raises:
-        CheckpointError: it could not be written (disk full, ...); earlier ones are untouched.
+        CheckpointError: the checkpoint could not be written; earlier ones are untouched.
     """
     with _written_folder(root, step) as partial:
         for name, weights in {"model": model, "ema": ema}.items():
             if weights is not None:
-                whole = {key: value.contiguous() for key, value in weights.items()}
-                save_file(whole, partial / f"{name}.safetensors")
+                tensors = {key: value.contiguous() for key, value in weights.items()}
+                save_file(tensors, partial / f"{name}.safetensors")
         _finish(partial, train, tokenizer_json, {**manifest, "step": step}, keep)
     return root / partial.stem
 
@@ -71,19 +73,20 @@ def save_sharded(
     manifest: dict[str, Any],
     keep: int,
 ) -> Path:
-    """The same, with every tensor in shards/ (sharded.py). All processes of the world call this.
+    """Write a checkpoint like `save_checkpoint`, but with all tensors in shards (sharded.py).
 
-    Every process writes what it holds of the tensors, so that they need not fit anywhere whole.
+    Every process writes the parts that it holds, so no process needs memory for full tensors. All
+    processes must call this.
     """
     with _written_folder(root, step, parallel) as partial:
-        whole = {"model": dict(model), "ema": ema and dict(ema), "train": train}
-        marked = sharded.write(partial / sharded.FOLDER, whole, is_alone=parallel.size == 1)
+        tensors = {"model": dict(model), "ema": ema and dict(ema), "train": train}
+        tree = sharded.write(partial / sharded.FOLDER, tensors, is_alone=parallel.size == 1)
         facts = {**manifest, "step": step, "format": "sharded"}
 
         def finish() -> None:
             try:
                 sharded.check_complete(partial / sharded.FOLDER)
-                _finish(partial, marked, tokenizer_json, facts, keep)
+                _finish(partial, tree, tokenizer_json, facts, keep)
             except (OSError, ValueError) as error:
                 raise RuntimeError(error) from error
 
@@ -93,7 +96,7 @@ def save_sharded(
 
 @contextmanager
 def _written_folder(root: Path, step: int, parallel: Parallel | None = None) -> Iterator[Path]:
-    """An empty folder to write to; what goes wrong is a CheckpointError, and the folder gone."""
+    """Create a temporary folder; on an error, remove it and raise CheckpointError."""
     partial = root / f"step-{step:08d}.tmp"
 
     def start() -> None:
@@ -116,28 +119,24 @@ def _written_folder(root: Path, step: int, parallel: Parallel | None = None) -> 
 def _finish(
     partial: Path, train: Any, tokenizer_json: bytes, manifest: dict[str, Any], keep: int
 ) -> None:
-    """Write what is left, then the manifest over all files, and make the folder visible."""
+    """Write the remaining files and the manifest, rename the folder, and remove old checkpoints."""
     torch.save(train, partial / "train.pt")
     (partial / "tokenizer.json").write_bytes(tokenizer_json)
-    names = {str(path.relative_to(partial)): path for path in _files(partial)}
-    files = {name: fingerprint_of(path) for name, path in names.items()}
-    whole = {"schema": SCHEMA, **manifest, "files": files}
-    whole["sha256"] = digest_of(whole)
-    (partial / "manifest.json").write_text(json.dumps(whole, indent=2) + "\n")
+    paths = sorted(path for path in partial.rglob("*") if path.is_file())
+    files = {str(path.relative_to(partial)): manifest_entry(path) for path in paths}
+    complete = {"schema": SCHEMA, **manifest, "files": files}
+    complete["sha256"] = manifest_digest(complete)
+    (partial / "manifest.json").write_text(json.dumps(complete, indent=2) + "\n")
     _publish(partial, partial.with_suffix(""))
     _prune(partial.parent, keep)
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
 def _publish(partial: Path, final: Path) -> None:
-    """Make a completely written folder durable, then visible, then the latest."""
+    """Sync a completely written folder to disk, rename it, and update `latest`."""
     for path in [*partial.rglob("*"), partial]:
         fsync(path)
     for path in candidates(final.parent):
-        if path.name >= final.name:  # of an earlier life of this run, which went back before it
+        if path.name >= final.name:  # the run was resumed from a step before this one
             shutil.rmtree(path.with_name(f"abandoned-{path.name}"), ignore_errors=True)
             path.rename(path.with_name(f"abandoned-{path.name}"))
     partial.rename(final)
@@ -151,6 +150,6 @@ def _remove_leftovers(root: Path) -> None:
 
 
 def _prune(root: Path, keep: int) -> None:
-    """Remove all but the newest checkpoints; the one just written is the newest."""
+    """Remove all but the newest `keep` checkpoints."""
     for path in candidates(root)[keep:]:
         shutil.rmtree(path)

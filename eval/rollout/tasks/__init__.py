@@ -1,4 +1,8 @@
-"""The tasks of the benchmark by name, and `task:NAME,knob=value` as the name of a dataset."""
+"""Look up the tasks of the benchmark by name; open `task:NAME,knob=value,...` as a dataset.
+
+`lds` is not in `TASKS`: its models are matrices, and it has no dataset. Import it from
+eval.rollout.tasks.lds, which needs scipy.
+"""
 
 import difflib
 from dataclasses import fields
@@ -19,38 +23,43 @@ PREFIX = "task:"
 
 
 def open_data(dataset: str) -> Dataset:
-    """The dataset of a task, or any other that `data.dataset.open_dataset` knows."""
+    """Open the dataset of a task, or any other dataset with `data.dataset.open_dataset`."""
     return parse_task(dataset).open() if dataset.startswith(PREFIX) else open_dataset(dataset)
 
 
 def task_of(dataset: str) -> Task:
-    """The task that grades models trained on a dataset; text of any kind has one, too."""
+    """Return the task that grades models trained on `dataset`. Any text dataset has one."""
     if dataset.startswith(PREFIX):
         return parse_task(dataset)
     return PyStdlib() if dataset == PyStdlib.name else TextTask(dataset=dataset)
 
 
 def parse_task(spec: str, tasks: dict[str, Any] = TASKS) -> Any:
-    """The task of `tasks` that `task:NAME,knob=value,...` names; "task:" may be left out.
+    """Build the task of a spec `task:NAME,knob=value,...`, in which "task:" is optional.
 
-    Raises TaskError on an unknown name or knob, or a value that does not fit.
+    Raises:
+        TaskError: the name or a knob is unknown, or a value has the wrong type or is out of range.
     """
     name, *settings = spec.removeprefix(PREFIX).split(",")
     if name not in tasks:
-        raise TaskError(f"task {name!r}: unknown{_hint(name, tasks)}; tasks: {', '.join(tasks)}")
-    kinds = {field.name: type(field.default) for field in fields(tasks[name])}
+        raise TaskError(
+            f"unknown task {name!r}{_hint(name, tasks)}; choose from {', '.join(tasks)}"
+        )
+    types = {field.name: type(field.default) for field in fields(tasks[name])}
     knobs = {}
     for setting in settings:
         key, _, text = setting.partition("=")
-        if key not in kinds:
+        if key not in types:
             raise TaskError(
-                f"task {name}: unknown knob {key!r}{_hint(key, kinds)}; knobs: {', '.join(kinds)}"
+                f"task {name}: unknown knob {key!r}{_hint(key, types)}; "
+                f"choose from {', '.join(types)}"
             )
         try:
-            knobs[key] = kinds[key](text)
+            knobs[key] = types[key](text)
         except ValueError:
-            wanted = kinds[key].__name__
-            raise TaskError(f"task {name}: {key}={text!r} is not of type {wanted}") from None
+            raise TaskError(
+                f"task {name}: {key}={text!r} must be of type {types[key].__name__}"
+            ) from None
     return tasks[name](**knobs)
 
 

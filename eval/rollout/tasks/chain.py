@@ -1,7 +1,8 @@
-"""Arithmetic with one right answer: x <- (a x + b) mod m, from a start x and an increment b.
+"""Compute sums with one right answer: x <- (a x + b) mod m for a given start x and increment b.
 
-It cannot measure test-time feedback, and shows why: with one right answer, sampled exact match is
-E[exp(-Σ NLL)] on the data, and greedy exact match is whether all decisions are right on the data.
+This task checks identities and cannot measure test-time feedback. Because only one answer is right,
+the exact match of sampled rollouts is E[exp(-Σ NLL)] on the data, and the exact match of greedy
+rollouts says whether all decisions are right on the data's contexts.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from eval.rollout.tasks.task import OracleTask
 
 @dataclass(frozen=True, kw_only=True)
 class Chain(OracleTask):
-    """The multiplier a is the instance's; a document is x, b, then `horizon` values."""
+    """A document is x, b and then `horizon` values. The instance determines the multiplier a."""
 
     horizon: int = 8
     modulus: int = 16
@@ -45,13 +46,13 @@ class Chain(OracleTask):
 
 
 class ChainEnvironment(Environment):
-    """n sums. The answer is fixed by the prompt: it goes on as if no mistake had been made."""
+    """n sums. The prompt alone determines the right answers; mistakes do not change them."""
 
     def __init__(self, prompts: Tensor, multiplier: int, modulus: int) -> None:
         self.prompts = prompts
         self.multiplier, self.modulus = multiplier, modulus
         start, self.increment = prompts.unbind(1)
-        self.answer = self._after(start)  # (B,) the next right token
+        self.answer = self._after(start)  # (B,) the right next token
         self.correct = torch.ones(len(prompts), dtype=torch.bool)
 
     def oracle(self) -> Tensor:
@@ -66,7 +67,7 @@ class ChainEnvironment(Environment):
         return torch.zeros_like(self.correct)
 
     def outcomes(self) -> dict[str, Tensor]:
-        """exact_match: 1 if every decision was right, else 0."""
+        """Return exact_match: 1 if every decision was right, else 0."""
         return {"exact_match": self.correct.double()}
 
     def _after(self, value: Tensor) -> Tensor:

@@ -1,17 +1,17 @@
-"""Imitating a controller in closed loop: tokens in, tokens out, a pendulum that answers.
+"""Imitate a controller that keeps an inverted pendulum upright, with tokens for angles and actions.
 
-An inverted pendulum with angle θ (rad) and velocity ω (rad/s) is pushed at random. Who keeps it
-upright reads the angle in bins and infers the velocity: the expert with a Kalman filter, the model
-from its history. A document is angle, action, angle, action, ...; the angles are the world's
+The pendulum has angle θ (rad) and velocity ω (rad/s) and is pushed at random. The controller sees
+only the binned angle and must infer the velocity: the expert does so with a Kalman filter, a model
+from its context. A document is angle, action, angle, action, ...; the angles are the environment's
 answers.
 
     ω' = ω + dt (g/l sin θ + u) + push,   θ' = θ + dt ω'        push ~ N(0, noise²)
-    u ~ N(clip(-(g/l + κ²) θ̂ - 2κ ω̂, ±U), 1), to its nearest bin        the oracle
+    u ~ N(clip(-(g/l + κ²) θ̂ - 2κ ω̂, ±U), 1), rounded to the nearest bin        the oracle
 
-u (rad/s²) is the acceleration that the motor adds; (θ̂, ω̂) is the filter's estimate, a function of
-the tokens alone, so a model can be the oracle. Without noise and clipping, and knowing the state,
-both poles are at -κ. At |θ| > θ_max the pendulum falls: the episode ends, and it lies at ±θ_max
-from then on.
+u (rad/s²) is the acceleration by the motor. (θ̂, ω̂) is the filter's estimate, which depends only on
+the tokens, so a model can equal the oracle. With the true state and without noise and clipping, the
+linearised closed loop in continuous time has both poles at -κ. If |θ| > θ_max, the pendulum falls:
+the episode ends and the pendulum stays at ±θ_max.
 """
 
 from dataclasses import dataclass
@@ -32,20 +32,20 @@ U_MAX = 10.0  # rad/s²
 KAPPA = 2.0  # 1/s
 ACTION_NOISE = 1.0  # rad/s², standard deviation of the expert's action
 START = (0.1, 0.3)  # rad, rad/s: standard deviations of θ and ω before the first decision
-LENGTHS = (0.9, 1.1)  # m, range that an instance draws from
-NOISES = (0.18, 0.22)  # rad/s, the same for the standard deviation of a push
+LENGTHS = (0.9, 1.1)  # m, range of the pendulum's length over instances
+NOISES = (0.18, 0.22)  # rad/s, range of the standard deviation of a push over instances
 MAX_BINS = 1024
 
 
 @dataclass(frozen=True)
 class Bins:
-    """n bins of equal width from -limit to limit; the outermost two take what lies beyond."""
+    """n bins of equal width from -limit to limit. The outermost bins include all values beyond."""
 
     n: int
     limit: float
 
     @cached_property
-    def edges(self) -> Tensor:  # (n - 1,) float64, between neighbours
+    def edges(self) -> Tensor:  # (n - 1,) float64, edges between neighbouring bins
         return torch.linspace(-self.limit, self.limit, self.n + 1, dtype=torch.float64)[1:-1]
 
     @cached_property
@@ -57,7 +57,7 @@ class Bins:
         return torch.bucketize(x, self.edges)
 
     def masses(self, mean: Tensor, std: float) -> Tensor:  # (B,) -> (B, n)
-        """The probability of every bin under N(mean, std²)."""
+        """Compute the probability of every bin under N(mean, std²)."""
         below = torch.special.ndtr((self.edges - mean[:, None]) / std)  # (B, n - 1)
         zero = torch.zeros_like(mean)[:, None]
         return torch.cat([zero, below, zero + 1], dim=1).diff()
@@ -65,28 +65,29 @@ class Bins:
 
 @dataclass(frozen=True)
 class Plant:
-    """One pendulum and its controller."""
+    """The equations of one pendulum and of the expert that controls it."""
 
     stiffness: float  # g/l, 1/s²
     noise: float  # rad/s
 
     def expert(self, theta: Tensor, omega: Tensor) -> Tensor:  # (B,) each
-        """The mean of the expert's action in a state, or in what it takes for the state."""
+        """Compute the mean of the expert's action for the state that it assumes."""
         u = -(self.stiffness + KAPPA**2) * theta - 2 * KAPPA * omega
         return u.clamp(-U_MAX, U_MAX)
 
     def advance(
         self, theta: Tensor, omega: Tensor, u: Tensor, push: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """θ and ω a time step later."""
+        """Compute θ and ω one time step later."""
         omega = omega + DT * (self.stiffness * theta.sin() + u) + push
         return theta + DT * omega, omega
 
     def gains(self, steps: int, width: float) -> Tensor:  # (steps, 2)
-        """Kalman's gains for readings of θ in bins of `width` rad, one per reading.
+        """Compute the Kalman gains for successive readings of θ in bins of `width` rad.
 
-        The plant is linearised at the top; a reading's error has the variance of its bin, width²/12
-        (Kalman 1960, as in Anderson and Moore, Optimal Filtering, ch. 3).
+        The plant is linearised at the upright position, and a reading's error has the variance of a
+        uniform distribution over its bin, width²/12 (Kalman 1960, as in Anderson and Moore, Optimal
+        Filtering, ch. 3).
         """
         A = torch.tensor([[1 + DT**2 * self.stiffness, DT], [DT * self.stiffness, 1]]).double()
         push = self.noise * torch.tensor([DT, 1.0]).double()
@@ -101,7 +102,7 @@ class Plant:
 
 @dataclass(frozen=True, kw_only=True)
 class Ctrl(OracleTask):
-    """Keeping a pendulum upright from binned angles; the instance draws its length and noise."""
+    """Keep a pendulum upright from binned angles. The instance determines its length and noise."""
 
     horizon: int = 32
     obs_bins: int = 33
@@ -139,7 +140,7 @@ class Ctrl(OracleTask):
 
 
 class CtrlEnvironment(Environment):
-    """n pendulums. A token that is no action counts as u = 0, and as illegal."""
+    """n pendulums. A token that is not an action counts as illegal and acts like u = 0."""
 
     can_end = True
 
@@ -180,7 +181,7 @@ class CtrlEnvironment(Environment):
         return self._read()
 
     def _read(self) -> Tensor:  # (B, 1) int64
-        """The token of the angle, after the expert has corrected its estimate by it."""
+        """Return the token of the angle and correct the expert's estimate with it."""
         token = self.angles.index(self.theta)
         surprise = self.angles.centres[token] - self.estimate[0]
         self.estimate = self.estimate + self.gains[self.steps][:, None] * surprise
@@ -190,11 +191,13 @@ class CtrlEnvironment(Environment):
         return self.fallen
 
     def outcomes(self) -> dict[str, Tensor]:
-        """failure: 1 if the pendulum fell. cost: mean over all steps of θ² + 0.1 ω² + 0.001 u²
-        (rad, rad/s, rad/s²; as in Gymnasium's Pendulum), θ_max² for those after a fall.
-        Over the decisions before a fall: action_error, the mean squared distance (rad²/s⁴) from
-        what the expert would do on average there; illegal_share, of tokens that are no
-        action.
+        """Return four scores per episode.
+
+        failure        1 if the pendulum fell, else 0
+        cost           mean of θ² + 0.1 ω² + 0.001 u² over all steps (rad, rad/s, rad/s²; as in
+                       Gymnasium's Pendulum), where steps after a fall count θ_max²
+        action_error   mean squared distance from the expert's mean action (rad²/s⁴), before a fall
+        illegal_share  share of tokens that are not actions, before a fall
         """
         return {
             "failure": self.fallen.double(),
@@ -204,7 +207,7 @@ class CtrlEnvironment(Environment):
         }
 
     def _count(self, u: Tensor, legal: Tensor) -> None:
-        """Add up what `outcomes` needs; u and legal (B,) are of the decisions being taken."""
+        """Add the current decisions, u and legal (B,), to the sums that `outcomes` needs."""
         u = u.masked_fill(self.fallen, 0.0)
         alive = ~self.fallen
         self.decisions += alive

@@ -1,12 +1,13 @@
-"""Finding the way, goal after goal, in a fixed random digraph that a model must learn by heart.
+"""Navigate to one goal after another in a fixed random directed graph that the model must memorise.
 
-A document is one stream of journeys: a place, the goal to reach from there, then decision, answer,
-decision, answer, ... A decision names the next place; the answer is "on", or, where the goal is
-reached, the next goal. So the goal must be remembered, many answers are right (any shortest path
-is), and a wrong edge costs time but has a way on. A token that is no edge ends the episode.
+A document is a start node, the first goal, and then alternating decisions and answers. A decision
+names the next node. The answer is "on", or the next goal once the current goal is reached, so the
+model must remember the current goal. Every shortest path is right, so often several decisions are.
+A wrong edge costs time, but the goal stays reachable. A token that is not an edge ends the episode.
 
-(place, goal) pairs are held out upstream: with a pair, all from which a shortest path leads through
-it. So no document of "train" has a held-out pair anywhere; all other journeys begin at one.
+Some pairs (node, goal) are held out from training. If a pair is held out, so are all pairs with the
+same goal from which a shortest path passes through it. Documents of the split "train" therefore
+never contain a held-out pair. In all other documents, every journey to a goal starts at one.
 """
 
 from dataclasses import dataclass
@@ -19,25 +20,25 @@ from torch import Tensor
 from eval.rollout.environment import Environment, draw
 from eval.rollout.tasks.task import OracleTask, TaskError
 
-HELD_OUT = 0.1  # of the places of every goal, at most
+HELD_OUT = 0.1  # largest share of nodes that are held out for a goal
 
 
 @dataclass(frozen=True)
 class Graph:
-    """N nodes of out-degree D, strongly connected; who is how far from whom."""
+    """A strongly connected graph of N nodes with out-degree D, and its shortest paths."""
 
     successors: Tensor  # (N, D) int64
-    distance: Tensor  # (N, N) int64, moves from row to column
+    distance: Tensor  # (N, N) int64, number of moves from row to column
     paths: Tensor  # (N, N) float64, number of shortest paths from row to column
 
 
 @dataclass(frozen=True, kw_only=True)
 class Nav(OracleTask):
-    """Shortest paths between held-out pairs of nodes, one after another."""
+    """Follow shortest paths between held-out pairs of nodes, one after another."""
 
     horizon: int = 24
     nodes: int = 32
-    degree: int = 4  # edges that leave a node
+    degree: int = 4  # outgoing edges per node
 
     name: ClassVar[str] = "nav"
     primary: ClassVar[str] = "success"
@@ -62,8 +63,8 @@ class Nav(OracleTask):
         goals = self.held_out.sum(1)  # (N,)
         if n := int(((goals == 0) | (goals == self.nodes - 1)).sum()):
             raise TaskError(
-                f"task nav: nodes={self.nodes} are too few: of {n} of them as places, no goals are "
-                f"held out, or all, where up to {HELD_OUT:.0%} should be; use more nodes"
+                f"task nav: nodes={self.nodes} are too few: {n} nodes have no held-out goals or "
+                "only held-out goals; use more nodes"
             )
 
     def symbols(self) -> list[str]:
@@ -74,15 +75,18 @@ class Nav(OracleTask):
         return list(range(self.nodes, 2 * self.nodes + 1))
 
     def environment(self, n: int, seed: str | int) -> "NavEnvironment":
-        """Draws the start, and all goals that could be reached, each among those that are allowed
-        at the one before."""
+        """Create n episodes with random starts and as many goals as could be reached.
+
+        Each goal is drawn from the goals allowed at the previous one: those that are not held out
+        for the split "train", and the held-out ones otherwise.
+        """
         allowed = ~self.held_out & (self.graph.distance > 0) if seed == "train" else self.held_out
-        law = allowed.double()  # (N, N), times the number of goals of a row
+        weights = allowed.double()  # (N, N)
         size, generator = (n, self.horizon + 2), self.generator(seed, "stops")
-        first, *others = torch.rand(size, generator=generator, dtype=torch.float64).unbind(1)
+        first, *rest = torch.rand(size, generator=generator, dtype=torch.float64).unbind(1)
         stops = [(first * self.nodes).long()]
-        for u in others:
-            stops.append(draw(law[stops[-1]], u))
+        for u in rest:
+            stops.append(draw(weights[stops[-1]], u))
         return NavEnvironment(self.graph, self.held_out, torch.stack(stops, dim=1))
 
     @cached_property
@@ -92,14 +96,14 @@ class Nav(OracleTask):
 
     @cached_property
     def held_out(self) -> Tensor:  # (N, N) bool
-        """Pairs of place and goal that training never sees, wherever in a journey."""
+        """The pairs (node, goal) that never occur in training documents."""
         return _held_out(self.graph.distance, self.generator("held out"))
 
 
 class NavEnvironment(Environment):
-    """Journeys along `stops` (B, 1 + G): the first place, then one goal after another.
+    """B episodes along `stops` (B, 1 + G), the start node and then the goals in order.
 
-    G must be more than the decisions to come. Who has ended stays where the last edge led.
+    G must be larger than the number of decisions. An ended episode stays at its last node.
     """
 
     can_end = True
@@ -120,7 +124,7 @@ class NavEnvironment(Environment):
         return self.stops.gather(1, 1 + self.reached[:, None])[:, 0]
 
     def oracle(self) -> Tensor:
-        """From any place, the next one of a uniformly random shortest path."""
+        """Return the distribution of the next node on a uniformly random shortest path."""
         graph, goal = self.graph, self.goal[:, None]
         onward = graph.successors[self.place]  # (B, D)
         closer = graph.distance[onward, goal] < graph.distance[self.place, self.goal][:, None]
@@ -149,11 +153,15 @@ class NavEnvironment(Environment):
         return self.ended
 
     def outcomes(self) -> dict[str, Tensor]:
-        """success: goals reached, of those that shortest paths reach in as many decisions.
-        Over the decisions up to the first that is no edge: legality, the share that follow an edge;
-        optimality, the share that follow an edge of a shortest path; novel_optimality and
-        familiar_optimality, the same at held-out pairs of place and goal, where every journey
-        begins, and at pairs that training has.
+        """Return five scores per episode.
+
+        success              goals reached, over the goals that shortest paths reach in equal time
+        legality             share of decisions that follow an edge
+        optimality           share of decisions that follow an edge of a shortest path
+        novel_optimality     optimality at held-out pairs (node, goal), where every journey begins
+        familiar_optimality  optimality at the other pairs
+
+        The shares are over the decisions up to and including the first that is not an edge.
         """
         moves = self.graph.distance[self.stops[:, :-1], self.stops[:, 1:]].cumsum(1)  # (B, G)
         decisions = self.decisions.double()
@@ -167,8 +175,11 @@ class NavEnvironment(Environment):
 
 
 def _held_out(distance: Tensor, generator: torch.Generator) -> Tensor:  # (N, N) bool
-    """For every goal, random places with all that lie upstream of them, as long as they are no more
-    than HELD_OUT; first those that have had fewest goals held out."""
+    """Choose the pairs (node, goal) to hold out.
+
+    For each goal, add nodes together with all nodes upstream of them while their share does not
+    exceed HELD_OUT. Nodes with the fewest held-out goals so far come first, in random order.
+    """
     N = len(distance)
     most, held = int(HELD_OUT * (N - 1)), torch.zeros(N, N, dtype=torch.bool)
     for goal in torch.randperm(N, generator=generator).tolist():
@@ -184,7 +195,7 @@ def _held_out(distance: Tensor, generator: torch.Generator) -> Tensor:  # (N, N)
 
 
 def _random_digraph(nodes: int, degree: int, generator: torch.Generator) -> Tensor:  # (N, D) int64
-    """Successors of each node: one on a random cycle through all nodes, the others at random."""
+    """Draw each node's successors: one on a random cycle through all nodes, the rest at random."""
     cycle = torch.randperm(nodes, generator=generator)
     score = torch.rand(nodes, nodes, generator=generator).fill_diagonal_(-1)
     score[cycle, cycle.roll(-1)] = 2
@@ -192,14 +203,14 @@ def _random_digraph(nodes: int, degree: int, generator: torch.Generator) -> Tens
 
 
 def _shortest_paths(successors: Tensor) -> tuple[Tensor, Tensor]:  # (N, N) int64, (N, N) float64
-    """Moves from every node to every other, and the number of shortest paths."""
+    """Compute the distance and the number of shortest paths for every pair of nodes."""
     N = len(successors)
     edges = torch.zeros(N, N, dtype=torch.float64).scatter_(1, successors, 1)
-    ways = torch.eye(N, dtype=torch.float64)  # shortest paths of exactly `moves` moves
-    distance, paths, moves = torch.full((N, N), N).fill_diagonal_(0), ways, 0
-    while ways.any():
+    new = torch.eye(N, dtype=torch.float64)  # shortest paths of exactly `moves` moves
+    distance, paths, moves = torch.full((N, N), N).fill_diagonal_(0), new, 0
+    while new.any():
         moves += 1
-        ways = (edges @ ways) * (distance == N)
-        distance[ways > 0] = moves
-        paths = paths + ways
+        new = (edges @ new) * (distance == N)
+        distance[new > 0] = moves
+        paths = paths + new
     return distance, paths

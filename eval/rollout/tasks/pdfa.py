@@ -1,8 +1,9 @@
-"""A random probabilistic automaton: the exact law of the next token after every history.
+"""Predict the language of a random probabilistic deterministic finite automaton (PDFA).
 
-In each state three likely symbols share 99 % of the mass, with weights from Dirichlet(2, 2, 2), and
-all other tokens share 1 % evenly, end-of-text among them. Every symbol leads to a random state,
-end-of-text, which also starts a document, to the initial one. An episode never ends.
+The distribution of the next token is known exactly after every history. In each state, three likely
+symbols share 99 % of the probability with weights from Dirichlet(2, 2, 2), and all other tokens,
+including end-of-text, share 1 % evenly. Every symbol leads to a random state. End-of-text, which is
+also the first token of a document, leads to the initial state, and does not end an episode.
 """
 
 from dataclasses import dataclass
@@ -15,23 +16,23 @@ from torch import Tensor
 from eval.rollout.environment import Environment
 from eval.rollout.tasks.task import OracleTask, TaskError
 
-LIKELY = 3  # symbols a state
-UNLIKELY_MASS = 0.01  # of all other tokens of a state together
-DRAWS = 1000  # of random transitions, until all states are reachable
+LIKELY = 3  # number of likely symbols in a state
+UNLIKELY_MASS = 0.01  # total probability of all other tokens in a state
+DRAWS = 1000  # attempts to draw transitions that make all states reachable
 
 
 @dataclass(frozen=True)
 class Automaton:
-    """S states over V tokens; state 0 is the initial one, end-of-text the last token."""
+    """S states over V tokens. State 0 is the initial state, and the last token is end-of-text."""
 
-    p: Tensor  # (S, V) float64, the law of the next token
+    p: Tensor  # (S, V) float64, the distribution of the next token
     likely: Tensor  # (S, V) bool
     target: Tensor  # (S, V) int64, the state that each token leads to
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pdfa(OracleTask):
-    """Next-token prediction in the language of a random automaton."""
+    """Predict the next token in the language of a random automaton."""
 
     states: int = 16
     alphabet: int = 10  # symbols besides end-of-text
@@ -48,28 +49,33 @@ class Pdfa(OracleTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.automaton  # or raises
+        _ = self.automaton  # raises TaskError if no automaton is found
 
     def symbols(self) -> list[str]:
         return [str(i) for i in range(self.alphabet)]
 
     def environment(self, n: int, seed: str | int) -> "PdfaEnvironment":
-        """Every episode begins in the initial state, so `seed` changes nothing before decisions."""
+        """Create n episodes. All begin in the initial state, so `seed` has no effect."""
         return PdfaEnvironment(self.automaton, n)
 
     @cached_property
     def automaton(self) -> Automaton:
-        """Drawn from the instance, again and again until all states are reachable."""
+        """The automaton of the instance, drawn again until all states are reachable.
+
+        Raises:
+            TaskError: `DRAWS` attempts failed.
+        """
         generator = self.generator("automaton")
-        p, likely = _laws(self.states, self.alphabet, generator)
+        p, likely = _draw_distributions(self.states, self.alphabet, generator)
         for _ in range(DRAWS):
             target = torch.randint(self.states, p.shape, generator=generator)
             target[:, -1] = 0
             if _reachable(target).all():
                 return Automaton(p, likely, target)
         raise TaskError(
-            f"task pdfa: states={self.states} are not all reachable with alphabet={self.alphabet} "
-            f"in any of {DRAWS} random automata; use fewer states or a larger alphabet"
+            f"task pdfa: {DRAWS} random automata with states={self.states} and "
+            f"alphabet={self.alphabet} all have unreachable states; "
+            "use fewer states or a larger alphabet"
         )
 
 
@@ -80,7 +86,7 @@ class PdfaEnvironment(Environment):
         self.automaton = automaton
         self.prompts = torch.full((n, 1), automaton.p.size(1) - 1)
         self.state = torch.zeros(n, dtype=torch.int64)
-        self.unlikely = torch.zeros(n, dtype=torch.float64)  # tokens so far
+        self.unlikely = torch.zeros(n, dtype=torch.float64)  # number of unlikely tokens so far
         self.decisions = 0
 
     def oracle(self) -> Tensor:
@@ -96,17 +102,19 @@ class PdfaEnvironment(Environment):
         return torch.zeros_like(self.state, dtype=torch.bool)
 
     def outcomes(self) -> dict[str, Tensor]:
-        """unlikely_share: the share of decisions that were none of their state's likely symbols."""
+        """Return unlikely_share: the share of decisions that are unlikely in their state."""
         return {"unlikely_share": self.unlikely / self.decisions}
 
 
-def _laws(states: int, alphabet: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Distributions (S, V) float64, and which of their tokens are likely, (S, V) bool."""
+def _draw_distributions(
+    states: int, alphabet: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Draw the distributions (S, V) float64 and mark their likely tokens (S, V) bool."""
     V = alphabet + 1
     order = torch.rand(states, alphabet, generator=generator).argsort(1)
-    chosen = order[:, :LIKELY]  # (S, 3), end-of-text is never among them
+    chosen = order[:, :LIKELY]  # (S, 3), never end-of-text
     u = torch.rand(states, LIKELY, 2, generator=generator, dtype=torch.float64)
-    weights = -torch.log1p(-u).sum(-1)  # Gamma(2): normalised, Dirichlet(2, 2, 2)
+    weights = -torch.log1p(-u).sum(-1)  # Gamma(2); normalised they follow Dirichlet(2, 2, 2)
     weights = (1 - UNLIKELY_MASS) * weights / weights.sum(1, keepdim=True)
     p = torch.full((states, V), UNLIKELY_MASS / (V - LIKELY), dtype=torch.float64)
     likely = torch.zeros(states, V, dtype=torch.bool).scatter_(1, chosen, True)
@@ -114,7 +122,7 @@ def _laws(states: int, alphabet: int, generator: torch.Generator) -> tuple[Tenso
 
 
 def _reachable(target: Tensor) -> Tensor:  # (S, V) -> (S,) bool
-    """The states that some sequence of tokens leads to from the initial one."""
+    """Mark the states that are reachable from the initial state."""
     reached = torch.zeros(len(target), dtype=torch.bool)
     reached[0] = True
     while True:

@@ -1,9 +1,11 @@
-"""Real text: the model continues the beginnings of validation documents, and no oracle is needed.
+"""Grade continuations of real text without an oracle.
 
-`pystdlib`, the sources of Python's standard library, is graded by whether the text still parses
-(eval/rollout/viability.py); any other text by how far the entropy drifts. Every number about the text is
-given for the model's own rollouts (T = 1, untruncated) and, as data_..., for the documents' own
-continuations: a prompt of few tokens often ends inside a docstring, where everything parses.
+The model continues the beginnings of validation documents. On `pystdlib`, the sources of Python's
+standard library, models are ranked by whether their text still parses (eval/rollout/viability.py);
+on any other text they are ranked by how far the entropy drifts.
+
+Metrics of the text are given for the model's rollouts (temperature 1, untruncated) and, with the
+prefix data_, for the documents' own continuations: text in a docstring, for example, always parses.
 """
 
 from dataclasses import dataclass
@@ -26,34 +28,31 @@ from eval.rollout.viability import hazard, survivors
 
 @dataclass(frozen=True, kw_only=True)
 class Continue(Task):
-    """Continuing text; documents of fewer than prompt_tokens + horizon tokens are left out."""
+    """Continue documents that have at least prompt_tokens + horizon tokens."""
 
     prompt_tokens: int = 32
     horizon: int = 64
 
     is_python: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        knobs = {"prompt_tokens": self.prompt_tokens, "horizon": self.horizon}
-        wrong = [f"{knob}={n}: must be at least 1" for knob, n in knobs.items() if n < 1]
-        if wrong:
-            raise TaskError(f"task {self.name}: {'; '.join(wrong)}")
+    def claims(self) -> dict[str, bool]:
+        return self.at_least(prompt_tokens=1, horizon=1)
 
     @property
     def context_tokens(self) -> int:
         return self.prompt_tokens + self.horizon - 1  # the last token is never read
 
     def grade(self, predictor: Predictor, *, n: int, seed: int) -> Grade:
-        """n rollouts; where there are fewer documents, each is continued several times."""
+        """Grade n rollouts. If there are fewer documents than n, some are continued repeatedly."""
         texts = choose_texts(self.open(), self.prompt_tokens, self.horizon, n, seed)
         return grade_text(predictor, texts, seed=seed, is_python=self.is_python)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextTask(Continue):
-    """Any prepared text."""
+    """Continue any prepared text dataset."""
 
-    dataset: str  # a known name, or a folder
+    dataset: str  # a dataset's name or folder
 
     name: ClassVar[str] = "text"
     primary: ClassVar[str] = "abs_entropy_drift"
@@ -64,7 +63,7 @@ class TextTask(Continue):
 
 @dataclass(frozen=True, kw_only=True)
 class PyStdlib(Continue):
-    """The sources of Python's standard library."""
+    """Continue the sources of Python's standard library."""
 
     name: ClassVar[str] = "pystdlib"
     primary: ClassVar[str] = "survival"
@@ -77,18 +76,19 @@ class PyStdlib(Continue):
 
 @dataclass(frozen=True)
 class Texts:
-    """Beginnings of D documents, and which of them each of n rollouts continues."""
+    """The beginnings of D documents, and the document that each of n rollouts continues."""
 
     dataset: Dataset
     prompts: Tensor  # (D, P) int64
-    truth: Tensor  # (D, H) int64, how they go on
-    document: Tensor  # (n,) int64, below D
+    truth: Tensor  # (D, H) int64, the documents' own continuations
+    document: Tensor  # (n,) int64, index of each rollout's document
 
 
 def choose_texts(dataset: Dataset, n_prompt: int, horizon: int, n: int, seed: int) -> Texts:
-    """Documents of the validation split in random order, none twice while there are others.
+    """Choose validation documents in random order and repeat them if there are fewer than n.
 
-    Raises TaskError if none has n_prompt + horizon tokens.
+    Raises:
+        TaskError: no document has n_prompt + horizon tokens.
     """
     split, length = dataset.split("val"), n_prompt + horizon
     places = []  # (shard, first token) of each document that is long enough
@@ -109,36 +109,39 @@ def choose_texts(dataset: Dataset, n_prompt: int, horizon: int, n: int, seed: in
 
 @dataclass(frozen=True)
 class Continuation:
-    """H tokens behind each of B prompts; after end-of-text the token is -1 and the rest NaN."""
+    """H tokens after each of B prompts. After end-of-text, tokens are -1 and the others NaN."""
 
     tokens: Tensor  # (B, H) int64
     nll: Tensor  # (B, H) -log p_model(token), nats
-    entropy: Tensor  # (B, H) of the model's distribution, nats
+    entropy: Tensor  # (B, H) entropy of the model's distribution, nats
 
 
 def grade_text(
     predictor: Predictor, texts: Texts, *, seed: int, is_python: bool, batch_size: int = 256
 ) -> Grade:
-    """Grade the model's continuations beside the documents' own.
+    """Grade the model's continuations and the documents' own.
 
-    batch_size: rows that are read at once; memory is one (batch_size, V) float64 array.
-    Rollouts of one document are not independent, so the bootstrap resamples documents: their
-    number is the n of every metric. n_t counts rollouts.
+    Rollouts of one document are not independent, so the bootstrap resamples documents: n of every
+    metric is their number. n_t counts rollouts.
+
+    Args:
+        is_python: whether to compute survival, the share of texts that still parse.
+        batch_size: rows read at once; memory is one (batch_size, V) float64 tensor.
     """
-    of, end = texts.document, texts.dataset.tokenizer.eot
-    generator, shape = torch.Generator().manual_seed(seed), (len(of), texts.truth.shape[1])
+    rows, end = texts.document, texts.dataset.tokenizer.eot
+    generator, shape = torch.Generator().manual_seed(seed), (len(rows), texts.truth.shape[1])
     uniforms = torch.rand(shape, generator=generator, dtype=torch.float64)
     read = _continue(predictor, texts.prompts, texts.truth, end, batch_size)  # D rows
-    data = Continuation(read.tokens[of], read.nll[of], read.entropy[of])
-    own = _continue(predictor, texts.prompts[of], uniforms, end, batch_size)
-    weights = bootstrap_weights(len(texts.prompts))[:, of]  # (R, n)
+    data = Continuation(read.tokens[rows], read.nll[rows], read.entropy[rows])
+    own = _continue(predictor, texts.prompts[rows], uniforms, end, batch_size)
+    weights = bootstrap_weights(len(texts.prompts))[:, rows]  # (R, n)
     values = _metrics(weights, data, own, end)
     curves = _survival(weights, texts, own.tokens) if is_python else {}
     values |= {name: each[:, -1] for name, each in curves.items() if name != "hazard"}
     return Grade(
         metrics={name: estimate(each, len(texts.prompts)) for name, each in values.items()},
         curves={name: curve(each) for name, each in curves.items()},
-        n_t={"data": _graded(data), "own": _graded(own)},
+        n_t={"data": _count_graded(data), "own": _count_graded(own)},
         samples=_samples(texts, own.tokens),
     )
 
@@ -146,7 +149,11 @@ def grade_text(
 def _continue(
     predictor: Predictor, prompts: Tensor, choices: Tensor, end: int, batch_size: int
 ) -> Continuation:
-    """choices: (B, H), the tokens (int64), or the uniform numbers that draw them (float64)."""
+    """Continue each prompt by H tokens.
+
+    Args:
+        choices: (B, H) the tokens (int64), or the uniform numbers to draw them with (float64).
+    """
     batches = zip(prompts.split(batch_size), choices.split(batch_size), strict=True)
     parts = [_continue_batch(predictor, *batch, end) for batch in batches]
     return Continuation(*(torch.cat(part) for part in zip(*parts, strict=True)))
@@ -163,7 +170,7 @@ def _continue_batch(
         columns.append(decide(log_p, choice))  # (B,) each
     tokens, *graded = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
     is_end = tokens == end
-    ended = is_end.cumsum(1) > is_end  # before the token
+    ended = is_end.cumsum(1) > is_end  # whether end-of-text came before this token
     return tokens.masked_fill(ended, -1), *(each.masked_fill(ended, torch.nan) for each in graded)
 
 
@@ -182,7 +189,7 @@ def _metrics(
 
 
 def _repetition(weights: np.ndarray, ids: np.ndarray, prefix: str) -> dict[str, np.ndarray]:
-    """Means over rollouts, and Zipf's coefficient of all of them together, (R,) each."""
+    """Compute means over rollouts, and Zipf's coefficient of all rollouts together, (R,) each."""
     rows = {
         "seq_rep_4": seq_rep(ids, 4),
         "distinct_2": distinct(ids, 2),
@@ -192,45 +199,46 @@ def _repetition(weights: np.ndarray, ids: np.ndarray, prefix: str) -> dict[str, 
     seen, codes = np.unique(ids, return_inverse=True)
     counts = np.zeros((len(ids), len(seen)))
     np.add.at(counts, (np.arange(len(ids))[:, None], codes.reshape(ids.shape)), 1)
-    parts = np.array_split(weights, 16)  # memory is a sixteenth of (R, V)
+    parts = np.array_split(weights, 16)  # reduces the memory to a sixteenth of (R, V)
     slopes = np.concatenate([zipf(part @ counts[:, seen >= 0]) for part in parts])
-    slopes[1:] += slopes[0] - slopes[1:].mean()  # repeated documents make every resample steeper
+    slopes[1:] += slopes[0] - slopes[1:].mean()  # correct for repeated documents in resamples
     values["zipf"] = slopes
     return {prefix + name: each for name, each in values.items()}
 
 
 def _survival(weights: np.ndarray, texts: Texts, own: Tensor) -> dict[str, np.ndarray]:
-    """Curves over l = 1..H, (R, H) each; a rollout that ended keeps its state."""
-    of, tokenizer = texts.document, texts.dataset.tokenizer
+    """Compute survival and hazard for l = 1..H, (R, H) each. Ended rollouts keep their state."""
+    rows, tokenizer = texts.document, texts.dataset.tokenizer
     written = own.masked_fill(own == tokenizer.eot, -1)
     alive = {
-        "survival": _alive(tokenizer, texts.prompts[of], written),
-        "data_survival": _alive(tokenizer, texts.prompts, texts.truth)[of],
+        "survival": _alive_after(tokenizer, texts.prompts[rows], written),
+        "data_survival": _alive_after(tokenizer, texts.prompts, texts.truth)[rows],
     }
     curves = {name: weights @ each / weights.sum(1)[:, None] for name, each in alive.items()}
     return curves | {"hazard": hazard(curves["survival"])}
 
 
-def _alive(tokenizer: Tokenizer, prompts: Tensor, tokens: Tensor) -> np.ndarray:  # (B, H) bool
+def _alive_after(
+    tokenizer: Tokenizer, prompts: Tensor, tokens: Tensor
+) -> np.ndarray:  # (B, H) bool
     rows = torch.cat([prompts, tokens], dim=1)
     ids = [row[row >= 0].tolist() for row in rows]
     return survivors(tokenizer, ids, prompts.shape[1], tokens.shape[1])
 
 
 def _mean(weights: np.ndarray, values: np.ndarray) -> np.ndarray:  # (R, n), (n,) -> (R,)
-    """Over the rollouts that have a value (are not NaN); NaN if there are none."""
+    """Average over the rollouts whose value is not NaN. The result is NaN if there are none."""
     known = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
         return weights @ np.where(known, values, 0.0) / (weights @ known)
 
 
-def _graded(texts: Continuation) -> list[int]:
-    """Rollouts that reach each step."""
+def _count_graded(texts: Continuation) -> list[int]:  # (H,) rollouts that reach each step
     return (~texts.nll.isnan()).sum(0).tolist()
 
 
 def _samples(texts: Texts, own: Tensor, n: int = 4) -> list[dict[str, list[int]]]:
-    """Ids of the first rollouts, with an end-of-text where the model set one."""
+    """Return the ids of the first n rollouts, including end-of-text."""
     rows = zip(texts.document[:n], own[:n], strict=True)
     return [
         {

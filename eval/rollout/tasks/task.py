@@ -1,7 +1,7 @@
-"""A task: a source of training documents, an exact grader, a horizon.
+"""Base classes of the tasks: a source of training documents and a grader of models.
 
-A task is also a dataset: `--dataset=task:pdfa,states=32` trains on its documents, and any
-checkpoint of such a run can be graded (eval/rollout/ttf.py).
+A task is also a dataset. `train.py --dataset=task:pdfa,states=32` trains on its documents, and
+eval/rollout/ttf.py grades the checkpoints of such a run.
 """
 
 import hashlib
@@ -27,100 +27,114 @@ PREPARED = Path(__file__).parents[3] / "data" / "task" / "prepared"
 
 
 class TaskError(DataError):
-    """A task that does not exist, or that cannot be what its knobs ask for."""
+    """Raised for an unknown task, for invalid knobs, and for a model that a task cannot grade."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskBase(ABC):
     """The name, the knobs and the ranking metric of a task.
 
-    The dataclass fields are the knobs: `task:NAME,field=value,...` sets them.
+    The dataclass fields are the knobs; `task:NAME,field=value,...` sets them. Raises TaskError that
+    lists every invalid knob.
     """
 
     name: ClassVar[str]
-    primary: ClassVar[str]  # the metric that ranks
-    higher_is_better: ClassVar[bool] = False
-    # Raise it when a change of the code changes the grades: stored grades are then computed anew.
+    primary: ClassVar[str]  # the metric that ranks models
+    higher_is_better: ClassVar[bool] = False  # the direction of the ranking metric
+    # Raise this number when a change of the task's code changes its grades. Stored grades of older
+    # versions are then computed again.
     grading_version: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        problems = [requirement for requirement, holds in self.claims().items() if not holds]
+        if problems:
+            raise TaskError(f"task {self.name}: {'; '.join(problems)}")
+
+    def claims(self) -> dict[str, bool]:
+        """Return the requirements on the knobs as messages, and whether each is met."""
+        return {}
+
+    def at_least(self, **minimum: int) -> dict[str, bool]:
+        """Return the requirements that knobs are not below a minimum, for `claims`."""
+        return {
+            f"{knob}={getattr(self, knob)}: must be at least {low}": getattr(self, knob) >= low
+            for knob, low in minimum.items()
+        }
 
     @property
     def spec(self) -> str:
-        """The name with every knob: equal specs are equal tasks."""
+        """The task's name with all knobs. Equal specs denote equal tasks."""
         knobs = "".join(f",{key}={value}" for key, value in asdict(self).items())
         return f"task:{self.name}{knobs}"
 
 
 class Task(TaskBase):
-    """A task for language models: documents to train on, and a grader of next-token predictors."""
+    """A task for language models: documents to train on and a grader of next-token predictors."""
 
     @property
     @abstractmethod
     def context_tokens(self) -> int:
-        """What a model must be able to read to live through an episode."""
+        """The number of tokens that a model must be able to read for one episode."""
 
     @abstractmethod
     def open(self) -> Dataset:
-        """The training and validation documents, made at the first call and kept on disk."""
+        """Open the dataset of training and validation documents and create it if necessary."""
 
     @abstractmethod
     def grade(self, predictor: Predictor, *, n: int, seed: int) -> Grade:
-        """How the model does on n episodes of its own, and on the data's contexts."""
+        """Grade a model on n of its own episodes and on the data's contexts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OracleTask(Task):
-    """A task whose source is a `World`: its documents are the episodes that the oracle lives.
+    """A task whose documents are episodes of an `Environment` in which the oracle decides.
 
-    A document is the prompt, then `horizon` decisions, each followed by the world's answer of
-    `answer_tokens`, without the last answer. `seed` names a stream of episodes; "train" and "val"
-    are those of the dataset, numbers are for grading, so that nothing is graded on training data.
+    A document is a prompt followed by `horizon` decisions. After each decision but the last, the
+    environment's answer of `answer_tokens` tokens follows. The argument `seed` of the methods
+    selects a stream of episodes: "train" and "val" are the splits of the dataset, and integers are
+    for grading, so no model is graded on its training data.
     """
 
-    instance: int = 0  # which automaton, graph or plant is drawn
-    horizon: int = 64  # decisions in an episode
-    n_documents: int = 65_536  # for training
+    instance: int = 0  # selects the random automaton, graph or plant
+    horizon: int = 64  # decisions per episode
+    n_documents: int = 65_536  # training documents
 
     prompt_tokens: ClassVar[int] = 1
     answer_tokens: ClassVar[int] = 0
-    n_validation: ClassVar[int] = 2048  # documents
-    # Raise it when a change of the code changes the documents: prepared ones are then made anew.
+    n_validation: ClassVar[int] = 2048  # validation documents
+    # Raise this number when a change of the code changes the documents. Datasets of older versions
+    # are then not used, and new ones are prepared.
     documents_version: ClassVar[int] = 1
 
-    def __post_init__(self) -> None:
-        problems = [claim for claim, holds in self.claims().items() if not holds]
-        if problems:
-            raise TaskError(f"task {self.name}: {'; '.join(problems)}")
-
     def claims(self) -> dict[str, bool]:
-        """What must hold of the knobs, in words, and whether it does."""
-        sizes = ("horizon", "n_documents")
-        return {f"{k}={getattr(self, k)}: must be at least 1": getattr(self, k) >= 1 for k in sizes}
+        return self.at_least(horizon=1, n_documents=1)
 
     @abstractmethod
     def symbols(self) -> list[str]:
-        """The name of every id, in order; end-of-text comes after the last."""
+        """Return the names of all ids in order, without end-of-text, whose id follows the last."""
 
     def unscored(self) -> list[int]:
-        """Ids that no loss counts: the world's part."""
+        """Return the ids that the loss ignores: the tokens of the environment's answers."""
         return []
 
     @abstractmethod
     def environment(self, n: int, seed: str | int) -> Environment:
-        """n episodes at their beginning, a function of the knobs and of the seed alone."""
+        """Create n episodes at their beginning. They depend only on the knobs and the seed."""
 
     def generator(self, *purpose: str | int) -> torch.Generator:
-        """Random numbers that depend on the task's instance and on their purpose only."""
+        """Return a random generator seeded by the task's name, its instance and `purpose`."""
         name = " ".join(map(str, (self.name, self.instance, *purpose)))
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
         return torch.Generator().manual_seed(seed)
 
     def uniforms(self, n: int, seed: str | int) -> Tensor:  # (n, horizon) float64
-        """The random number of every decision: the same for every model (common random numbers)."""
+        """Draw one random number per decision, the same for all models (common random numbers)."""
         generator = self.generator(seed, "decisions")
         return torch.rand(n, self.horizon, generator=generator, dtype=torch.float64)
 
     @property
     def document_tokens(self) -> int:
+        """The length of every document."""
         between = self.horizon * (1 + self.answer_tokens) - self.answer_tokens
         return self.prompt_tokens + between
 
@@ -129,7 +143,7 @@ class OracleTask(Task):
         return self.document_tokens - 1  # the last token is never read
 
     def documents(self, n: int, seed: str | int) -> Tensor:  # (n, document_tokens) int64
-        """Episodes in which the oracle decides."""
+        """Generate n documents."""
         environment = self.environment(n, seed)
         parts = [environment.prompts]
         for u in self.uniforms(n, seed).unbind(1):
@@ -138,7 +152,6 @@ class OracleTask(Task):
         return torch.cat(parts, dim=1)[:, : self.document_tokens]
 
     def grade(self, predictor: Predictor, *, n: int, seed: int) -> Grade:
-        """Oracle KL on the data's contexts and on the model's own; outcomes of the own episodes."""
         uniforms = self.uniforms(n, seed)
         data = rollout(self.environment(n, seed), predictor, uniforms, "oracle")
         own = rollout(self.environment(n, seed), predictor, uniforms, "model")
@@ -152,7 +165,7 @@ class OracleTask(Task):
         return Dataset(folder)
 
     def _fingerprint(self) -> str:
-        """A hash of the knobs and of the version of the code that makes the documents."""
+        """Return a hash of the knobs and of `documents_version`."""
         content = json.dumps([self.spec, self.documents_version])
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 

@@ -1,4 +1,4 @@
-"""bench.scale_model as a command: its files, its tables, its errors."""
+"""Tests of the command bench.scale_model: its files, its tables and its errors."""
 
 import json
 from pathlib import Path
@@ -19,13 +19,13 @@ def written(tmp_path_factory):
     return out
 
 
-def test_the_committed_numbers_are_this_codes(written):
+def test_the_committed_numbers_are_those_of_this_code(written):
     committed = json.loads((RESULTS / "scale_model/estimates.json").read_text())
-    found = json.loads((written / "estimates.json").read_text())
-    assert found["hardware"] == committed["hardware"]
-    wanted = [r for r in committed["rows"] if (r["shape"], r["placement"]) == ("124M", "ddp")]
-    assert found["rows"] == [row for row in wanted if row["gpus"] in (1, 8)]
-    assert len(found["rows"]) == 8
+    written_now = json.loads((written / "estimates.json").read_text())
+    assert written_now["hardware"] == committed["hardware"]
+    rows = [r for r in committed["rows"] if (r["shape"], r["placement"]) == ("124M", "ddp")]
+    assert written_now["rows"] == [row for row in rows if row["gpus"] in (1, 8)]
+    assert len(written_now["rows"]) == 8
     assert (written / "estimates.png").stat().st_size > 10_000
 
 
@@ -38,7 +38,7 @@ def test_the_tables_show_the_written_numbers(written, capsys):
 
 
 @pytest.mark.parametrize("name", ["step_overhead_cpu_128.json", "tiny"])
-def test_a_measured_point_is_set_beside_the_model(name, tmp_path, capsys):
+def test_measured_rows_are_compared_with_the_model(name, tmp_path, capsys):
     path = RESULTS / name
     if name == "tiny":
         path = tmp_path / "tiny.json"

@@ -1,4 +1,4 @@
-"""The parts of the cost model against closed forms."""
+"""Tests of the parts of the cost model against closed forms."""
 
 import math
 from dataclasses import replace
@@ -9,8 +9,8 @@ import torch
 from bench.scale import network, work
 from bench.scale.hardware import HARDWARE
 from bench.scale.memory import dopr_bytes
-from bench.scale.plan import Call, Placement, refresh_calls, sent_bytes
-from bench.scale.shapes import EXACT, FAST, SHAPES, Shape, gpt, layers
+from bench.scale.plan import CollectiveCall, Placement, refresh_calls, sent_bytes
+from bench.scale.shapes import EXACT, FAST, SHAPES, ModelShape, gpt, layers
 from bench.scale.step import estimate, refresh_seconds
 from model import GPT
 from optim import ActivationPreconditioner
@@ -20,45 +20,45 @@ FREE = {"memory_rate": math.inf, "host_read": 0.0, "start": 0.0}
 D, L = SMALL.n_embd, SMALL.n_layer
 
 
-def of(placement, mode=FAST, hardware=H100, base="adamw", shape=SMALL):
-    return estimate(shape, placement, base, mode, hardware, least=4096)
+def of(placement, mode=FAST, hardware=H100):
+    return estimate(SMALL, placement, "adamw", mode, hardware, min_tokens=4096)
 
 
 def test_an_all_reduce_in_a_node_is_a_ring():
     hardware = replace(H100, start=0, nvlink_hop=0)
-    found = network.seconds(Call("all_reduce", 8 * 10**9), Placement("ddp", 8), hardware)
+    found = network.seconds(CollectiveCall("all_reduce", 8 * 10**9), Placement("ddp", 8), hardware)
     assert found == pytest.approx(2 * 7 / 8 * 8e9 / (450e9 * 0.8))
 
 
-def test_between_nodes_the_slower_wires_count():
-    call, placement = Call("all_gather", 10**9, "shard"), Placement("fsdp", 64)
+def test_between_nodes_the_slower_link_counts():
+    call, placement = CollectiveCall("all_gather", 10**9, "shard"), Placement("fsdp", 64)
     slow = replace(H100, network=1e9, network_fraction=1, start=0, nvlink_hop=0, network_hop=0)
     assert network.seconds(call, placement, slow) == pytest.approx(63 / 64 / 8)
-    alone = Call("all_reduce", 10**9, "replicate")  # one GPU of a node, on its own network card
-    assert network.seconds(alone, Placement("hsdp", 64), slow) == pytest.approx(2 * 7 / 8)
+    replicate = CollectiveCall("all_reduce", 10**9, "replicate")  # one GPU and card per node
+    assert network.seconds(replicate, Placement("hsdp", 64), slow) == pytest.approx(2 * 7 / 8)
 
 
 def test_many_processes_reduce_over_a_tree_and_gather_around_a_ring():
-    small, hardware = Call("all_reduce", 0), replace(H100, start=0)
+    small, hardware = CollectiveCall("all_reduce", 0), replace(H100, start=0)
     tree = network.seconds(small, Placement("ddp", 4096), hardware)
     assert tree == pytest.approx(2 * (7 * 1.9e-6 + 9 * 4.0e-6))
-    ring = network.seconds(Call("all_gather", 0, "shard"), Placement("fsdp", 4096), hardware)
+    ring = network.seconds(
+        CollectiveCall("all_gather", 0, "shard"), Placement("fsdp", 4096), hardware
+    )
     assert ring == pytest.approx(3584 * 1.9e-6 + 511 * 4.0e-6)
 
 
-def test_broadcasts_that_follow_each_other_wait_once_for_the_way_around():
-    calls, placement = 5 * [Call("broadcast", 10**6)], Placement("ddp", 64)
-    one, raise_on_all_ranks = (
-        network.broadcasts(each, placement, H100) for each in (calls[:1], calls)
-    )
-    assert raise_on_all_ranks - one == pytest.approx(4 * (14e-6 + 1e6 / 340e9))
+def test_pipelined_broadcasts_count_the_latency_of_the_ring_once():
+    calls, placement = 5 * [CollectiveCall("broadcast", 10**6)], Placement("ddp", 64)
+    one, five = (network.broadcasts(each, placement, H100) for each in (calls[:1], calls))
+    assert five - one == pytest.approx(4 * (14e-6 + 1e6 / 340e9))
 
 
-def test_operations_are_those_of_the_papers_products():
+def test_flops_are_those_of_the_products_in_the_paper():
     hardware = replace(H100, **FREE, tf32=3, apply_fraction=1, bf16=1, gram_fraction=1)
-    alone = Placement("ddp", 1)
-    assert work.apply(SMALL, EXACT, alone, hardware) == 48 * L * D**3
-    assert work.apply(SMALL, FAST, alone, hardware) == 24 * L * D**3
+    one_gpu = Placement("ddp", 1)
+    assert work.apply(SMALL, EXACT, one_gpu, hardware) == 48 * L * D**3
+    assert work.apply(SMALL, FAST, one_gpu, hardware) == 24 * L * D**3
     batch = work.Batch(SMALL, 8, 1, SMALL.micro_tokens)
     assert work.gram(SMALL, EXACT, batch, hardware) == 2**16 * 19 * L * D**2
     assert work.gram(SMALL, FAST, batch, hardware) == 2**13 * 7 * L * D**2
@@ -69,12 +69,12 @@ def test_inverses_are_shared_by_owners():
     whole = refresh_seconds(SMALL, Placement("ddp", 1), EXACT, hardware)["inverses"]
     assert whole == pytest.approx(7 / 3 * L * (3 + 64) * D**3)
     shared = refresh_seconds(SMALL, Placement("ddp", 8), EXACT, hardware)["inverses"]
-    assert shared == pytest.approx(7 / 3 * 2 * 64 * D**3)  # 12 large ones on 8: two for some
+    assert shared == pytest.approx(7 / 3 * 2 * 64 * D**3)  # 12 wide layers on 8 GPUs: some have two
 
 
 @pytest.mark.parametrize("mode", [EXACT, FAST, EXACT._replace(inverse="newton_schulz")])
-def test_what_stays_in_memory_is_what_a_real_preconditioner_holds(mode):
-    shape = Shape("small", 2, 2, 128, 8, 64, 16, vocab_size=41)
+def test_the_memory_between_steps_is_that_of_a_real_preconditioner(mode):
+    shape = ModelShape("small", 2, 2, 128, 8, 64, 16, vocab_size=41)
     real = ActivationPreconditioner(GPT(gpt(shape).config), **mode.settings(128))
     held = dopr_bytes(shape, mode, Placement("ddp", 1))["Σ, sums, P, U"]
     assert held == sum(row["bytes"] for row in real.report() if row["covered"])
@@ -114,9 +114,8 @@ def test_slower_hardware_takes_longer(name):
 def test_memory_decides_what_fits_and_how_large_micro_batches_are():
     placement = Placement("ddp", 8)
     sizes = {"yes": 80e9, "base": 5e9, "no": 1e9}
-    assert {w: of(placement, EXACT, replace(H100, memory=m)).fits for w, m in sizes.items()} == {
-        w: w for w in sizes
-    }
+    for fits, memory in sizes.items():
+        assert of(placement, EXACT, replace(H100, memory=memory)).fits == fits
     tight = of(Placement("fsdp", 8), EXACT, replace(H100, memory=30.5e9))
     assert tight.fits == "yes"
     assert tight.dopr_bytes < tight.base_bytes  # micro-batches half as large

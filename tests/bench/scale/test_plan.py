@@ -1,4 +1,4 @@
-"""The plan on paper is what real processes ask for: every collective, its bytes and its group."""
+"""Tests that real processes call every planned collective, with its bytes and its group."""
 
 from collections import Counter
 from dataclasses import replace
@@ -12,15 +12,15 @@ from bench.scale.plan import (
     muon_calls,
     refresh_calls,
 )
-from bench.scale.shapes import EXACT, Mode, Shape
+from bench.scale.shapes import EXACT, DoprMode, ModelShape
 from tests.bench.scale.counted import steps
 
-pytestmark = pytest.mark.xdist_group("gang")  # one gang of processes for all of them
+pytestmark = pytest.mark.xdist_group("gang")  # all tests share one gang of processes
 
-TINY = Shape("tiny", 2, 2, 20, 8, 64, 16, vocab_size=41)  # 3 cannot share its rows evenly
-WIDE = Shape("wide", 1, 2, 128, 8, 64, 16, vocab_size=41)  # wide enough to be deflated
-LAZY = Mode("lazy", 3, 3, 2, blocks_of_width=True)
-DEFLATED = Mode("deflated", inverse="newton_schulz")
+TINY = ModelShape("tiny", 2, 2, 20, 8, 64, 16, vocab_size=41)  # 3 cannot share its rows evenly
+WIDE = ModelShape("wide", 1, 2, 128, 8, 64, 16, vocab_size=41)  # wide enough to be deflated
+LAZY = DoprMode("lazy", 3, 3, 2, blocks_of_width=True)
+DEFLATED = DoprMode("deflated", inverse="newton_schulz")
 PLACEMENTS = {
     "ddp": Placement("ddp", 2),
     "fsdp": Placement("fsdp", 3),
@@ -29,12 +29,12 @@ PLACEMENTS = {
 
 
 def counted(gang, shape, placement, base, mode, n):
-    """As `steps`, of the process that sends or receives most."""
-    found = gang.run(placement.size, steps, shape, placement, base, mode, n)
-    return [[max(each) for each in zip(*part, strict=True)] for part in zip(*found, strict=True)]
+    """Return the result of `steps` for the process that sends or receives most."""
+    results = gang.run(placement.size, steps, shape, placement, base, mode, n)
+    return [[max(each) for each in zip(*part, strict=True)] for part in zip(*results, strict=True)]
 
 
-def on_paper(calls, placement):
+def planned(calls, placement):
     return [(call.kind, call.n_bytes, placement.ranks(call.over)) for call in calls]
 
 
@@ -43,31 +43,31 @@ def on_paper(calls, placement):
 def test_a_step_with_a_refresh_asks_for_what_is_planned(gang, how, base):
     placement = PLACEMENTS[how]
     first, last, end = counted(gang, TINY, placement, base, EXACT, 3)
-    micro = on_paper(micro_batch_calls(TINY, placement), placement)
-    gradients = on_paper(gradient_calls(TINY, placement), placement)
+    micro = planned(micro_batch_calls(TINY, placement), placement)
+    gradients = planned(gradient_calls(TINY, placement), placement)
     assert Counter(first) == Counter(micro)
     assert Counter(last) == Counter(micro + gradients)
-    wanted = refresh_calls(TINY, EXACT, placement).calls
-    wanted += muon_calls(TINY, placement) if base == "muon" else []
-    assert end == on_paper(wanted, placement)
+    expected = refresh_calls(TINY, EXACT, placement).calls
+    expected += muon_calls(TINY, placement) if base == "muon" else []
+    assert end == planned(expected, placement)
 
 
 @pytest.mark.parametrize("n", [3, 4])
-def test_blocks_are_smaller_and_only_a_refresh_sends_them(gang, n):
+def test_blocks_of_sigma_are_sent_by_a_refresh_only(gang, n):
     placement = PLACEMENTS["ddp"]
     *_, end = counted(gang, TINY, placement, "adamw", LAZY, n)
-    wanted = refresh_calls(TINY, LAZY, placement).calls if n == 4 else []
-    assert end == on_paper(wanted, placement)
+    expected = refresh_calls(TINY, LAZY, placement).calls if n == 4 else []
+    assert end == planned(expected, placement)
 
 
-def test_directions_travel_with_their_inverse(gang):
+def test_the_deflation_basis_is_sent_with_its_inverse(gang):
     placement = PLACEMENTS["ddp"]
     *_, end = counted(gang, WIDE, placement, "adamw", DEFLATED, 1)
     plain = refresh_calls(WIDE, EXACT, placement)
-    wanted = refresh_calls(WIDE, DEFLATED, placement)
-    assert end == on_paper(wanted.calls, placement)
-    columns = 16 * 4 * (3 * WIDE.n_embd + 4 * WIDE.n_embd)  # of fp32 U, of all four inputs
-    more = [a.n_bytes - b.n_bytes for a, b in zip(wanted.made, plain.made, strict=True)]
+    expected = refresh_calls(WIDE, DEFLATED, placement)
+    assert end == planned(expected.calls, placement)
+    columns = 16 * 4 * (3 * WIDE.n_embd + 4 * WIDE.n_embd)  # of the fp32 U of all four inputs
+    more = [a.n_bytes - b.n_bytes for a, b in zip(expected.inverses, plain.inverses, strict=True)]
     assert sum(more) == columns
 
 
@@ -81,6 +81,6 @@ def test_gradients_that_fill_several_buckets_are_sent_in_several(gang):
     placement = PLACEMENTS["ddp"]
     shape = replace(WIDE, n_layer=4)
     _, last, _ = counted(gang, shape, placement, "adamw", None, 3)
-    wanted = on_paper(gradient_calls(shape, placement), placement)
-    assert len(wanted) > 1
-    assert last == wanted
+    expected = planned(gradient_calls(shape, placement), placement)
+    assert len(expected) > 1
+    assert last == expected

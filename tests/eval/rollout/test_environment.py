@@ -1,4 +1,4 @@
-"""Episodes: what is drawn, what is measured, and who decides."""
+"""Test rollouts: the drawn tokens, the measurements and the two kinds of contexts."""
 
 import numpy as np
 import pytest
@@ -17,13 +17,13 @@ from tests.eval.rollout.tasks.oracles import Bent, both_rollouts, random_gpt, sm
 
 TASKS = [Pdfa(horizon=12), Nav(nodes=24, horizon=16), Chain()]
 EXACT = 1e-12  # float64, a sum over a dozen tokens
-FLOAT32 = 1e-5  # a float32 GPT whose batches are cut differently
+FLOAT32 = 1e-5  # a float32 GPT with other batch sizes
 
 every_task = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 
 
 def distributions(n: int, V: int, seed: int = 0) -> np.ndarray:
-    """(n, V) float64 with about a quarter of zeros."""
+    """Draw distributions (n, V) float64 with about a quarter of zeros."""
     random = np.random.default_rng(seed)
     p = random.gamma(1.0, size=(n, V)) * (random.random((n, V)) > 0.25)
     p[:, 0] += 1e-3
@@ -58,7 +58,7 @@ def test_kl_is_infinite_where_the_model_rules_out_what_happens():
 
 
 def written(task: OracleTask, environment: Environment, decisions: Tensor) -> Tensor:
-    """The document of these decisions, (B, document_tokens)."""
+    """Write the document (B, document_tokens) that results from the decisions."""
     parts = [environment.prompts]
     for token in decisions.unbind(1):
         parts += [token[:, None], environment.step(token)]
@@ -78,12 +78,12 @@ def test_a_rollout_measures_what_a_full_forward_says(task, actor):
     entropy = stats.entropy(np.exp(log_p), axis=-1)
     nll = -np.take_along_axis(log_p, episodes.tokens[..., None].numpy(), axis=-1)[..., 0]
     ended = episodes.nll.isnan().numpy()
-    for ours, wanted in ((episodes.nll, nll), (episodes.entropy, entropy)):
-        assert np.abs(ours.numpy() - wanted)[~ended].max() < FLOAT32
+    for ours, expected in ((episodes.nll, nll), (episodes.entropy, entropy)):
+        assert np.abs(ours.numpy() - expected)[~ended].max() < FLOAT32
 
 
 def sharpened(p: Tensor) -> Tensor:
-    """Zeros stay zeros."""
+    """Square the probabilities and normalise, which keeps zeros."""
     return p**2 / (p**2).sum(-1, keepdim=True)
 
 
@@ -97,10 +97,10 @@ def test_the_errors_are_the_kls_to_the_oracle_of_that_very_history(task, bend):
         q = environment.oracle()
         pairs = (episodes.error, q, bend(q)), (episodes.reverse, bend(q), q)
         for ours, p, other in pairs:
-            wanted = torch.from_numpy(stats.entropy(p.numpy(), other.numpy(), axis=1))
-            wanted[environment.has_ended()] = torch.nan
+            expected = torch.from_numpy(stats.entropy(p.numpy(), other.numpy(), axis=1))
+            expected[environment.has_ended()] = torch.nan
             close = {"rtol": EXACT, "atol": EXACT, "equal_nan": True}
-            torch.testing.assert_close(ours[:, t], wanted, **close)
+            torch.testing.assert_close(ours[:, t], expected, **close)
         environment.step(episodes.tokens[:, t])
 
 
@@ -124,7 +124,7 @@ def test_on_the_datas_contexts_the_model_changes_nothing(task):
 
 
 @every_task
-def test_a_model_that_equals_the_oracle_lives_through_the_same_episodes(task):
+def test_a_model_that_equals_the_oracle_has_the_same_episodes(task):
     data, own = both_rollouts(task, OraclePredictor(task.environment(64, 0)), n=64, seed=0)
     assert own.tokens.equal(data.tokens)
     assert own.error.nan_to_num().abs().max() < EXACT
@@ -138,7 +138,7 @@ def test_the_first_decision_has_the_same_context_for_both(task):
 
 
 class Doubling(Environment):
-    """One binary decision after another; the world answers a decision with two tokens."""
+    """Answer each of a sequence of binary decisions with two tokens."""
 
     def __init__(self, B: int) -> None:
         self.prompts = torch.zeros(B, 3, dtype=torch.int64)
@@ -157,7 +157,7 @@ class Doubling(Environment):
 
 
 class Recorder(Predictor):
-    """Knows nothing, remembers what it was given."""
+    """Predict uniformly and record what was read."""
 
     def start(self, prompts: Tensor, length: int | None = None) -> Tensor:
         self.seen = []
@@ -168,7 +168,7 @@ class Recorder(Predictor):
         return torch.tensor([0.5, 0.5]).double().log().expand(len(tokens), -1)
 
 
-def test_the_model_reads_each_decision_with_the_worlds_answer_and_not_the_last():
+def test_the_model_reads_each_decision_and_answer_except_the_last():
     recorder, uniforms = Recorder(), torch.rand(5, 4, generator=torch.Generator().manual_seed(0))
     episodes = rollout(Doubling(5), recorder, uniforms.double(), "model")
     prompts, *read = recorder.seen

@@ -1,4 +1,4 @@
-"""Intervals and tests against scipy's, and against what they promise."""
+"""Compare intervals and tests with scipy's, and measure their coverage."""
 
 import math
 
@@ -43,7 +43,9 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     samples = np.random.default_rng(0).normal(size=(n, 4000))
     _, lo, hi = percentiles(bootstrap_weights(n) @ samples / n)
     covered = ((lo <= 0) & (hi >= 0)).mean()
-    narrow = stats.norm.isf((1 - LEVEL) / 2) * np.sqrt((n - 1) / n)  # as the resamples' sd is
+    narrow = stats.norm.isf((1 - LEVEL) / 2) * np.sqrt(
+        (n - 1) / n
+    )  # the sd of the resamples has the same factor
     assert covered == pytest.approx(1 - 2 * stats.t.sf(narrow, n - 1), abs=0.015)  # 4 sd
 
 
@@ -93,5 +95,5 @@ def test_without_a_spread_nothing_is_significant(values):
 
 
 def test_unequal_numbers_of_seeds_are_refused():
-    with pytest.raises(ValueError, match="5 values against 4"):
+    with pytest.raises(ValueError, match="5 and 4 values"):
         paired(VALUES, OTHERS[:4])

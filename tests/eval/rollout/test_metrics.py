@@ -1,4 +1,4 @@
-"""From episodes to numbers: sums by hand, and identities that hold for every task."""
+"""Test the metrics with sums by hand and with identities that hold for every task."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def test_curves_are_sums_over_all_episodes():
     assert grade.curves["A"].mean == [2, 2 + 3]
     assert grade.curves["B"].mean == [3, 3 + 3.5]
     assert grade.curves["G"].mean == pytest.approx([1 / 1, 1.5 / 2], rel=EXACT)
-    assert grade.curves["C"].mean == [6, 6 + 7]  # the reverse is twice the error
+    assert grade.curves["C"].mean == [6, 6 + 7]  # `episodes` sets the reverse KL to twice the error
     assert "survival" not in grade.curves
     means = grade.means()
     assert (means["accumulated_kl"], means["gap"], means["excess_percent"]) == (6.5, 0.75, 30.0)
@@ -53,7 +53,7 @@ def test_curves_are_sums_over_all_episodes():
 
 
 def test_where_episodes_end_nothing_rewards_an_early_end(by_hand):
-    assert by_hand.curves["A"].mean == [2, 2 + 3, 2 + 3 + 6 / 2]  # ended ones add nothing
+    assert by_hand.curves["A"].mean == [2, 2 + 3, 2 + 3 + 6 / 2]  # ended episodes add 0
     assert by_hand.curves.keys() == {"A", "C", "survival", "data_survival"}
     assert by_hand.curves["survival"].mean == [0.5, 0.5, 0]  # after each decision
     assert by_hand.curves["data_survival"].mean == [1, 0.5, 0.5]
@@ -68,16 +68,16 @@ def test_after_the_last_decision_those_survive_that_never_failed():
 
 
 def test_metrics_by_hand(by_hand):
-    wanted = {
+    expected = {
         "val_kl": (1 + 2 + 3 + 4 + 6) / 5,  # over decisions, not over episodes
         "val_ce": (2 + 2 + 3 + 1 + 7) / 5,
         "overconfidence": (2 + 2 + 3 + 1 + 7) / 5 - (1 + 2 + 3 + 4 + 6) / 5,
-        "sequence_kl": 13.0,  # the reverse is twice the error
+        "sequence_kl": 13.0,  # `episodes` sets the reverse KL to twice the error
         "jeffreys": 8.0 + 13.0,
         "reached": 0.5,
         "data_reached": 1,
-    }  # and no gap and no drift, as episodes ended
-    assert by_hand.means() == pytest.approx(wanted, rel=EXACT)
+    }  # no gap and no drift, because episodes ended
+    assert by_hand.means() == pytest.approx(expected, rel=EXACT)
     assert all(each.n == 2 for each in by_hand.metrics.values())
 
 
@@ -108,7 +108,7 @@ def test_both_rollouts_are_resampled_together():
         assert each.lo <= each.mean <= each.hi
     gap, total = grade.metrics["gap"], grade.metrics["accumulated_kl"]
     assert (gap.mean, gap.lo, gap.hi) == pytest.approx((0.5, 0.5, 0.5), rel=EXACT)
-    assert total.hi - total.lo > 0.1  # the episodes differ, the difference does not
+    assert total.hi - total.lo > 0.1  # the episodes differ, but their difference does not
 
 
 def test_a_grade_is_json_and_shows_the_first_episodes():
@@ -129,7 +129,7 @@ def test_the_oracle_itself_has_no_gap_and_no_error(task):
     assert grade.means().get("gap", 0) < EXACT
     assert ("survival" in grade.curves) == task.environment(
         1, 0
-    ).can_end  # though no oracle of nav ends
+    ).can_end  # even though no episode of nav's oracle ends
     if task.higher_is_better:
         best = grade.metrics[task.primary]
         assert (best.mean, best.lo, best.hi) == (1, 1, 1)
@@ -146,7 +146,7 @@ def test_one_step_is_the_same_on_both_contexts_for_any_model(task):
 def test_an_error_that_no_context_changes_accumulates_linearly_without_a_gap():
     task, share = Chain(horizon=12), 0.2
 
-    def never_right(p):  # a share of the mass on end-of-text, which is never the answer
+    def never_right(p):  # end-of-text, which is never right, gets a share
         p = (1 - share) * p
         p[:, -1] += share
         return p
@@ -157,4 +157,4 @@ def test_an_error_that_no_context_changes_accumulates_linearly_without_a_gap():
     assert pytest.approx(-math.log(1 - share) * steps, rel=EXACT) == A
     assert pytest.approx(steps, rel=EXACT) == B / (A / steps)  # AccErr(l) = l
     assert np.abs(grade.curves["G"].mean).max() < EXACT
-    assert grade.metrics["exact_match"].mean < 0.5  # it did leave the data's contexts
+    assert grade.metrics["exact_match"].mean < 0.5  # the rollouts do leave the data's contexts

@@ -1,4 +1,4 @@
-"""Repetition of token sequences, against hand counts, nltk's n-grams and scipy's regression."""
+"""Compare the repetition metrics with counts by hand, nltk's n-grams and scipy's regression."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from eval.rollout.repetition import distinct, ends_in_loop, padded, seq_rep, zip
 
 PI = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]
 FIBONACCI = [0, 1, 0, 1, 2, 0, 1, 0, 1, 2, 0]
-# (types, tokens) for n = 1 to 4 that nltk 3.10.4 counts: FreqDist(ngrams(row, n)), B() and N().
+# (types, tokens) for n = 1 to 4 as counted by nltk 3.10.4: B() and N() of FreqDist(ngrams(row, n)).
 NLTK = [
     (PI, [(9, 16), (15, 15), (14, 14), (13, 13)]),
     ([1, 2, 3] * 5, [(3, 15), (3, 14), (3, 13), (3, 12)]),
@@ -26,7 +26,7 @@ def test_distinct_and_seq_rep_are_what_nltk_counts(n):
 
 
 def test_a_row_by_hand():
-    # bigrams ab ba ab bc: three of four are distinct
+    # three of the four bigrams ab ba ab bc are distinct
     assert distinct(np.array([[0, 1, 0, 1, 2]]), 2).tolist() == [3 / 4]
     assert seq_rep(np.array([[0, 1, 0, 1, 2]]), 2).tolist() == [1 / 4]
 

@@ -1,4 +1,4 @@
-"""Grading checkpoints by command, and while training."""
+"""Test grading from the command line and during training."""
 
 import json
 import os
@@ -14,7 +14,8 @@ import train
 from eval.rollout import ttf
 from eval.rollout.record import write_record
 from eval.rollout.tasks import TaskError, task_of
-from studies.stats.analysis import load_records
+from eval.rollout.tasks.pdfa import Pdfa
+from studies.stats.records import load_records
 from tests.tiny import argv, metrics
 
 PDFA = "task:pdfa,states=4,alphabet=4,horizon=8,n_documents=64"
@@ -23,7 +24,7 @@ SIZES = {"block_size": 8, "max_steps": 4, "eval_every": 4, "save_every": 2, "war
 
 @pytest.fixture(scope="module")
 def graded(tmp_path_factory):
-    """A run on a task, graded every other step."""
+    """Train a run on a task and grade it every other step."""
     out = tmp_path_factory.mktemp("graded") / "run"
     assert train.main(argv(PDFA, out, **SIZES, ttf_every=2, ttf_episodes=8)) == 0
     return out
@@ -45,7 +46,7 @@ def test_averaged_weights_are_graded_beside_the_weights_as_the_command_does(tmp_
     assert train.main(argv(PDFA, tmp_path / "run", **settings)) == 0
     first, last = metrics(tmp_path / "run", "ttf")
     assert first["ema_jeffreys"] == first["jeffreys"]
-    assert last["ema_jeffreys"] > last["jeffreys"]  # it lags behind
+    assert last["ema_jeffreys"] > last["jeffreys"]  # the average lags behind
     ttf.main([str(tmp_path / "run"), "--episodes", "8", "--ema", "--device", "cpu"])
     assert f"jeffreys {last['ema_jeffreys']:.4f}" in capsys.readouterr().out
 
@@ -67,7 +68,7 @@ def test_a_record_says_everything_and_is_not_computed_twice(graded, capsys):
     record["grade"]["metrics"]["jeffreys"]["mean"] = -1.0
     write_record(path, record)
     assert "jeffreys -1.0000" in grade(capsys, graded)  # read, not computed
-    ttf.main([str(graded), "--episodes", "8"])  # another grading is another number
+    ttf.main([str(graded), "--episodes", "8"])  # other settings need another grade
     assert "-1.0000" not in capsys.readouterr().out
 
 
@@ -86,23 +87,42 @@ def test_a_replaced_checkpoint_is_graded_again(graded, tmp_path, capsys):
     assert after["grade"]["metrics"] != before["grade"]["metrics"]
 
 
-def test_changed_grading_version_grades_again(graded, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("owner", "name"), [(ttf, "GRADING_VERSION"), (Pdfa, "grading_version")])
+def test_a_raised_version_grades_again(graded, tmp_path, capsys, monkeypatch, owner, name):
     run = shutil.copytree(graded, tmp_path / "run")
     grade(capsys, run)
     path = run / "ttf/step-00000004.json"
     write_record(path, json.loads(path.read_text()) | {"val_loss": -1.0})
     assert "val loss -1.0000" in grade(capsys, run)
-    monkeypatch.setattr(ttf, "GRADING_VERSION", ttf.GRADING_VERSION + 1)
+    monkeypatch.setattr(owner, name, getattr(owner, name) + 1)
     assert "val loss -1.0000" not in grade(capsys, run)
+
+
+def test_a_changed_docstring_invalidates_neither_grades_nor_documents(tmp_path):
+    root, skip = Path(__file__).parents[3], shutil.ignore_patterns("prepared", "task", "*.pyc")
+    for part in ("data", "eval", "kernels", "optim", "trainer"):
+        shutil.copytree(root / part, tmp_path / part, ignore=skip, symlinks=True)
+    shutil.copy(root / "model.py", tmp_path)
+    for path in (tmp_path / "eval" / "rollout").rglob("*.py"):
+        path.write_text(path.read_text().replace('"""', '"""Say it in other words. ', 1))
+    code = (
+        "from eval.rollout.tasks import task_of; from eval.rollout.ttf import grading_version; "
+        f"task = task_of('{PDFA}'); print(grading_version(task), task._fingerprint())"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    task = task_of(PDFA)
+    assert found.stdout.split() == [ttf.grading_version(task), task._fingerprint()], found.stderr
 
 
 def test_the_recorded_command_makes_the_run_again(graded, tmp_path, capsys):
     grade(capsys, graded)
     record = json.loads((graded / "ttf/step-00000004.json").read_text())
-    assert "--tie_weights" not in record["command"]  # a default
+    assert "--tie_weights" not in record["command"]  # its value is the default
     first, second = (shlex.split(each) for each in record["command"].split(" && "))
-    wanted = "python -m eval.rollout.ttf NEW --episodes 16 --seed 0 --device "
-    assert shlex.join(second[1:]).startswith(wanted)
+    expected = "python -m eval.rollout.ttf NEW --episodes 16 --seed 0 --device "
+    assert shlex.join(second[1:]).startswith(expected)
     threads = first[0].removeprefix("OMP_NUM_THREADS=")
     root = Path(__file__).parents[3]
     words = [f"--out_dir={tmp_path}" if word == "--out_dir=NEW" else word for word in first[3:]]
@@ -135,7 +155,7 @@ def test_averaged_weights_are_graded_beside_the_last_ones(tmp_path, capsys):
 def test_a_run_without_averaged_weights_says_so(graded, capsys):
     with pytest.raises(SystemExit, match="2"):
         grade(capsys, graded, "--ema")
-    assert "holds no averaged weights" in capsys.readouterr().err
+    assert "has no averaged weights" in capsys.readouterr().err
 
 
 def test_every_checkpoint_that_was_kept_can_be_graded(graded, capsys):

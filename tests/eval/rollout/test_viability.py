@@ -1,4 +1,4 @@
-"""Which texts can begin a Python file, and where the others are lost."""
+"""Test which texts can begin a Python file, and where the others fail."""
 
 import ast
 import random
@@ -107,7 +107,7 @@ def test_an_f_string_is_read_before_it_is_closed():
 
 @pytest.fixture(scope="module")
 def sources():
-    """Standard library files of a size that parses in a millisecond or so."""
+    """Read standard library files that parse in about a millisecond."""
     files = stdlib_files(Path(sysconfig.get_paths()["stdlib"]))
     return [path.read_bytes() for path in files if 1000 < path.stat().st_size < 10_000][:200]
 
@@ -119,7 +119,7 @@ def beginnings(sources, n, seed=0):
 
 
 def corrupted(text, seed):
-    """48 characters in the first half of the text are replaced by random ones."""
+    """Replace 48 characters in the first half of the text by random ones."""
     draw = random.Random(seed)
     place = draw.randrange(len(text) // 2)
     noise = bytes(draw.choices(range(32, 127), k=48))
@@ -133,7 +133,7 @@ def test_the_beginnings_of_real_files_are_viable(sources):
 def test_most_corrupted_beginnings_are_lost(sources):
     texts = [corrupted(text, seed) for seed, text in enumerate(beginnings(sources, 300, seed=1))]
     caught = sum(not is_viable(text) for text in texts)
-    assert caught > 150  # 177 on Python 3.11; most others are in comments and docstrings
+    assert caught > 150  # 177 on Python 3.11; the others are mostly in comments and docstrings
 
 
 def test_a_bracket_too_many_between_two_statements_is_always_found(sources):

@@ -1,4 +1,4 @@
-"""Under autocast a covered layer takes and refuses the inputs that a plain one does."""
+"""Under autocast, a covered layer accepts and rejects the same inputs as a plain layer."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.compl
 
 
 def result(layer, x):
-    """The output of a layer under autocast, or its error."""
+    """Return the output of a layer under autocast, or its error message."""
     with torch.autocast("cpu", torch.bfloat16):
         try:
             return layer(x)
@@ -27,12 +27,12 @@ def test_output_and_error_are_those_of_the_plain_layer(dtype, weight_dtype):
     plain, layer = plain.to(weight_dtype), layer.to(weight_dtype)
     ActivationPreconditioner(layer, gamma=0.1)
     x = randn(5, 8, seed=1).to(dtype)
-    wanted, got = result(plain, x), result(layer, x)
-    if isinstance(wanted, str):
-        assert got == wanted
+    expected, got = result(plain, x), result(layer, x)
+    if isinstance(expected, str):
+        assert got == expected
     else:
-        assert got.dtype == wanted.dtype
-        assert torch.equal(got, wanted)
+        assert got.dtype == expected.dtype
+        assert torch.equal(got, expected)
 
 
 def test_sigma_of_float64_inputs_is_not_rounded():
@@ -40,4 +40,4 @@ def test_sigma_of_float64_inputs_is_not_rounded():
     preconditioner = ActivationPreconditioner(layer, gamma=0.1)
     result(layer, x).sum().backward()
     capture = preconditioner.layers[0].capture
-    assert relative_error(capture.gram[0] / capture.count, covariance(x)) < 1e-14  # bf16: 1e-3
+    assert relative_error(capture.gram[0] / capture.count, covariance(x)) < 1e-14  # in bf16: 1e-3

@@ -1,4 +1,4 @@
-"""What is captured, and when: eager, accumulation, checkpointing, autocast, copies, evaluation."""
+"""Capture in eager mode, with accumulation, checkpointing, autocast, copies and evaluation."""
 
 import copy
 import gc
@@ -26,7 +26,7 @@ FP32 = 1e-6  # a few roundings
 
 
 def captured(model, **settings):
-    """The captures of the covered layers, by name."""
+    """Return {name: capture} of the covered layers."""
     preconditioner = ActivationPreconditioner(model, gamma=0.1, **settings)
     return {layer.name: layer.capture for layer in preconditioner.layers}
 
@@ -87,7 +87,7 @@ def test_ragged_accumulation_equals_one_batch():
     assert ragged_counts == counts == [60, 60]
     for a, b in zip(ragged_sigmas, sigmas, strict=True):
         assert relative_error(a, b) < FP32
-    assert relative_error(ragged_M, M) < 1e-5  # FP32 times a condition number of about 60
+    assert relative_error(ragged_M, M) < 1e-5  # FP32 times the condition number, about 60
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -105,7 +105,7 @@ def test_evaluation_in_between_changes_nothing():
     captures = captured(model)
     backward(model)
     before = {name: capture.gram.clone() for name, capture in captures.items()}
-    model.eval()(regression(1)[0])  # with gradients on, but no backward
+    model.eval()(regression(1)[0])  # gradients are enabled, but there is no backward
     with torch.no_grad():
         model(regression(2)[0])
     with torch.inference_mode():
@@ -145,7 +145,7 @@ def test_a_gradient_of_a_gradient_is_refused():
 def test_a_layer_that_is_frozen_for_a_pass_does_not_capture_it():
     model = mlp()
     captures = captured(model)
-    model[2].requires_grad_(False)  # as a GAN does with its discriminator
+    model[2].requires_grad_(False)  # as GANs do with the discriminator
     backward(model)
     assert [int(capture.count) for capture in captures.values()] == [64, 0]
     model[2].requires_grad_(True)

@@ -11,12 +11,12 @@ from optim import ActivationPreconditioner
 from tests.devices import DEVICES
 from tests.optim.models import randn, relative_error
 
-# torch's compiler itself uses what torch has deprecated
+# torch's compiler calls deprecated functions of torch
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 class Net(nn.Module):
-    """One layer of every kind."""
+    """Combine one layer of every kind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ def _fresh_compiler():
 
 
 def trained(compiled=None, *, steps: int = 9, device: str = "cpu", **settings):
-    """A Net after some steps of DoPr-SGD, compiled by `compiled`, and its preconditioner."""
+    """Train a Net by DoPr-SGD, compiled by `compiled`; return it and its preconditioner."""
     net = Net().to(device)
     preconditioner = ActivationPreconditioner(net, gamma=0.1, embeddings=True, **settings)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -52,7 +52,7 @@ def trained(compiled=None, *, steps: int = 9, device: str = "cpu", **settings):
 
 def assert_equal(one, other):
     for a, b in zip(one[0].parameters(), other[0].parameters(), strict=True):
-        assert relative_error(a, b) < 1e-5  # fused kernels round otherwise
+        assert relative_error(a, b) < 1e-5  # fused kernels round differently
     for a, b in zip(one[1].layers, other[1].layers, strict=True):
         assert relative_error(a.sigma, b.sigma) < 1e-5
 
@@ -66,7 +66,9 @@ def inductor(net):
 @pytest.mark.parametrize("settings", [{}, {"refresh_every": 4, "collect_every": 2}])
 def test_compiled_training_equals_eager_training(settings, device):
     settings = {**settings, "device": device}
-    with torch.backends.cudnn.flags(allow_tf32=False):  # the convolution's
+    with torch.backends.cudnn.flags(
+        allow_tf32=False
+    ):  # TF32 in the convolution would round differently
         assert_equal(trained(inductor, **settings), trained(**settings))
 
 
@@ -76,10 +78,10 @@ def test_a_plain_net_of_the_same_class_compiled_earlier_does_not_switch_capture_
 
 
 @pytest.mark.parametrize(
-    ("settings", "wanted"),
+    ("settings", "expected"),
     [({}, 1), ({"refresh_every": 4, "collect_every": 4, "token_stride": 2}, 2)],
 )
-def test_the_collect_flag_makes_two_graphs_and_step_and_offset_none(settings, wanted):
+def test_the_collect_flag_makes_two_graphs_and_step_and_offset_none(settings, expected):
     n_graphs = 0
 
     def backend(graph, inputs):
@@ -88,7 +90,7 @@ def test_the_collect_flag_makes_two_graphs_and_step_and_offset_none(settings, wa
         return graph.forward
 
     trained(lambda net: torch.compile(net, backend=backend, fullgraph=True), **settings)
-    assert n_graphs == wanted
+    assert n_graphs == expected
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -1,4 +1,4 @@
-"""Every weight is covered, or left alone for a reason that can be read."""
+"""Every weight is either covered or reported with the reason why it is not."""
 
 import pytest
 import torch
@@ -126,7 +126,7 @@ def nested():
 
 
 @pytest.mark.parametrize(
-    ("patterns", "wanted"),
+    ("patterns", "expected"),
     [
         ({"include": ["block.*"]}, ["block.0", "block.2"]),
         ({"include": ["block.?"], "exclude": ["*.0"]}, ["block.2"]),
@@ -134,9 +134,9 @@ def nested():
         ({"include": ["*"], "exclude": ["table"]}, ["block.0", "block.2", "head"]),
     ],
 )
-def test_include_and_exclude_choose_by_name(patterns, wanted):
+def test_include_and_exclude_choose_by_name(patterns, expected):
     covered, reasons = find_layers(nested(), **patterns)
-    assert [layer.name for layer in covered] == wanted
+    assert [layer.name for layer in covered] == expected
     assert len(covered) + len(reasons) == 4
 
 
@@ -148,7 +148,7 @@ def test_a_pattern_that_matches_no_weight_is_refused(key, pattern):
 
 
 def test_including_what_cannot_be_covered_is_refused_with_the_reason():
-    with pytest.raises(ValueError, match=r"include covers table\.weight.*embeddings=False"):
+    with pytest.raises(ValueError, match=r"include names table\.weight.*embeddings=False"):
         find_layers(nested(), include=["head", "table"])
 
 
@@ -161,7 +161,9 @@ def test_a_wildcard_covers_what_can_be_and_says_why_the_rest_is_not():
     assert "tied" in reasons["wte.weight"]
     assert "tied" in reasons["head.weight"]
     assert "usual forward" in reasons["mix.weight"]
-    with pytest.raises(ValueError, match=r"include covers head\.weight, which cannot be: tied"):
+    with pytest.raises(
+        ValueError, match=r"include names head\.weight, which cannot be preconditioned: tied"
+    ):
         find_layers(model, include=["p*", "head"])
 
 

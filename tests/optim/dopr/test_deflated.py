@@ -1,4 +1,4 @@
-"""Training with deflated inverses: U is carried, saved, resumed, and left alone by errors."""
+"""Training with deflated inverses: U is carried over and saved; errors do not change it."""
 
 import io
 
@@ -18,7 +18,7 @@ D = NARROWEST
 
 
 def made(n_layers=1, **settings):
-    """Layers of inputs D wide, of 2 D wide cut in two blocks, and of one too narrow; SGD; DoPr."""
+    """Make a DoPr-SGD run with inputs of width D, 2 D in two blocks, and too narrow to deflate."""
     torch.manual_seed(0)
     layers = [nn.Linear(12, 2 * D), nn.Linear(2 * D, D)]
     model = nn.Sequential(*layers, *(nn.Linear(D, D) for _ in range(n_layers)), nn.Linear(D, 5))
@@ -28,7 +28,7 @@ def made(n_layers=1, **settings):
 
 
 def resumed(parts, **settings):
-    """The same run in new objects, through a file."""
+    """Save a run to a file and load it into new objects."""
     file, again = io.BytesIO(), made(**settings)
     torch.save([part.state_dict() for part in parts], file)
     file.seek(0)
@@ -109,7 +109,7 @@ def test_a_state_of_another_inverse_is_taken_and_the_directions_are_found_again(
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (torch.zeros(1, D, 3), r"2: deflation_basis is \(1, 128, 3\), wanted \(1, 128, 16\)"),
+        (torch.zeros(1, D, 3), r"2: deflation_basis is \(1, 128, 3\), but must be \(1, 128, 16\)"),
         (torch.full((1, D, DEFLATION_RANK), torch.nan), "2: deflation_basis is not finite"),
     ],
 )
@@ -142,7 +142,9 @@ def test_chunks_and_pauses_leave_the_same_directions(monkeypatch):
         parts[1].zero_grad()
         train(parts, [step])
     for a, b in zip(deflation_basis(parts)[1:], deflation_basis(whole)[1:], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)  # batches sum in another order
+        torch.testing.assert_close(
+            a, b, rtol=1e-3, atol=1e-4
+        )  # batched sums run in a different order
 
 
 def test_an_error_leaves_the_directions_as_they_were(monkeypatch):

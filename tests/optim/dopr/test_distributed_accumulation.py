@@ -1,4 +1,4 @@
-"""How a stranger cuts a step into micro-batches, and when gradients are averaged, is all one."""
+"""The result depends neither on the micro-batches nor on when gradients are averaged."""
 
 from contextlib import nullcontext
 
@@ -8,16 +8,16 @@ import torch
 from torch import distributed, nn
 
 from tests.optim import distributed as workers
-from tests.optim.distributed import grouped, whole
+from tests.optim.distributed import full_tensor, in_process_group
 from tests.optim.models import regression
 
-pytestmark = pytest.mark.xdist_group("gang")  # one gang of processes for all of them
+pytestmark = pytest.mark.xdist_group("gang")  # share one set of worker processes
 
-TOLERANCE = 1e-6  # fp32 sums in another order; three steps move the weights by 1e-2
+TOLERANCE = 1e-6  # fp32 sums in a different order; three steps move the weights by 1e-2
 
 
 def train(how: str, n_micro: int, *, is_lazy: bool):
-    """The weights after three steps; `is_lazy`: averaged only after the last micro-batch."""
+    """Return the weights after three steps. `is_lazy` averages only after the last micro-batch."""
     model, forward, optimizer, _ = workers.parts("adamw", how)
     size, rank = distributed.get_world_size(), distributed.get_rank()
     for number in range(3):
@@ -31,7 +31,7 @@ def train(how: str, n_micro: int, *, is_lazy: bool):
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
-    return [whole(parameter).numpy() for parameter in model.parameters()]
+    return [full_tensor(parameter).numpy() for parameter in model.parameters()]
 
 
 def each_way(how: str):
@@ -42,7 +42,7 @@ def each_way(how: str):
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_eight_micro_batches_are_two_are_one_and_no_sync(gang, how):
-    for once, *others in gang.run(2, grouped, each_way, how):
-        for other in others:
-            for ours, theirs in zip(other, once, strict=True):
-                np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
+    for one_batch, *variants in gang.run(2, in_process_group, each_way, how):
+        for variant in variants:
+            for actual, expected in zip(variant, one_batch, strict=True):
+                np.testing.assert_allclose(actual, expected, atol=TOLERANCE)

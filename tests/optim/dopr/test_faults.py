@@ -1,4 +1,4 @@
-"""What goes wrong is refused, mended and counted, or without effect."""
+"""Faults raise an error, are counted as fallbacks, or have no effect."""
 
 import logging
 
@@ -21,7 +21,7 @@ def test_discard_leaves_everything_but_the_unused_activations(settings):
     backward(parts[0], 99, scale=float("nan"))
     parts[2].discard()
     parts[1].zero_grad()
-    twin[2].discard()  # a sum over several steps goes as a whole: one NaN spoils it
+    twin[2].discard()  # drops the sum over several steps, as it would be NaN
     assert_same(parts, twin)
     train(parts, range(4, 9))
     train(twin, range(4, 9))
@@ -102,7 +102,7 @@ def test_the_scale_of_activations_does_not_matter(scale):
         (y * randn(20, 2, seed=2)).sum().backward()
         optimizer.step()
         Ms.append(layer.weight.grad / factor)
-    torch.testing.assert_close(*Ms, rtol=1e-4, atol=1e-5)  # squares of 1e-17 lose some bits
+    torch.testing.assert_close(*Ms, rtol=1e-4, atol=1e-5)  # squares of 1e-17 lose some bits in fp32
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_what_happens_every_step_is_logged_at_powers_of_two(caplog):
     layer = made()[2].layers[0]
     with caplog.at_level(logging.WARNING, logger="dopr"):
         for _ in range(9):
-            layer.fallbacks("again")
+            layer.count_fallback("again")
     assert [record.args[-1] for record in caplog.records] == [1, 2, 4, 8]
     assert layer.n_fallbacks == 9
 

@@ -1,4 +1,4 @@
-"""Hugging Face's GPT-2, whose linear layers are Conv1D and whose embeddings are tied."""
+"""Hugging Face's GPT-2, which has Conv1D layers and tied embeddings."""
 
 import pytest
 import pytorch_optimizer as others
@@ -20,7 +20,7 @@ def tiny_gpt2():
         bos_token_id=0,
         eos_token_id=0,
     )
-    return GPT2LMHeadModel(config).eval()  # no dropout; gradients flow all the same
+    return GPT2LMHeadModel(config).eval()  # no dropout, but gradients
 
 
 def gpt2_loss(model):
@@ -59,5 +59,5 @@ def test_gpt2_of_hugging_face_gets_the_oracles_m():
     Gs = [layer.weight.grad.clone() for layer in layers]
     optimizer.step()
     for layer, G, inputs in zip(layers, Gs, calls, strict=True):
-        wanted = oracle(G.mT, covariance(*inputs), 0.1)  # Conv1D keeps its weight transposed
-        assert relative_error(layer.weight.grad.mT, wanted) < 1e-4  # fp32 Σ of 64 tokens, κ = 600
+        expected = oracle(G.mT, covariance(*inputs), 0.1)  # Conv1D stores its weight transposed
+        assert relative_error(layer.weight.grad.mT, expected) < 1e-4  # fp32 Σ of 64 tokens, κ = 600

@@ -1,11 +1,11 @@
-"""DDP and FSDP2 in one process, on a GPU by NCCL; Σ and P need no messages there."""
+"""DDP and FSDP2 in actual process (with NCCL on a GPU), where DoPr sends no messages."""
 
 import numpy as np
 import pytest
 
 from tests.devices import DEVICES
 from tests.optim import distributed as workers
-from tests.optim.distributed import grouped
+from tests.optim.distributed import in_process_group
 
 pytestmark = pytest.mark.xdist_group("gang")
 FAST = {"refresh_every": 2, "sigma_beta": 0.9}
@@ -16,10 +16,10 @@ FAST = {"refresh_every": 2, "sigma_beta": 0.9}
 def test_a_group_of_one_trains_as_no_group(gang, how, device):
     for base in workers.BASES:
         weights, layers, _ = workers.train(base, "alone", 3, FAST, device)
-        ((ours, our_layers, _),) = gang.run(1, grouped, workers.train, base, how, 3, FAST, device)
-        for one, other in zip(ours, weights, strict=True):
-            np.testing.assert_allclose(
-                one, other, atol=1e-6, err_msg=base
-            )  # fp32, sums as they are
-        for one, other in zip(our_layers, layers, strict=True):
-            np.testing.assert_allclose(one[0], other[0], rtol=1e-5, atol=1e-6, err_msg=base)
+        ((ours, our_layers, _),) = gang.run(
+            1, in_process_group, workers.train, base, how, 3, FAST, device
+        )
+        for actual, reference in zip(ours, weights, strict=True):
+            np.testing.assert_allclose(actual, reference, atol=1e-6, err_msg=base)
+        for actual, reference in zip(our_layers, layers, strict=True):
+            np.testing.assert_allclose(actual[0], reference[0], rtol=1e-5, atol=1e-6, err_msg=base)

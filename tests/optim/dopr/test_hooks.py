@@ -1,4 +1,4 @@
-"""Whose step is preconditioned, and that it is once: wrappers, parents, gradients of all kinds."""
+"""Every step is preconditioned exactly once: wrappers, subclasses, reused gradients."""
 
 import pytest
 import pytorch_optimizer as others
@@ -9,29 +9,29 @@ from optim import ActivationPreconditioner
 from tests.optim.models import backward, covariance, mlp, oracle, recorded, relative_error
 from tests.optim.runs import made, train
 
-# -- optimizers around optimizers
+# -- optimizers that wrap optimizers
 
 
 def sgd(model):
     return torch.optim.SGD(model.parameters(), lr=0.1)
 
 
-WRAPPERS = {
-    "SAM steps its base_optimizer": lambda m: others.SAM(m.parameters(), torch.optim.SGD, lr=0.1),
-    "Lookahead steps its optimizer": lambda m: others.Lookahead(sgd(m)),
-    "PCGrad steps its optimizer": lambda m: others.PCGrad(sgd(m)),
+WRAPPERS = {  # class name: (constructor, attribute that holds the wrapped optimizer)
+    "SAM": (lambda m: others.SAM(m.parameters(), torch.optim.SGD, lr=0.1), "base_optimizer"),
+    "Lookahead": (lambda m: others.Lookahead(sgd(m)), "optimizer"),
+    "PCGrad": (lambda m: others.PCGrad(sgd(m)), "optimizer"),
 }
 
 
-@pytest.mark.parametrize("message", WRAPPERS)
-def test_a_wrapper_is_refused_and_the_optimizer_to_attach_named(message):
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_wrapper_is_refused_and_the_optimizer_to_attach_named(name):
     model = mlp()
     preconditioner = ActivationPreconditioner(model, gamma=0.1)
-    wrapper = WRAPPERS[message](model)
-    with pytest.raises(ValueError, match=f"{message}; attach that one"):
+    make, attribute = WRAPPERS[name]
+    wrapper = make(model)
+    with pytest.raises(ValueError, match=f"{name} wraps .* attach its '{attribute}' instead"):
         preconditioner.attach(wrapper)
-    inner = vars(wrapper)[message.split()[-1]]
-    assert preconditioner.attach(inner) is preconditioner
+    assert preconditioner.attach(getattr(wrapper, attribute)) is preconditioner
 
 
 def test_sam_is_preconditioned_through_its_base_optimizer():
@@ -60,8 +60,8 @@ def test_the_summary_says_how_many_steps_and_refreshes_there_were():
     assert "steps: 1 to 3, refreshes: 2" in parts[2].summary()
 
 
-class Without(torch.optim.Optimizer):
-    """What some write around an optimizer that is out of sight: no hooks."""
+class HooklessWrapper(torch.optim.Optimizer):
+    """Wrap an optimizer without calling Optimizer.__init__, so that there are no hooks."""
 
     def __init__(self, inner):
         self.inner = [inner]
@@ -74,8 +74,10 @@ class Without(torch.optim.Optimizer):
 def test_an_optimizer_without_hooks_is_refused_and_the_others_keep_none():
     model = mlp()
     preconditioner = ActivationPreconditioner(model, gamma=0.1)
-    first, second = sgd(model[0]), Without(sgd(model[2]))
-    with pytest.raises(TypeError, match=r"Without has no step hooks.*attach that one"):
+    first, second = sgd(model[0]), HooklessWrapper(sgd(model[2]))
+    with pytest.raises(
+        TypeError, match=r"HooklessWrapper has no step hooks.*attach that one instead"
+    ):
         preconditioner.attach(first, second)
     assert not first._optimizer_step_pre_hooks
     preconditioner.attach(first, second.inner[0])
@@ -96,11 +98,11 @@ def test_a_failure_at_the_second_optimizer_takes_the_first_hook_back(monkeypatch
 
 # -- a step inside a step
 
-torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # gives SGD.step hooks of its own
+torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # makes torch wrap SGD.step with hooks
 
 
 class Child(torch.optim.SGD):
-    """Halves the gradients, then calls its parent's step, which may be told to fail."""
+    """Halve the gradients, call the step of the parent class, and raise if `fails` is set."""
 
     fails = False
 
@@ -115,7 +117,7 @@ class Child(torch.optim.SGD):
 
 
 def make_flat(model):
-    """Gradients as views of one buffer, as wrappers for communication make them."""
+    """Make all gradients views of one buffer, as wrappers for communication do."""
     parameters = list(model.parameters())
     flat = torch.zeros(sum(p.numel() for p in parameters))
     for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
@@ -123,7 +125,7 @@ def make_flat(model):
 
 
 def stepped(model, optimizer, preconditioner, step, closure=False):
-    """Every layer's gradient after one step, and G P with the P that was used."""
+    """Take one step; return the gradient of each layer, and G P with the P that was used."""
     Gs = []
 
     def compute():
@@ -138,8 +140,8 @@ def stepped(model, optimizer, preconditioner, step, closure=False):
         compute()
         optimizer.step()
     layers = preconditioner.layers
-    wanted = [G @ layer.P[0] for G, layer in zip(Gs, layers, strict=True)]
-    return [layer.covered.weight.grad for layer in layers], wanted
+    expected = [G @ layer.P[0] for G, layer in zip(Gs, layers, strict=True)]
+    return [layer.covered.weight.grad for layer in layers], expected
 
 
 @pytest.mark.parametrize(
@@ -156,8 +158,8 @@ def test_a_step_that_edits_gradients_and_calls_its_parents_preconditions_once(
     optimizer = Child(model.parameters(), lr=0.1)
     preconditioner = ActivationPreconditioner(model, gamma=0.1, **settings).attach(optimizer)
     for step in range(4):
-        got, wanted = stepped(model, optimizer, preconditioner, step, closure)
-        for M, reference in zip(got, wanted, strict=True):
+        got, expected = stepped(model, optimizer, preconditioner, step, closure)
+        for M, reference in zip(got, expected, strict=True):
             torch.testing.assert_close(2 * M, reference)
     assert [layer.step for layer in preconditioner.layers] == [4, 4]
 
@@ -176,8 +178,8 @@ def test_a_step_that_raised_does_not_hide_the_next(is_flat):
             with pytest.raises(ZeroDivisionError):
                 stepped(model, optimizer, preconditioner, step)
         else:
-            got, wanted = stepped(model, optimizer, preconditioner, step)
-            for M, reference in zip(got, wanted, strict=True):
+            got, expected = stepped(model, optimizer, preconditioner, step)
+            for M, reference in zip(got, expected, strict=True):
                 torch.testing.assert_close(2 * M, reference)
     assert [layer.step for layer in preconditioner.layers] == [4, 4]
 
@@ -191,17 +193,17 @@ def test_a_step_inside_the_handling_of_a_failed_one_is_a_step():
         stepped(model, optimizer, preconditioner, 0)
     except ZeroDivisionError:
         optimizer.fails = False
-        got, wanted = stepped(model, optimizer, preconditioner, 1)
-    torch.testing.assert_close(2 * got[0], wanted[0])
+        got, expected = stepped(model, optimizer, preconditioner, 1)
+    torch.testing.assert_close(2 * got[0], expected[0])
 
 
-# -- what is M already
+# -- gradients that were already preconditioned
 
 
 @pytest.mark.parametrize("refresh_every", [1, 4])
 def test_a_gradient_rewritten_through_data_is_preconditioned_again(refresh_every):
     model, optimizer, preconditioner = made(refresh_every=refresh_every)
-    shadow = mlp()  # plain: its gradients are G
+    shadow = mlp()  # not preconditioned, so that its gradients are G
     for step in range(4):
         shadow.zero_grad()
         shadow.load_state_dict(model.state_dict())
@@ -209,7 +211,7 @@ def test_a_gradient_rewritten_through_data_is_preconditioned_again(refresh_every
         held = [p.grad for p in model.parameters()]
         for parameter in model.parameters():
             parameter.grad = None
-        backward(model, step)  # for the activations
+        backward(model, step)  # captures the activations
         for p, grad, theirs in zip(model.parameters(), held, shadow.parameters(), strict=True):
             if grad is not None:
                 p.grad = grad

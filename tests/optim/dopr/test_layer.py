@@ -1,4 +1,4 @@
-"""The mathematics of activation preconditioning against fp64 by definition."""
+"""The mathematics of a layer against definitions in fp64."""
 
 import pytest
 import torch
@@ -36,8 +36,8 @@ def test_without_an_average_only_the_newest_batch_counts():
 def test_the_mean_eigenvalue_is_that_of_all_blocks():
     X = randn(3, 4, 4, seed=1)
     blocks = X @ X.mT
-    wanted = torch.linalg.eigvalsh(torch.block_diag(*blocks)).mean()
-    torch.testing.assert_close(mean_eigenvalue(blocks), wanted)
+    expected = torch.linalg.eigvalsh(torch.block_diag(*blocks)).mean()
+    torch.testing.assert_close(mean_eigenvalue(blocks), expected)
     torch.testing.assert_close(mean_eigenvalue(blocks[0, 0].abs()), blocks[0, 0].abs().mean())
 
 
@@ -51,8 +51,8 @@ def test_a_diagonal_root_raised_to_p_inverts(p):
 @given(blocks=st.integers(1, 4), b=st.integers(1, 5), d_out=st.integers(1, 6))
 def test_blocks_multiply_like_one_block_diagonal_matrix(blocks, b, d_out):
     G, P = randn(d_out, blocks * b, seed=b), randn(blocks, b, b, seed=blocks)
-    wanted = G.double() @ torch.block_diag(*P.double())
-    torch.testing.assert_close(precondition(G, P).double(), wanted, rtol=1e-5, atol=1e-5)
+    expected = G.double() @ torch.block_diag(*P.double())
+    torch.testing.assert_close(precondition(G, P).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_transposed_gradient_is_preconditioned_like_its_copy():
@@ -86,8 +86,8 @@ def test_the_condition_number_is_that_of_the_damped_matrix(blocks):
     X = randn(blocks, 6, 6, seed=1)
     sigma, damping = X @ X.mT, torch.tensor(0.01)
     eigenvalues = torch.linalg.eigvalsh(torch.block_diag(*sigma).double()) + 0.01
-    wanted = eigenvalues[-1] / eigenvalues[0]
-    assert condition_number(sigma, damping) == pytest.approx(wanted.item(), rel=1e-4)
+    expected = eigenvalues[-1] / eigenvalues[0]
+    assert condition_number(sigma, damping) == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_the_condition_number_takes_the_damping_of_each_block():
@@ -112,7 +112,7 @@ def test_the_norm_ratio_of_a_zero_gradient_is_zero():
 @pytest.mark.parametrize("n", [1, 4, 50])
 def test_no_covariance_exceeds_the_bound_on_its_condition(n, blocks, gamma):
     z = randn(blocks, n, 6, seed=n, dtype=torch.float64)
-    z[1:] *= 1e-2  # all in one block, where the bound is tightest
+    z[1:] *= 1e-2  # nearly all in one block, where the bound is tightest
     sigma = z.mT @ z / n
     damping = gamma * mean_eigenvalue(sigma)
     ratio = upper_bound(sigma + damping * torch.eye(6)) / damping
@@ -122,5 +122,5 @@ def test_no_covariance_exceeds_the_bound_on_its_condition(n, blocks, gamma):
         assert ratio.max() > 0.9 * bound - 6**0.5
 
 
-def test_without_damping_there_is_no_bound_on_the_spread():
+def test_without_damping_there_is_no_bound_on_the_condition():
     assert condition_bound(6, 0.0) == float("inf")

@@ -1,4 +1,4 @@
-"""The object itself: what it refuses, what it reports, and that it leaves no trace."""
+"""Attaching, detaching and reporting."""
 
 import copy
 
@@ -22,14 +22,14 @@ def test_only_optimizers_can_be_attached():
     scheduler = torch.optim.lr_scheduler.ConstantLR(sgd(model))
     with pytest.raises(TypeError, match="ConstantLR is not a torch"):
         preconditioner.attach(scheduler)
-    preconditioner.attach(sgd(model))  # the refused call left nothing behind
+    preconditioner.attach(sgd(model))  # the call that raised changed nothing
 
 
 @pytest.mark.parametrize(
     ("owners", "message"),
     [
-        (lambda m: [sgd(m[0])], r"2\.weight is in 0\."),
-        (lambda m: [sgd(m), sgd(m[2])], r"2\.weight is in 2\."),
+        (lambda m: [sgd(m[0])], r"2\.weight is in 0:"),
+        (lambda m: [sgd(m), sgd(m[2])], r"2\.weight is in 2:"),
         (lambda m: [sgd(mlp())], r"0\.weight is in 0; 2\.weight is in 0"),
         (lambda m: [], r"0\.weight is in 0; 2\.weight is in 0"),
     ],
@@ -98,7 +98,7 @@ def test_after_detach_there_can_be_another_but_not_the_same():
     preconditioner = ActivationPreconditioner(model, gamma=0.1)
     preconditioner.detach()
     preconditioner.detach()
-    with pytest.raises(ValueError, match="detached; make a new"):
+    with pytest.raises(ValueError, match="detached: construct a new"):
         preconditioner.attach(sgd(model))
     ActivationPreconditioner(model, gamma=0.1).attach(sgd(model))
 
@@ -145,7 +145,7 @@ def test_the_report_has_condition_numbers_on_request_only(monkeypatch):
     layer(randn(40, 12, seed=1)).sum().backward()
     optimizer.step()
     assert preconditioner.report(condition=True)[0]["condition"] > 1
-    monkeypatch.setattr(torch.linalg, "eigvalsh", None)  # costs too much for every report
+    monkeypatch.setattr(torch.linalg, "eigvalsh", None)  # too expensive for every report
     assert preconditioner.report()[0]["condition"] is None
 
 

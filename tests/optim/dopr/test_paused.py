@@ -1,4 +1,4 @@
-"""Backward passes inside `paused()` leave no trace in the statistics, wherever the forward was."""
+"""Backward passes inside `paused()` do not change the statistics, wherever the forward ran."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.optim.runs import assert_same, made
 
 
 class Net(nn.Module):
-    """A layer of every kind."""
+    """Combine one layer of every kind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def test_what_counts_is_where_the_backward_runs(compiled):
     assert [int(layer.capture.count) for layer in preconditioner.layers] == [20, 48, 20]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in its compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by torch's compiler itself
 def test_a_pause_does_not_compile_again():
     torch._dynamo.reset()
     net, preconditioner = every_kind()
@@ -109,7 +109,9 @@ def test_a_step_inside_keeps_the_schedule_and_the_pause():
             pause = preconditioner.paused()
             pause.__enter__()
         if step == 2:
-            assert preconditioner.layers[0].capture.count == 0  # step 2 collects, but for the pause
+            assert (
+                preconditioner.layers[0].capture.count == 0
+            )  # step 2 would collect without the pause
             pause.__exit__(None, None, None)
     assert [layer.n_refreshes for layer in preconditioner.layers] == [2, 2]
     assert [layer.step for layer in preconditioner.layers] == [6, 6]
@@ -125,7 +127,7 @@ def test_a_sum_that_is_not_finite_stays_out():
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-# -- what it is for
+# -- use cases
 
 
 def test_gradients_of_inputs_inside_leave_training_as_it_was():

@@ -1,4 +1,4 @@
-"""M against a dense fp64 solve, for every kind of layer, inverse and exponent; and invariance."""
+"""M equals a dense fp64 solve for every layer type, inverse and exponent; M is invariant."""
 
 import pytest
 import torch
@@ -7,13 +7,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from optim import ActivationPreconditioner
-from tests.optim.models import covariance, oracle, randn, relative_error, spread
+from tests.optim.models import covariance, ill_conditioned, oracle, randn, relative_error
 
-FP32 = 6e-8  # one rounding; of Σ or of P, it moves M by up to FP32 x condition number
+FP32 = 6e-8  # rounding of Σ or P, which changes M by up to FP32 times the condition number
 
 
 def preconditioned(model, x, *, gamma, weight=None, **settings):
-    """G and M of one weight of `model` for a fixed linear loss on the input x."""
+    """Return G and M of one weight for a fixed linear loss on x, and the preconditioner."""
     preconditioner = ActivationPreconditioner(model, gamma=gamma, **settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     preconditioner.attach(optimizer)
@@ -26,8 +26,8 @@ def preconditioned(model, x, *, gamma, weight=None, **settings):
 
 
 def linear_case(d: int, n: int, condition: float, gamma: float, **settings):
-    """M, the oracle from the captured Σ, the oracle from the activations, the condition number."""
-    z = spread(n, d, condition=condition, seed=d).float()
+    """Return M, the oracle from the captured Σ, that from the activations, and the condition."""
+    z = ill_conditioned(n, d, condition=condition, seed=d).float()
     p = settings.get("exponent", 1)
     G, M, preconditioner = preconditioned(nn.Linear(d, 33), z, gamma=gamma, **settings)
     from_capture = oracle(G, preconditioner.layers[0].sigma[0], gamma, p=p)
@@ -58,7 +58,7 @@ def test_with_fewer_tokens_than_features_m_equals_a_dense_fp64_solve(n, gamma, p
     z = randn(n, 64, seed=n)
     G, M, preconditioner = preconditioned(nn.Linear(64, 33), z, gamma=gamma, exponent=p)
     kappa = preconditioner.report(condition=True)[0]["condition"]
-    # G has no part where P is largest, so the rounding of P shows in full
+    # G is zero where P is largest, so the rounding of P shows in full
     assert relative_error(M, oracle(G, covariance(z), gamma, p=p)) < 2e-6 + 3 * FP32 * kappa
 
 
@@ -66,13 +66,15 @@ def test_with_fewer_tokens_than_features_m_equals_a_dense_fp64_solve(n, gamma, p
 @pytest.mark.parametrize(("kappa", "tolerance"), [(1e3, 1e-3), (1e4, 1e-2)])
 @pytest.mark.parametrize(("d", "n"), [(33, 64), (256, 300)])
 def test_newton_schulz_m_is_near_a_dense_fp64_solve(d, n, kappa, tolerance, p):
-    eigenvalues = torch.logspace(0, -8, d)  # below the damping, which is the smallest of A, then
+    eigenvalues = torch.logspace(
+        0, -8, d
+    )  # mostly below the damping, which is then the smallest eigenvalue of A
     gamma = float(1 / (kappa * eigenvalues.mean()))
     M, from_capture, _, condition = linear_case(
         d, n, 1e8, gamma, exponent=p, inverse="newton_schulz"
     )
     assert 0.9 * kappa < condition < 1.1 * kappa
-    assert relative_error(M, from_capture) < tolerance  # the floor of fp32 iterations at this κ
+    assert relative_error(M, from_capture) < tolerance  # what fp32 iterations reach at this κ
 
 
 @pytest.mark.parametrize("inverse", ["cholesky", "newton_schulz"])
@@ -88,8 +90,8 @@ def test_dead_features_and_few_tokens_give_the_dense_solution(inverse):
 def test_without_trace_normalisation_m_is_smaller_by_the_mean_eigenvalue():
     z = 3 * randn(50, 8, seed=1)
     G, M, _ = preconditioned(nn.Linear(8, 4), z, gamma=0.1, trace_normalized=False)
-    wanted = oracle(G, covariance(z), 0.1, trace_normalized=False)
-    assert relative_error(M, wanted) < 1e-5
+    expected = oracle(G, covariance(z), 0.1, trace_normalized=False)
+    assert relative_error(M, expected) < 1e-5
 
 
 @pytest.mark.parametrize("p", [1, 2])
@@ -116,8 +118,8 @@ def test_conv1d_of_hugging_face_equals_the_linear_layer_transposed(block_diagona
     conv1d, linear = Conv1D(5, 8), nn.Linear(8, 5)
     linear.weight.data.copy_(conv1d.weight.mT)
     _, M, _ = preconditioned(conv1d, x, gamma=0.1, block_diagonal=block_diagonal)
-    _, wanted, _ = preconditioned(linear, x, gamma=0.1, block_diagonal=block_diagonal)
-    assert relative_error(M.mT, wanted) < 1e-6
+    _, expected, _ = preconditioned(linear, x, gamma=0.1, block_diagonal=block_diagonal)
+    assert relative_error(M.mT, expected) < 1e-6
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -129,25 +131,25 @@ def test_conv2d_is_a_linear_layer_on_patches(geometry, memory_format):
     x = (randn(5, 3, 8, 7, seed=1) + 0.5).to(memory_format=memory_format)
     G, M, _ = preconditioned(conv, x, gamma=0.1)
     patches = F.unfold(x, (3, 2), **geometry).mT
-    wanted = oracle(G.flatten(1), covariance(patches), 0.1).view_as(G)
-    assert relative_error(M, wanted) < 1e-5
+    expected = oracle(G.flatten(1), covariance(patches), 0.1).view_as(G)
+    assert relative_error(M, expected) < 1e-5
 
 
 def test_conv2d_takes_an_image_without_a_batch():
     x = randn(3, 8, 7, seed=1)
     G, M, _ = preconditioned(nn.Conv2d(3, 4, 3), x, gamma=0.1)
-    wanted = oracle(G.flatten(1), covariance(F.unfold(x, 3).mT), 0.1).view_as(G)
-    assert relative_error(M, wanted) < 1e-5
+    expected = oracle(G.flatten(1), covariance(F.unfold(x, 3).mT), 0.1).view_as(G)
+    assert relative_error(M, expected) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_weights_of_other_precisions_are_preconditioned_at_least_in_fp32(dtype):
     z = randn(50, 8, seed=1, dtype=dtype)
     G, M, preconditioner = preconditioned(nn.Linear(8, 4).to(dtype), z, gamma=0.1)
-    wanted = oracle(G, covariance(z), 0.1)
+    expected = oracle(G, covariance(z), 0.1)
     assert M.dtype == dtype
     assert preconditioner.layers[0].P.dtype == torch.promote_types(dtype, torch.float32)
-    assert relative_error(M, wanted) < (1e-12 if dtype == torch.float64 else 2**-8)
+    assert relative_error(M, expected) < (1e-12 if dtype == torch.float64 else 2**-8)
 
 
 def test_layers_of_different_precision_live_in_one_model():
@@ -164,7 +166,7 @@ def test_layers_of_different_precision_live_in_one_model():
 
 
 def trajectory(model, x, apply_weight, *, dopr: bool, steps: int = 20):
-    """The outputs of `model` during training by SGD or DoPr-SGD at γ = 0, in fp64."""
+    """Return the outputs of `model` during training by SGD or DoPr-SGD with γ = 0, in fp64."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     if dopr:
         ActivationPreconditioner(model, gamma=0.0, trace_normalized=False).attach(optimizer)
@@ -181,13 +183,13 @@ def trajectory(model, x, apply_weight, *, dopr: bool, steps: int = 20):
 
 
 def transform(d: int):
-    """An invertible A (d, d) with condition number 10."""
+    """Return an invertible A (d, d) with condition number 10."""
     U, _, V = torch.linalg.svd(randn(d, d, seed=3, dtype=torch.float64))
     return (U * torch.logspace(0, 1, d, dtype=torch.float64)) @ V
 
 
 def nets(kind: str):
-    """Two equal nets, an input (n, channels, ...) and its number of channels."""
+    """Return two equal nets, an input (n, channels, ...) and its number of channels."""
     made = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -211,4 +213,4 @@ def test_only_dopr_is_invariant_to_a_transform_of_its_inputs(kind, dopr):
     before = trajectory(plain, x, lambda W: None, dopr=dopr)
     after = trajectory(transformed, x_A, by_inverse, dopr=dopr)
     gap = (before - after).abs().max()
-    assert gap < 1e-9 if dopr else gap > 1e-2  # fp64 rounding x condition numbers; SGD differs
+    assert gap < 1e-9 if dopr else gap > 1e-2  # fp64 rounding times the condition numbers

@@ -1,4 +1,4 @@
-"""A refresh of many layers: what it costs in host reads and in memory, and what an error leaves."""
+"""A refresh of many layers: its host reads, its memory, and the state after an error."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 class Calls(TorchFunctionMode):
-    """Counts the calls by which Python reads a tensor."""
+    """Count the calls by which Python reads a tensor."""
 
     n = 0
 
@@ -26,7 +26,7 @@ class Calls(TorchFunctionMode):
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators whose result has a shape that depends on the data."""
+    """Count the operators whose output shape depends on the data."""
 
     n = 0
 
@@ -38,14 +38,14 @@ class Operators(TorchDispatchMode):
 
 
 def host_reads(function) -> int:
-    """How often `function` would make the host wait for the device."""
+    """Count how often `function` would make the host wait for the device."""
     with Calls() as calls, Operators() as operators:
         function()
     return calls.n + operators.n
 
 
 def stack(n_layers: int, d: int = 8, **settings):
-    """A chain of equal linear layers after one backward, its optimizer and preconditioner."""
+    """Return a chain of equal layers after one backward, its optimizer and its preconditioner."""
     model = nn.Sequential(*(nn.Linear(d, d, bias=False) for _ in range(n_layers)))
     preconditioner = ActivationPreconditioner(model, gamma=0.1, **settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -72,15 +72,15 @@ def test_layers_that_were_not_used_cost_one_more_read():
     def step(n):
         model, optimizer, preconditioner = stack(n)
         preconditioner.discard()
-        model.zero_grad(set_to_none=False)  # gradients of zero
+        model.zero_grad(set_to_none=False)  # zero gradients
         return host_reads(optimizer.step)
 
     assert step(2) == step(20) == 2
 
 
 def step_bytes(n_layers: int, d: int, **settings) -> float:
-    """The most memory that the first step holds beyond what there was, as a multiple of all Σ."""
-    how = {"profile_memory": True, "acc_events": True}  # without the latter torch 2.11 warns
+    """Return the peak memory that the first step adds, as a multiple of the memory of all Σ."""
+    how = {"profile_memory": True, "acc_events": True}  # torch 2.11 warns without acc_events
     with profile(activities=[ProfilerActivity.CPU], **how) as records:
         _, optimizer, preconditioner = stack(n_layers, d, **settings)
         with record_function("the step"):
@@ -94,7 +94,7 @@ def step_bytes(n_layers: int, d: int, **settings) -> float:
     return most / sum(layer.sigma.nbytes for layer in preconditioner.layers)
 
 
-# Python 3.10 holds the arguments of a call until it returns: 7.5 for Cholesky; 5.5 from 3.11 on
+# Cholesky takes 5.5 from Python 3.11 on. Python 3.10 keeps arguments until a call returns: 7.5
 @pytest.mark.parametrize(("inverse", "factor"), [("cholesky", 8), ("newton_schulz", 8)])
 def test_an_inverse_takes_a_few_times_the_memory_of_its_sigma(inverse, factor):
     assert step_bytes(4, d=256, inverse=inverse) < factor
@@ -102,7 +102,7 @@ def test_an_inverse_takes_a_few_times_the_memory_of_its_sigma(inverse, factor):
 
 def test_many_layers_are_inverted_a_chunk_at_a_time(monkeypatch):
     monkeypatch.setattr(optim.dopr.refresh, "CHUNK_BYTES", 4 * 256 * 256)  # one layer of 16
-    assert step_bytes(16, d=256) < 1 + 9 / 16  # the new P of all, and the work on one
+    assert step_bytes(16, d=256) < 1 + 9 / 16  # the new P of all layers, and the temporaries of one
 
 
 @pytest.mark.parametrize("per_chunk", [0, 1, 2, 3])
@@ -126,7 +126,9 @@ def test_an_error_in_the_last_chunk_leaves_the_layers_of_the_first_as_they_were(
     optimizer.step()
     monkeypatch.setattr(optim.dopr.refresh, "CHUNK_BYTES", 1)
     model(randn(32, 8, seed=2)).square().sum().backward()
-    preconditioner.layers[-1].capture.gram[0, 0, 1] = torch.nan  # the mean does not show it
+    preconditioner.layers[-1].capture.gram[0, 0, 1] = (
+        torch.nan
+    )  # the mean eigenvalue does not show it
     before = [(layer.P, layer.sigma, layer.state_dict()) for layer in preconditioner.layers]
     Gs = [layer.covered.weight.grad.clone() for layer in preconditioner.layers]
     with pytest.raises(FloatingPointError, match="not finite"):

@@ -1,4 +1,4 @@
-"""Every number of the preconditioner that cannot be used is named, with what it should be."""
+"""Every invalid setting is named, with its value and the valid values."""
 
 import copy
 import math
@@ -56,7 +56,7 @@ def test_a_bad_setting_is_named_with_its_value(key, value):
     ("value", "shown"), [("0.1", r"'0.1' \(str\)"), (None, r"None \(NoneType\)")]
 )
 def test_a_gamma_that_is_no_number_is_named_with_its_type(value, shown):
-    with pytest.raises(ValueError, match=f"gamma={shown}: must be a number"):
+    with pytest.raises(ValueError, match=f"gamma={shown}: must be a finite number"):
         ActivationPreconditioner(mlp(), gamma=value)
 
 
@@ -89,13 +89,13 @@ def test_numbers_of_numpy_are_settings_and_stored_as_plain_ones():
 
 @pytest.mark.parametrize("model", [None, mlp, mlp().state_dict()])
 def test_what_is_no_model_is_named(model):
-    with pytest.raises(TypeError, match=f"the model is {type(model).__name__}: must be a torch"):
+    with pytest.raises(TypeError, match=f"model is a {type(model).__name__}, but must be a torch"):
         ActivationPreconditioner(model, gamma=0.1)
 
 
 @pytest.mark.parametrize("key", ["include", "exclude"])
 def test_patterns_are_names(key):
-    with pytest.raises(ValueError, match=rf"{key}=\[0\]: must be a list of names"):
+    with pytest.raises(ValueError, match=rf"{key}=\[0\]: must be a list of strings"):
         ActivationPreconditioner(mlp(), gamma=0.1, **{key: [0]})
 
 

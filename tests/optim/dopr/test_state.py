@@ -1,4 +1,4 @@
-"""Resuming is exact; a state of other settings is made to fit, one of other layers is refused."""
+"""Resuming is exact. A state of other settings is adapted; a state of other layers is rejected."""
 
 import copy
 import math
@@ -36,7 +36,7 @@ def test_a_state_that_does_not_fit_is_refused_whole():
     state["2"] = state["2"] | {"sigma": torch.zeros(1, 3, 3)}
     state["9"] = state["0"]
     with pytest.raises(
-        ValueError, match=r"unexpected 9; 2: sigma is \(1, 3, 3\), wanted \(1, 9, 9\)"
+        ValueError, match=r"unexpected 9; 2: sigma is \(1, 3, 3\), but must be \(1, 9, 9\)"
     ):
         preconditioner.load_state_dict(state)
     del state["0"], state["9"], state["2"]["P"]
@@ -46,15 +46,15 @@ def test_a_state_that_does_not_fit_is_refused_whole():
 
 
 BAD_STATES = {
-    "P": (torch.zeros(1, 9, 3), r"2: P is \(1, 9, 3\), wanted \(1, 9, 9\)"),
-    "damping": (torch.zeros(3), r"2: damping is \(3,\), wanted \(1,\)"),
-    "norm_ratio": (torch.zeros(2), r"2: norm_ratio is \(2,\), wanted \(\)"),
-    "gram": (torch.zeros(9, 9), r"2: gram is \(9, 9\), wanted \(1, 9, 9\)"),
-    "count": (torch.zeros(1), r"2: count is \(1,\), wanted \(\)"),
-    "sigma": ([1.0], r"2: sigma is None, wanted \(1, 9, 9\)"),
-    "step": ("7", r"2: step is '7', wanted a whole number"),
-    "n_refreshes": (-1, r"2: n_refreshes is -1, wanted a whole number, at least 0"),
-    "made_with": (None, r"2: made_with is None, wanted a dict"),
+    "P": (torch.zeros(1, 9, 3), r"2: P is \(1, 9, 3\), but must be \(1, 9, 9\)"),
+    "damping": (torch.zeros(3), r"2: damping is \(3,\), but must be \(1,\)"),
+    "norm_ratio": (torch.zeros(2), r"2: norm_ratio is \(2,\), but must be \(\)"),
+    "gram": (torch.zeros(9, 9), r"2: gram is \(9, 9\), but must be \(1, 9, 9\)"),
+    "count": (torch.zeros(1), r"2: count is \(1,\), but must be \(\)"),
+    "sigma": ([1.0], r"2: sigma is a list, but must be a tensor"),
+    "step": ("7", r"2: step is '7', but must be an integer"),
+    "n_refreshes": (-1, r"2: n_refreshes is -1, but must be an integer >= 0"),
+    "made_with": (None, r"2: made_with is None, but must be a dict"),
 }
 
 
@@ -96,9 +96,9 @@ def test_a_running_sum_that_was_spoilt_is_saved_and_dropped_later():
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (None, "it is NoneType, wanted a dict"),
-        ([], "it is list"),
-        ({"0": None, "2": [1]}, "0 is NoneType, wanted a dict; 2 is list"),
+        (None, "it is a NoneType, but must be a dict"),
+        ([], "it is a list"),
+        ({"0": None, "2": [1]}, "0 is a NoneType, but must be a dict; 2 is a list"),
         ({0: 1}, "missing 0; missing 2; unexpected 0"),
     ],
 )
@@ -112,7 +112,11 @@ def test_all_that_is_wrong_with_a_state_of_other_blocks_is_listed():
     train(parts, range(2))
     with pytest.raises(ValueError, match="does not fit") as error:
         blocked[2].load_state_dict(parts[2].state_dict())
-    for problem in ("0: sigma is (1, 12, 12), wanted (3, 4, 4)", "0: P is", "2: damping is (1,)"):
+    for problem in (
+        "0: sigma is (1, 12, 12), but must be (3, 4, 4)",
+        "0: P is",
+        "2: damping is (1,)",
+    ):
         assert problem in str(error.value)
 
 
@@ -129,8 +133,8 @@ def test_a_p_of_other_settings_is_made_again_from_the_stored_sigma(other):
     G = again[0][0].weight.grad.clone()
     again[1].step()  # long before the next refresh
     p = other.pop("exponent", 1)
-    wanted = oracle(G, covariance(inputs[0]), p=p, **{"gamma": 0.1} | other)
-    assert relative_error(again[0][0].weight.grad, wanted) < 1e-5  # fp32 rounding, κ < 100
+    expected = oracle(G, covariance(inputs[0]), p=p, **{"gamma": 0.1} | other)
+    assert relative_error(again[0][0].weight.grad, expected) < 1e-5  # fp32 rounding, κ < 100
     assert again[2].layers[0].n_refreshes == 1
 
 
@@ -145,7 +149,7 @@ def test_a_state_before_the_first_refresh_fits_other_settings_too():
 def test_the_same_settings_do_not_make_p_again(monkeypatch):
     parts = made(**LAZY)
     train(parts, range(3))
-    monkeypatch.setattr(cholesky, "PROBE_TOLERANCE", -1.0)  # no inverse would pass
+    monkeypatch.setattr(cholesky, "PROBE_TOLERANCE", -1.0)  # any inverse would now fail
     assert_same(resumed(parts, **LAZY), parts)
 
 
@@ -161,7 +165,7 @@ def test_a_stored_sigma_without_an_inverse_is_an_error_that_changes_nothing(monk
 
 
 @pytest.mark.parametrize(
-    ("done", "before", "after", "wanted"),
+    ("done", "before", "after", "expected"),
     [
         (3, 100, 2, [1, 2, 2, 3]),  # steps 3, 4, 5, 6, of which 4 and 6 are due
         (4, 100, 2, [2, 2, 3, 3]),  # 4 itself is due
@@ -171,7 +175,7 @@ def test_a_stored_sigma_without_an_inverse_is_an_error_that_changes_nothing(monk
     ],
 )
 def test_a_more_frequent_refresh_holds_from_the_first_step_after_resuming(
-    done, before, after, wanted
+    done, before, after, expected
 ):
     parts = made(refresh_every=before)
     train(parts, range(done))
@@ -179,7 +183,7 @@ def test_a_more_frequent_refresh_holds_from_the_first_step_after_resuming(
     for step in range(done, done + 4):
         train(parts, [step])
         seen.append(parts[2].layers[0].n_refreshes)
-    assert seen == wanted
+    assert seen == expected
 
 
 # -- a state is a snapshot

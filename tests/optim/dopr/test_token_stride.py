@@ -1,4 +1,4 @@
-"""Σ from a sample of the tokens: which, and what happens if it misses all that is not zero."""
+"""Σ from a sample of tokens: which tokens are sampled, and what if all of them are zero."""
 
 import logging
 
@@ -57,7 +57,7 @@ def test_embeddings_count_every_token_whatever_the_stride():
 
 
 def with_zero_sample(**settings):
-    """A layer of which step 0 samples token 0 of 4, and its optimizer and preconditioner."""
+    """Return layer, optimizer and preconditioner; step 0 samples token 0 of 4."""
     layer = nn.Linear(6, 2, bias=False)
     preconditioner = ActivationPreconditioner(layer, gamma=0.1, token_stride=4, **settings)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
@@ -65,7 +65,7 @@ def with_zero_sample(**settings):
 
 
 def backward(layer, token: int, seed: int):
-    """A gradient from one sequence of 4 tokens of which only this one is not zero."""
+    """Run a backward on one sequence of 4 tokens, all zero except `token`; return input and G."""
     x = torch.zeros(1, 4, 6)
     x[0, token] = randn(6, seed=seed)
     layer.weight.grad = None
@@ -81,7 +81,7 @@ def test_a_first_sample_of_zeros_lets_the_gradient_pass_counted_and_logged(caplo
     assert torch.equal(layer.weight.grad, G)
     assert "all sampled activations are zero; the gradient is left as it is" in caplog.text
     assert preconditioner.report()[0]["fallbacks"] == 1
-    x, G = backward(layer, token=1, seed=2)  # step 1 samples token 1, and nothing of step 0
+    x, G = backward(layer, token=1, seed=2)  # step 1 samples token 1; the sum of step 0 was dropped
     optimizer.step()
     assert relative_error(layer.weight.grad, oracle(G, covariance(x[0, 1:2]), 0.1)) < 1e-5
 

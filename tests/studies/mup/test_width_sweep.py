@@ -14,7 +14,7 @@ from studies.mup.coordinates import measure_coordinates
 from studies.mup.grid import grid, twins
 from studies.mup.update_ratio import measure_update
 from studies.mup.width_sweep import main, parse, settings_of
-from studies.sweep.training import train_in
+from studies.sweep.trial import train_in
 from tests.studies.mup.width_records import record
 from tests.tiny import argv
 from trainer.checkpoint.read import load_checkpoint

@@ -36,13 +36,12 @@ def test_the_leaderboard_holds_every_variant_with_the_numbers_of_the_records(pag
 
 
 def test_stars_are_those_of_the_planned_comparisons_and_the_page_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("studies.report.__main__.draw", lambda records: {})
+    monkeypatch.setattr("studies.report.report.draw", lambda records: {})
     folder, out = write_study(tmp_path / "study", study()), tmp_path / "out"
     assert main([str(folder), "--out", str(out), "--comparisons", "71"]) == 0
     page = read(out)
     assert page.row("dopr-adamw")[7] == "0.016"  # no star: above 0.05 / 71
     assert "below 0.000704, which is 0.05 divided by the number of comparisons, 71" in page.text
-    assert "all that were planned, of which 3 are on this page" in page.text
 
 
 def test_the_page_says_what_a_factor_at_equal_validation_has_to_exceed(tmp_path, report):
@@ -50,7 +49,7 @@ def test_the_page_says_what_a_factor_at_equal_validation_has_to_exceed(tmp_path,
     page = report(write_study(tmp_path / "many", [*study(), *others]))
     assert "Two base optimizers differ by up to × 1.0" in page.text
     assert page.row("adamw / muon")
-    assert "Kendall's tau = 1.00" in page.text  # validation is a tenth of the error here
+    assert "rollout error is 1.00" in page.text  # tau: validation is a tenth of the error here
 
 
 def test_the_page_has_each_optimizer_at_its_own_temperature(tmp_path, report):
@@ -83,25 +82,13 @@ def test_temperatures_of_models_that_were_trained_again_are_refused(tmp_path, ca
         assert message in capsys.readouterr().err
     path.write_text("{")
     assert main([str(folder), "--out", str(tmp_path / "out")]) == 2
-    assert "temperature.jsonl: not JSON" in capsys.readouterr().err
-
-
-def test_the_caption_explains_the_curves_that_are_drawn_and_no_others(page, tmp_path):
-    assert "G(l) = (B(l) − A(l)) / l" in page.text
-    assert "S(l)" not in page.text
-    rows = study()
-    for grade in filter(None, [record["grade"] for record in rows]):
-        grade["curves"] = {"A": grade["curves"]["A"], "survival": grade["curves"]["A"]}
-    main([str(write_study(tmp_path / "study", rows)), "--out", str(tmp_path / "out")])
-    page = read(tmp_path / "out")
-    assert "S(l) is the share of episodes that still go on after l steps" in page.text
-    assert "B(l)" not in page.text
+    assert "temperature.jsonl: expected one JSON record per line" in capsys.readouterr().err
 
 
 def test_with_one_base_the_page_says_why_there_is_no_table(tmp_path, report):
     rows = [*fresh("adamw", [5.0, 6.0, 7.0]), *fresh("dopr-adamw", [3.0, 4.1, 5.0])]
     page = report(write_study(tmp_path / "study", rows))
-    assert "Nothing can be said at equal validation" in page.text
+    assert "No comparison at equal validation" in page.text
 
 
 def test_what_is_not_told_apart_is_called_so_and_nothing_is_marked_as_best(page):
@@ -211,7 +198,7 @@ def test_it_says_how_to_do_it_again(page):
 def test_episodes_that_differ_between_optimizers_are_noticed(tmp_path, report):
     rows = study()
     page = report(write_study(tmp_path / "same", rows))
-    assert "the same for all its optimizers" in page.text
+    assert "graded on the same episodes" in page.text
     rows[0]["grade"]["samples"] = [{"data": "1 1", "own": "0 2"}]
     page = report(write_study(tmp_path / "other", rows))
     assert "some seeds were graded on different episodes" in page.text
@@ -219,13 +206,3 @@ def test_episodes_that_differ_between_optimizers_are_noticed(tmp_path, report):
 
 def test_episodes_still_under_way_are_counted(page):
     assert [row[1:] for row in page.rows if row[0] == "muon" and "8" in row] == [list("8864")]
-
-
-def test_an_interval_that_the_drawing_cannot_hold_ends_in_an_arrow(tmp_path, report):
-    bases = ("adamw", "muon", "signum", "sgd")
-    rows = [each for base in bases for each in fresh(base, [5.0, 6.0, 7.0])]
-    rows += [each for base in bases[1:] for each in fresh(f"dopr-{base}", [4.9, 6.1, 7.1])]
-    page = report(write_study(tmp_path / "near", rows + fresh("dopr-adamw", [4.8, 6.2, 7.2])))
-    assert ("path", {"class": "beyond", "d": "M5 3L0 7L5 11"}) not in page.tags
-    far = report(write_study(tmp_path / "far", rows + fresh("dopr-adamw", [0.05, 0.06, 0.07])))
-    assert far.tags.count(("path", {"class": "beyond", "d": "M5 3L0 7L5 11"})) == 1

@@ -13,7 +13,7 @@ def test_single_runs_are_compared_without_claims_about_seeds(tmp_path, report):
     runs = [graded("muon", 7, 4.0), graded("dopr-muon", 7, 3.0)]
     folders = [write_run(tmp_path / run["variant"], run) for run in runs]
     page = report(*folders)
-    assert "One run each, one seed" in page.text
+    assert "one run with one seed of each" in page.text
     # The interval is that of the episodes, 0 to 9; the difference has none.
     assert page.row("dopr-muon")[2:5] == ["3.0 ± 4.5", "× 0.750", "one seed"]
     assert "seeds won" not in page.text
@@ -32,7 +32,7 @@ def test_studies_single_runs_and_other_knobs_have_leaderboards_of_their_own(tmp_
     folders = [write_study(tmp_path / "one", study()), write_study(tmp_path / "two", other)]
     page = report(*folders, write_run(tmp_path / "run", graded("adamw", 7, 9.0)))
     assert [cell for row in page.rows for cell in row].count("against base") == 3
-    assert "Against its own base optimizer" in page.text
+    assert "Each variant against its base optimizer" in page.text
 
 
 def test_two_fresh_seeds_have_no_intervals(tmp_path, report):
@@ -73,9 +73,9 @@ def broken(tmp_path, fault):
     ("fault", "message"),
     [
         ("empty", "has no records; run `python -m studies.sweep.compare`"),
-        ("not JSON", "not JSON"),
+        ("not JSON", "expected one JSON record per line"),
         ("lacks a key", "record 1 lacks spec, primary"),
-        ("no protocol", "protocol.json: not there"),
+        ("no protocol", "protocol.json: missing"),
     ],
 )
 def test_a_study_that_cannot_be_read_is_an_error_before_any_work(tmp_path, capsys, fault, message):
@@ -87,4 +87,4 @@ def test_a_study_that_cannot_be_read_is_an_error_before_any_work(tmp_path, capsy
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path, capsys):
     assert main([str(tmp_path / "nothing"), "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'nothing'}: neither")
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'nothing'}: contains neither")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from studies.report.__main__ import overview
+from studies.report.report import overview
 from studies.report.sections import make_sections
 from tests.studies.records import record
 from tests.studies.small_studies import fresh, study

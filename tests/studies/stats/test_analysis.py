@@ -7,17 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from studies.stats.analysis import (
-    AnalysisError,
-    groups,
-    leaderboard,
-    load_records,
-    log_error,
-    references,
-    seed_curves,
-    sweeps,
-    teacher_forced,
-)
+from studies.stats.analysis import leaderboard, references, seed_curves, sweeps
+from studies.stats.records import AnalysisError, load_records, log_error, teacher_forced
 from tests.studies.records import record
 
 BASE, DOPR = [4.0, 5.0, 6.0], [3.0, 4.5, 4.0]
@@ -152,11 +143,6 @@ def test_instances_of_other_entropy_are_compared_by_their_oracle_kl():
     assert teacher_forced(row) == 0.25
     assert teacher_forced(record("adamw", 0, 1.0, val_loss=3.0)) == 3.0
     assert math.isnan(teacher_forced(record("adamw", 0, None)))
-
-
-def test_records_are_grouped_by_task_and_length():
-    rows = [record("adamw", 0, 1.0), record("adamw", 0, 1.0, steps=1500)]
-    assert list(groups(rows)) == [("pdfa", 500), ("pdfa", 1500)]
 
 
 def test_records_come_from_studies_and_from_graded_runs(tmp_path):

@@ -3,8 +3,9 @@
 import pytest
 
 from studies.report.__main__ import main
-from studies.stats.analysis import AnalysisError, references
+from studies.stats.analysis import references
 from studies.stats.consistency import check
+from studies.stats.records import AnalysisError
 from studies.sweep.compare import summary
 from tests.studies.records import record
 from tests.studies.small_studies import graded, study, write_study

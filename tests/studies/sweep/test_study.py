@@ -12,8 +12,9 @@ import pytest
 from optim.build import MATRIX_OPTIMIZERS, OPTIMIZERS
 from studies.sweep.compare import main, notes, study_of
 from studies.sweep.compare import parse as parse_arguments
+from studies.sweep.results import unite
 from studies.sweep.run_cache import TrialError, differences, read_record
-from studies.sweep.study import FRESH, GRIDS, SweepError, _unite, sweep
+from studies.sweep.study import FRESH, GRIDS, SweepError, sweep
 from studies.sweep.trial import run_trial
 from studies.sweep.variants import parse_variant
 from tests.studies.records import record
@@ -64,14 +65,14 @@ def test_an_optimizer_without_a_grid_is_swept_from_1e_3_and_is_named(tmp_path, m
     new = study(tmp_path)
     assert sweep(new, parse_variant("adamw"), run) == 4e-3
     assert asked[::2] == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
-    assert notes(new).startswith("adamw: no row in GRIDS")
+    assert notes(new).startswith("adamw: not in GRIDS")
     monkeypatch.undo()
     assert notes(new) == ""
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_adamw_beside_every_matrix_optimizer_has_one_rate(tmp_path, optimizer):
-    point = study(tmp_path, task="pdfa").point(parse_variant(optimizer), "fresh", 0.5, 7)
+    point = study(tmp_path, task="pdfa").trial(parse_variant(optimizer), "fresh", 0.5, 7)
     assert ("aux_lr" in point.settings) == (optimizer in MATRIX_OPTIMIZERS)
 
 
@@ -92,7 +93,7 @@ def test_a_variant_without_a_rate_does_not_keep_others_from_theirs(
     tmp_path, monkeypatch, capsys, lost
 ):
     def swept(study, variant, run):
-        run([study.point(variant, "tuning", 1e-3, seed) for seed in range(study.tuning_seeds)])
+        run([study.trial(variant, "tuning", 1e-3, seed) for seed in range(study.tuning_seeds)])
         if variant.name == lost:
             raise SweepError("none")
         return 1e-3
@@ -114,7 +115,7 @@ def test_a_variant_that_is_named_without_its_base_is_told_so(tmp_path):
 
 
 def test_a_seed_is_the_instance_of_the_task_and_of_the_run(tmp_path):
-    point = study(tmp_path, task="pdfa,states=8").point(parse_variant("dopr-muon"), "fresh", 0.5, 7)
+    point = study(tmp_path, task="pdfa,states=8").trial(parse_variant("dopr-muon"), "fresh", 0.5, 7)
     assert "instance=7" in point.task.spec
     assert "states=8" in point.task.spec
     assert {"--seed=7", "--lr=0.5", "--dopr=True", "--aux_lr=0.004"} <= set(point.command)
@@ -161,7 +162,7 @@ def test_controls_are_run_and_compared(tmp_path, monkeypatch, capsys):
 
 
 def test_a_control_that_is_asked_for_as_fresh_is_fresh(tmp_path):
-    control = study(tmp_path, "--steps", "5").point(parse_variant("adamw"), "control", 1e-3, FRESH)
+    control = study(tmp_path, "--steps", "5").trial(parse_variant("adamw"), "control", 1e-3, FRESH)
     run_trial(control)
     assert run_trial(replace(control, role="fresh"))["role"] == "fresh"
     assert read_record(control.folder)["role"] == "fresh"
@@ -177,7 +178,7 @@ def test_a_run_in_a_worker_is_the_run_of_the_command(tmp_path):
     changes = ["n_embd=16", "n_head=1", "eval_batches=1"]
     settings = study(tmp_path, "--steps", "3", "--tokens_per_step", "32", "--episodes", "4",
                      "--set", *changes, task=TINY)  # fmt: skip
-    point = settings.point(parse_variant("dopr-adamw"), "tuning", 1e-3, 0)
+    point = settings.trial(parse_variant("dopr-adamw"), "tuning", 1e-3, 0)
     record = run_trial(point)
     by_hand = [each for each in point.command if not each.startswith("--out_dir")]
     command = [sys.executable, *by_hand, f"--out_dir={tmp_path / 'by_hand'}"]
@@ -189,7 +190,7 @@ def test_a_run_in_a_worker_is_the_run_of_the_command(tmp_path):
 
 
 def test_settings_that_a_run_refuses_end_the_comparison_with_its_message(tmp_path):
-    point = study(tmp_path, "--set", "init_from=nowhere", task=TINY).point(
+    point = study(tmp_path, "--set", "init_from=nowhere", task=TINY).trial(
         parse_variant("adamw"), "tuning", 1e-3, 0
     )
     with pytest.raises(TrialError, match="failed: init_from=nowhere"):
@@ -204,7 +205,7 @@ def test_settings_that_a_run_refuses_end_the_comparison_with_its_message(tmp_pat
         (["--task", "pdfa,state=3", "--optimizers", "adamw"], "did you mean 'states'"),
         (["--task", "lds", "--optimizers", "adam"], "NAME one of"),
         (["--task", "lds", "--optimizers", "adamw", "--seeds", "0"], "--seeds=0"),
-        (["--task", "pdfa", "--optimizers", "adamw", "--set", "x"], "wants KEY=VALUE"),
+        (["--task", "pdfa", "--optimizers", "adamw", "--set", "x"], "expected KEY=VALUE"),
         (["--task", "pdfa", "--optimizers", "adamw", "--set", "n_hed=2"], "did you mean 'n_head'"),
         (["--task", "pdfa", "--optimizers", "adamw", "--set", "lr=2"], "lr is fixed here"),
         (["--task", "pdfa", "--optimizers", "adamw", "--set", "n_head=3"], "divisible by n_head=3"),
@@ -213,7 +214,7 @@ def test_settings_that_a_run_refuses_end_the_comparison_with_its_message(tmp_pat
         (["--task", "pdfa", "--optimizers", "adamw,sgd,adamw"], "adamw is there more than once"),
         (["--task", "lds", "--optimizers", "adamw", "--set", "gamma=1"], "optimizer+gamma"),
         (["--task", "lds", "--optimizers", "dopr-adamw+exponent=3"], "exponent=3"),
-        (["--task", "lds", "--optimizers", "adamw+gamma=1"], "task lds has no gamma"),
+        (["--task", "lds", "--optimizers", "adamw+gamma=1"], "task lds has no setting gamma"),
     ],
 )
 def test_a_wrong_command_is_one_message_before_any_work(arguments, message, tmp_path, capsys):
@@ -241,7 +242,7 @@ def test_other_optimizers_and_seeds_are_added_to_those_in_the_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "no protocol"), ("{}", "lacks command, fresh_seeds, n, ")]
+    ("content", "message"), [("{", "not a protocol"), ("{}", "lacks command, fresh_seeds, n, ")]
 )
 def test_a_damaged_protocol_is_named_and_left_as_it_is(tmp_path, content, message):
     damaged = study(tmp_path)
@@ -263,7 +264,7 @@ def test_a_variant_with_another_meaning_is_refused(tmp_path):
 
 
 def test_a_record_of_another_run_is_refused_by_name(tmp_path):
-    point = study(tmp_path, "--steps", "5").point(parse_variant("adamw"), "tuning", 1e-3, 0)
+    point = study(tmp_path, "--steps", "5").trial(parse_variant("adamw"), "tuning", 1e-3, 0)
     assert run_trial(point) == run_trial(point)
     other = replace(point, settings=point.settings | {"max_steps": 6})
     with pytest.raises(TrialError, match="max_steps was 5, is 6; delete it or choose another"):
@@ -281,9 +282,9 @@ def test_fresh_runs_at_a_new_rate_replace_those_at_the_old_one(tmp_path):
     path = tmp_path / "records.jsonl"
     old = [record("adamw", seed, 1.0, lr=0.01) for seed in (200, 201)]
     others = [record("adamw", 0, 1.0, lr=0.01, role="tuning"), record("sgd", 200, 1.0, lr=0.01)]
-    _unite(path, [*old, *others])
+    unite(path, [*old, *others])
     new = record("adamw", 200, 2.0, lr=0.02)
-    rows = _unite(path, [new])
+    rows = unite(path, [new])
     found = [(row["variant"], row["lr"], row["seed"]) for row in rows]  # none of seed 201
     assert found == [("adamw", 0.01, 0), ("adamw", 0.02, 200), ("sgd", 0.01, 200)]
     assert read_records(tmp_path) == rows

@@ -107,7 +107,7 @@ def test_trained_models_are_graded_at_their_temperature_once(tmp_path, capsys):
     command = f"--task {TINY} --optimizers adamw --steps 10 --episodes 16 --out {out}"
     study = compare.study_of(compare.parse(command.split())[1])
     seeds = {"tuning": (0,), "fresh": (200, 201)}
-    points = [study.point(study.variants[0], role, 1e-2, s) for role in seeds for s in seeds[role]]
+    points = [study.trial(study.variants[0], role, 1e-2, s) for role in seeds for s in seeds[role]]
     lines = [json.dumps(run_trial(point)) + "\n" for point in points]
     (out / "records.jsonl").write_text("".join(lines))
     temperature.main([str(out)])
@@ -134,7 +134,7 @@ def test_trained_models_are_graded_at_their_temperature_once(tmp_path, capsys):
 def test_folders_without_models_or_without_a_study_are_one_error(tmp_path, capsys):
     runs = [graded("adamw", 0, 1.0, role="tuning"), *fresh("adamw", [1.0, 2.0, 3.0])]
     lds = [{**each, "task": "lds"} for each in runs]
-    for name, rows, message in (("a", runs, "no checkpoint"), ("b", lds, "no study of sampled")):
+    for name, rows, message in (("a", runs, "no checkpoint"), ("b", lds, "not a study of sampled")):
         folder = write_study(tmp_path / name, rows)
         with pytest.raises(SystemExit) as exit:
             temperature.main([str(folder)])

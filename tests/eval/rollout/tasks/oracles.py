@@ -1,4 +1,4 @@
-"""Predictors whose every number is known: the oracle itself, and models that are off by a law."""
+"""Predictors that deviate from the oracle in a known way, and helpers to run them."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from model import GPT, GPTConfig
 
 
 class Bent(Predictor):
-    """Another predictor's probabilities, changed by a function of (B, V) float64."""
+    """Apply a function of (B, V) float64 to the probabilities of another predictor."""
 
     def __init__(self, predictor: Predictor, bend: Callable[[Tensor], Tensor]) -> None:
         self.predictor = predictor
@@ -26,8 +26,10 @@ class Bent(Predictor):
 
 
 class Product(Predictor):
-    """Probabilities proportional to the product of two predictors', the second raised to `power`:
-    near the first, but off by what the second makes of the whole context."""
+    """Multiply the probabilities of two predictors, the second raised to `power`, and normalise.
+
+    The result is near the first predictor, with errors that depend on the whole context.
+    """
 
     def __init__(self, first: Predictor, second: Predictor, power: float) -> None:
         self.parts = first, second
@@ -46,14 +48,14 @@ class Product(Predictor):
 
 
 def smoothed(p: Tensor, share: float = 0.1) -> Tensor:
-    """A share of the mass spread evenly over all tokens."""
+    """Spread a share of the mass evenly over all tokens."""
     return (1 - share) * p + share / p.size(-1)
 
 
 def both_rollouts(
     task: OracleTask, predictor: Predictor, *, n: int, seed: int
 ) -> tuple[Rollout, Rollout]:
-    """Episodes on the data's contexts and on the model's own, as `task.grade` compares them."""
+    """Roll out on the data's contexts and on the model's own, as `task.grade` does."""
     uniforms = task.uniforms(n, seed)
     data = rollout(task.environment(n, seed), predictor, uniforms, "oracle")
     own = rollout(task.environment(n, seed), predictor, uniforms, "model")
@@ -61,7 +63,7 @@ def both_rollouts(
 
 
 def random_gpt(task: OracleTask, seed: int = 0) -> GPT:
-    """An untrained GPT that can live through an episode of the task."""
+    """Build an untrained GPT whose context fits an episode of the task."""
     torch.manual_seed(seed)
     sizes = {"vocab_size": len(task.symbols()) + 1, "block_size": task.context_tokens}
     return GPT(GPTConfig(**sizes, n_layer=2, n_head=2, n_embd=32)).eval()

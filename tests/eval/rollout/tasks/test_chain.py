@@ -1,4 +1,4 @@
-"""Exact match of a deterministic answer says nothing that validation does not: the identities."""
+"""Test that the exact match of a deterministic answer follows from the validation loss."""
 
 import itertools
 import math
@@ -15,13 +15,13 @@ EXACT = 1e-5  # a float32 GPT whose contexts are read in different batches
 
 
 def often_right(task, n, seed, power=4.0):
-    """A model near the oracle whose errors depend on the whole context and grow with `power`."""
+    """Build a model near the oracle whose errors depend on the context and grow with `power`."""
     near = Bent(OraclePredictor(task.environment(n, seed)), smoothed)
     return Product(near, GPTPredictor(random_gpt(task)), power)
 
 
 def greedy(p):
-    """All mass on the likeliest token."""
+    """Put all mass on the likeliest token."""
     return torch.nn.functional.one_hot(p.argmax(-1), p.size(-1)).double()
 
 
@@ -49,7 +49,7 @@ def test_greedy_exact_match_is_whether_all_is_right_on_the_datas_contexts():
     data, own = both_rollouts(task, predictor, n=500, seed=0)
     all_right = (data.nll == 0).all(1)
     assert own.outcomes["exact_match"].bool().equal(all_right)
-    assert 0.05 < all_right.double().mean() < 0.95  # both happen
+    assert 0.05 < all_right.double().mean() < 0.95  # both cases occur
 
 
 def test_sampled_exact_match_is_the_datas_likelihood_up_to_monte_carlo_error():
@@ -65,7 +65,7 @@ def test_sampled_exact_match_is_the_datas_likelihood_exactly():
     task, n = Chain(modulus=3, horizon=2), 9
     predictor = often_right(task, n, 0)
     expected = torch.zeros(n).double()
-    for first, second in itertools.product(range(4), repeat=2):  # all that a model can say
+    for first, second in itertools.product(range(4), repeat=2):  # all possible decisions
         environment = task.environment(n, 0)
         log_p = predictor.start(environment.prompts)[:, first]
         environment.step(torch.full((n,), first))

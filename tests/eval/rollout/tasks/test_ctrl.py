@@ -1,4 +1,4 @@
-"""Control against scipy's normal law, a textbook filter, and who sees no velocity."""
+"""Compare ctrl with scipy's normal distribution, a textbook Kalman filter and a blind policy."""
 
 import math
 
@@ -21,7 +21,7 @@ MIDDLE = 33 + 8  # the action of u = 0
 
 
 class VelocityBlind(Predictor):
-    """The expert's law at the centre of the last angle's bin, and ω = 0."""
+    """Act like the expert at the centre of the last angle's bin, but with ω = 0."""
 
     def __init__(self, task: Ctrl) -> None:
         self.environment = task.environment(1, 0)
@@ -37,8 +37,10 @@ class VelocityBlind(Predictor):
 
 
 class TokenExpert(Predictor):
-    """The expert again, from tokens alone, one pendulum at a time: Kalman's filter in the textbook
-    form, its covariances inverted and multiplied as matrices."""
+    """Compute the expert from tokens alone, one pendulum at a time.
+
+    It uses the textbook form of the Kalman filter with explicit matrix products and inverses.
+    """
 
     def __init__(self, task: Ctrl) -> None:
         self.task, self.plant = task, task.plant
@@ -80,7 +82,7 @@ def task():
 
 
 def act(task: Ctrl, tokens: list[int], n: int = N, seed: int = 0) -> ctrl.CtrlEnvironment:
-    """The world after all its pendulums got the same tokens."""
+    """Return the environment after all of its pendulums received the same tokens."""
     environment = task.environment(n, seed)
     for token in tokens:
         environment.step(torch.full((n,), token))
@@ -99,13 +101,13 @@ def test_the_expert_has_no_gap_and_lives_the_same_episodes(task):
 
 def test_the_oracle_knows_nothing_that_the_tokens_do_not_say(task):
     metrics = task.grade(TokenExpert(task), n=100, seed=0).means()
-    # two ways of rounding a filter, and a KL that is second order in the difference
+    # The two filters round differently, and the KL is second order in the difference.
     assert metrics["val_kl"] == pytest.approx(0, abs=1e-10)
     assert metrics["failure"] == metrics["data_failure"]
 
 
 @pytest.mark.parametrize("instance", range(4))
-def test_the_expert_falls_rarely_and_who_sees_no_velocity_falls_often(instance):
+def test_the_expert_falls_rarely_and_a_policy_blind_to_velocity_falls_often(instance):
     task = Ctrl(instance=instance)
     data, own = both_rollouts(task, VelocityBlind(task), n=2000, seed=0)
     expert, blind = ({k: v.nanmean() for k, v in each.outcomes.items()} for each in (data, own))
@@ -159,7 +161,7 @@ def test_angles_and_actions_take_turns_and_only_actions_are_scored(task):
     assert documents[:, 1::2].max() < 50 == len(task.symbols())
 
 
-def test_the_angles_of_a_document_are_the_worlds_answers_to_its_actions(task):
+def test_the_angles_of_a_document_are_the_environments_answers_to_its_actions(task):
     documents = task.documents(N, 0)
     environment = task.environment(N, 0)
     assert environment.prompts.equal(documents[:, :1])
@@ -169,7 +171,9 @@ def test_the_angles_of_a_document_are_the_worlds_answers_to_its_actions(task):
 
 
 def test_a_pendulum_does_what_the_equations_say(task):
-    tokens = task.documents(1, 0)[0, 1:16:2].tolist()  # rounding nearly doubles every step
+    tokens = task.documents(1, 0)[
+        0, 1:16:2
+    ].tolist()  # few, because rounding errors nearly double every step
     environment, start = act(task, tokens, n=1), task.environment(1, 0)
     assert not environment.fallen
     theta, omega = start.theta.item(), start.omega.item()
@@ -178,10 +182,10 @@ def test_a_pendulum_does_what_the_equations_say(task):
         believed = act(task, tokens[:i], n=1).estimate[:, 0].tolist()
         u = (token - MIDDLE) * 2 * ctrl.U_MAX / 17
         cost += theta**2 + 0.1 * omega**2 + 0.001 * u**2
-        wanted = (
+        expected = (
             -(task.plant.stiffness + ctrl.KAPPA**2) * believed[0] - 2 * ctrl.KAPPA * believed[1]
         )
-        error += (u - min(max(wanted, -ctrl.U_MAX), ctrl.U_MAX)) ** 2
+        error += (u - min(max(expected, -ctrl.U_MAX), ctrl.U_MAX)) ** 2
         omega += ctrl.DT * (task.plant.stiffness * math.sin(theta) + u) + push
         theta += ctrl.DT * omega
     assert (environment.theta.item(), environment.omega.item()) == pytest.approx(
@@ -201,7 +205,10 @@ def test_a_token_that_is_no_action_is_illegal_and_pushes_nothing(task, token):
 
 
 def test_a_fallen_pendulum_stays_where_it_fell_and_is_not_graded(task):
-    early, late = act(task, [49] * 16), act(task, [49] * 16 + [33] * 16)  # full power, one way
+    early, late = (
+        act(task, [49] * 16),
+        act(task, [49] * 16 + [33] * 16),
+    )  # full power in one direction
     assert early.fallen.all()
     assert (early.theta == ctrl.THETA_MAX).all()
     assert late.theta.equal(early.theta)
@@ -216,7 +223,7 @@ def test_a_rollout_grades_decisions_up_to_the_fall(task):
     _, own = both_rollouts(task, VelocityBlind(task), n=N, seed=0)
     graded = ~own.error.isnan()
     assert (graded.int().diff(dim=1) <= 0).all()
-    # a fall at the last decision leaves nothing ungraded
+    # a fall at the last decision has no ungraded decisions after it
     assert own.outcomes["failure"][~graded[:, -1]].all()
     assert (~graded[:, -1]).sum() > 0.5 * N
 

@@ -1,4 +1,4 @@
-"""Navigation against scipy's shortest paths, enumeration of all paths, and walks by hand."""
+"""Compare nav with scipy's shortest paths, with the enumeration of all paths and by hand."""
 
 from itertools import pairwise
 
@@ -14,7 +14,7 @@ from tests.eval.rollout.tasks.oracles import both_rollouts
 
 EXACT = 1e-12  # float64, products of a few shares
 N = 40
-ON = 2 * N  # ids: places, then goals, then "on", then end-of-text
+ON = 2 * N  # ids are nodes, then goals, then "on", then end-of-text
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def edges(task) -> np.ndarray:  # (N, N) bool
 
 
 def walks(successors, place, goal, moves):
-    """All walks of so many moves, without their first place."""
+    """List all walks from `place` to `goal` with `moves` moves, without their first node."""
     if moves == 0:
         return [[]] if place == goal else []
     onward = successors[place]
@@ -42,12 +42,12 @@ def walks(successors, place, goal, moves):
 
 
 def shortest(task, place, goal):
-    """All shortest paths, without their first place."""
+    """List all shortest paths, without their first node."""
     return walks(task.graph.successors.tolist(), place, goal, task.graph.distance[place, goal])
 
 
 def walk(environment, tokens):
-    """Takes these decisions in the world's only episode; the answers."""
+    """Take the decisions `tokens` in the environment's only episode and return the answers."""
     return [environment.step(torch.tensor([token])).item() for token in tokens]
 
 
@@ -57,7 +57,7 @@ def outcomes(environment):
 
 @pytest.fixture
 def episode(task):
-    """One episode whose first goal is at least three moves away, and a shortest path to it."""
+    """Return an episode with a first goal at least three moves away, and a shortest path."""
     for seed in range(20):
         environment = task.environment(1, seed)
         place, goal = environment.stops[0, :2].tolist()
@@ -67,7 +67,7 @@ def episode(task):
 
 
 def journeys(task, seed, n):
-    """(goal, places from the first to the goal, or as far as it goes) in n documents."""
+    """Yield (goal, nodes up to the goal or to the end of the document) for n documents."""
     for document in task.documents(n, seed).tolist():
         goal, way = None, []
         for place, answer in zip(document[::2], [*document[1::2], ON], strict=True):
@@ -91,8 +91,8 @@ def test_the_graph_is_strongly_connected_regular_and_without_loops(instance):
 @pytest.mark.parametrize("degree", [2, 3, 6])
 def test_distances_are_scipys(degree):
     task = Nav(nodes=128, degree=degree)
-    wanted = shortest_path(edges(task), unweighted=True)
-    assert (task.graph.distance.numpy() == wanted).all()
+    expected = shortest_path(edges(task), unweighted=True)
+    assert (task.graph.distance.numpy() == expected).all()
 
 
 def test_shortest_paths_are_as_many_as_enumeration_finds(task):
@@ -244,7 +244,7 @@ def test_decisions_at_held_out_pairs_are_counted_apart(task):
     environment, counts = (
         task.environment(200, 3),
         torch.zeros(2, 2, 200),
-    )  # held out or not: closer, all
+    )  # [not held out, held out], [closer, all], episode
     for u in task.uniforms(200, 3).unbind(1):
         held = task.held_out[environment.place, environment.goal].long()
         before, goal, alive = (
@@ -257,7 +257,7 @@ def test_decisions_at_held_out_pairs_are_counted_apart(task):
         rows = torch.arange(200)
         counts[held, 0, rows] += (closer & alive).float()
         counts[held, 1, rows] += alive.float()
-    shares = counts[:, 0] / counts[:, 1]  # NaN where there were none
+    shares = counts[:, 0] / counts[:, 1]  # NaN if there are no decisions of a kind
     found = environment.outcomes()
     assert np.allclose(found["novel_optimality"], shares[1], equal_nan=True)
     assert np.allclose(found["familiar_optimality"], shares[0], equal_nan=True)

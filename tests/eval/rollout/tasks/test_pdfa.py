@@ -1,4 +1,4 @@
-"""The automaton against linear algebra, enumeration and independent graph code."""
+"""Compare pdfa with linear algebra, enumeration and scipy's graph algorithms."""
 
 import itertools
 
@@ -20,7 +20,7 @@ def task():
 
 
 def transition_matrix(automaton) -> np.ndarray:  # (S, S)
-    """P[s, s'] = the probability that one token leads from s to s'."""
+    """Return P[s, s'], the probability that one token leads from s to s'."""
     S, V = automaton.p.shape
     P = np.zeros((S, S))
     for s, v in itertools.product(range(S), range(V)):
@@ -29,7 +29,7 @@ def transition_matrix(automaton) -> np.ndarray:  # (S, S)
 
 
 def entropy_rate(automaton) -> float:
-    """Stationary entropy of the next token given the state, nats."""
+    """Compute the stationary entropy of the next token given the state, in nats."""
     P = transition_matrix(automaton)
     S = len(P)
     equations = np.vstack([P.T - np.eye(S), np.ones(S)])  # pi P = pi, sum pi = 1
@@ -74,8 +74,8 @@ def test_the_oracle_is_the_belief_of_the_forward_algorithm_on_any_history(task):
         environment.step(token)
         belief = np.einsum("bs,bst->bt", belief, emit[token])
         belief /= belief.sum(1, keepdims=True)
-        wanted = np.einsum("bs,vst->bv", belief, emit)
-        assert environment.oracle().numpy() == pytest.approx(wanted, abs=EXACT)
+        expected = np.einsum("bs,vst->bv", belief, emit)
+        assert environment.oracle().numpy() == pytest.approx(expected, abs=EXACT)
 
 
 def test_documents_follow_the_automatons_law():
@@ -105,12 +105,14 @@ def test_one_percent_of_the_oracles_tokens_are_unlikely(task):
 
 
 def test_unlikely_tokens_are_counted_in_the_state_they_are_drawn_in(task):
-    automaton, environment, wanted = task.automaton, task.environment(40, 0), np.zeros(40)
+    automaton, environment, expected = task.automaton, task.environment(40, 0), np.zeros(40)
     tokens = torch.randint(11, (40, 9), generator=torch.Generator().manual_seed(0))
     states = np.zeros(40, dtype=int)
     for token in tokens.unbind(1):
         environment.step(token)
-        wanted += automaton.p.numpy()[states, token] < 0.002
+        expected += automaton.p.numpy()[states, token] < 0.002
         states = automaton.target.numpy()[states, token]
-    assert environment.outcomes()["unlikely_share"].numpy() == pytest.approx(wanted / 9, abs=EXACT)
+    assert environment.outcomes()["unlikely_share"].numpy() == pytest.approx(
+        expected / 9, abs=EXACT
+    )
     assert not environment.has_ended().any()

@@ -1,4 +1,4 @@
-"""Grading on text: known models, the interval's units, the end of a text, what is refused."""
+"""Test grading on text with models whose metrics are known."""
 
 from dataclasses import astuple
 from itertools import pairwise
@@ -29,7 +29,7 @@ DOCUMENTS = [
 
 
 def write_texts(folder, *shards):
-    """A dataset of bytes: the documents of each shard, the same in both splits."""
+    """Write a byte-level dataset with the given documents per shard, the same in both splits."""
     tokenizer, splits = byte_tokenizer(), {}
     tokenizer.save(folder / "tokenizer.json")
     ids = [np.array([id for text in part for id in (*text, END)], "uint16") for part in shards]
@@ -46,7 +46,7 @@ def texts(tmp_path_factory):
 
 
 class Table(Predictor):
-    """The next token depends on the last one only: table (V, V) of log-probabilities."""
+    """Predict the next token from the last one alone with a table (V, V) of logits."""
 
     def __init__(self, table):
         self.table = table.double().log_softmax(-1)
@@ -59,7 +59,7 @@ class Table(Predictor):
 
 
 class Reader(Predictor):
-    """Knows the documents by heart."""
+    """Predict the documents exactly."""
 
     def start(self, prompts, length=None):
         starts = {text[:P]: text for text in DOCUMENTS}
@@ -71,7 +71,7 @@ class Reader(Predictor):
         self.place += tokens.shape[1]
         logits = torch.zeros(len(self.texts), V, dtype=torch.float64)
         for row, text in zip(logits, self.texts, strict=True):
-            row[text[self.place]] = 60.0  # e^-60 is left for all others
+            row[text[self.place]] = 60.0  # e^-60 remains for each other token
         return logits.log_softmax(-1)
 
 
@@ -79,11 +79,11 @@ RANDOM = Table(torch.randn(V, V, generator=torch.Generator().manual_seed(0)))
 
 
 def says(other, then=()):
-    """After token a says b, for the (a, b) of `then`; after any other token says `other`."""
+    """Build a table that predicts b after a for each (a, b) in `then`, and else `other`."""
     following = torch.full((V,), other)
     for token, answer in then:
         following[token] = answer
-    return Table(40.0 * F.one_hot(following, V))  # e^-40 is left for all others
+    return Table(40.0 * F.one_hot(following, V))  # e^-40 remains for each other token
 
 
 def grade(predictor, texts, n=12, seed=0, **how):
@@ -96,7 +96,7 @@ def test_a_model_that_knows_the_documents_does_as_they_do(texts):
     for name in ("survival", "seq_rep_4", "distinct_2", "loop_rate", "zipf"):
         assert result.metrics[name] == result.metrics[f"data_{name}"]
     assert result.metrics["survival"].mean == 1
-    assert abs(result.metrics["val_ce"].mean) < 1e-12  # V e^-60 and float64's rounding
+    assert abs(result.metrics["val_ce"].mean) < 1e-12  # V e^-60 and float64 rounding
     assert abs(result.metrics["entropy_drift"].mean) < 1e-12
     assert all(sample["own"] == sample["data"] for sample in result.samples)
 
@@ -206,9 +206,9 @@ def test_a_text_ends_where_the_model_ends_it(texts):
     assert {tuple(s["own"]) for s in result.samples} == {tuple(words)}
     assert result.metrics["distinct_2"].mean == 1
     assert result.metrics["loop_rate"].mean == 0
-    assert np.isnan(result.metrics["entropy_drift"].mean)  # nobody reached the second half
+    assert np.isnan(result.metrics["entropy_drift"].mean)  # no rollout reached the second half
     short = grade(says(200, [(200, END)]), texts)
-    assert np.isnan(short.metrics["zipf"].mean)  # the end is no second token
+    assert np.isnan(short.metrics["zipf"].mean)  # end-of-text does not count as a second token
 
 
 def test_a_text_that_ended_keeps_its_state(texts):

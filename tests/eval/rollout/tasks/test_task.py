@@ -1,4 +1,4 @@
-"""What every task promises: streams, documents, files, and errors that say what to do."""
+"""Test what all tasks share: random streams, documents, files and error messages."""
 
 import re
 
@@ -52,7 +52,7 @@ def test_streams_and_instances_differ(given):
 
 
 @every_task
-def test_a_document_is_the_prompt_and_the_oracles_decisions_with_the_worlds_answers(given):
+def test_a_document_is_the_prompt_and_the_oracles_decisions_with_the_environments_answers(given):
     documents = given.documents(50, 0)
     assert documents.shape == (50, given.document_tokens) == (50, given.context_tokens + 1)
     environment, turn = given.environment(50, 0), 1 + given.answer_tokens
@@ -63,7 +63,9 @@ def test_a_document_is_the_prompt_and_the_oracles_decisions_with_the_worlds_answ
         q = environment.oracle()
         assert q.sum(1).numpy() == pytest.approx(1, abs=1e-12)
         assert (q.gather(1, token[:, None]) > 0).all()
-        assert environment.step(token)[:, : answer.size(1)].equal(answer)  # the last has none
+        assert environment.step(token)[:, : answer.size(1)].equal(
+            answer
+        )  # no answer follows the last decision
 
 
 @every_task
@@ -86,18 +88,25 @@ def test_opening_writes_the_documents_once(given, prepared):
     assert len(before) == 2
 
 
+def test_a_raised_documents_version_prepares_new_documents(prepared, monkeypatch):
+    given = Pdfa(horizon=10, n_documents=40)
+    before = given.open().dir
+    monkeypatch.setattr(Pdfa, "documents_version", Pdfa.documents_version + 1)
+    assert given.open().dir != before
+
+
 @every_task
 def test_the_loss_counts_the_decisions_and_neither_prompt_nor_answers(given, prepared):
     batches = val_batches(given.open(), block_size=given.context_tokens, batch_size=100)
     documents = given.documents(given.n_validation, "val")
     x, y = batches[0]
     assert x.equal(documents[:100, :-1])
-    wanted = documents[:100, 1:].clone()
-    wanted[:, : given.prompt_tokens - 1] = -1
+    expected = documents[:100, 1:].clone()
+    expected[:, : given.prompt_tokens - 1] = -1
     for i in given.unscored():
-        assert (wanted == i).any()
-        wanted[wanted == i] = -1
-    assert y.equal(wanted)
+        assert (expected == i).any()
+        expected[expected == i] = -1
+    assert y.equal(expected)
 
 
 @pytest.mark.parametrize(

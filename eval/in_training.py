@@ -1,0 +1,62 @@
+"""Evaluate the validation loss and the model's own rollouts during training."""
+
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+
+from data.dataset import DataError, Dataset
+from data.loader import ValBatches
+from eval.loss import evaluate
+from eval.rollout.tasks import Task
+from eval.rollout.ttf import grade_model
+from model import GPT
+from trainer.checkpoint.state import TrainState
+from trainer.parallel import Parallel
+from trainer.signals import StopRequest
+
+
+def validate(
+    state: TrainState,
+    batches: ValBatches,
+    dataset: Dataset,
+    parallel: Parallel,
+    autocast: torch.autocast,
+    stop: StopRequest,
+) -> dict[str, Any] | None:
+    """Evaluate the weights, and their moving average, on the validation set; None if stopped.
+
+    All processes must call this; each evaluates some of the batches.
+    """
+    row: dict[str, Any] = {}
+    reads = [partial(batches.__getitem__, i) for i in range(len(batches))]
+    for prefix, model in state.evaluated().items():
+        result = evaluate(
+            model,
+            (parallel.raise_on_all_ranks(read, DataError) for read in reads),
+            dataset.tokenizer.token_bytes(),
+            device=parallel.device,
+            autocast=autocast,
+            should_stop=stop.poll,
+            total=parallel.sum,
+        )
+        parallel.reshard(model)
+        if result is None:
+            return None
+        row |= {prefix + key: value for key, value in asdict(result).items()}
+    return row
+
+
+def grade_rollouts(
+    state: TrainState, task: Task, parallel: Parallel, *, n: int
+) -> dict[str, float]:
+    """Grade n rollouts of the weights and of their moving average. All processes must call this."""
+    row: dict[str, float] = {}
+    for prefix, model in state.evaluated().items():
+        assert isinstance(model, GPT)
+        whole = parallel.full_model(model, partial(GPT, model.config))
+        assert isinstance(whole, GPT)
+        grade = grade_model(task, whole, n=n, seed=0, parallel=parallel)
+        row |= {prefix + name: value for name, value in grade.means().items()}
+    return row

@@ -1,0 +1,59 @@
+"""Translate the names of earlier releases in settings and in the preconditioner's state.
+
+This is the only table of old names. The next release drops it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+SETTINGS = {"kernel": "backend", "muon_scale": "adjust_lr", "coefficients": "ns_coefficients"}
+VALUES = {("adjust_lr", "match_rms"): "match_rms_adamw"}  # (new name, old value): new value
+STATE = {"n_mended": "n_fallbacks", "directions": "deflation_basis"}
+
+
+def renamed_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings with new names and values, and the old names and values found.
+
+    Raises:
+        ValueError: if a setting is given under its old and its new name.
+    """
+    renamed, old = {}, []
+    for key, value in settings.items():
+        new_key = SETTINGS.get(key, key)
+        if new_key != key and new_key in settings:
+            raise ValueError(f"{key} is the old name of {new_key}: set only {new_key}")
+        new_value = VALUES.get((new_key, value), value) if isinstance(value, str) else value
+        if new_key != key:
+            old.append(key)
+        if new_value != value:
+            old.append(f"{new_key}={value}")
+        renamed[new_key] = new_value
+    return renamed, old
+
+
+def renamed_state(state: Any) -> Any:
+    """Return a preconditioner state, {layer: {key: value}}, with new keys.
+
+    Warns once if an old key was found. Leaves anything that is not a dict of dicts as it is.
+    """
+    if not isinstance(state, dict):
+        return state
+    layers = [layer for layer in state.values() if isinstance(layer, dict)]
+    old = sorted(STATE.keys() & {key for layer in layers for key in layer})
+    if not old:
+        return state
+    pairs = ", ".join(f"{key} -> {STATE[key]}" for key in old)
+    warnings.warn(
+        f"the preconditioner state has keys of an earlier release ({pairs}): save it again to "
+        "rename them",
+        FutureWarning,
+        stacklevel=3,  # the caller of load_state_dict
+    )
+    return {
+        name: {STATE.get(key, key): value for key, value in layer.items()}
+        if isinstance(layer, dict)
+        else layer
+        for name, layer in state.items()
+    }

@@ -1,0 +1,140 @@
+"""Read the records of studies and of graded runs, and the quantities that the statistics need.
+
+A record is one graded model, see eval/rollout/record.py. A study writes its records as JSON lines;
+the committed results hold the same lines compressed with xz.
+"""
+
+import json
+import lzma
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+RECORDS = "records.jsonl"  # in a study's folder
+
+
+class AnalysisError(ValueError):
+    """The files contain no records, or records that cannot be analysed together."""
+
+
+def stored(path: Path) -> Path | None:
+    """Return `path` if it exists, else `path`.xz if that exists, else None."""
+    candidates = (path, path.with_name(f"{path.name}.xz"))
+    return next((each for each in candidates if each.exists()), None)
+
+
+def read_records(path: Path) -> list[Record]:
+    """Return the records of a JSON-lines file, or of its compressed copy `path`.xz.
+
+    Returns an empty list if neither exists. Raises AnalysisError if a line is not JSON.
+    """
+    if not (found := stored(path)):
+        return []
+    try:
+        compressed = found.suffix == ".xz"
+        text = lzma.decompress(found.read_bytes()).decode() if compressed else found.read_text()
+        return [*map(json.loads, text.splitlines())]
+    except (json.JSONDecodeError, lzma.LZMAError) as error:
+        raise AnalysisError(f"{found}: expected one JSON record per line ({error})") from None
+
+
+def load_records(folders: Iterable[Path]) -> list[Record]:
+    """Load the records of studies (records.jsonl) and of graded runs (ttf/*.json, the last step).
+
+    Raises AnalysisError if a folder contains neither, or if a file is not JSON.
+    """
+    records: list[Record] = []
+    for folder in folders:
+        graded = sorted((folder / "ttf").glob("step-*.json"))
+        if stored(folder / RECORDS):
+            records += read_records(folder / RECORDS)
+        elif graded:
+            records += [record for path in _last_step(graded) for record in read_records(path)]
+        else:
+            raise AnalysisError(
+                f"{folder}: contains neither {RECORDS} nor ttf/; grade a run with "
+                "`python -m eval.rollout.ttf`, or run `python -m studies.sweep.compare`"
+            )
+    return records
+
+
+def _last_step(graded: list[Path]) -> list[Path]:
+    """Return the grades of the last step: of the weights, of their average, or of both."""
+    step = graded[-1].stem.removesuffix("-ema")
+    return [path for path in graded if path.stem.removesuffix("-ema") == step]
+
+
+def grouped(records: Iterable[Record], key: Callable[[Record], Any]) -> dict[Any, list[Record]]:
+    """Group the records by the value of `key`, in order of appearance."""
+    groups: dict[Any, list[Record]] = defaultdict(list)
+    for record in records:
+        groups[key(record)].append(record)
+    return dict(groups)
+
+
+def by_variant(records: Iterable[Record]) -> dict[str, list[Record]]:
+    return grouped(records, itemgetter("variant"))
+
+
+def is_reported(record: Record) -> bool:
+    """Whether the run enters a leaderboard: a fresh run of a study, or a single run."""
+    return record["role"] in ("fresh", "single")
+
+
+def is_control(record: Record) -> bool:
+    """Whether the run is a base optimizer at the learning rate of one of its variants."""
+    return record["role"] == "control"
+
+
+def is_finished(record: Record) -> bool:
+    """Whether the run did not diverge."""
+    return math.isfinite(primary(record))
+
+
+def primary(record: Record) -> float:
+    """Return the metric that ranks; NaN if the run diverged."""
+    grade = record["grade"]
+    value = grade and grade["metrics"][record["primary"]]["mean"]
+    return math.nan if value is None else value
+
+
+def val_loss(record: Record) -> float:
+    """Return the validation loss in nats per scored token; NaN if the run diverged."""
+    return math.nan if record["val_loss"] is None else record["val_loss"]
+
+
+def teacher_forced(record: Record) -> float:
+    """Return the error on the data's contexts; NaN if the run diverged.
+
+    It is the KL from the oracle if the task has an oracle, else the validation loss. Each seed
+    draws an instance of the task, and the losses of two instances are not comparable, because their
+    entropies differ.
+    """
+    grade = record["grade"] or {"metrics": {}}
+    value = grade["metrics"].get("val_kl", {"mean": record["val_loss"]})["mean"]
+    return math.nan if value is None else value
+
+
+def log_error(record: Record) -> float:
+    """Return the logarithm of the rollout error; NaN if the run diverged.
+
+    Differences of it are logarithms of ratios. The error of a metric that should be high is its
+    complement. A metric whose name begins with log10_ is a logarithm already. No error in n
+    episodes counts as half an error in n + 1.
+    """
+    value = primary(record)
+    if record["primary"].startswith("log10_"):
+        return value * math.log(10)
+    error = 1 - value if record["higher_is_better"] else value
+    if error == 0:
+        error = half_an_episode(record)
+    return math.log(error) if error > 0 else math.nan
+
+
+def half_an_episode(record: Record) -> float:
+    """Return the share that stands for "none of n episodes": half an episode in n + 1."""
+    return 0.5 / (record["grade"]["metrics"][record["primary"]]["n"] + 1)

@@ -1,0 +1,37 @@
+"""Add the records of finished runs to the file that a study keeps of them."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from eval.rollout.record import write_records
+from studies.stats.records import Record, read_records
+
+
+def unite(path: Path, records: Collection[Record]) -> list[Record]:
+    """Add records to a file and return everything that it then contains.
+
+    A record replaces that of the same run. Fresh runs replace all fresh runs of the same variant at
+    another rate, because a sweep has one best rate.
+    """
+    rates = {row["variant"]: row["lr"] for row in records if row["role"] == "fresh"}
+    kept = [row for row in read_records(path) if not _is_stale(row, rates)]
+    rows = [*kept, *(_compact(record) for record in records)]
+    by_run = {(row["variant"], row["lr"], row["seed"]): row for row in rows}
+    united = [by_run[key] for key in sorted(by_run)]
+    write_records(path, united)
+    return united
+
+
+def _is_stale(row: Record, rates: dict[str, float]) -> bool:
+    return row["role"] == "fresh" and row["lr"] != rates.get(row["variant"], row["lr"])
+
+
+def _compact(record: Record) -> Record:
+    return without_curves(record) if record["role"] in ("tuning", "control") else record
+
+
+def without_curves(record: Record) -> Record:
+    """Return a record without its curves and samples, which remain in the folder of its run."""
+    if record["grade"] is None:
+        return record
+    return record | {"grade": record["grade"] | {"curves": {}, "n_t": {}, "samples": []}}

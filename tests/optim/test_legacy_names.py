@@ -1,0 +1,58 @@
+"""Settings and states of earlier releases load under their new names, with one warning."""
+
+import copy
+
+import pytest
+
+from optim.legacy_names import STATE, renamed_settings, renamed_state
+from tests.optim.runs import assert_same, made, train
+
+OLD_KEYS = {new: old for old, new in STATE.items()}
+
+
+def test_old_settings_and_values_get_their_new_names():
+    old = {"kernel": "triton", "muon_scale": "match_rms", "coefficients": "quintic", "gamma": 0.1}
+    settings, found = renamed_settings(old)
+    assert settings == {
+        "backend": "triton",
+        "adjust_lr": "match_rms_adamw",
+        "ns_coefficients": "quintic",
+        "gamma": 0.1,
+    }
+    assert found == ["kernel", "muon_scale", "adjust_lr=match_rms", "coefficients"]
+
+
+def test_new_settings_do_not_change():
+    settings = {"backend": "auto", "adjust_lr": "spectral", "eval_iters": [1, 2], "out": None}
+    assert renamed_settings(settings) == (settings, [])
+
+
+def test_a_setting_under_both_names_is_refused():
+    with pytest.raises(ValueError, match="kernel is the old name of backend: set only backend"):
+        renamed_settings({"backend": "auto", "kernel": "torch"})
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_state_with_old_keys_loads_with_one_warning():
+    settings = {"inverse": "newton_schulz", "refresh_every": 4}
+    parts, again = made(**settings), made(**settings)
+    train(parts, range(3))
+    state = parts[2].state_dict()
+    old = {
+        name: {OLD_KEYS.get(key, key): value for key, value in layer.items()}
+        for name, layer in state.items()
+    }
+    unchanged = copy.copy(old)
+    for part, saved in zip(again[:2], parts[:2], strict=True):
+        part.load_state_dict(saved.state_dict())
+    with pytest.warns(FutureWarning, match="n_mended -> n_fallbacks") as caught:
+        again[2].load_state_dict(old)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert old == unchanged
+    assert_same(again, parts)
+
+
+@pytest.mark.parametrize("state", [None, [1], {"0": None}, {"0": {"n_fallbacks": 0}}])
+def test_what_has_no_old_key_is_returned_as_it_is(state):
+    assert renamed_state(state) is state

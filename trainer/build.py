@@ -1,0 +1,58 @@
+"""Build the model, the optimizers and the preconditioner that the settings describe."""
+
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from model import GPT, GPTConfig
+from optim import ActivationPreconditioner
+from optim.build import build_optimizers
+from optim.mup import forward_mults
+from trainer.settings import ConfigError, TrainConfig
+
+MODEL_KEYS = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "tie_weights")
+OPTIMIZER_KEYS = (
+    *("optimizer", "lr", "aux_lr", "weight_decay", "beta1", "beta2", "eps", "momentum"),
+    *("nesterov", "adjust_lr", "ns_coefficients", "ns_dtype", "backend"),
+    *("width_mult", "wd_scaling", "dopr"),
+)
+DOPR_KEYS = (
+    *("gamma", "sigma_beta", "refresh_every", "collect_every", "token_stride", "exponent"),
+    *("inverse", "trace_normalized", "block_diagonal", "embeddings", "backend"),
+)
+SCHEDULE_KEYS = ("schedule", "warmup_steps", "max_steps", "min_lr_ratio")
+
+
+def chosen(config: TrainConfig, keys: tuple[str, ...]) -> dict[str, Any]:
+    """Return the settings with these names."""
+    return {key: getattr(config, key) for key in keys}
+
+
+def make_model(config: TrainConfig, vocab_size: int) -> GPT:
+    """Build a GPT with random weights, the same in every process."""
+    torch.manual_seed(config.seed)
+    mults: dict[str, Any] = forward_mults(config.width_mult, config.head_mult)
+    return GPT(GPTConfig(vocab_size=vocab_size, **chosen(config, MODEL_KEYS), **mults))
+
+
+def make_optimizers(config: TrainConfig, model: GPT, process_group: Any) -> list[Optimizer]:
+    """Build the optimizers; together they hold every trainable parameter once."""
+    return build_optimizers(model, **chosen(config, OPTIMIZER_KEYS), process_group=process_group)
+
+
+def make_preconditioner(config: TrainConfig, model: GPT) -> ActivationPreconditioner:
+    """Build DoPr's preconditioner. An untied output head is excluded unless `exclude` is set.
+
+    Raises:
+        ConfigError: the settings cannot be used with this model.
+    """
+    head = None if config.tie_weights else ["lm_head"]
+    include = config.include.split(",") if config.include else None
+    exclude = config.exclude.split(",") if config.exclude else head
+    try:
+        return ActivationPreconditioner(
+            model, include=include, exclude=exclude, **chosen(config, DOPR_KEYS)
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

@@ -1,0 +1,53 @@
+"""Check what a run asks of this machine: its devices, its number of processes, its out_dir."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+
+from optim.dopr.layer import settings_problems
+from optim.kernels.dispatch import triton_problem
+from trainer.parallel import parallel_problems
+from trainer.settings import ConfigError
+
+
+def device_of(setting: str) -> torch.device:
+    """Return the device that the setting `device` names; auto prefers CUDA."""
+    if setting != "auto":
+        return torch.device(setting)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def machine_problems(settings: dict[str, Any]) -> list[str]:
+    """List what the settings ask of this machine that it does not have."""
+    problems = settings_problems(settings) if settings["dopr"] else []
+    if settings["device"] == "cuda" and not torch.cuda.is_available():
+        problems.append("device=cuda: torch finds no CUDA device here; use device=cpu or auto")
+    n_processes, n_cuda = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if device_of(settings["device"]).type == "cuda" and 0 < n_cuda < n_processes:
+        problems.append(
+            f"{n_processes} processes on this machine, but torch finds {n_cuda} CUDA devices: "
+            "start as many processes as there are devices"
+        )
+    if settings["backend"] == "triton":
+        problems += filter(None, [triton_problem(device_of(settings["device"]))])
+    return problems + parallel_problems(settings)
+
+
+def lock_out_dir(out_dir: Path) -> filelock.FileLock:
+    """Create `out_dir` and lock it for this process.
+
+    Raises:
+        ConfigError: another run writes to the folder, or it is not writable.
+    """
+    lock = filelock.FileLock(out_dir / ".lock", blocking=False)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except filelock.Timeout:
+        raise ConfigError(f"out_dir={out_dir}: another run is writing to it") from None
+    except OSError as error:
+        raise ConfigError(f"out_dir={out_dir}: not writable ({error})") from None
+    return lock
