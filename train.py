@@ -11,12 +11,11 @@ import sys
 from trainer.config import describe, describe_changes, help_text, load_config, to_json
 
 if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
-    print(help_text())  # before torch is imported, which takes a second
+    print(help_text())  # before importing torch, which is slow
     sys.exit()
 
 import os
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from functools import partial
@@ -30,18 +29,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from data.dataset import DataError
 from data.files import write_atomic
-from data.loader import Batch, train_batches, val_batches
-from eval.hf import load_hf
-from eval.in_training import grade_rollouts, validate
-from eval.mup_export import unfolded_weights
+from data.loader import Batch, next_step, train_batches, val_batches
+from eval.in_training import grade_rollouts, load_initial_weights, validate
 from eval.rollout.tasks import open_data, task_of
 from eval.rollout.ttf import check_fits
-from model import GPT, IGNORE
+from model import IGNORE
 from optim.build import MATRIX_OPTIMIZERS, describe_groups
 from optim.kernels.dispatch import describe_backend
 from optim.schedule import lr_scale
 from trainer.build import SCHEDULE_KEYS, chosen, make_model, make_optimizers, make_preconditioner
-from trainer.checkpoint.read import CheckpointError, candidates, load_into
+from trainer.checkpoint.read import CheckpointError, candidates
 from trainer.checkpoint.resume import (
     check_agreement,
     check_same_function,
@@ -88,9 +85,9 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
     )
 
     # -- model
-    resumed = find_checkpoint(config, dataset, parallel)
+    checkpoint = find_checkpoint(config, dataset, parallel)
     model, ema = make_model(config, dataset.tokenizer.n_vocab), None
-    if config.init_from and not resumed:
+    if config.init_from and not checkpoint:
         load_initial_weights(model, config.init_from)
     if config.ema_decay:
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
@@ -111,12 +108,12 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
 
     # -- resume; from here on, `state` holds everything that changes
     state = TrainState(model, optimizers, preconditioner, ema)
-    if resumed:
-        check_same_function(resumed, asdict(model.config))
-        state.restore(resumed)
-        print(f"resumed {resumed.path} at step {state.step}")
-        print(describe_changes(resumed.manifest["config"], config), end="")
-        resumed = None  # frees its tensors, which are as large as the state
+    if checkpoint:
+        check_same_function(checkpoint, asdict(model.config))
+        state.restore(checkpoint)
+        print(f"resumed {checkpoint.path} at step {state.step}")
+        print(describe_changes(checkpoint.manifest["config"], config), end="")
+        checkpoint = None  # frees its tensors, which are as large as the state
     batches = train_batches(
         dataset,
         batch_size=config.batch_size,
@@ -145,19 +142,19 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
 
     with closing(log):
         while True:
-            is_last = state.step == config.max_steps
+            is_done = state.step == config.max_steps
             stop.poll()
             try:
-                if not stop and (is_last or state.step % config.eval_every == 0):
+                if not stop and (is_done or state.step % config.eval_every == 0):
                     results = validate(state, validation, dataset, parallel, autocast, stop)
                     log.val(state.step, results)
                 if task and not stop and state.step % config.ttf_every == 0:
                     metrics = grade_rollouts(state, task, parallel, n=config.ttf_episodes)
                     log.ttf(state.step, task.primary, metrics)
-                is_due = state.step % config.save_every == 0 and not state.skipped_in_row
-                if stop or is_last or is_due:
+                is_save_due = state.step % config.save_every == 0 and not state.skipped_in_row
+                if stop or is_done or is_save_due:
                     save()
-                if stop or is_last:
+                if stop or is_done:
                     break
                 started = time.perf_counter()
                 micro_batches = parallel.raise_on_all_ranks(lambda: next_step(batches), DataError)
@@ -174,8 +171,8 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
                 with autocast:
                     x, y = parallel.to_device(x), parallel.to_device(y)
                     _, nats = forward(x, y, reduction="sum", return_logits=False)
-                    micro_loss = nats / n_scored
-                (micro_loss * parallel.size).backward()  # gradients are averaged over the ranks
+                    micro_loss = nats / n_scored  # its share of the loss of the step
+                (micro_loss * parallel.size).backward()  # DDP and FSDP average over ranks
                 loss += micro_loss.detach()
             loss = parallel.sum(loss)
             parameters = [p for p in model.parameters() if p.grad is not None]
@@ -205,13 +202,14 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
                 give_up_if_diverged(state, config)
             if is_logged:
                 tokens_per_s = tokens_per_step * busy_steps / busy_s
+                flops = model.flops_per_token() * tokens_per_s / parallel.size  # of one device
                 log.train(
                     state.step,
                     loss=loss,
                     lr=config.lr * scale,
                     grad_norm=grad_norm.item(),
                     tokens_per_s=tokens_per_s,
-                    mfu=mfu(model.flops_per_token() * tokens_per_s, facts["device"], config.dtype),
+                    mfu=mfu(flops, facts["device"], config.dtype),
                     step_ms=1e3 * busy_s / busy_steps,
                     skipped=state.skipped,
                 )
@@ -221,23 +219,6 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
         log.write("run", state.step, event="end", reason=reason)
         log.say(f"{reason} at step {state.step}; everything is in {out_dir}")
     return stop.exit_code
-
-
-def load_initial_weights(model: GPT, folder: str) -> None:
-    """Load the weights of a local Hugging Face GPT-2 folder into the model."""
-    try:
-        weights = unfolded_weights(load_hf(folder).state_dict(), model.config)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"init_from={folder}: {error}") from error
-    load_into(model, weights, Path(folder))
-
-
-def next_step(batches: Iterator[list[Batch]]) -> list[Batch]:
-    """Return the micro-batches of the next step. Raises DataError if they cannot be read."""
-    try:
-        return next(batches)
-    except (RuntimeError, EOFError, OSError) as error:  # e.g. a loader process that was killed
-        raise DataError(f"the data loader stopped: {error}") from error
 
 
 def count_scored(micro_batches: list[Batch]) -> Tensor:  # () int64
@@ -258,7 +239,7 @@ def save_checkpoint(
     log: MetricsLog,
     stop: StopRequest,
 ) -> None:
-    """Write a checkpoint of this step. A failure ends the run only if no later save can follow."""
+    """Write a checkpoint of this step. A failure is a warning unless this is the last save."""
     try:
         state.save(
             Path(config.out_dir) / "checkpoints",
@@ -270,16 +251,17 @@ def save_checkpoint(
     except CheckpointError as error:
         if stop or state.step == config.max_steps:
             raise
-        log.say(f"WARNING: {error}; training goes on, the previous checkpoint is kept")
+        log.say(f"WARNING: {error}; the previous checkpoint is kept")
 
 
 def give_up_if_diverged(state: TrainState, config: TrainConfig) -> None:
-    """Raise TrainingDiverged after `max_skipped` steps in a row without a finite gradient."""
+    """Raise TrainingDiverged after `max_skipped` skipped steps in a row."""
     if state.skipped_in_row >= config.max_skipped:
-        last_good = [*candidates(Path(config.out_dir) / "checkpoints"), "none"][0]
+        newest = next(iter(candidates(Path(config.out_dir) / "checkpoints")), None)
+        advice = f"resume {newest} with a smaller lr" if newest else "start again with a smaller lr"
         raise TrainingDiverged(
-            f"{state.skipped_in_row} steps in a row were not finite; nothing was saved since the "
-            f"first of them. Last checkpoint: {last_good}. Resume it with a smaller lr."
+            f"{state.skipped_in_row} steps in a row had a loss or gradient that was not finite; "
+            + advice
         )
 
 
@@ -302,12 +284,12 @@ def run(argv: list[str]) -> int:
         print(describe(config, origins))
         if parallel.is_main:
             stack.enter_context(lock_out_dir(Path(config.out_dir)))
-        flag = parallel.all_reduce_flag if parallel.size > 1 else None
-        return train(config, parallel, stack.enter_context(StopRequest(flag)))
+        all_reduce_flag = parallel.all_reduce_flag if parallel.size > 1 else None
+        return train(config, parallel, stack.enter_context(StopRequest(all_reduce_flag)))
 
 
 def main(argv: list[str]) -> int:
-    """Do the same as `run`, but print one of USER_ERRORS as a message and return an exit code."""
+    """Like `run`, but print USER_ERRORS as one message and return an exit code."""
     try:
         return run(argv)
     except USER_ERRORS as error:

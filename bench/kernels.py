@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bench.arguments import parse_operations
 from bench.timing import DEVICE, compared, interleaved, measure_all
-from optim.dopr.layer import precondition
+from optim.dopr.layer import apply_P
 from optim.kernels import _triton_apply, _triton_gram, _triton_newton_schulz, gram, newton_schulz
 from optim.kernels.cholesky import dense_inverse_root
 from optim.kernels.deflation import DEFLATION_RANK, deflate, deflated_condition_bound, restore
@@ -162,7 +162,7 @@ def apply_cases(N: int, m: int, n_blocks: int, b: int) -> Iterator[KernelCase]:
     triton = partial(_triton_apply.apply, G, P)
     contenders = {
         "bmm": partial(_bmm, G, P),
-        "layer by layer": lambda: torch.stack(list(map(precondition, G, P))),
+        "layer by layer": lambda: torch.stack(list(map(apply_P, G, P))),
         "triton tf32x3": partial(triton, precision="tf32x3"),
         "triton bf16x3": partial(triton, precision="bf16x3"),
         "triton ieee": partial(triton, precision="ieee"),

@@ -192,3 +192,11 @@ def val_batches(
             f"limit={limit} must not be negative"
         )
     return ValBatches(dataset, batch_size, block_size, limit, rank, world_size)
+
+
+def next_step(batches: Iterator[list[Batch]]) -> list[Batch]:
+    """Return the micro-batches of the next step. Raises DataError if they cannot be read."""
+    try:
+        return next(batches)
+    except (RuntimeError, EOFError, OSError) as error:  # e.g. a loader process that was killed
+        raise DataError(f"the data loader stopped: {error}") from error

@@ -2,18 +2,23 @@
 
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from data.dataset import DataError, Dataset
 from data.loader import ValBatches
+from eval.hf import load_hf
 from eval.loss import evaluate
+from eval.mup_export import unfolded_weights
 from eval.rollout.tasks import Task
 from eval.rollout.ttf import grade_model
 from model import GPT
+from trainer.checkpoint.read import load_into
 from trainer.checkpoint.state import TrainState
 from trainer.parallel import Parallel
+from trainer.settings import ConfigError
 from trainer.signals import StopRequest
 
 
@@ -60,3 +65,12 @@ def grade_rollouts(
         grade = grade_model(task, whole, n=n, seed=0, parallel=parallel)
         row |= {prefix + name: value for name, value in grade.means().items()}
     return row
+
+
+def load_initial_weights(model: GPT, folder: str) -> None:
+    """Load the weights of a local Hugging Face GPT-2 folder into the model."""
+    try:
+        weights = unfolded_weights(load_hf(folder).state_dict(), model.config)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"init_from={folder}: {error}") from error
+    load_into(model, weights, Path(folder))

@@ -128,7 +128,7 @@ def test_too_many_such_steps_end_the_run_and_name_the_last_checkpoint(
     poison(monkeypatch, steps=range(6, 99), value=float("inf"))
     assert train.main(argv(dataset, tmp_path / "run", max_skipped=3)) == train.EXIT_DIVERGED
     message = capsys.readouterr().err
-    assert "3 steps in a row were not finite" in message
+    assert "3 steps in a row had a loss or gradient that was not finite" in message
     assert "step-00000004" in message  # step 8 followed a skipped step, so it was not saved
 
 

@@ -1,4 +1,4 @@
-"""Capture a layer's input activations: its backward adds Σ z zᵀ of its input z to a running sum.
+"""Capture a layer's input activations z: its backward adds z zᵀ of the tokens to a running sum S.
 
 Capture runs in the backward pass because that pass sees exactly the tokens that form the weight
 gradient, each of them once: in eager mode, under torch.compile and under activation checkpointing.
@@ -31,7 +31,8 @@ class Capture:
         stride: samples one token in `stride`, starting at `offset` (see kernels/gram.py). Token ids
             are all counted.
         is_paused: () bool on the CPU, shared by all captures of a preconditioner. It is a tensor so
-            that the backward reads it at run time; `is_collecting` is fixed at compile time.
+            that the backward reads it at run time. `is_collecting` is a Python bool: torch.compile
+            specializes on it.
         backend: implementation of the sum, see kernels/dispatch.py. Token ids always use torch.
     """
 
@@ -44,7 +45,7 @@ class Capture:
         backend: Backend,
     ) -> None:
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.gram = torch.zeros(shape, dtype=dtype, device=weight.device)  # Σ z zᵀ
+        self.gram = torch.zeros(shape, dtype=dtype, device=weight.device)  # S, the sum of z zᵀ
         self.count = torch.zeros((), dtype=torch.int64, device=weight.device)  # tokens summed
         self.offset = torch.zeros((), dtype=torch.int64, device=weight.device)
         self.stride = stride
@@ -120,7 +121,7 @@ def _conv1d_forward(self: Any, x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_o
 def _conv2d_forward(self: Any, input: Tensor) -> Tensor:  # (B, C, H, W) -> (B, d_out, H', W')
     """Forward of a convolution, a linear layer on patches (B, H'W', C kh kw).
 
-    The backward unfolds the input into patches again.
+    The backward unfolds the input into patches.
     """
     y = nn.Conv2d.forward(self, input)
     if _is_off(self):
@@ -141,7 +142,10 @@ for function in (_linear_forward, _conv1d_forward, _conv2d_forward, _embedding_f
 
 
 def _captured_linear(capture: Capture, z: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-    """Apply F.linear with capture; cast z to the autocast dtype so that backward sees the cast."""
+    """Apply F.linear with capture.
+
+    Casts z to the autocast dtype, so that backward captures the cast z.
+    """
     dtype = _autocast_dtype(z)
     if dtype != _autocast_dtype(W):
         return F.linear(z, W, b)  # raises torch's error about the dtypes
@@ -156,7 +160,10 @@ def _autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 class _CapturedLinear(torch.autograd.Function):
-    """Compute y = z Wᵀ + b; the backward forms the weight gradient in fp32 and captures z."""
+    """Compute y = z Wᵀ + b.
+
+    The backward forms the weight gradient in at least fp32 and captures z.
+    """
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, W: Tensor, b: Tensor | None, capture: Capture) -> Tensor:
@@ -210,7 +217,7 @@ def _accumulate(capture: Capture, z: Tensor) -> None:
     """Add the statistics of z, which holds activations (..., d) or token ids, to the sum."""
     S, count, is_paused = capture.gram, capture.count, capture.is_paused
     if S.dim() == 1:
-        accumulate_frequencies(S, count, z, is_paused)
+        accumulate_token_counts(S, count, z, is_paused)
         return
     z = z if z.dim() > 1 else z[None]
     stride, backend, rank, size = capture.stride, capture.backend, capture.rank, capture.size
@@ -218,14 +225,15 @@ def _accumulate(capture: Capture, z: Tensor) -> None:
 
 
 @torch.library.custom_op(
-    "dopr::accumulate_frequencies",
+    "dopr::accumulate_token_counts",
     mutates_args=("S", "count"),
     tags=(torch.Tag.cudagraph_unsafe,),  # a CUDA graph would replay an old `is_paused`
 )
-def accumulate_frequencies(S: Tensor, count: Tensor, idx: Tensor, is_paused: Tensor) -> None:
-    """Add diag(Σ z zᵀ) of one-hot inputs z to S: S[t] grows by the number of ids t in idx.
+def accumulate_token_counts(S: Tensor, count: Tensor, idx: Tensor, is_paused: Tensor) -> None:
+    """Count token ids: S[t] grows by the number of ids t in idx, `count` by the number of all ids.
 
-    Adds the number of ids to `count`. Does nothing while `is_paused` is true.
+    S is the diagonal of the sum of z zᵀ over one-hot inputs z. Does nothing while `is_paused` is
+    true.
     """
     if is_paused:
         return
@@ -233,7 +241,7 @@ def accumulate_frequencies(S: Tensor, count: Tensor, idx: Tensor, is_paused: Ten
     count += idx.numel()
 
 
-@accumulate_frequencies.register_fake
+@accumulate_token_counts.register_fake
 def _(S: Tensor, count: Tensor, idx: Tensor, is_paused: Tensor) -> None:
     return None
 

@@ -19,7 +19,7 @@ COVERED_TYPES = (nn.Linear, nn.Conv2d, nn.Embedding)
 
 
 @dataclass(frozen=True)
-class Covered:
+class CoveredLayer:
     """Describe a layer that can be preconditioned. Its weight acts on inputs of d_in features."""
 
     name: str  # name of the module
@@ -55,9 +55,9 @@ class Covered:
         """Return the weight or its gradient as (d_out, d_in), as a view if the strides allow."""
         return weight_like.mT if self.is_transposed else weight_like.flatten(1)
 
-    def write(self, matrix: Tensor, weight_like: Tensor) -> None:
-        """Copy a matrix (d_out, d_in) into `weight_like` in place, the reverse of `as_matrix`."""
-        weight_like.copy_(matrix.mT if self.is_transposed else matrix.view(weight_like.shape))
+    def write(self, M: Tensor, grad: Tensor) -> None:
+        """Copy M (d_out, d_in) into `grad` in place, the reverse of `as_matrix`."""
+        grad.copy_(M.mT if self.is_transposed else M.view(grad.shape))
 
 
 def find_layers(
@@ -66,7 +66,7 @@ def find_layers(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     embeddings: bool = False,
-) -> tuple[list[Covered], dict[str, str]]:
+) -> tuple[list[CoveredLayer], dict[str, str]]:
     """Return the layers to precondition, and {weight name: reason} for all other weights.
 
     Only weights of two or more dimensions are considered.
@@ -123,7 +123,7 @@ def _weights(model: nn.Module) -> list[Weight]:
 
 
 def _obstacles(model: nn.Module, weights: list[Weight], embeddings: bool) -> dict[str, str]:
-    """Return {weight name: reason} for the weights that can never be covered."""
+    """Return {weight name: reason} for the weights that these settings cannot cover."""
     uses = Counter(weight for *_, weight in weights)
     attention = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
     inside_attention = {child for m in attention for child in m.modules()}
@@ -175,19 +175,23 @@ def _why_not(module: nn.Module, weight: Tensor, embeddings: bool) -> str:
     if isinstance(module, nn.Conv2d):
         plain = module.groups == 1 and module.padding_mode == "zeros"
         plain = plain and not isinstance(module.padding, str)
-        return "" if plain else "a convolution with groups, or padding given by name or not zero"
+        if not plain:
+            return (
+                "a convolution with groups, padding='same'/'valid' or a padding_mode other than "
+                "'zeros'"
+            )
     return ""
 
 
-def _describe(name: str, module: nn.Module) -> Covered:
+def _describe(name: str, module: nn.Module) -> CoveredLayer:
     """Describe a module that can be covered."""
     if isinstance(module, nn.Embedding):
         d_in = module.num_embeddings
-        return Covered(name, module, d_in, is_transposed=True, is_diagonal=True)
+        return CoveredLayer(name, module, d_in, is_transposed=True, is_diagonal=True)
     weight: Tensor = module.weight  # pyright: ignore
     if is_conv1d(module):
-        return Covered(name, module, weight.shape[0], is_transposed=True)
-    return Covered(name, module, math.prod(weight.shape[1:]))
+        return CoveredLayer(name, module, weight.shape[0], is_transposed=True)
+    return CoveredLayer(name, module, math.prod(weight.shape[1:]))
 
 
 def _matches(name: str, patterns: Sequence[str] | None) -> bool:
@@ -204,9 +208,10 @@ def _check_patterns(names: list[str], **pattern_lists: Sequence[str] | None) -> 
             raise ValueError(f"{key}={patterns!r}: must be a list of strings, the names of modules")
         for pattern in patterns or ():
             if not any(fnmatchcase(name, pattern) for name in names):
+                more = " ..." if len(names) > 20 else ""
                 raise ValueError(
                     f"{key}: pattern {pattern!r} matches no module that owns a weight matrix; "
-                    f"the modules that own one are {', '.join(names[:20])} ..."
+                    f"the modules that own one are {', '.join(names[:20])}{more}"
                 )
 
 

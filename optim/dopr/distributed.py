@@ -42,14 +42,14 @@ def packed_numel(shape: torch.Size) -> int:
 
 
 class Sums:
-    """Sum Σ z zᵀ and the token counts since the last refresh over all processes.
+    """Add up, over all processes, the sums of z zᵀ and the token counts since the last refresh.
 
     The captures do not change. Tokens may be distributed over processes in any way; a process
     without tokens adds zeros.
 
     Attributes:
-        token_counts_and_traces: for each layer (2,) float64, the number of tokens and the mean
-            eigenvalue tr(Σ z zᵀ) / d_in.
+        counts_and_mean_eigenvalues: for each layer (2,) float64, the number of tokens and the mean
+            eigenvalue tr(S) / d_in of the sum S of z zᵀ.
     """
 
     def __init__(self, layers: list[Layer], collective: Collective) -> None:
@@ -61,7 +61,7 @@ class Sums:
             for each in layers
         ]
         summed = collective.sum_(torch.stack(rows)) if collective.size > 1 and layers else rows
-        self.token_counts_and_traces = dict(zip(layers, summed, strict=True))
+        self.counts_and_mean_eigenvalues = dict(zip(layers, summed, strict=True))
 
     def start(self, layers: Iterable[Layer]) -> None:
         """Start to sum the matrices of these layers asynchronously, message by message."""
@@ -75,7 +75,7 @@ class Sums:
             self._works |= dict.fromkeys(message, work)
 
     def gram(self, layer: Layer) -> Tensor:
-        """Wait for and return Σ z zᵀ of a layer that was passed to `start`."""
+        """Wait for and return the sum of z zᵀ of a layer that was passed to `start`."""
         if self._collective.size == 1:
             return layer.capture.gram
         self._collective.wait([self._works[layer]])
@@ -86,7 +86,7 @@ class Sums:
         """Return the number of tokens in `gram`, () int64."""
         if self._collective.size == 1:
             return layer.capture.count
-        return self.token_counts_and_traces[layer][0].long()
+        return self.counts_and_mean_eigenvalues[layer][0].long()
 
 
 def gathered_state(layers: list[Layer], collective: Collective) -> dict[str, Any]:
@@ -121,8 +121,8 @@ def made_by_owners(
 ) -> list[tuple[Layer, InverseRoot]]:
     """Compute the P of each layer with `make` in one process, its owner, and broadcast it.
 
-    Owners are chosen so that each process has the same work, which is d_in³ per layer. If `make`
-    raises FloatingPointError in one process, all processes raise it.
+    Owners are chosen so that all processes have about equal work, see `_cost`. If `make` raises
+    FloatingPointError in one process, all processes raise it.
     """
     if collective.size == 1 or not layers:
         return make(layers)
@@ -181,7 +181,10 @@ def _broadcast(
     made: dict[Layer, InverseRoot],
     collective: Collective,
 ) -> dict[Layer, tuple[Tensor, Tensor, Tensor | None]]:
-    """Return P, damping and U of every layer, broadcast by its owner in messages of one dtype."""
+    """Return P, damping and deflation basis U of every layer, broadcast by its owner.
+
+    Each message has one dtype.
+    """
     works, parts = [], []
     for rank in range(collective.size):
         for message in messages(layer for layer in layers if owner[layer] == rank):

@@ -35,7 +35,7 @@ def check_optimizers(optimizers: Sequence[Optimizer], weights: dict[str, Tensor]
         _check_not_a_wrapper(optimizer, set(weights.values()))
     owners = Counter(param for each in optimizers for param in parameters(each))
     problems = [
-        f"{name}.weight is in {owners[weight]}"
+        f"{name}.weight is in {owners[weight]} of them"
         for name, weight in weights.items()
         if owners[weight] != 1
     ]
@@ -163,10 +163,9 @@ def _call_after(
 class PreconditionedGrads:
     """Track gradients that were already preconditioned.
 
-    A second step() without backward() is then a no-op for the preconditioner. A gradient counts as
-    unchanged while its version counter and its layer's token count are. In-place writes advance the
-    version. A write through `.data` does not, but the backward of a step that collects statistics
-    advances the token count.
+    A second step() without backward() leaves such gradients as they are. Unchanged means the same
+    version and the same token count. A write through `.data` leaves the version; the count, raised
+    by a collecting backward, catches it.
     """
 
     def __init__(self) -> None:
@@ -182,7 +181,7 @@ class PreconditionedGrads:
             self._seen[grad] = grad._version, count.clone()
 
     def is_unchanged(self, grad: Tensor | None, count: Tensor) -> bool:
-        """Return whether `grad` is still M. Reads `count` on the host only if versions agree."""
+        """Return whether `grad` is still M. Synchronizes with the device only if versions agree."""
         if grad is None or grad not in self._seen:
             return False
         version, seen_count = self._seen[grad]

@@ -1,4 +1,7 @@
-"""Hold a layer's statistics: the covariance Σ of its inputs and the P = (Σ + γ̄ I)^(-1/p) from it.
+"""Hold a layer's statistics: the covariance Σ of its inputs, and the P computed from it.
+
+    γ̄ = γ tr(Σ)/d_in
+    P = (tr(Σ)/d_in)^(1/p) (Σ + γ̄ I)^(-1/p)    the first factor only if `trace_normalized`
 
 Σ and P are block-diagonal, stored as (blocks, b, b) with blocks · b = d_in. For an embedding they
 are diagonal, stored as (d_in,).
@@ -20,7 +23,7 @@ from ..kernels.deflation import first_deflation_basis
 from ..kernels.dispatch import BACKENDS, Backend
 from ..kernels.newton_schulz import full_precision
 from .capture import Capture
-from .coverage import Covered
+from .coverage import CoveredLayer
 
 INVERSES = get_args(Inverse)
 log = logging.getLogger("dopr")
@@ -34,10 +37,10 @@ def n_covariance_blocks(d: int, max_width: int | None) -> int:
 
 
 def ema_update(sigma: Tensor, batch: Tensor, beta: float | None, n_updates: int) -> Tensor:
-    """Return the bias-corrected moving average of Σ after one more batch covariance.
+    """Return the bias-corrected moving average Σ, updated with the covariance `batch`.
 
-    Σ <- Σ + (1-β) / (1-βⁿ) (Σ_batch - Σ), where n counts this update. With β = None, returns the
-    batch covariance.
+    Σ <- Σ + (1-β) / (1-βⁿ) (Σ_batch - Σ), where Σ_batch is the covariance since the last refresh
+    and n counts this update. With β = None, returns Σ_batch.
     """
     if beta is None or n_updates == 1:
         return batch
@@ -52,7 +55,10 @@ def mean_eigenvalue(sigma: Tensor) -> Tensor:  # (..., blocks, b, b) -> (...); (
 
 
 def condition_bound(d: int, gamma: float) -> float:
-    """Return d/γ = tr(Σ)/γ̄, which bounds λmax(Σ)/γ̄ in every block; d is the width of all blocks."""
+    """Return d/γ = tr(Σ)/γ̄, where d is the total width of the blocks.
+
+    This is an upper bound on tr(block)/γ̄, and so on λmax(block)/γ̄, of every block of Σ.
+    """
     return d / gamma if gamma else math.inf
 
 
@@ -61,7 +67,7 @@ def diagonal_inverse_root(sigma: Tensor, damping: Tensor, p: int) -> Tensor:
     return (sigma + damping) ** (-1 / p)
 
 
-def precondition(G: Tensor, P: Tensor) -> Tensor:
+def apply_P(G: Tensor, P: Tensor) -> Tensor:
     """Return M = G P for a gradient G (d_out, d_in).
 
     Computes in at least fp32, whatever autocast and the matmul precision are set to.
@@ -132,8 +138,8 @@ class DoprSettings:
             object.__setattr__(self, key, _builtin_number(value))
 
     @property
-    def of_P(self) -> dict[str, Any]:
-        """The settings that P depends on, besides Σ. If they change, P has to be recomputed."""
+    def p_settings(self) -> dict[str, Any]:
+        """The settings that P depends on. If they change, P has to be recomputed from Σ."""
         return {key: getattr(self, key) for key in ("gamma", "exponent", "trace_normalized")}
 
 
@@ -199,11 +205,11 @@ _RULES = {  # key: (whether a value is valid, the rule as text)
 
 
 class InverseRoot(NamedTuple):
-    """Hold a layer's P = (Σ + γ̄ I)^(-1/p), scaled if trace-normalized, and how it was computed."""
+    """Hold a layer's P and how it was computed."""
 
     P: Tensor  # (blocks, b, b), or (d,) for a diagonal
     damping: Tensor  # (blocks,) γ̄, larger in blocks whose inverse needed more damping
-    deflation_basis: Tensor | None  # (blocks, b, k), U of kernels/deflation.py
+    deflation_basis: Tensor | None  # U (blocks, b, k), the deflation basis (kernels/deflation.py)
     n_failed: int  # number of failed attempts
     is_damped_more: bool  # whether a block needed more damping than γ asks for
 
@@ -214,10 +220,11 @@ class Layer:
     TENSORS = ("sigma", "P", "damping", "norm_ratio")
     NUMBERS = ("step", "next_refresh", "n_refreshes", "n_fallbacks")
 
-    def __init__(self, covered: Covered, settings: DoprSettings, is_paused: Tensor) -> None:
+    def __init__(self, covered: CoveredLayer, settings: DoprSettings, is_paused: Tensor) -> None:
         self.covered = covered
         self.name = covered.name
-        self.label = covered.name or type(covered.module).__name__  # "" names a one-layer model
+        # The name for messages. A model that is itself the layer has the name "".
+        self.label = covered.name or type(covered.module).__name__
         self.settings = settings
         d, max_width = covered.d_in, settings.block_diagonal
         covariance_blocks = 1 if covered.is_diagonal else n_covariance_blocks(d, max_width)
@@ -230,7 +237,7 @@ class Layer:
             settings.backend,
         )
         self.sigma = torch.zeros_like(self.capture.gram)  # Σ
-        self.P = torch.zeros_like(self.capture.gram)  # (Σ + γ̄ I)^(-1/p), may be trace-normalized
+        self.P = torch.zeros_like(self.capture.gram)  # zero before the first refresh
         self.damping = self.sigma.new_zeros(covariance_blocks)  # γ̄ of each block
         self.deflation_basis = None  # U, (blocks, b, k), carried from one inverse to the next
         if settings.inverse == "newton_schulz" and not covered.is_diagonal:
@@ -240,7 +247,7 @@ class Layer:
         self.next_refresh = 0  # first step at which a refresh is due
         self.n_refreshes = 0  # 0: there is no P yet
         self.n_fallbacks = 0  # failed inverses and unusable sums that a fallback replaced
-        self.made_with = settings.of_P  # the settings that P was computed with
+        self.made_with = settings.p_settings  # the settings that P was computed with
 
     @property
     def is_due(self) -> bool:
@@ -263,9 +270,9 @@ class Layer:
         return ema_update(self.sigma, gram / count, self.settings.sigma_beta, self.n_refreshes + 1)
 
     def set_inverse_root(self, new: InverseRoot) -> None:
-        """Use a new P from now on. Count and log the failed attempts, if there were any."""
+        """Use a new P from now on. If any attempt failed, count one fallback, however many did."""
         self.P, self.damping, self.deflation_basis = new.P, new.damping, new.deflation_basis
-        self.made_with = self.settings.of_P
+        self.made_with = self.settings.p_settings
         if new.n_failed:
             is_iterative = self.settings.inverse == "newton_schulz"
             failure = (
@@ -331,9 +338,10 @@ class Layer:
         return state["sigma"].to(self.sigma), U
 
     def load_state_dict(self, state: dict[str, Any], *, with_sums: bool = True) -> None:
-        """Load a state without problems; tensors of earlier state dicts do not change.
+        """Load a state that `state_problems` accepted.
 
-        Only one process loads the running sums (`with_sums`); the others start from zero.
+        Copies tensors, so earlier state dicts stay valid. Only one process loads the running sums
+        (`with_sums`); the others start from zero.
         """
         for key in self.TENSORS:
             setattr(self, key, state[key].to(getattr(self, key), copy=True))

@@ -1,8 +1,11 @@
 """DoPr: activation preconditioning for any torch optimizer, applied just before its step.
 
-    Σ = E[z zᵀ]                       of each layer's input z, over the tokens of the optimizer step
+    Σ = E[z zᵀ]                                of each layer's input z, over the tokens since the
+                                               last refresh
     γ̄ = γ tr(Σ)/d_in
-    M = tr(Σ)/d_in · G (Σ + γ̄ I)⁻¹    replaces the gradient G in the optimizer's update
+    P = (tr(Σ)/d_in)^(1/p) (Σ + γ̄ I)^(-1/p)    p = 1 by default; the first factor only if
+                                               `trace_normalized`, the default
+    M = G P                                    replaces the gradient G in the optimizer's update
 
 Source: Zhang, Shah, Zhang, Zhang, Matni, Simchowitz, "Double Preconditioning", arXiv 2606.06418.
 """
@@ -36,14 +39,15 @@ from .refresh import inverse_roots, preconditioned, refresh, set_norm_ratios
 
 
 class ActivationPreconditioner:
-    """Precondition the gradients of any torch optimizer: M = G (Σ + γ̄ I)^(-1/p) before every step.
+    """Precondition the gradients of any torch optimizer: replace G by M = G P before every step.
 
         preconditioner = ActivationPreconditioner(model, gamma=0.1, exclude=["lm_head"])
         preconditioner.attach(optimizer)
 
-    Construct it after the model is on its device and before `torch.compile`. A step consists of
-    backward, clipping of the raw gradient, and `optimizer.step()`, which preconditions first. Run
-    a backward whose weight gradient is thrown away inside `paused()`.
+    Construct it after `.to(device, dtype)`, with FSDP2 after `fully_shard`, and before
+    `torch.compile`. A step consists of backward, clipping of the raw gradient, and
+    `optimizer.step()`, which preconditions first. Run a backward whose weight gradient is thrown
+    away inside `paused()`.
 
     The defaults are the exact mode of the paper, up to the scale tr(Σ)/d_in of P
     (`trace_normalized`): every step uses its own batch covariance over all tokens. To save time,
@@ -53,23 +57,24 @@ class ActivationPreconditioner:
     Args:
         gamma: γ, the damping relative to the mean eigenvalue of Σ. If a source gives it relative to
             the trace, γ = d_in · γ_trace. In fp32 the relative error of M is about 6e-8 times the
-            condition number, which is at most 1 + d_in/γ. For γ below 1e-4, train in float64.
+            condition number, which is at most 1 + d_in/γ. For γ below 1e-4, use weights in float64.
         sigma_beta: β of a bias-corrected moving average of Σ over refreshes. None uses only the
             newest Σ.
         refresh_every: number of steps between two computations of P.
-        collect_every: number of steps between two steps that add to Σ. Divides `refresh_every`.
+        collect_every: number of steps between two steps that add to Σ; must divide `refresh_every`.
         token_stride: adds one token in `token_stride` to Σ, with an offset that changes from
             sequence to sequence and from step to step. Embeddings always count every token.
         exponent: p of (Σ + γ̄ I)^(-1/p): 1 (the paper), 2 or 4.
-        inverse: "cholesky" (an eigendecomposition for p > 1) or "newton_schulz" (deflated for
-            p = 1).
+        inverse: "cholesky" (an eigendecomposition for p > 1) or "newton_schulz" (deflated for p = 1
+            and blocks of Σ of width >= 128).
         trace_normalized: multiply P by the p-th root of the mean eigenvalue of Σ. M then keeps the
-            scale of G, so that eps, clipping thresholds and width rules stay valid. False gives the
-            P of the paper.
+            scale of G, so that eps and width rules stay valid. False gives the P of the paper.
         block_diagonal: largest width of a block of Σ. Wider inputs are cut into equal blocks. None
             uses a single block.
-        embeddings: also divide the rows of embeddings by (token frequency + γ̄). A table that the
-            model also uses as a function (F.linear(h, wte.weight)) is not detected: exclude it.
+        embeddings: also cover nn.Embedding. Its Σ is diagonal and holds the frequency of every
+            token t, so that row t of the gradient is divided by (frequency of t + γ̄)^(1/p), up to
+            the scale of P. Exclude a table that the model also uses as a matrix (F.linear(h,
+            wte.weight)): this second use is not detected.
         backend: "auto", "torch" or "triton", for Σ, Newton-Schulz and G P; see kernels/dispatch.py.
         include, exclude: names of the modules to cover or to skip; `*` and `?` are wildcards. A
             weight that is frozen now is never covered: construct a new preconditioner to train it.
@@ -128,7 +133,9 @@ class ActivationPreconditioner:
     def attach(
         self, *optimizers: Optimizer, process_group: ProcessGroup | None = None
     ) -> ActivationPreconditioner:
-        """Precondition before every step of these optimizers, which must hold all covered weights.
+        """Precondition before every step of these optimizers.
+
+        Together, the optimizers must hold all covered weights, each of them once.
 
         Args:
             process_group: the processes that train the model together, each on a part of the batch
@@ -154,7 +161,7 @@ class ActivationPreconditioner:
         for layer in self.layers:
             layer.capture.rank, layer.capture.size = self._collective.rank, self._collective.size
         self._registered_params = RegisteredParams(optimizers, self._weights())
-        self._hooks = call_before_steps(optimizers, self._precondition)
+        self._hooks = call_before_steps(optimizers, self._before_step)
         return self
 
     def detach(self) -> None:
@@ -166,7 +173,10 @@ class ActivationPreconditioner:
         self._hooks, self.layers = [], []
 
     def discard(self) -> None:
-        """Drop the activations captured since the last refresh. Call it if you skip a step."""
+        """Drop all activations captured since the last refresh. Call it if you skip a step.
+
+        With refresh_every > 1 these include the activations of earlier steps that were not skipped.
+        """
         for layer in self.layers:
             layer.capture.clear()
             layer.schedule_next()
@@ -178,9 +188,9 @@ class ActivationPreconditioner:
 
         Use it for a backward whose weight gradient is thrown away: gradients of inputs, the other
         player of a GAN, the first pass of SAM. Gradients are computed as usual and schedules go on.
-        The place of the backward, eager or compiled, counts; that of the forward does not. `paused`
-        may be nested. Second derivatives (create_graph, AdaHessian) and torch.func are not
-        supported, paused or not.
+        What counts is that backward() runs inside; the forward may be anywhere. This also holds for
+        compiled code. `paused` may be nested. Second derivatives (create_graph, AdaHessian) and
+        torch.func are not supported, paused or not.
         """
         before = self._is_paused.clone()
         self._is_paused.fill_(True)
@@ -203,7 +213,9 @@ class ActivationPreconditioner:
         """Load a `state_dict()`, to continue bit for bit. With several processes, attach first.
 
         If gamma, exponent or trace_normalized differ from the saved run, P is recomputed from the
-        saved Σ. All other settings may differ too, and apply from now on. Nothing changes on error.
+        saved Σ. block_diagonal, embeddings, include and exclude may not differ where they change
+        the covered layers or the shapes of Σ. All other settings may differ, and apply from now on.
+        Nothing changes on error.
 
         Raises:
             ValueError: if layers, shapes or types differ or values are not finite (all are listed).
@@ -222,10 +234,11 @@ class ActivationPreconditioner:
             layer.set_inverse_root(new)
 
     def report(self, *, condition: bool = False) -> list[dict[str, Any]]:
-        """Return one row per weight: coverage and reason, memory, ‖M‖/‖G‖, number of fallbacks.
+        """Return one row for every weight of two or more dimensions.
 
-        With `condition`, also return the condition number of Σ + γ̄ I. This costs an
-        eigendecomposition of each Σ.
+        A row holds coverage and reason, memory, ‖M‖/‖G‖ and the number of fallbacks. With
+        `condition`, also return the condition number of Σ + γ̄ I. This costs an eigendecomposition
+        of each Σ.
         """
         covered = [layer.report(condition=condition) for layer in self.layers]
         return covered + uncovered_rows(self._not_covered, self._shapes)
@@ -239,7 +252,9 @@ class ActivationPreconditioner:
         return (
             f"DoPr covers {len(self.layers)} weights, {n_bytes / 2**20:.1f} MiB, "
             f"steps: {steps}, refreshes: {refreshes}{warning}"
-        ) + "".join(f"\n  not {name}: {reason}" for name, reason in self._not_covered.items())
+        ) + "".join(
+            f"\n  not covered: {name} ({reason})" for name, reason in self._not_covered.items()
+        )
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -248,7 +263,7 @@ class ActivationPreconditioner:
         )
 
     @torch.no_grad()
-    def _precondition(self, optimizer: Optimizer) -> None:
+    def _before_step(self, optimizer: Optimizer) -> None:
         """Replace G by M in every covered weight that this optimizer holds."""
         self._check_attached_to_group()
         self._registered_params.check(self._weights())
@@ -290,8 +305,10 @@ class ActivationPreconditioner:
 
 # -- state
 
-OPTIONAL_KEYS = {"deflation_basis"}  # only in states of inverse="newton_schulz"; found again
-FINITE_KEYS = ("sigma", "P", "damping", "deflation_basis")  # a refresh drops a `gram` that is not
+# Only states of inverse="newton_schulz" have it; if absent, the current basis is used.
+OPTIONAL_KEYS = {"deflation_basis"}
+# `gram` may be non-finite: the next refresh drops it.
+FINITE_KEYS = ("sigma", "P", "damping", "deflation_basis")
 
 
 def _outdated_inverse_roots(
@@ -301,7 +318,8 @@ def _outdated_inverse_roots(
     outdated = [
         layer
         for layer in layers
-        if state[layer.name]["n_refreshes"] and state[layer.name]["made_with"] != settings.of_P
+        if state[layer.name]["n_refreshes"]
+        and state[layer.name]["made_with"] != settings.p_settings
     ]
     if outdated:
         log.info("recomputing P of %d layers, saved with other settings", len(outdated))

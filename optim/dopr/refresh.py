@@ -1,7 +1,10 @@
-"""Compute M = G P: running sums -> Σ (EMA) -> damping γ̄ -> P = (Σ + γ̄ I)^(-1/p) -> M.
+"""Compute M = G P: running sums -> Σ (EMA) -> damping γ̄ -> P -> M.
 
-Every stage handles many layers at once, which bounds the memory and keeps host reads few. The
-functions below `preconditioned` decide what happens to sums that cannot be used.
+    γ̄ = γ tr(Σ)/d_in
+    P = (tr(Σ)/d_in)^(1/p) (Σ + γ̄ I)^(-1/p)    the first factor only if `trace_normalized`
+
+Layers go in chunks of at most CHUNK_BYTES: bounded memory, few synchronizations. The last section
+handles sums that cannot be used.
 """
 
 from __future__ import annotations
@@ -22,14 +25,15 @@ from .layer import (
     DoprSettings,
     InverseRoot,
     Layer,
+    apply_P,
     condition_bound,
     diagonal_inverse_root,
     mean_eigenvalue,
     norm_ratio,
-    precondition,
 )
 
 # Bytes of Σ inverted in one batch (which takes about 5 times as much), or of gradients multiplied.
+# A single layer may exceed it.
 CHUNK_BYTES = 256 * 2**20
 
 
@@ -71,8 +75,9 @@ def inverse_roots(
     settings: DoprSettings,
     collective: Collective,
 ) -> list[tuple[Layer, InverseRoot]]:
-    """Return each layer with its P. `statistics_of` returns the Σ and the U of a layer.
+    """Return each layer with its P.
 
+    `statistics_of` returns Σ of a layer and its deflation basis U (kernels/deflation.py), or None.
     Does not change the layers. Raises FloatingPointError, naming the layer, if a Σ is not finite or
     has no inverse at any damping.
     """
@@ -82,7 +87,7 @@ def inverse_roots(
         for chunk in chunks(own, lambda layer: (layer.sigma,)):
             sigma, U = _stacked([statistics_of(layer) for layer in chunk])
             try:
-                computed += zip(chunk, _inverse_roots(sigma, U, settings), strict=True)
+                computed += zip(chunk, _batched_inverse_roots(sigma, U, settings), strict=True)
             except FloatingPointError:
                 _raise_with_layer_name(chunk, sigma, settings)
                 raise
@@ -97,7 +102,9 @@ def _stacked(statistics: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Te
     return torch.stack([sigma for sigma, _ in statistics]), torch.stack(bases) if bases else None
 
 
-def _inverse_roots(sigma: Tensor, U: Tensor | None, settings: DoprSettings) -> list[InverseRoot]:
+def _batched_inverse_roots(
+    sigma: Tensor, U: Tensor | None, settings: DoprSettings
+) -> list[InverseRoot]:
     """Compute P of N covariances, (N, blocks, b, b) or (N, d), as one batch."""
     p, gamma = settings.exponent, settings.gamma
     means = torch.stack([mean_eigenvalue(each) for each in sigma])  # (N,)
@@ -135,7 +142,7 @@ def _raise_with_layer_name(layers: list[Layer], sigma: Tensor, settings: DoprSet
     """Invert each Σ of a failed batch alone, to raise with the name of the layer that fails."""
     for layer, one in zip(layers, sigma, strict=True):
         try:
-            _inverse_roots(one[None], None, settings)
+            _batched_inverse_roots(one[None], None, settings)
         except FloatingPointError as error:
             raise FloatingPointError(f"{layer.label}: {error}") from error
 
@@ -143,11 +150,12 @@ def _raise_with_layer_name(layers: list[Layer], sigma: Tensor, settings: DoprSet
 def preconditioned(
     layers: list[Layer], backend: Backend
 ) -> Iterator[tuple[Layer, Tensor, Tensor, Tensor]]:
-    """Yield (layer, gradient, G, M = G P) for each layer with a gradient and a P.
+    """Yield layer, grad, its (d_out, d_in) view G, and M = G P, for layers with a grad and a P.
 
-    G and M are (d_out, d_in), or the local rows of a sharded weight: row i of M is row i of G times
-    P. At most `CHUNK_BYTES` of M, or a single M, exist at a time (with Triton also copies of their
-    G and P), so write each M into its gradient before asking for the next.
+    G is a copy where the strides forbid a view. Of a sharded weight, grad, G and M hold the local
+    part. A chunk holds at most `CHUNK_BYTES` of gradients; their M, in at least fp32, may be
+    larger. Triton makes the M of a whole chunk at once, from copies of its G and P. Torch makes
+    each M on demand, so a caller that keeps no M holds few of them at a time.
     """
     grads: dict[Layer, Tensor] = {}
     for layer in layers:
@@ -180,7 +188,7 @@ def products(Gs: list[Tensor], Ps: list[Tensor], backend: Backend) -> Iterator[T
     P = Ps[0]
     row_bytes = P.shape[-1] * P.element_size()
     if P.dim() == 1 or choose_backend(backend, "G P", P, row_bytes=[row_bytes]) == "torch":
-        return map(precondition, Gs, Ps)
+        return map(apply_P, Gs, Ps)
     from ..kernels._triton_apply import apply
 
     return iter(apply(torch.stack([G.to(P.dtype) for G in Gs]), torch.stack(Ps)))
@@ -189,7 +197,7 @@ def products(Gs: list[Tensor], Ps: list[Tensor], backend: Backend) -> Iterator[T
 def set_norm_ratios(
     local_norms: dict[Layer, Tensor], layers: list[Layer], collective: Collective
 ) -> None:
-    """Set ‖M‖ / ‖G‖ of these layers from the norms (2,) of their local rows."""
+    """Set ‖M‖ / ‖G‖ of these layers from the norms (‖M‖, ‖G‖) of their local rows."""
     norms = dict(local_norms)
     if sharded := [layer for layer in layers if is_sharded(layer.covered.weight)]:
         squares = [norms.get(layer, layer.sigma.new_zeros(2)).square() for layer in sharded]
@@ -223,15 +231,22 @@ def chunks(
 def _with_usable_sums(layers: list[Layer], sums: Sums, collective: Collective) -> list[Layer]:
     """Return the layers whose running sum can be used, and handle the others.
 
-    Reads the host once for all layers. Token counts and mean eigenvalues are enough: because
-    |z_i z_j| <= (z_i² + z_j²) / 2, Σ z zᵀ is zero or finite if its mean eigenvalue is.
+    Synchronizes with the device once for all layers, and in `_with_gradient`. Token counts and mean
+    eigenvalues are enough: because |z_i z_j| <= (z_i² + z_j²) / 2, the sum of z zᵀ is zero or
+    finite if its mean eigenvalue is.
     """
     unseen, not_finite, zero, usable = [], [], [], []
-    values = list(sums.token_counts_and_traces.values())
+    values = list(sums.counts_and_mean_eigenvalues.values())
     rows = torch.stack([v.to(values[0].device) for v in values]).tolist() if values else []
     for layer, (count, mean) in zip(layers, rows, strict=True):
-        kind = unseen if count == 0 else zero if mean == 0 else usable
-        (kind if math.isfinite(mean) else not_finite).append(layer)
+        if not math.isfinite(mean):
+            not_finite.append(layer)
+        elif count == 0:
+            unseen.append(layer)
+        elif mean == 0:
+            zero.append(layer)
+        else:
+            usable.append(layer)
     _check_unseen(unseen, collective)
     _drop_not_finite(not_finite)
     _drop_zero(zero, collective)
@@ -246,13 +261,13 @@ def _check_unseen(layers: list[Layer], collective: Collective) -> None:
     missed = _with_gradient(layers, collective)
     if missed:
         names = [layer.name for layer in missed]
-        others = f" (nor those of {len(names) - 1} more layers)" if names[1:] else ""
+        others = f" (and {len(names) - 1} more layers)" if names[1:] else ""
         raise RuntimeError(
             f"{missed[0].label} has a gradient but its input activations were not seen{others}. "
             "Likely causes: its forward is bypassed (F.linear on its weight, a fused or functional "
-            "call), or was traced, exported or replaced; every backward ran inside paused(), or "
-            "before the preconditioner was constructed or discard() was called; the gradient was "
-            f"set by hand. To leave out layers that are never seen, pass exclude={names}"
+            "call), or was traced, exported or replaced; every backward ran inside paused(), ran "
+            "before the preconditioner was constructed, or was followed by discard(); the gradient "
+            f"was set by hand. To leave out layers that are never seen, pass exclude={names}"
         )
 
 
@@ -276,9 +291,10 @@ def _drop_zero(layers: list[Layer], collective: Collective) -> None:
 
 
 def _with_gradient(layers: list[Layer], collective: Collective) -> list[Layer]:
-    """Return the layers with a nonzero gradient in some process. Reads the host once.
+    """Return the layers with a nonzero gradient in some process.
 
-    All processes must pass the same layers, because a gradient may exist in some of them only.
+    Synchronizes with the device once. All processes must pass the same layers, because a gradient
+    may exist in some of them only.
     """
     if not layers:
         return []

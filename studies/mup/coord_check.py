@@ -2,12 +2,12 @@
 
     python -m studies.mup.coord_check --optimizers adamw,dopr-adamw,muon --seeds 0,1,2
 
-The command trains each width for a few steps without warm-up, decay or clipping. It fits the
-slopes, against log2 width, of the log2 RMS of the activations (t = 0) and of their change since t =
-0. Under muP the slopes should be zero; the standard parametrisation (sp) is the control and must
-fail the check. The command writes records.jsonl, a plot for each optimizer and coordinates.md into
---out. The exit code is 1 if a muP check fails or a control passes. A shard, or a grid with one
-width, only adds to --out and is not judged.
+The command trains each width for a few steps without warm-up, decay or clipping. It fits slopes
+against log2 width: of the log2 RMS of the activations (t = 0) and of their change since t = 0.
+Under muP they should be zero; the standard parametrisation (sp) is the control and must fail the
+check. The command writes records.jsonl, a plot for each optimizer and coordinates.md into --out.
+The exit code is 1 if a muP check fails or a control passes. A shard, or a grid with one width, only
+adds to --out and is not judged.
 """
 
 import argparse

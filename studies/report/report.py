@@ -30,7 +30,7 @@ def write_report(folders: Sequence[Path], out: Path, n_planned: int = 0) -> Path
     Args:
         folders: studies or graded runs.
         out: the folder to write to.
-        n_planned: number of comparisons that are judged together. 0 stands for those on the page.
+        n_planned: number of comparisons that are judged together. Defaults to those on the page.
     """
     source = read(folders)
     consistency.check(source.records)

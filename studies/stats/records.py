@@ -136,5 +136,5 @@ def log_error(record: Record) -> float:
 
 
 def half_an_episode(record: Record) -> float:
-    """Return the share that stands for "none of n episodes": half an episode in n + 1."""
+    """Return the share that replaces "none of n episodes": half an episode in n + 1."""
     return 0.5 / (record["grade"]["metrics"][record["primary"]]["n"] + 1)

@@ -24,7 +24,7 @@ from studies.sweep.lds import LdsTrial
 from studies.sweep.reference import ReferenceTrial, references_of
 from studies.sweep.results import unite
 from studies.sweep.runner import Runner
-from studies.sweep.trial import TrainTrial, Trial, run_trial
+from studies.sweep.trial import TrainTrial, Trial, run_folder, run_trial
 from studies.sweep.variants import Variant
 
 FRESH = 200  # the first fresh seed; tuning seeds are 0, 1, ...
@@ -169,11 +169,6 @@ def _read_protocol(path: Path, keys: set[str]) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: not a protocol ({error}); use another --out") from None
     return found
-
-
-def run_folder(out: Path, variant: str, lr: float, seed: int) -> Path:
-    """Return the folder of one run of the study in `out`."""
-    return out / "runs" / f"{variant}-lr{lr:g}-seed{seed}"
 
 
 def _line(record: Record) -> str:

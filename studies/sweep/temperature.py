@@ -45,7 +45,7 @@ from studies.stats.records import (
 )
 from studies.stats.temperatures import FILE, TemperatureRow, conditions, ranked
 from studies.sweep.results import without_curves
-from studies.sweep.study import run_folder
+from studies.sweep.trial import run_folder
 from trainer.checkpoint.read import CheckpointError, open_checkpoint
 
 TEMPERATURES = (0.01, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4)

@@ -66,6 +66,11 @@ class Trial(ABC):
         return self.model_identity() | {GRADING + key: value for key, value in grading.items()}
 
 
+def run_folder(out: Path, variant: str, lr: float, seed: int) -> Path:
+    """Return the folder of one run of the study in `out`."""
+    return out / "runs" / f"{variant}-lr{lr:g}-seed{seed}"
+
+
 def run_trial(trial: Trial) -> dict[str, Any]:
     """Return the record of a trial, from disk if it was finished before.
 

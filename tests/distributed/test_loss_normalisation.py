@@ -9,7 +9,7 @@ import train
 from data.meta import empty_split, write_meta
 from data.shards import write_shard
 from data.tokenizer import byte_tokenizer
-from model import IGNORE
+from model import GPT, IGNORE
 from tests.distributed.runs import PARALLEL, SETTINGS, distance, trained
 from tests.tiny import argv, metrics
 
@@ -86,7 +86,7 @@ def test_the_logged_loss_is_the_mean_over_the_scored_tokens_of_the_batch(
     documents, tmp_path, monkeypatch
 ):
     seen = []
-    forward = train.GPT.forward
+    forward = GPT.forward
 
     def recorded(self, idx, targets=None, **options):
         if self.training:
@@ -97,7 +97,7 @@ def test_the_logged_loss_is_the_mean_over_the_scored_tokens_of_the_batch(
             seen.append((nats, (targets != IGNORE).sum()))
         return forward(self, idx, targets, **options)
 
-    monkeypatch.setattr(train.GPT, "forward", recorded)
+    monkeypatch.setattr(GPT, "forward", recorded)
     out = trained(None, 1, documents, tmp_path, micro_batch_size=3, **SGD | {"max_steps": 2})
     for i, row in enumerate(metrics(out, "train")):
         nats, counts = zip(*seen[4 * i : 4 * i + 4], strict=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optim.dopr.layer import precondition
+from optim.dopr.layer import apply_P
 from tests.kernels.memory import guarded
 from tests.kernels.spectra import relative_error
 from tests.kernels.triton_device import SMALL, randn, triton_apply
@@ -35,7 +35,7 @@ def test_it_equals_float64_on_ragged_shapes(N, m, b, blocks, precision, config):
 
 def test_it_equals_the_reference():
     G, P = randn(2, 20, 51), randn(2, 3, 17, 17, seed=1)
-    expected = torch.stack([precondition(g, p) for g, p in zip(G, P, strict=True)])
+    expected = torch.stack([apply_P(g, p) for g, p in zip(G, P, strict=True)])
     torch.testing.assert_close(apply(G, P, config=SMALL), expected, atol=2e-5, rtol=1e-5)
 
 

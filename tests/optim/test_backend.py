@@ -10,7 +10,7 @@ import torch
 import train
 from optim import ActivationPreconditioner
 from optim.adamuon import AdaMuon
-from optim.dopr.layer import precondition
+from optim.dopr.layer import apply_P
 from optim.muon import Muon
 from tests.optim.models import backward, mlp
 from tests.optim.runs import assert_same, made, matrices
@@ -45,7 +45,7 @@ def test_torch_multiplies_each_gradient_by_its_own_p(settings):
     grads = [layer.covered.weight.grad.clone() for layer in preconditioner.layers]
     parts[1].step()
     for layer, G in zip(preconditioner.layers, grads, strict=True):
-        assert torch.equal(layer.covered.weight.grad, precondition(G, layer.P))
+        assert torch.equal(layer.covered.weight.grad, apply_P(G, layer.P))
 
 
 @pytest.mark.parametrize("kind", MATRIX)

@@ -119,7 +119,7 @@ def with_an_owner_that_cannot_invert():
     _, forward, optimizer, preconditioner = workers.parts("sgd", "ddp")
     with pytest.MonkeyPatch.context() as patch:
         if distributed.get_rank() == 1:
-            patch.setattr(refresh, "_inverse_roots", no_inverse)
+            patch.setattr(refresh, "_batched_inverse_roots", no_inverse)
         message = message_of(workers.step, forward, optimizer, 0)
     return message, sum(layer.n_refreshes for layer in preconditioner.layers)
 

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optim.dopr.layer import (
+    apply_P,
     condition_bound,
     condition_number,
     diagonal_inverse_root,
@@ -13,7 +14,6 @@ from optim.dopr.layer import (
     mean_eigenvalue,
     norm_ratio,
     norms,
-    precondition,
 )
 from optim.kernels.newton_schulz import upper_bound
 from tests.optim.models import randn, relative_error
@@ -52,12 +52,12 @@ def test_a_diagonal_root_raised_to_p_inverts(p):
 def test_blocks_multiply_like_one_block_diagonal_matrix(blocks, b, d_out):
     G, P = randn(d_out, blocks * b, seed=b), randn(blocks, b, b, seed=blocks)
     expected = G.double() @ torch.block_diag(*P.double())
-    torch.testing.assert_close(precondition(G, P).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(apply_P(G, P).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_transposed_gradient_is_preconditioned_like_its_copy():
     G, P = randn(6, 5, seed=1).mT, randn(3, 2, 2, seed=2)
-    torch.testing.assert_close(precondition(G, P), precondition(G.contiguous(), P))
+    torch.testing.assert_close(apply_P(G, P), apply_P(G.contiguous(), P))
 
 
 def test_the_product_is_fp32_under_autocast_and_low_matmul_precision():
@@ -66,7 +66,7 @@ def test_the_product_is_fp32_under_autocast_and_low_matmul_precision():
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", torch.bfloat16):
-            M = precondition(G, P)
+            M = apply_P(G, P)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(precision)
@@ -76,7 +76,7 @@ def test_the_product_is_fp32_under_autocast_and_low_matmul_precision():
 
 def test_a_bf16_gradient_gives_an_fp32_product():
     G, P = randn(5, 8, seed=1, dtype=torch.bfloat16), randn(1, 8, 8, seed=2)
-    M = precondition(G, P)
+    M = apply_P(G, P)
     assert M.dtype == torch.float32
     assert relative_error(M, G.double() @ P[0].double()) < 1e-6
 

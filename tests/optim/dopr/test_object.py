@@ -28,10 +28,10 @@ def test_only_optimizers_can_be_attached():
 @pytest.mark.parametrize(
     ("owners", "message"),
     [
-        (lambda m: [sgd(m[0])], r"2\.weight is in 0:"),
-        (lambda m: [sgd(m), sgd(m[2])], r"2\.weight is in 2:"),
-        (lambda m: [sgd(mlp())], r"0\.weight is in 0; 2\.weight is in 0"),
-        (lambda m: [], r"0\.weight is in 0; 2\.weight is in 0"),
+        (lambda m: [sgd(m[0])], r"2\.weight is in 0 of them:"),
+        (lambda m: [sgd(m), sgd(m[2])], r"2\.weight is in 2 of them:"),
+        (lambda m: [sgd(mlp())], r"0\.weight is in 0 of them; 2\.weight is in 0 of them"),
+        (lambda m: [], r"0\.weight is in 0 of them; 2\.weight is in 0 of them"),
     ],
 )
 def test_every_covered_weight_must_be_in_one_optimizer(owners, message):

@@ -177,7 +177,7 @@ def test_runs_of_other_settings_do_not_mix_with_those_of_other_widths(dataset, t
         folder.mkdir(parents=True)
         (folder / "record.json").write_text(json.dumps(record))
     message = refusal(command(dataset, tmp_path, "--optimizers", "adamw"), capsys)
-    assert "runs/adamw differs from what is asked: " in message
+    assert "runs/adamw has other settings than this command: " in message
     assert "beta2 was 0.5, is 0.95" in message
 
 
@@ -204,10 +204,10 @@ def test_a_run_that_was_stopped_is_not_continued_with_other_settings(dataset, tm
         (["--optimizers", "adamw+mup=true"], "mup is fixed here"),
         (["--optimizers", "adamw", "--widths", "15"], "must be divisible by n_head=2"),
         (["--optimizers", "adamw", "--shard", "3/2"], "argument --shard"),
-        (["--optimizers", "adamw", "--shard", "5/5"], "is empty, the grid has 3 points"),
+        (["--optimizers", "adamw", "--shard", "5/5"], "is empty, the grid has 3 runs"),
         (["--optimizers", "adamw", "--widths", "wide"], "argument --widths"),
         (["--optimizers", "adamw", "--octaves=2:1"], "argument --octaves"),
-        (["--optimizers", "adamw", "--parametrisations", "muP"], "'muP': wants sp or mup"),
+        (["--optimizers", "adamw", "--parametrisations", "muP"], "'muP': must be sp or mup"),
     ],
 )
 def test_mistakes_are_one_message(dataset, tmp_path, capsys, more, message):

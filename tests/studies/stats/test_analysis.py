@@ -1,6 +1,7 @@
 """Leaderboards and fits on records whose answers are known."""
 
 import json
+import lzma
 import math
 
 import numpy as np
@@ -165,5 +166,14 @@ def test_a_folder_without_grades_is_an_error_that_says_what_to_run(tmp_path):
 
 def test_a_record_that_was_cut_short_is_an_error_that_names_its_folder(tmp_path):
     (tmp_path / "records.jsonl").write_text('{"task": "pdfa"')
-    with pytest.raises(AnalysisError, match=f"{tmp_path.name}: not JSON"):
+    with pytest.raises(AnalysisError, match=r"records\.jsonl: expected one JSON record per"):
         load_records([tmp_path])
+
+
+def test_compressed_records_are_read_where_there_are_no_others(tmp_path):
+    path, rows = tmp_path / "records.jsonl", study()
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    path.with_name("records.jsonl.xz").write_bytes(lzma.compress(lines.encode()))
+    assert load_records([tmp_path]) == rows
+    path.write_text(json.dumps(rows[0]))
+    assert load_records([tmp_path]) == rows[:1]
