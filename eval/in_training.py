@@ -37,15 +37,18 @@ def validate(
     row: dict[str, Any] = {}
     reads = [partial(batches.__getitem__, i) for i in range(len(batches))]
     for prefix, model in state.evaluated().items():
-        result = evaluate(
-            model,
-            (parallel.raise_on_all_ranks(read, DataError) for read in reads),
-            dataset.tokenizer.token_bytes(),
-            device=parallel.device,
-            autocast=autocast,
-            should_stop=stop.poll,
-            total=parallel.sum,
-        )
+        try:
+            result = evaluate(
+                model,
+                (parallel.raise_on_all_ranks(read, DataError) for read in reads),
+                dataset.tokenizer.token_bytes(),
+                device=parallel.device,
+                autocast=autocast,
+                should_stop=stop.poll,
+                total=parallel.sum,
+            )
+        except ValueError as error:  # no target of these batches is scored
+            raise DataError(f"validation: {error}; use more eval_batches") from error
         parallel.reshard(model)
         if result is None:
             return None

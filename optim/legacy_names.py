@@ -11,6 +11,11 @@ from typing import Any
 SETTINGS = {"kernel": "backend", "muon_scale": "adjust_lr", "coefficients": "ns_coefficients"}
 VALUES = {("adjust_lr", "match_rms"): "match_rms_adamw"}  # (new name, old value): new value
 STATE = {"n_mended": "n_fallbacks", "directions": "deflation_basis"}
+GROUP = {"blocks": "qkv_blocks", "scale": "adjust_lr", "coefficients": "ns_coefficients"}
+REMOVED = {  # setting: what to do instead
+    "deterministic": "remove it",
+    "ns_steps": "remove it; optim.Muon and optim.AdaMuon still take it",
+}
 
 
 def renamed_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -31,6 +36,20 @@ def renamed_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str
             old.append(f"{new_key}={value}")
         renamed[new_key] = new_value
     return renamed, old
+
+
+def renamed_group(group: dict[str, Any]) -> dict[str, Any]:
+    """Return a param group of Muon or AdaMuon with new keys and values; warn if it has old ones."""
+    old = sorted(GROUP.keys() & group.keys())
+    if not old:
+        return group
+    pairs = ", ".join(f"{key} -> {GROUP[key]}" for key in old)
+    warnings.warn(f"a param group has keys of an earlier release ({pairs})", FutureWarning, 3)
+    renamed = {GROUP.get(key, key): value for key, value in group.items()}
+    adjust_lr = renamed.get("adjust_lr")
+    if ("adjust_lr", adjust_lr) in VALUES:
+        renamed["adjust_lr"] = VALUES["adjust_lr", adjust_lr]
+    return renamed
 
 
 def renamed_state(state: Any) -> Any:

@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 from .base import DecoupledOptimizer, named_params
 from .kernels.dispatch import Backend, check_backend, choose_backend
 from .kernels.newton_schulz import NS_COEFFICIENTS, NSCoefficients, orthogonalize
+from .legacy_names import renamed_group
 from .matrices import Matrices
 from .process_group import ProcessGroup, local
 
@@ -141,6 +142,13 @@ class MatrixOptimizer(DecoupledOptimizer):
         self.backend: Backend = backend  # super().__init__ calls `check_group`, which reads it
         super().__init__(params, defaults)
         self._process_group = process_group
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(renamed_group(param_group))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        groups = [renamed_group(group) for group in state_dict["param_groups"]]
+        super().load_state_dict(state_dict | {"param_groups": groups})
 
     def settings(self, params: list[Tensor], group: dict[str, Any]) -> dict[str, Any]:
         """Return the keyword arguments that `muon_update` and `adamuon_update` share."""

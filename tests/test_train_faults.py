@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import train
+from model import GPT
 from tests.tiny import argv, metrics, weights, write_dataset
 from trainer.checkpoint import read as checkpoint
 
@@ -89,7 +90,7 @@ def test_a_signal_ends_the_run_quickly_with_a_checkpoint_and_no_traceback(
 
 def poison(patch, *, steps, value=float("nan")):
     """Multiply the loss of these steps by a value that is not finite."""
-    forward, calls = train.GPT.forward, 0
+    forward, calls = GPT.forward, 0
 
     def poisoned(self, idx, targets=None, **options):
         nonlocal calls
@@ -99,7 +100,7 @@ def poison(patch, *, steps, value=float("nan")):
             calls += 1
         return logits, loss
 
-    patch.setattr(train.GPT, "forward", poisoned)
+    patch.setattr(GPT, "forward", poisoned)
 
 
 @pytest.mark.parametrize("dopr", [False, True])

@@ -145,15 +145,22 @@ def _rename(origin: str, key: str, raw: Any) -> tuple[str, Any]:
     Raises ConfigError if there is no such setting.
     """
     if key in FIELDS:
-        return key, raw
-    from optim.legacy_names import renamed_settings  # imports torch
+        try:
+            coerce(key, raw)
+            return key, raw
+        except ConfigError:
+            pass  # the value may be of an earlier release
+    from optim.legacy_names import REMOVED, renamed_settings  # imports torch
 
+    if key in REMOVED:
+        raise ConfigError(f"{key} is no longer a setting: {REMOVED[key]}")
     settings, old_names = renamed_settings({key: raw})
     new_key, value = next(iter(settings.items()))
-    if not old_names or new_key not in FIELDS:
+    if new_key not in FIELDS:
         raise ConfigError(f"unknown key {key!r}{_suggestion(key)}")
-    if os.environ.get("RANK", "0") == "0":
-        print(f"warning: {origin}: {key} is now called {new_key}; please rename it")
+    if old_names and os.environ.get("RANK", "0") == "0":
+        old, new = (key, new_key) if key != new_key else (f"{key}={raw}", f"{key}={value}")
+        print(f"warning: {origin}: {old} is now called {new}; please rename it")
     return new_key, value
 
 

@@ -12,6 +12,7 @@ from torch import distributed
 import train
 from data.shards import DataError
 from eval import in_training
+from model import GPT
 from tests.distributed.runs import SETTINGS, main, trained
 from tests.tiny import argv, metrics, weights
 from trainer import signals
@@ -89,7 +90,7 @@ def test_a_signal_repeated_at_once_is_ignored_and_a_later_one_ends_the_process(m
 
 def poisoned(what: str, victim: int, arguments: list[str]) -> tuple[int, str]:
     """Start a run in which one process has a non-finite loss or gradient at the third step."""
-    forward, calls = train.GPT.forward, 0
+    forward, calls = GPT.forward, 0
 
     def broken(self, idx, targets=None, **options):
         nonlocal calls
@@ -101,7 +102,7 @@ def poisoned(what: str, victim: int, arguments: list[str]) -> tuple[int, str]:
         return logits, loss
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.GPT, "forward", broken)
+        patch.setattr(GPT, "forward", broken)
         return main(arguments)
 
 

@@ -3,7 +3,9 @@
 import copy
 
 import pytest
+import torch
 
+from optim import Muon
 from optim.legacy_names import STATE, renamed_settings, renamed_state
 from tests.optim.runs import assert_same, made, train
 
@@ -56,3 +58,25 @@ def test_a_state_with_old_keys_loads_with_one_warning():
 @pytest.mark.parametrize("state", [None, [1], {"0": None}, {"0": {"n_fallbacks": 0}}])
 def test_what_has_no_old_key_is_returned_as_it_is(state):
     assert renamed_state(state) is state
+
+
+def test_old_param_group_keys_of_muon_are_renamed_with_a_warning():
+    param = torch.nn.Parameter(torch.ones(6, 4))
+    old = {"params": [param], "blocks": 3, "scale": "match_rms", "coefficients": "quintic"}
+    with pytest.warns(FutureWarning, match="blocks -> qkv_blocks"):
+        group = Muon([old]).param_groups[0]
+    assert (group["qkv_blocks"], group["adjust_lr"]) == (3, "match_rms_adamw")
+    assert group["ns_coefficients"] == "quintic"
+
+
+def test_an_old_state_dict_of_muon_continues():
+    param = torch.nn.Parameter(torch.ones(6, 4))
+    optimizer = Muon([param])
+    state = optimizer.state_dict()
+    group = state["param_groups"][0]
+    for new, old in (("qkv_blocks", "blocks"), ("adjust_lr", "scale")):
+        group[old] = group.pop(new)
+    with pytest.warns(FutureWarning):
+        optimizer.load_state_dict(state)
+    param.grad = torch.ones(6, 4)
+    optimizer.step()

@@ -106,6 +106,17 @@ def test_a_name_of_an_earlier_release_is_accepted_with_a_warning(tmp_path, capsy
     ]
 
 
+def test_an_old_value_of_a_current_setting_is_accepted_with_a_warning(capsys):
+    config, _ = load_config(["--adjust_lr=match_rms"])
+    assert config.adjust_lr == "match_rms_adamw"
+    assert "adjust_lr=match_rms is now called adjust_lr=match_rms_adamw" in capsys.readouterr().out
+
+
+def test_a_removed_setting_says_what_to_do():
+    with pytest.raises(ConfigError, match="ns_steps is no longer a setting: remove it"):
+        load_config(["--ns_steps=5"])
+
+
 def test_a_bad_value_under_an_earlier_name_is_refused_by_the_current_name():
     with pytest.raises(ConfigError, match="backend='cuda': must be one of auto, torch, triton"):
         load_config(["--kernel=cuda"])
