@@ -46,10 +46,7 @@ def renamed_group(group: dict[str, Any]) -> dict[str, Any]:
     pairs = ", ".join(f"{key} -> {GROUP[key]}" for key in old)
     warnings.warn(f"a param group has keys of an earlier release ({pairs})", FutureWarning, 3)
     renamed = {GROUP.get(key, key): value for key, value in group.items()}
-    adjust_lr = renamed.get("adjust_lr")
-    if ("adjust_lr", adjust_lr) in VALUES:
-        renamed["adjust_lr"] = VALUES["adjust_lr", adjust_lr]
-    return renamed
+    return {key: VALUES.get((key, str(value)), value) for key, value in renamed.items()}
 
 
 def renamed_state(state: Any) -> Any:

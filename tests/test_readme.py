@@ -51,6 +51,11 @@ def test_the_readme_has_at_most_1300_words():
     assert len(README.split()) <= 1300
 
 
+def test_the_readme_shows_what_the_demo_prints():
+    (folders,) = re.findall(r"^DEMO\s*:= (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    assert re.findall(r"^(out/demo/\w+)  ", README, re.M) == folders.split()
+
+
 def test_every_link_leads_to_a_file():
     for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "CHANGELOG.md"]:
         for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", path.read_text()):
