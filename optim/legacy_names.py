@@ -29,7 +29,7 @@ def renamed_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str
         new_key = SETTINGS.get(key, key)
         if new_key != key and new_key in settings:
             raise ValueError(f"{key} is the old name of {new_key}: set only {new_key}")
-        new_value = VALUES.get((new_key, value), value) if isinstance(value, str) else value
+        new_value = _renamed_value(new_key, value)
         if new_key != key:
             old.append(key)
         if new_value != value:
@@ -46,7 +46,12 @@ def renamed_group(group: dict[str, Any]) -> dict[str, Any]:
     pairs = ", ".join(f"{key} -> {GROUP[key]}" for key in old)
     warnings.warn(f"a param group has keys of an earlier release ({pairs})", FutureWarning, 3)
     renamed = {GROUP.get(key, key): value for key, value in group.items()}
-    return {key: VALUES.get((key, str(value)), value) for key, value in renamed.items()}
+    return {key: _renamed_value(key, value) for key, value in renamed.items()}
+
+
+def _renamed_value(key: str, value: Any) -> Any:
+    """Return the new name of a value of the setting that is now called `key`."""
+    return VALUES.get((key, value), value) if isinstance(value, str) else value
 
 
 def renamed_state(state: Any) -> Any:

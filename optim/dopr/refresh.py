@@ -152,8 +152,8 @@ def preconditioned(
 ) -> Iterator[tuple[Layer, Tensor, Tensor, Tensor]]:
     """Yield layer, grad, its (d_out, d_in) view G, and M = G P, for layers with a grad and a P.
 
-    G is a copy where the strides forbid a view. Of a sharded weight, grad, G and M hold the local
-    part. A chunk holds at most `CHUNK_BYTES` of gradients; their M, in at least fp32, may be
+    G is a copy where the strides forbid a view. If the weight is sharded, grad, G and M are its
+    local rows. A chunk holds at most `CHUNK_BYTES` of gradients; their M, in at least fp32, may be
     larger. Triton makes the M of a whole chunk at once, from copies of its G and P. Torch makes
     each M on demand, so a caller that keeps no M holds few of them at a time.
     """
