@@ -1,0 +1,83 @@
+"""Read JSON files and check them against a pydantic model before anything uses their content."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from data.shards import DataError
+
+MAX_PROBLEMS = 5  # that one message lists
+
+
+class Schema(BaseModel):
+    """A JSON object whose keys all have to be known, with values of exactly these types.
+
+    4 is an integer; "4", 4.0 and true are not. NaN and infinity are not numbers.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class OpenSchema(Schema):
+    """A `Schema` that ignores keys it does not know, for files that other programs write."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def read_json(path: Path, schema: type[S], error: type[Exception] = DataError) -> S:
+    """Read a JSON file that has to fit `schema`.
+
+    Raises:
+        error: the file cannot be read, is not JSON or does not fit. The message names the file and
+            every key at fault.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as problem:
+        raise error(f"{path}: cannot be read ({problem.strerror})") from None
+    return parse_json(content, str(path), schema, error)
+
+
+def parse_json(
+    content: str | bytes, where: str, schema: type[S], error: type[Exception] = DataError
+) -> S:
+    """Parse JSON that has to fit `schema`; `where` names its source in the message.
+
+    Raises:
+        error: the content is not JSON, is nested too deeply or does not fit.
+    """
+    try:
+        return schema.model_validate_json(content)
+    except ValidationError as problem:
+        raise error(f"{where}: {_listed(problem)}") from None
+
+
+def read_json_lines(
+    path: Path, schema: type[S], error: type[Exception] = DataError
+) -> Iterator[tuple[int, S]]:
+    """Yield the number, from 1, and the content of each line that is not empty."""
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, parse_json(line, f"{path}, line {number}", schema, error)
+    except OSError as problem:
+        raise error(f"{path}: cannot be read ({problem.strerror})") from None
+
+
+def _listed(error: ValidationError) -> str:
+    """Return the problems in one line, each with its key and the value found."""
+    problems = []
+    for each in error.errors(include_url=False, include_context=False):
+        key = ".".join(map(str, each["loc"]))
+        found = (
+            "" if each["type"] in ("missing", "json_invalid") else f" (found {each['input']!r:.60})"
+        )
+        problems.append(f"{key}: {each['msg']}{found}" if key else f"{each['msg']}{found}")
+    more = f"; and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
+    return "; ".join(problems[:MAX_PROBLEMS]) + more
