@@ -27,7 +27,7 @@ from bench.scale.shapes import EXACT, FAST, SHAPES, DoprMode, ModelShape
 from bench.scale.step import StepEstimate, estimate
 from bench.scale.tables import details, overview, sensitivity
 from eval.command import command_parser
-from optim.dopr.layer import INVERSES
+from optim.dopr.settings import INVERSES
 from studies.report.style import save_png
 
 SIZES = (1, 8, 16, 64, 128, 512, 1024, 4096)

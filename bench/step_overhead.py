@@ -22,7 +22,7 @@ from bench.timing import DEVICE, compared, measure_all, milliseconds
 from model import GPT, GPTConfig
 from optim import ActivationPreconditioner
 from optim.build import OPTIMIZERS, build_optimizers
-from optim.dopr.layer import INVERSES
+from optim.dopr.settings import INVERSES
 from optim.kernels.dispatch import BACKENDS, Backend
 
 

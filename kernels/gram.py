@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import choose_backend
+from .dispatch import check_not_recording, choose_backend
 
 
 def gram_(
@@ -62,8 +62,12 @@ def accumulate_gram(
     backend: str = "auto",  # a `Backend`
     rank: int = 0,
     size: int = 1,
+    grad_y: Tensor | None = None,  # (..., T, d_out)
 ) -> None:
     """Add a batch: S += Σ z zᵀ, count += n, offset += sequences; do nothing if `is_paused`.
+
+    Tokens whose row of `grad_y`, the gradient of the layer's output, is zero add nothing and are
+    not counted. None counts all tokens.
 
     See `gram_` for S, z, `stride` and `offset`. With `size` processes, each passing a batch of the
     same size, rank r continues the sequence numbers of rank r - 1.
@@ -71,12 +75,31 @@ def accumulate_gram(
     This is one opaque operator that torch.compile does not trace. It is meant for the backward of
     an autograd.Function: `is_paused` is read each time the backward runs, also in compiled code.
     """
+    check_not_recording(z.device)
     if is_paused:
         return
     n_sequences = z.shape[:-2].numel()
     first = offset + rank * n_sequences if rank else offset
-    count += _choose_gram(backend, S, z)(S, z, beta=1.0, alpha=1.0, stride=stride, offset=first)
+    is_masked = None if grad_y is None else _masked_tokens(grad_y)
+    if is_masked is not None:
+        z = z.masked_fill(is_masked[..., None], 0)
+    n = _choose_gram(backend, S, z)(S, z, beta=1.0, alpha=1.0, stride=stride, offset=first)
+    if is_masked is not None:
+        n = (~_sample(is_masked[..., None], stride, first)).sum()
+    count += n
     offset += size * n_sequences
+
+
+def _masked_tokens(grad_y: Tensor) -> Tensor | None:  # (..., T, d_out) -> (..., T) bool
+    """Return which rows of `grad_y` are zero. On a CPU, return None if there are none.
+
+    A norm is cheaper on a CPU than a comparison, and no nonzero row escapes it: squares that
+    underflow make it zero, and then the rows are compared. On a GPU, reading whether there are such
+    rows would wait for the device.
+    """
+    if grad_y.is_cpu and torch.linalg.vector_norm(grad_y, dim=-1).all():
+        return None
+    return ~(grad_y != 0).any(-1)
 
 
 @accumulate_gram.register_fake
@@ -90,6 +113,7 @@ def _(
     backend: str = "auto",
     rank: int = 0,
     size: int = 1,
+    grad_y: Tensor | None = None,
 ) -> None:
     return None
 

@@ -7,7 +7,7 @@ from typing import Any
 import filelock
 import torch
 
-from optim.dopr.layer import settings_problems
+from optim.dopr.settings import settings_problems
 from optim.kernels.dispatch import triton_problem
 from trainer.parallel import parallel_problems
 from trainer.settings import ConfigError

@@ -4,22 +4,24 @@ Capture runs in the backward pass because that pass sees exactly the tokens that
 gradient, each of them once: in eager mode, under torch.compile and under activation checkpointing.
 Evaluation captures nothing. The backward cannot know that a weight gradient will be thrown away
 (`torch.autograd.grad` of the inputs, a pass before `zero_grad`): run such a pass inside `paused()`.
-Capture replaces `forward` on the module instance. Copies of the module do not capture.
+A token whose output gradient is exactly zero (padding, a masked prompt) adds nothing to the weight
+gradient, so it is not counted. Capture replaces `forward` on the module instance. Copies of the
+module do not capture.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
+from types import MethodType, NoneType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from ..kernels.dispatch import Backend
+from ..kernels.dispatch import Backend, check_not_recording
 from ..kernels.gram import accumulate_gram
+from ..process_group import is_sharded
 
 
 class Capture:
@@ -33,7 +35,9 @@ class Capture:
         is_paused: () bool on the CPU, shared by all captures of a preconditioner. It is a tensor so
             that the backward reads it at run time. `is_collecting` is a Python bool: torch.compile
             specializes on it.
+        count_masked: also counts tokens whose output gradient is exactly zero.
         backend: implementation of the sum, see kernels/dispatch.py. Token ids always use torch.
+        label: name of the layer, for messages.
     """
 
     def __init__(
@@ -42,7 +46,9 @@ class Capture:
         weight: Tensor,
         stride: int,
         is_paused: Tensor,
+        count_masked: bool,
         backend: Backend,
+        label: str,
     ) -> None:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.gram = torch.zeros(shape, dtype=dtype, device=weight.device)  # S, the sum of z zᵀ
@@ -50,7 +56,9 @@ class Capture:
         self.offset = torch.zeros((), dtype=torch.int64, device=weight.device)
         self.stride = stride
         self.is_paused = is_paused
+        self.count_masked = count_masked
         self.backend = backend
+        self.label = label
         self.rank, self.size = 0, 1  # of this process in the data-parallel group
         self.is_collecting = True  # whether the backward passes of this step add to the sum
 
@@ -59,15 +67,21 @@ class Capture:
         self.gram.zero_()
         self.count.zero_()
 
+    def sums(self) -> tuple[Tensor, ...]:
+        """Return a copy of everything that a backward changes."""
+        return self.gram.clone(), self.count.clone(), self.offset.clone()
+
+    @torch.no_grad()
+    def set_sums(self, sums: tuple[Tensor, ...]) -> None:
+        """Set what `sums` returned, in place."""
+        for own, value in zip((self.gram, self.count, self.offset), sums, strict=True):
+            own.copy_(value)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """Return None, so that a copy of the model (for averaged weights, say) does not capture."""
 
-    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
-        return _none, ()  # a pickled model does not capture either
-
-
-def _none() -> None:
-    return None
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return NoneType, ()  # a pickled model does not capture, and loads without this package
 
 
 def install(module: nn.Module, capture: Capture) -> None:
@@ -81,14 +95,28 @@ def remove(module: nn.Module) -> None:
     del module.forward, module._dopr_capture
 
 
-def is_replaced(module: nn.Module) -> bool:
-    """Return whether `forward` was replaced on this instance, for example by a preconditioner.
+def is_captured(module: nn.Module, capture: Capture) -> bool:
+    """Return whether the module still has the forward that `install` gave it for this capture."""
+    return vars(module).get("_dopr_capture") is capture and "forward" in vars(module)
+
+
+def why_replaced(module: nn.Module) -> str:
+    """Say who replaced `forward` on this instance, and what to do; empty if nobody did.
 
     A copy of a capturing module inherits the replaced `forward` but has no capture, so it does not
     count as replaced.
     """
-    is_copy = "_dopr_capture" in vars(module) and module._dopr_capture is None
-    return "forward" in vars(module) and not is_copy
+    if "forward" not in vars(module):
+        return ""
+    if "_dopr_capture" in vars(module):
+        is_copy = module._dopr_capture is None
+        return "" if is_copy else "another preconditioner is on it: call its detach() first"
+    if hasattr(module, "_hf_hook"):
+        return (
+            "hooks of accelerate replaced its forward: call "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True) first"
+        )
+    return "its forward was replaced on the instance: construct the preconditioner before that"
 
 
 def _capturing_forward(module: nn.Module) -> Callable[..., Tensor]:
@@ -126,6 +154,7 @@ def _conv2d_forward(self: Any, input: Tensor) -> Tensor:  # (B, C, H, W) -> (B, 
     y = nn.Conv2d.forward(self, input)
     if _is_off(self):
         return y
+    _check_supported(self._dopr_capture, input, self.weight)
     geometry = (self.kernel_size, self.dilation, self.padding, self.stride)
     return _Tap.apply(y, input.detach(), self._dopr_capture, geometry)
 
@@ -133,7 +162,10 @@ def _conv2d_forward(self: Any, input: Tensor) -> Tensor:  # (B, C, H, W) -> (B, 
 def _embedding_forward(self: Any, input: Tensor) -> Tensor:  # (...) -> (..., d_out)
     """Forward of an embedding, a linear layer on one-hot inputs: Σ is diag(token frequencies)."""
     y = nn.Embedding.forward(self, input)
-    return y if _is_off(self) else _Tap.apply(y, input, self._dopr_capture, None)
+    if _is_off(self):
+        return y
+    _check_supported(self._dopr_capture, input, self.weight)
+    return _Tap.apply(y, input, self._dopr_capture, None)
 
 
 # A bound method is pickled by name, so an unpickled module gets the `forward` of its class.
@@ -146,10 +178,28 @@ def _captured_linear(capture: Capture, z: Tensor, W: Tensor, b: Tensor | None) -
 
     Casts z to the autocast dtype, so that backward captures the cast z.
     """
+    _check_supported(capture, z, W)
     dtype = _autocast_dtype(z)
     if dtype != _autocast_dtype(W):
         return F.linear(z, W, b)  # raises torch's error about the dtypes
     return _CapturedLinear.apply(z.to(dtype), W, b, capture)
+
+
+def _check_supported(capture: Capture, z: Tensor, W: Tensor) -> None:
+    """Raise RuntimeError for a weight that is still sharded in the forward, or on another device.
+
+    FSDP2 gathers weights before the forward; tensor parallelism does not.
+    """
+    if is_sharded(W) or is_sharded(z):
+        raise RuntimeError(
+            f"{capture.label} is tensor-parallel (a DTensor enters its forward), "
+            "which is not supported: pass it to exclude=, or shard the model with FSDP2"
+        )
+    if z.device != W.device:
+        raise RuntimeError(
+            f"{capture.label}: the input is on {z.device}, but the weight is on {W.device}. "
+            "nn.DataParallel is not supported: use DistributedDataParallel"
+        )
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype:
@@ -162,7 +212,8 @@ def _autocast_dtype(x: Tensor) -> torch.dtype:
 class _CapturedLinear(torch.autograd.Function):
     """Compute y = z Wᵀ + b.
 
-    The backward forms the weight gradient in at least fp32 and captures z.
+    The backward forms the weight gradient in at least fp32 and captures z. It can be differentiated
+    again, except for half-precision inputs on a GPU.
     """
 
     @staticmethod
@@ -173,11 +224,9 @@ class _CapturedLinear(torch.autograd.Function):
         return F.linear(z, W.to(z.dtype), None if b is None else b.to(z.dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         z, W = ctx.saved_tensors  # (..., d_in), (d_out, d_in)
-        if ctx.capture.is_collecting:
-            _accumulate(ctx.capture, z)
+        _accumulate(ctx.capture, z, grad_y)
         rows = grad_y.reshape(-1, W.shape[0])  # (n, d_out)
         with torch.autocast(z.device.type, enabled=False):  # the caller may have enabled it
             grad_z = grad_y @ W.to(grad_y.dtype) if ctx.needs_input_grad[0] else None
@@ -189,39 +238,52 @@ class _CapturedLinear(torch.autograd.Function):
 
 
 class _Tap(torch.autograd.Function):
-    """Return y unchanged; the backward captures z, the input that y was computed from.
+    """Return y itself; the backward captures z, the input that y was computed from.
 
     `geometry` holds the arguments of F.unfold that cut the input of a convolution into patches.
-    None captures z itself.
+    None captures z itself. y is declared as modified, not copied or viewed, so that the model may
+    change it in place.
     """
 
     @staticmethod
     def forward(
         ctx: Any, y: Tensor, z: Tensor, capture: Capture, geometry: tuple[Any, ...] | None
     ) -> Tensor:
+        ctx.mark_dirty(y)
         ctx.save_for_backward(z)
         ctx.capture, ctx.geometry = capture, geometry
-        return y.view_as(y)
+        return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         (z,) = ctx.saved_tensors
-        if ctx.capture.is_collecting:
-            patches = z if ctx.geometry is None else F.unfold(z, *ctx.geometry).mT
-            _accumulate(ctx.capture, patches)
+        if ctx.geometry is None:
+            _accumulate(ctx.capture, z, grad_y)
+        elif ctx.capture.is_collecting:
+            _accumulate(ctx.capture, F.unfold(z, *ctx.geometry).mT, grad_y.flatten(2).mT)
         return grad_y, None, None, None
 
 
-def _accumulate(capture: Capture, z: Tensor) -> None:
-    """Add the statistics of z, which holds activations (..., d) or token ids, to the sum."""
-    S, count, is_paused = capture.gram, capture.count, capture.is_paused
-    if S.dim() == 1:
-        accumulate_token_counts(S, count, z, is_paused)
+@torch.no_grad()
+def _accumulate(capture: Capture, z: Tensor, grad_y: Tensor) -> None:
+    """Add the statistics of z to the sum, in a step that collects.
+
+    Args:
+        z: activations (..., d), or token ids (...) of an embedding.
+        grad_y: the gradient of the output, (..., d_out).
+    """
+    if not capture.is_collecting:
         return
-    z = z if z.dim() > 1 else z[None]
+    S, count, is_paused = capture.gram, capture.count, capture.is_paused
+    grad = None if capture.count_masked else grad_y.detach()
+    z = z.detach()
+    if S.dim() == 1:
+        accumulate_token_counts(S, count, z, is_paused, grad)
+        return
+    if z.dim() == 1:
+        z, grad = z[None], grad if grad is None else grad[None]
     stride, backend, rank, size = capture.stride, capture.backend, capture.rank, capture.size
-    accumulate_gram(S, count, z, capture.offset, is_paused, stride, backend, rank, size)
+    accumulate_gram(S, count, z, capture.offset, is_paused, stride, backend, rank, size, grad)
 
 
 @torch.library.custom_op(
@@ -229,20 +291,30 @@ def _accumulate(capture: Capture, z: Tensor) -> None:
     mutates_args=("S", "count"),
     tags=(torch.Tag.cudagraph_unsafe,),  # a CUDA graph would replay an old `is_paused`
 )
-def accumulate_token_counts(S: Tensor, count: Tensor, idx: Tensor, is_paused: Tensor) -> None:
+def accumulate_token_counts(
+    S: Tensor, count: Tensor, idx: Tensor, is_paused: Tensor, grad_y: Tensor | None = None
+) -> None:
     """Count token ids: S[t] grows by the number of ids t in idx, `count` by the number of all ids.
 
     S is the diagonal of the sum of z zᵀ over one-hot inputs z. Does nothing while `is_paused` is
-    true.
+    true. If `grad_y` (..., d_out) is given, ids whose row of it is zero are not counted.
     """
+    check_not_recording(idx.device)
     if is_paused:
         return
-    S += torch.bincount(idx.flatten(), minlength=S.numel())
-    count += idx.numel()
+    n = S.numel()
+    ids = idx.flatten()
+    if grad_y is not None:  # ids that are not counted become n, which is no id
+        ids = ids.where((grad_y != 0).any(-1).flatten(), n)
+    counts = torch.bincount(ids, minlength=n + 1)[:n]
+    S += counts
+    count += counts.sum()
 
 
 @accumulate_token_counts.register_fake
-def _(S: Tensor, count: Tensor, idx: Tensor, is_paused: Tensor) -> None:
+def _(
+    S: Tensor, count: Tensor, idx: Tensor, is_paused: Tensor, grad_y: Tensor | None = None
+) -> None:
     return None
 
 

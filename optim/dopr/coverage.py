@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Any
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 
 from ..process_group import local, row_mesh_dim
-from .capture import is_replaced
+from .capture import why_replaced
+from .weights import Weight, weights_of
 
 COVERED_TYPES = (nn.Linear, nn.Conv2d, nn.Embedding)
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
 class CoveredLayer:
     """Describe a layer that can be preconditioned. Its weight acts on inputs of d_in features."""
 
-    name: str  # name of the module
+    name: str  # name of the module, without the parts that wrappers add
     module: nn.Module
     d_in: int
     is_transposed: bool = False  # the weight is (d_in, d_out): Conv1D and Embedding
     is_diagonal: bool = False  # the inputs are one-hot, so Σ is diagonal
+
+    @property
+    def full_name(self) -> str:
+        """The name of the weight."""
+        return f"{self.name}.weight" if self.name else "weight"
 
     @property
     def weight(self) -> nn.Parameter:
@@ -60,95 +66,78 @@ class CoveredLayer:
         grad.copy_(M.mT if self.is_transposed else M.view(grad.shape))
 
 
+class Selection(NamedTuple):
+    """Which weights to cover, as the arguments of ActivationPreconditioner say."""
+
+    include: Sequence[str] | None
+    exclude: Sequence[str] | None
+    embeddings: bool
+
+    def skips(self, weight: Weight) -> str:
+        """Return which of the two lists skips this weight, or an empty string."""
+        if weight.matches(self.exclude):
+            return "in exclude"
+        return "" if self.include is None or weight.matches(self.include) else "not in include"
+
+
 def find_layers(
-    model: nn.Module,
-    *,
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] | None = None,
-    embeddings: bool = False,
+    model: nn.Module, selection: Selection
 ) -> tuple[list[CoveredLayer], dict[str, str]]:
     """Return the layers to precondition, and {weight name: reason} for all other weights.
 
     Only weights of two or more dimensions are considered.
 
-    Args:
-        include: names of the modules to cover; `*` and `?` are wildcards. Defaults to all modules
-            that can be covered. A wildcard skips the modules that cannot be covered.
-        exclude: names of the modules to skip, with the same wildcards.
-        embeddings: whether to cover nn.Embedding.
     Raises:
         TypeError: if the model is not an nn.Module.
-        ValueError: if a pattern matches nothing, `include` names a layer exactly that cannot be
-            covered, a parameter is not initialised yet, or no layer is left to cover.
+        ValueError: if the model is a wrapper that cannot be used (FSDP1, nn.DataParallel), a
+            pattern matches nothing, `include` names a layer exactly that cannot be covered, a
+            parameter is not initialised yet, or no layer is left to cover.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, but must be a torch.nn.Module")
-    weights = _weights(model)
-    _check_patterns([name for name, *_ in weights], include=include, exclude=exclude)
-    obstacles = _obstacles(model, weights, embeddings)
-    covered, reasons = [], {}
-    for name, module, key, _ in weights:
-        weight, skipped = f"{name}.{key}", _skipped_by_pattern(name, include, exclude)
-        if weight in obstacles and not skipped and name in (include or ()):
+    _check_wrappers(model)
+    weights = weights_of(model)
+    _check_patterns(weights, include=selection.include, exclude=selection.exclude)
+    covered, reasons = survey(model, selection)
+    for weight in weights:
+        reason = reasons.get(weight.full_name)
+        if weight.name in (selection.include or ()) and reason and not selection.skips(weight):
             raise ValueError(
-                f"include names {weight}, which cannot be preconditioned: {obstacles[weight]}"
+                f"include names {weight.full_name}, which cannot be preconditioned: {reason}"
             )
-        reason = obstacles.get(weight, skipped)
-        if reason:
-            reasons[weight] = reason
-        else:
-            covered.append(_describe(name, module))
     if not covered:
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise ValueError(f"no layer of this model can be preconditioned ({listed or 'no weights'})")
     return covered, reasons
 
 
-Weight = tuple[str, nn.Module, str, nn.Parameter]  # module name, module, parameter name, parameter
+def survey(
+    model: nn.Module, selection: Selection, own: Container[nn.Module] = ()
+) -> tuple[list[CoveredLayer], dict[str, str]]:
+    """Return what `find_layers` returns, but check nothing.
 
-
-def _weights(model: nn.Module) -> list[Weight]:
-    """List the parameters of two or more dimensions."""
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, UninitializedParameter):
-            raise ValueError(
-                f"{name} has no shape yet (lazy module): run one batch through the model first"
-            )
-    return [
-        (name, module, key, parameter)
-        for name, module in model.named_modules()
-        for key, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() >= 2
-    ]
-
-
-def _obstacles(model: nn.Module, weights: list[Weight], embeddings: bool) -> dict[str, str]:
-    """Return {weight name: reason} for the weights that these settings cannot cover."""
-    uses = Counter(weight for *_, weight in weights)
+    Args:
+        own: modules whose forward the caller has replaced.
+    """
+    weights = weights_of(model)
+    uses = Counter(weight.parameter for weight in weights)
     attention = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
     inside_attention = {child for m in attention for child in m.modules()}
-    obstacles = {}
-    for name, module, key, weight in weights:
-        if key != "weight":
+    covered, reasons = [], {}
+    for weight in weights:
+        if weight.key != "weight":
             reason = "not the weight of a linear layer"
-        elif module in inside_attention:
+        elif weight.module in inside_attention:
             reason = "part of nn.MultiheadAttention, which does not call its layers"
-        elif uses[weight] > 1:
+        elif uses[weight.parameter] > 1:
             reason = "tied: shared with another layer"
         else:
-            reason = _why_not(module, weight, embeddings)
-        if reason:
-            obstacles[f"{name}.{key}"] = reason
-    return obstacles
-
-
-def _skipped_by_pattern(
-    name: str, include: Sequence[str] | None, exclude: Sequence[str] | None
-) -> str:
-    """Return which of the two arguments skips this module, or an empty string."""
-    if _matches(name, exclude):
-        return "in exclude"
-    return "" if include is None or _matches(name, include) else "not in include"
+            reason = _why_not(weight, selection.embeddings, own)
+        if reason := reason or selection.skips(weight):
+            reasons[weight.full_name] = reason
+        else:
+            covered.append(_describe(weight))
+    return covered, reasons
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -157,12 +146,18 @@ def is_conv1d(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
 
 
-def _why_not(module: nn.Module, weight: Tensor, embeddings: bool) -> str:
+def _why_not(weight: Weight, embeddings: bool, own: Container[nn.Module]) -> str:
     """Return why this layer cannot be covered, or an empty string if it can."""
-    if not weight.requires_grad:
+    module = weight.module
+    if not weight.parameter.requires_grad:
         return "frozen"
-    if is_replaced(module):
-        return "its forward was replaced already (by another preconditioner?)"
+    if weight.parameter.dtype not in DTYPES:
+        return (
+            f"its dtype is {weight.parameter.dtype}: keep weights in float32 or bfloat16, and use "
+            "torch.autocast for lower precision"
+        )
+    if module not in own and (reason := why_replaced(module)):
+        return reason
     if is_conv1d(module):
         return ""
     if not any(type(module).forward is kind.forward for kind in COVERED_TYPES):
@@ -183,44 +178,45 @@ def _why_not(module: nn.Module, weight: Tensor, embeddings: bool) -> str:
     return ""
 
 
-def _describe(name: str, module: nn.Module) -> CoveredLayer:
+def _describe(weight: Weight) -> CoveredLayer:
     """Describe a module that can be covered."""
+    name, module, shape = weight.name, weight.module, weight.parameter.shape
     if isinstance(module, nn.Embedding):
         d_in = module.num_embeddings
         return CoveredLayer(name, module, d_in, is_transposed=True, is_diagonal=True)
-    weight: Tensor = module.weight  # pyright: ignore
     if is_conv1d(module):
-        return CoveredLayer(name, module, weight.shape[0], is_transposed=True)
-    return CoveredLayer(name, module, math.prod(weight.shape[1:]))
+        return CoveredLayer(name, module, shape[0], is_transposed=True)
+    return CoveredLayer(name, module, math.prod(shape[1:]))
 
 
-def _matches(name: str, patterns: Sequence[str] | None) -> bool:
-    """Return whether a name matches one of the patterns."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns or ())
+def _check_wrappers(model: nn.Module) -> None:
+    """Raise ValueError if the model holds a wrapper that hides its weights or copies its layers."""
+    for module in model.modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise ValueError(
+                "the model is wrapped in FullyShardedDataParallel (FSDP1), which flattens weights: "
+                "use FSDP2 (torch.distributed.fsdp.fully_shard) and construct the preconditioner "
+                "after it"
+            )
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            raise ValueError(
+                "nn.DataParallel runs copies of the layers, whose activations are not seen: use "
+                "DistributedDataParallel"
+            )
 
 
-def _check_patterns(names: list[str], **pattern_lists: Sequence[str] | None) -> None:
-    """Raise ValueError unless every argument is a list of patterns that each match a name."""
+def _check_patterns(weights: list[Weight], **pattern_lists: Sequence[str] | None) -> None:
+    """Raise ValueError unless every argument is a list of patterns that each match a weight."""
     for key, patterns in pattern_lists.items():
         if isinstance(patterns, str):
             raise ValueError(f"{key}={patterns!r}: must be a list of names; write [{patterns!r}]")
         if not all(isinstance(pattern, str) for pattern in patterns or ()):
             raise ValueError(f"{key}={patterns!r}: must be a list of strings, the names of modules")
         for pattern in patterns or ():
-            if not any(fnmatchcase(name, pattern) for name in names):
+            if not any(weight.matches([pattern]) for weight in weights):
+                names = [*dict.fromkeys(weight.name for weight in weights)]
                 more = " ..." if len(names) > 20 else ""
                 raise ValueError(
                     f"{key}: pattern {pattern!r} matches no module that owns a weight matrix; "
                     f"the modules that own one are {', '.join(names[:20])}{more}"
                 )
-
-
-def uncovered_rows(
-    reasons: dict[str, str], shapes: dict[str, tuple[int, ...]]
-) -> list[dict[str, Any]]:
-    """Return a row like that of `Layer.report`, with the reason, for each weight not covered."""
-    blank = {"covered": False, "bytes": 0, "condition": None, "norm_ratio": None, "fallbacks": 0}
-    return [
-        {"name": name, "shape": shapes.get(name), "reason": reason, **blank}
-        for name, reason in reasons.items()
-    ]

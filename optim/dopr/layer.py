@@ -11,21 +11,17 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels.cholesky import Inverse
 from ..kernels.deflation import first_deflation_basis
-from ..kernels.dispatch import BACKENDS, Backend
 from ..kernels.newton_schulz import full_precision
 from .capture import Capture
 from .coverage import CoveredLayer
+from .settings import DoprSettings
 
-INVERSES = get_args(Inverse)
 log = logging.getLogger("dopr")
 
 
@@ -108,102 +104,6 @@ def condition_number(sigma: Tensor, damping: Tensor) -> float:
     return float(values.max() / values.min().clamp_min(0))
 
 
-# -- settings
-
-
-@dataclass(frozen=True, kw_only=True)
-class DoprSettings:
-    """Hold the validated settings; ActivationPreconditioner documents their meaning.
-
-    Raises:
-        ValueError: if settings are out of range. The message lists all of them, one per line.
-    """
-
-    gamma: float
-    sigma_beta: float | None
-    refresh_every: int
-    collect_every: int
-    token_stride: int
-    exponent: int
-    inverse: Inverse
-    trace_normalized: bool
-    block_diagonal: int | None
-    embeddings: bool
-    backend: Backend
-
-    def __post_init__(self) -> None:
-        if problems := settings_problems(vars(self)):
-            raise ValueError("\n".join(problems))
-        for key, value in vars(self).items():
-            object.__setattr__(self, key, _builtin_number(value))
-
-    @property
-    def p_settings(self) -> dict[str, Any]:
-        """The settings that P depends on. If they change, P has to be recomputed from Σ."""
-        return {key: getattr(self, key) for key in ("gamma", "exponent", "trace_normalized")}
-
-
-def settings_problems(settings: dict[str, Any]) -> list[str]:
-    """List everything that is wrong with these settings, one line each."""
-    rules = {key: rule for key, (is_valid, rule) in _RULES.items() if not is_valid(settings[key])}
-    problems = [f"{key}={_shown(settings[key])}: must be {rule}" for key, rule in rules.items()]
-    if not {"refresh_every", "collect_every"} & rules.keys():
-        collect_every, refresh_every = settings["collect_every"], settings["refresh_every"]
-        if refresh_every % collect_every:
-            problems.append(
-                f"collect_every={collect_every}: must divide refresh_every={refresh_every}, "
-                "so that every refresh has new statistics"
-            )
-    if settings["embeddings"] is True and settings["gamma"] == 0:
-        problems.append(
-            "gamma=0 with embeddings: must be above 0, because some tokens may not occur"
-        )
-    return problems
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
-
-
-def _builtin_number(value: Any) -> Any:
-    """Convert a number (of NumPy, say) to Python's int or float, which any checkpoint can hold."""
-    if not _is_number(value):
-        return value
-    return int(value) if isinstance(value, Integral) else float(value)
-
-
-def _shown(value: Any) -> str:
-    """Format a value for a message, with its type unless it is a number."""
-    return f"{value}" if _is_number(value) else f"{value!r} ({type(value).__name__})"
-
-
-_COUNT = (_is_count, "an integer >= 1")
-_BOOL = (lambda value: isinstance(value, bool), "True or False")
-_RULES = {  # key: (whether a value is valid, the rule as text)
-    "gamma": (lambda value: _is_number(value) and 0 <= value < math.inf, "a finite number >= 0"),
-    "sigma_beta": (
-        lambda value: value is None or (_is_number(value) and 0 <= value < 1),
-        "a number in [0, 1), or None for no average",
-    ),
-    **dict.fromkeys(("refresh_every", "collect_every", "token_stride"), _COUNT),
-    "exponent": (lambda value: _is_count(value) and value in (1, 2, 4), "1, 2 or 4"),
-    "inverse": (lambda value: value in INVERSES, f"one of {', '.join(INVERSES)}"),
-    "block_diagonal": (
-        lambda value: value is None or _is_count(value),
-        "an integer >= 1, or None for a single block",
-    ),
-    **dict.fromkeys(("trace_normalized", "embeddings"), _BOOL),
-    "backend": (lambda value: value in BACKENDS, f"one of {', '.join(BACKENDS)}"),
-}
-
-
-# -- statistics
-
-
 class InverseRoot(NamedTuple):
     """Hold a layer's P and how it was computed."""
 
@@ -234,7 +134,9 @@ class Layer:
             covered.weight,
             settings.token_stride,
             is_paused,
+            settings.count_masked,
             settings.backend,
+            self.label,
         )
         self.sigma = torch.zeros_like(self.capture.gram)  # Σ
         self.P = torch.zeros_like(self.capture.gram)  # zero before the first refresh
@@ -309,7 +211,7 @@ class Layer:
         has_P = self.n_refreshes > 0
         kappa = condition_number(self.sigma, self.damping) if condition and has_P else None
         return {
-            "name": f"{self.name}.weight",
+            "name": self.covered.full_name,
             "shape": tuple(self.covered.weight.shape),
             "covered": True,
             "reason": "",

@@ -25,17 +25,17 @@ from ..kernels.dispatch import Backend, check_backend
 from ..legacy_names import renamed_state
 from ..process_group import Collective, ProcessGroup, everybody, n_processes
 from .capture import install, remove
-from .coverage import find_layers, uncovered_rows
+from .census import Census
+from .coverage import Selection, find_layers
 from .distributed import gathered_state
-from .hooks import (
-    PreconditionedGrads,
-    RegisteredParams,
-    call_before_steps,
-    check_optimizers,
-    parameters,
-)
-from .layer import DoprSettings, InverseRoot, Layer, log, norms
-from .refresh import inverse_roots, preconditioned, refresh, set_norm_ratios
+from .grads import FormedGrads, PreconditionedGrads
+from .hooks import RegisteredParams, call_around_steps
+from .layer import Layer, norms
+from .optimizers import check_optimizers, parameters, unwrapped
+from .refresh import preconditioned, refresh, set_norm_ratios, with_gradient
+from .settings import DoprSettings
+from .state import outdated_inverse_roots, state_problems
+from .weights import without_inner_wrappers
 
 
 class ActivationPreconditioner:
@@ -75,9 +75,12 @@ class ActivationPreconditioner:
             token t, so that row t of the gradient is divided by (frequency of t + γ̄)^(1/p), up to
             the scale of P. Exclude a table that the model also uses as a matrix (F.linear(h,
             wte.weight)): this second use is not detected.
+        count_masked: also count tokens whose output gradient is exactly zero, such as padding and
+            masked prompts. They add nothing to G, and by default nothing to Σ.
         backend: "auto", "torch" or "triton", for Σ, Newton-Schulz and G P; see kernels/dispatch.py.
-        include, exclude: names of the modules to cover or to skip; `*` and `?` are wildcards. A
-            weight that is frozen now is never covered: construct a new preconditioner to train it.
+        include, exclude: names of the modules to cover or to skip, or of their weights, as
+            `report()` prints them; `*` and `?` are wildcards. A weight that is frozen now is never
+            covered: construct a new preconditioner to train it.
     Raises:
         TypeError: if the model is not an nn.Module.
         ValueError: if settings are out of range (all are listed), no layer can be covered, or the
@@ -98,6 +101,7 @@ class ActivationPreconditioner:
         trace_normalized: bool = True,
         block_diagonal: int | None = None,
         embeddings: bool = False,
+        count_masked: bool = False,
         backend: Backend = "auto",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
@@ -113,31 +117,35 @@ class ActivationPreconditioner:
             trace_normalized=trace_normalized,
             block_diagonal=block_diagonal,
             embeddings=embeddings,
+            count_masked=count_masked,
             backend=backend,
         )
-        covered, self._not_covered = find_layers(
-            model, include=include, exclude=exclude, embeddings=embeddings
-        )
+        selection = Selection(include, exclude, embeddings)
+        covered, _ = find_layers(model, selection)
         check_backend(backend, [each.weight for each in covered])
-        self._shapes = {
-            name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)
-        }
         self._is_paused = torch.zeros((), dtype=torch.bool, device="cpu")  # read in the backward
         self.layers = [Layer(each, self.settings, self._is_paused) for each in covered]
         self._hooks: list[Any] = []
+        self._sums_before_step: list[tuple[Tensor, ...]] = []
         self._collective = Collective()
         self._preconditioned_grads = PreconditionedGrads()
+        self._formed_grads = FormedGrads([], self._is_paused)
+        self._census = Census(model, selection, self.layers)
         for layer in self.layers:
             install(layer.covered.module, layer.capture)
+        self._census.warn_below_half()
 
     def attach(
-        self, *optimizers: Optimizer, process_group: ProcessGroup | None = None
+        self, *optimizers: Any, process_group: ProcessGroup | None = None
     ) -> ActivationPreconditioner:
         """Precondition before every step of these optimizers.
 
-        Together, the optimizers must hold all covered weights, each of them once.
+        Together, the optimizers must hold all covered weights, each of them once. If
+        torch.distributed is initialized after attach(), call it again.
 
         Args:
+            optimizers: torch optimizers, lists or containers of them, or the wrappers of accelerate
+                and Lightning.
             process_group: the processes that train the model together, each on a part of the batch
                 (DDP, FSDP2). Defaults to a new group of all processes of torch.distributed. All of
                 them must call this, after the weights were sharded.
@@ -147,11 +155,14 @@ class ActivationPreconditioner:
                 wrapper (SAM, Lookahead) of the one to attach, the model was moved or cast, this
                 preconditioner is attached already or was detached, the columns of a covered weight
                 are sharded over processes, or the processes cover different layers.
+            RuntimeError: if covered layers were replaced, tied or frozen after construction.
         """
         self._check_not_detached()
-        if self._hooks:
+        if self._hooks and not self._misses_processes:
             raise ValueError("attached already: pass all optimizers to one call of attach()")
-        check_optimizers(optimizers, self._weights())
+        plain = [each for given in optimizers for each in unwrapped(given)]
+        self._census.check_before_attaching()
+        check_optimizers(plain, self._weights())
         for layer in self.layers:
             layer.check_device_and_dtype()
             layer.covered.check_layout()
@@ -160,17 +171,24 @@ class ActivationPreconditioner:
         self._collective.check_same(f"{shapes}, {self.settings}", self.layers[0].sigma.device)
         for layer in self.layers:
             layer.capture.rank, layer.capture.size = self._collective.rank, self._collective.size
-        self._registered_params = RegisteredParams(optimizers, self._weights())
-        self._hooks = call_before_steps(optimizers, self._before_step)
+        self._remove_hooks()
+        self._registered_params = RegisteredParams(plain, self._weights())
+        self._formed_grads = FormedGrads(self.layers, self._is_paused)
+        around = call_around_steps(plain, self._before_step, self._after_step)
+        self._hooks = [*around, *self._formed_grads.hooks]
         return self
 
     def detach(self) -> None:
         """Remove all hooks and captures from the optimizers and the model."""
-        for hook in self._hooks:
-            hook.remove()
+        self._remove_hooks()
         for layer in self.layers:
             remove(layer.covered.module)
-        self._hooks, self.layers = [], []
+        self.layers = []
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def discard(self) -> None:
         """Drop all activations captured since the last refresh. Call it if you skip a step.
@@ -181,6 +199,7 @@ class ActivationPreconditioner:
             layer.capture.clear()
             layer.schedule_next()
         self._preconditioned_grads.reset_counts()
+        self._formed_grads.clear(self.layers)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -189,8 +208,7 @@ class ActivationPreconditioner:
         Use it for a backward whose weight gradient is thrown away: gradients of inputs, the other
         player of a GAN, the first pass of SAM. Gradients are computed as usual and schedules go on.
         What counts is that backward() runs inside; the forward may be anywhere. This also holds for
-        compiled code. `paused` may be nested. Second derivatives (create_graph, AdaHessian) and
-        torch.func are not supported, paused or not.
+        compiled code. `paused` may be nested. torch.func is not supported, paused or not.
         """
         before = self._is_paused.clone()
         self._is_paused.fill_(True)
@@ -225,23 +243,24 @@ class ActivationPreconditioner:
         self._check_not_detached()
         self._check_attached_to_group()
         state = renamed_state(state)
+        if isinstance(state, dict) and all(isinstance(name, str) for name in state):
+            state = {without_inner_wrappers(name): each for name, each in state.items()}
         if problems := state_problems(state, self.layers):
             raise ValueError("preconditioner state does not fit: " + "; ".join(problems))
-        recomputed = _outdated_inverse_roots(state, self.layers, self.settings, self._collective)
+        recomputed = outdated_inverse_roots(state, self.layers, self.settings, self._collective)
         for layer in self.layers:
             layer.load_state_dict(state[layer.name], with_sums=self._collective.rank == 0)
         for layer, new in recomputed:
             layer.set_inverse_root(new)
 
     def report(self, *, condition: bool = False) -> list[dict[str, Any]]:
-        """Return one row for every weight of two or more dimensions.
+        """Return one row for every weight of two or more dimensions of the model as it is.
 
         A row holds coverage and reason, memory, ‖M‖/‖G‖ and the number of fallbacks. With
         `condition`, also return the condition number of Σ + γ̄ I. This costs an eigendecomposition
         of each Σ.
         """
-        covered = [layer.report(condition=condition) for layer in self.layers]
-        return covered + uncovered_rows(self._not_covered, self._shapes)
+        return self._census.rows(condition=condition)
 
     def summary(self) -> str:
         """Describe coverage and progress in one line, and each uncovered weight in another."""
@@ -249,12 +268,14 @@ class ActivationPreconditioner:
         steps = _range(layer.step for layer in self.layers)
         refreshes = _range(layer.n_refreshes for layer in self.layers)
         warning = "" if self._hooks else "; not attached: no optimizer is preconditioned"
+        covered, reasons = self._census.now()
         return (
-            f"DoPr covers {len(self.layers)} weights, {n_bytes / 2**20:.1f} MiB, "
-            f"steps: {steps}, refreshes: {refreshes}{warning}"
-        ) + "".join(
-            f"\n  not covered: {name} ({reason})" for name, reason in self._not_covered.items()
-        )
+            f"DoPr covers {len(covered)} weights ({self._census.share():.0%} of the parameters), "
+            f"{n_bytes / 2**20:.1f} MiB, steps: {steps}, refreshes: {refreshes}{warning}"
+        ) + "".join(f"\n  not covered: {name} ({reason})" for name, reason in reasons.items())
+
+    def __repr__(self) -> str:
+        return self.summary() if self.layers else "DoPr, detached"
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -274,8 +295,11 @@ class ActivationPreconditioner:
             if layer.covered.weight in held
             and not self._preconditioned_grads.is_unchanged(layer.covered.grad, layer.capture.count)
         ]
-        due = [layer for layer in layers if layer.is_due]
-        refreshed = refresh(due, self.settings, self._collective)
+        if due := [layer for layer in layers if layer.is_due]:
+            self._census.check(layers)
+        refreshed, unused = refresh(due, self.settings, self._collective)
+        if len(unused) == len(layers) or self._is_empty_step(layers, due):
+            return
         written, local_norms = [], {}
         for layer, grad, G, M in preconditioned(layers, self.settings.backend):
             if layer in refreshed:
@@ -287,6 +311,25 @@ class ActivationPreconditioner:
             layer.step += 1
             layer.schedule_next()
         self._preconditioned_grads.add(written)
+        self._formed_grads.clear(layers)
+        if any(grad.requires_grad for grad, _ in written):  # the step may differentiate them again
+            self._sums_before_step = [layer.capture.sums() for layer in self.layers]
+
+    def _is_empty_step(self, layers: list[Layer], due: list[Layer]) -> bool:
+        """Return whether no backward preceded this step and all gradients are zero.
+
+        torch.distributed.checkpoint takes such a step to create the optimizer's state. `refresh`
+        notices it where all layers are due. Where only some are, a single process can tell.
+        """
+        if self._collective.size > 1 or len(due) == len(layers) or self._formed_grads.any(layers):
+            return False
+        return not with_gradient(layers, self._collective)
+
+    def _after_step(self) -> None:
+        """Drop what the step itself captured when it differentiated the gradients again."""
+        for layer, sums in zip(self.layers, self._sums_before_step, strict=False):
+            layer.capture.set_sums(sums)
+        self._sums_before_step = []
 
     def _weights(self) -> dict[str, Tensor]:
         return {layer.label: layer.covered.weight for layer in self.layers}
@@ -295,75 +338,17 @@ class ActivationPreconditioner:
         if not self.layers:
             raise ValueError("this preconditioner was detached: construct a new preconditioner")
 
+    @property
+    def _misses_processes(self) -> bool:
+        """Whether there are several processes, but `attach` knew of one only."""
+        return self._collective.group is None and n_processes() > 1
+
     def _check_attached_to_group(self) -> None:
-        if self._collective.group is None and n_processes() > 1:
+        if self._misses_processes:
             raise RuntimeError(
                 "torch.distributed was initialised after attach(), or attach() was not called, so "
                 "every process would have its own statistics: call attach() after initialising it"
             )
-
-
-# -- state
-
-# Only states of inverse="newton_schulz" have it; if absent, the current basis is used.
-OPTIONAL_KEYS = {"deflation_basis"}
-# `gram` may be non-finite: the next refresh drops it.
-FINITE_KEYS = ("sigma", "P", "damping", "deflation_basis")
-
-
-def _outdated_inverse_roots(
-    state: dict[str, Any], layers: list[Layer], settings: DoprSettings, collective: Collective
-) -> list[tuple[Layer, InverseRoot]]:
-    """Recompute every P of the state that was made with other settings, from the Σ of the state."""
-    outdated = [
-        layer
-        for layer in layers
-        if state[layer.name]["n_refreshes"]
-        and state[layer.name]["made_with"] != settings.p_settings
-    ]
-    if outdated:
-        log.info("recomputing P of %d layers, saved with other settings", len(outdated))
-    return inverse_roots(
-        outdated, lambda layer: layer.statistics_in(state[layer.name]), settings, collective
-    )
-
-
-def state_problems(state: Any, layers: Sequence[Layer]) -> list[str]:
-    """List why the layers cannot load a state, {layer: {key: value}}."""
-    if not isinstance(state, dict):
-        return [f"it is a {type(state).__name__}, but must be a dict with an entry for every layer"]
-    names = {layer.name for layer in layers}
-    problems = [f"missing {name}" for name in sorted(names - state.keys())]
-    problems += [f"unexpected {name}" for name in sorted(state.keys() - names, key=str)]
-    for layer in layers:
-        if layer.name in state:
-            problems += _layer_problems(state[layer.name], layer)
-    return problems
-
-
-def _layer_problems(state: Any, layer: Layer) -> list[str]:
-    """List why one layer cannot load its part of a state."""
-    if not isinstance(state, dict):
-        return [f"{layer.label} is a {type(state).__name__}, but must be a dict"]
-    missing = {*layer.tensors(), *layer.NUMBERS, "made_with"} - state.keys() - OPTIONAL_KEYS
-    if missing:
-        return [f"{layer.label} has no {', '.join(sorted(missing))}"]
-    problems = []
-    for key, own in layer.tensors().items():
-        value = state.get(key, own)
-        shape = tuple(value.shape) if isinstance(value, Tensor) else None
-        if shape is None:
-            problems.append(f"{key} is a {type(value).__name__}, but must be a tensor")
-        elif shape != tuple(own.shape):
-            problems.append(f"{key} is {shape}, but must be {tuple(own.shape)}")
-        elif key in FINITE_KEYS and not value.isfinite().all():
-            problems.append(f"{key} is not finite")
-    for key in layer.NUMBERS:
-        if not isinstance(state[key], int) or state[key] < 0:
-            problems.append(f"{key} is {state[key]!r}, but must be an integer >= 0")
-    if not isinstance(state["made_with"], dict):
-        problems.append(f"made_with is {state['made_with']!r}, but must be a dict")
-    return [f"{layer.label}: {problem}" for problem in problems]
 
 
 def _range(numbers: Iterable[int]) -> str:

@@ -22,7 +22,6 @@ from ..kernels.dispatch import Backend, choose_backend
 from ..process_group import Collective, first_row, is_sharded
 from .distributed import Sums, made_by_owners
 from .layer import (
-    DoprSettings,
     InverseRoot,
     Layer,
     apply_P,
@@ -31,20 +30,25 @@ from .layer import (
     mean_eigenvalue,
     norm_ratio,
 )
+from .settings import DoprSettings
 
 # Bytes of Σ inverted in one batch (which takes about 5 times as much), or of gradients multiplied.
 # A single layer may exceed it.
 CHUNK_BYTES = 256 * 2**20
 
 
-def refresh(layers: list[Layer], settings: DoprSettings, collective: Collective) -> list[Layer]:
-    """Compute Σ and P from the running sums of all processes; return the layers that have new ones.
+def refresh(
+    layers: list[Layer], settings: DoprSettings, collective: Collective
+) -> tuple[list[Layer], list[Layer]]:
+    """Compute Σ and P from the running sums of all processes.
 
     All processes must call this together. All P are computed before the first layer changes, so an
     error leaves every Σ, P and schedule as it was, at the cost of holding every P twice for a
     while. Sums that are not finite or all zero are dropped even so. Waits for the device a few
     times per chunk of layers, not per layer.
 
+    Returns:
+        The layers that have a new P, and the layers without tokens and without a gradient.
     Raises:
         RuntimeError: if a layer has a gradient but its activations were not captured.
         FloatingPointError: if activations are not finite and there is no earlier P to keep, or Σ
@@ -54,7 +58,7 @@ def refresh(layers: list[Layer], settings: DoprSettings, collective: Collective)
     for layer in layers:
         layer.check_device_and_dtype()
     sums = Sums(layers, collective)
-    usable = _with_usable_sums(layers, sums, collective)
+    usable, unused = _with_usable_sums(layers, sums, collective)
     sums.start(usable)
 
     def next_statistics(layer: Layer) -> tuple[Tensor, Tensor | None]:
@@ -66,7 +70,7 @@ def refresh(layers: list[Layer], settings: DoprSettings, collective: Collective)
         layer.n_refreshes += 1
         layer.next_refresh = layer.following_refresh
         layer.capture.clear()
-    return usable
+    return usable, unused
 
 
 def inverse_roots(
@@ -228,10 +232,12 @@ def chunks(
 # -- sums that cannot be used
 
 
-def _with_usable_sums(layers: list[Layer], sums: Sums, collective: Collective) -> list[Layer]:
-    """Return the layers whose running sum can be used, and handle the others.
+def _with_usable_sums(
+    layers: list[Layer], sums: Sums, collective: Collective
+) -> tuple[list[Layer], list[Layer]]:
+    """Return the layers whose running sum can be used, and those not used; handle the others.
 
-    Synchronizes with the device once for all layers, and in `_with_gradient`. Token counts and mean
+    Synchronizes with the device once for all layers, and in `with_gradient`. Token counts and mean
     eigenvalues are enough: because |z_i z_j| <= (z_i² + z_j²) / 2, the sum of z zᵀ is zero or
     finite if its mean eigenvalue is.
     """
@@ -250,7 +256,7 @@ def _with_usable_sums(layers: list[Layer], sums: Sums, collective: Collective) -
     _check_unseen(unseen, collective)
     _drop_not_finite(not_finite)
     _drop_zero(zero, collective)
-    return usable
+    return usable, unseen
 
 
 def _check_unseen(layers: list[Layer], collective: Collective) -> None:
@@ -258,7 +264,7 @@ def _check_unseen(layers: list[Layer], collective: Collective) -> None:
 
     A layer with neither was not used in this step.
     """
-    missed = _with_gradient(layers, collective)
+    missed = with_gradient(layers, collective)
     if missed:
         names = [layer.name for layer in missed]
         others = f" (and {len(names) - 1} more layers)" if names[1:] else ""
@@ -276,7 +282,10 @@ def _drop_not_finite(layers: list[Layer]) -> None:
     for layer in layers:
         layer.capture.clear()
     if first := [layer.label for layer in layers if layer.n_refreshes == 0]:
-        raise FloatingPointError(f"the first activations seen by {', '.join(first)} are not finite")
+        raise FloatingPointError(
+            f"the first activations seen by {', '.join(first)} are not finite: look for the cause "
+            "in the data or the model; if you skipped the step that saw them, call discard() then"
+        )
     for layer in layers:
         layer.count_fallback("activations are not finite; the last P is kept")
 
@@ -285,12 +294,12 @@ def _drop_zero(layers: list[Layer], collective: Collective) -> None:
     """Drop sums that are zero. If the layer has a gradient all the same, count a fallback."""
     for layer in layers:
         layer.capture.clear()
-    for layer in _with_gradient(layers, collective):
+    for layer in with_gradient(layers, collective):
         remedy = "the last P is kept" if layer.n_refreshes else "the gradient is left as it is"
         layer.count_fallback(f"all sampled activations are zero; {remedy}")
 
 
-def _with_gradient(layers: list[Layer], collective: Collective) -> list[Layer]:
+def with_gradient(layers: list[Layer], collective: Collective) -> list[Layer]:
     """Return the layers with a nonzero gradient in some process.
 
     Synchronizes with the device once. All processes must pass the same layers, because a gradient

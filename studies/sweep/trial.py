@@ -17,7 +17,7 @@ from eval.rollout.record import make_record, train_command, write_record
 from eval.rollout.tasks.task import TaskBase
 from eval.rollout.ttf import grade_checkpoint, grading_version
 from eval.run import ENVIRONMENT
-from optim.dopr.layer import settings_problems
+from optim.dopr.settings import settings_problems
 from studies.sweep.run_cache import GRADING, TrialError, model_only, read_record, recorded
 from studies.sweep.variants import STUDY_SETTINGS, Variant, parse_changes, parse_variant
 from trainer.checkpoint.read import candidates

@@ -7,8 +7,13 @@ from torch.nn.utils.parametrizations import weight_norm
 from transformers.pytorch_utils import Conv1D
 
 from optim import ActivationPreconditioner
-from optim.dopr.coverage import find_layers
+from optim.dopr.coverage import Selection, find_layers
 from tests.optim.models import mlp, randn
+
+
+def found(model, include=None, exclude=None, embeddings=False):
+    """Return what find_layers returns for these arguments of ActivationPreconditioner."""
+    return find_layers(model, Selection(include, exclude, embeddings))
 
 
 class Doubled(nn.Linear):
@@ -58,7 +63,7 @@ UNCOVERED = [
 @pytest.mark.parametrize(("module", "reason"), UNCOVERED, ids=lambda x: type(x).__name__)
 def test_a_weight_that_cannot_be_covered_has_a_reason(module, reason):
     model = nn.ModuleDict({"odd": module, "plain": nn.Linear(2, 2)})
-    covered, reasons = find_layers(model, embeddings=True)
+    covered, reasons = found(model, embeddings=True)
     assert [layer.name for layer in covered] == ["plain"]
     matrices = [name for name, p in module.named_parameters() if p.dim() >= 2]
     assert list(reasons) == [f"odd.{name}" for name in matrices]
@@ -67,8 +72,8 @@ def test_a_weight_that_cannot_be_covered_has_a_reason(module, reason):
 
 def test_embeddings_are_covered_on_request_only():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3))
-    assert [layer.name for layer in find_layers(model)[0]] == ["1"]
-    assert [layer.name for layer in find_layers(model, embeddings=True)[0]] == ["0", "1"]
+    assert [layer.name for layer in found(model)[0]] == ["1"]
+    assert [layer.name for layer in found(model, embeddings=True)[0]] == ["0", "1"]
 
 
 def test_tied_weights_are_left_alone_under_both_names():
@@ -84,12 +89,12 @@ def test_tied_weights_are_left_alone_under_both_names():
 
 def test_a_module_shared_under_two_names_is_covered_once():
     layer = nn.Linear(4, 4)
-    assert [each.name for each in find_layers(nn.Sequential(layer, layer))[0]] == ["0"]
+    assert [each.name for each in found(nn.Sequential(layer, layer))[0]] == ["0"]
 
 
 def test_multihead_attention_is_left_alone_and_the_rest_of_a_transformer_covered():
     model = nn.TransformerEncoderLayer(8, 2, 16)
-    covered, reasons = find_layers(model)
+    covered, reasons = found(model)
     assert [layer.name for layer in covered] == ["linear1", "linear2"]
     assert "MultiheadAttention" in reasons["self_attn.out_proj.weight"]
     assert "self_attn.in_proj_weight" in reasons
@@ -97,7 +102,7 @@ def test_multihead_attention_is_left_alone_and_the_rest_of_a_transformer_covered
 
 def test_shapes_of_features_are_those_of_a_linear_layer():
     model = nn.ModuleList([nn.Linear(3, 2), Conv1D(2, 3), nn.Conv2d(3, 2, (4, 5))])
-    covered, _ = find_layers(model)
+    covered, _ = found(model)
     assert [layer.d_in for layer in covered] == [3, 3, 60]
     assert [tuple(layer.as_matrix(layer.weight).shape) for layer in covered] == [
         (2, 3),
@@ -111,7 +116,7 @@ def test_shapes_of_features_are_those_of_a_linear_layer():
 def test_what_is_written_as_a_matrix_is_read_as_a_matrix(module, memory_format):
     if isinstance(module, nn.Conv2d):
         module = module.to(memory_format=memory_format)
-    (layer,), _ = find_layers(module)
+    (layer,), _ = found(module)
     target = torch.zeros_like(layer.weight)
     matrix = randn(2, layer.d_in, seed=1)
     layer.write(matrix, target)
@@ -135,7 +140,7 @@ def nested():
     ],
 )
 def test_include_and_exclude_choose_by_name(patterns, expected):
-    covered, reasons = find_layers(nested(), **patterns)
+    covered, reasons = found(nested(), **patterns)
     assert [layer.name for layer in covered] == expected
     assert len(covered) + len(reasons) == 4
 
@@ -144,19 +149,19 @@ def test_include_and_exclude_choose_by_name(patterns, expected):
 @pytest.mark.parametrize("pattern", ["haed", "block", "block.1"])
 def test_a_pattern_that_matches_no_weight_is_refused(key, pattern):
     with pytest.raises(ValueError, match=rf"'{pattern}' matches no module.*block\.0, block\.2"):
-        find_layers(nested(), **{key: ["*", pattern] if key == "exclude" else [pattern]})
+        found(nested(), **{key: ["*", pattern] if key == "exclude" else [pattern]})
 
 
 def test_including_what_cannot_be_covered_is_refused_with_the_reason():
     with pytest.raises(ValueError, match=r"include names table\.weight.*embeddings=False"):
-        find_layers(nested(), include=["head", "table"])
+        found(nested(), include=["head", "table"])
 
 
 def test_a_wildcard_covers_what_can_be_and_says_why_the_rest_is_not():
     model = nn.ModuleDict({"wte": nn.Embedding(5, 4), "proj": nn.Linear(4, 4)})
     model["head"], model["mix"] = nn.Linear(4, 5, bias=False), nn.Bilinear(4, 4, 4)
     model["head"].weight = model["wte"].weight
-    covered, reasons = find_layers(model, include=["*"], embeddings=True)
+    covered, reasons = found(model, include=["*"], embeddings=True)
     assert [layer.name for layer in covered] == ["proj"]
     assert "tied" in reasons["wte.weight"]
     assert "tied" in reasons["head.weight"]
@@ -164,28 +169,28 @@ def test_a_wildcard_covers_what_can_be_and_says_why_the_rest_is_not():
     with pytest.raises(
         ValueError, match=r"include names head\.weight, which cannot be preconditioned: tied"
     ):
-        find_layers(model, include=["p*", "head"])
+        found(model, include=["p*", "head"])
 
 
 @pytest.mark.parametrize("key", ["include", "exclude"])
 def test_a_bare_string_for_a_list_of_names_is_refused(key):
     with pytest.raises(ValueError, match=rf"{key}='head': must be a list .* write \['head'\]"):
-        find_layers(nested(), **{key: "head"})
+        found(nested(), **{key: "head"})
 
 
 def test_a_lazy_layer_is_refused_until_it_has_a_shape():
     model = nn.Sequential(nn.Linear(3, 4), nn.LazyLinear(2))
     with pytest.raises(ValueError, match=r"1\.weight has no shape yet .* run one batch"):
-        find_layers(model)
+        found(model)
     model(torch.ones(1, 3))
-    assert [layer.name for layer in find_layers(model)[0]] == ["0", "1"]
+    assert [layer.name for layer in found(model)[0]] == ["0", "1"]
 
 
 def test_a_model_with_nothing_to_cover_is_refused_with_all_reasons():
     with pytest.raises(ValueError, match=r"0\.weight: an embedding.*1\.weight: frozen"):
-        find_layers(nn.Sequential(nn.Embedding(3, 2), frozen(nn.Linear(2, 2))))
+        found(nn.Sequential(nn.Embedding(3, 2), frozen(nn.Linear(2, 2))))
     with pytest.raises(ValueError, match="no weights"):
-        find_layers(nn.LayerNorm(4))
+        found(nn.LayerNorm(4))
 
 
 def test_a_refused_model_is_left_untouched():

@@ -50,7 +50,7 @@ def test_gpt2_of_hugging_face_trains(kind):
 
 def test_gpt2_of_hugging_face_gets_the_oracles_m():
     model = tiny_gpt2()
-    preconditioner = ActivationPreconditioner(model, gamma=0.1)
+    preconditioner = ActivationPreconditioner(model, gamma=0.1, count_masked=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     preconditioner.attach(optimizer)
     layers = [layer.covered.module for layer in preconditioner.layers]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from optim import ActivationPreconditioner
-from optim.dopr.layer import settings_problems
+from optim.dopr.settings import settings_problems
 from tests.optim.models import mlp
 
 GOOD = {

@@ -1,0 +1,73 @@
+"""Check a saved state of the preconditioner before anything of it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..process_group import Collective
+from .layer import InverseRoot, Layer, log
+from .refresh import inverse_roots
+from .settings import DoprSettings
+
+# Only states of inverse="newton_schulz" have it; if absent, the current basis is used.
+OPTIONAL_KEYS = {"deflation_basis"}
+# `gram` may be non-finite: the next refresh drops it.
+FINITE_KEYS = ("sigma", "P", "damping", "deflation_basis")
+
+
+def outdated_inverse_roots(
+    state: dict[str, Any], layers: list[Layer], settings: DoprSettings, collective: Collective
+) -> list[tuple[Layer, InverseRoot]]:
+    """Recompute every P of the state that was made with other settings, from the Σ of the state."""
+    outdated = [
+        layer
+        for layer in layers
+        if state[layer.name]["n_refreshes"]
+        and state[layer.name]["made_with"] != settings.p_settings
+    ]
+    if outdated:
+        log.info("recomputing P of %d layers, saved with other settings", len(outdated))
+    return inverse_roots(
+        outdated, lambda layer: layer.statistics_in(state[layer.name]), settings, collective
+    )
+
+
+def state_problems(state: Any, layers: Sequence[Layer]) -> list[str]:
+    """List why the layers cannot load a state, {layer: {key: value}}."""
+    if not isinstance(state, dict):
+        return [f"it is a {type(state).__name__}, but must be a dict with an entry for every layer"]
+    names = {layer.name for layer in layers}
+    problems = [f"missing {name}" for name in sorted(names - state.keys())]
+    problems += [f"unexpected {name}" for name in sorted(state.keys() - names, key=str)]
+    for layer in layers:
+        if layer.name in state:
+            problems += _layer_problems(state[layer.name], layer)
+    return problems
+
+
+def _layer_problems(state: Any, layer: Layer) -> list[str]:
+    """List why one layer cannot load its part of a state."""
+    if not isinstance(state, dict):
+        return [f"{layer.label} is a {type(state).__name__}, but must be a dict"]
+    missing = {*layer.tensors(), *layer.NUMBERS, "made_with"} - state.keys() - OPTIONAL_KEYS
+    if missing:
+        return [f"{layer.label} has no {', '.join(sorted(missing))}"]
+    problems = []
+    for key, own in layer.tensors().items():
+        value = state.get(key, own)
+        shape = tuple(value.shape) if isinstance(value, Tensor) else None
+        if shape is None:
+            problems.append(f"{key} is a {type(value).__name__}, but must be a tensor")
+        elif shape != tuple(own.shape):
+            problems.append(f"{key} is {shape}, but must be {tuple(own.shape)}")
+        elif key in FINITE_KEYS and not value.isfinite().all():
+            problems.append(f"{key} is not finite")
+    for key in layer.NUMBERS:
+        if not isinstance(state[key], int) or state[key] < 0:
+            problems.append(f"{key} is {state[key]!r}, but must be an integer >= 0")
+    if not isinstance(state["made_with"], dict):
+        problems.append(f"made_with is {state['made_with']!r}, but must be a dict")
+    return [f"{layer.label}: {problem}" for problem in problems]

@@ -1,0 +1,148 @@
+"""Masked tokens, empty steps and refusals with several processes."""
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed, nn
+
+from optim import ActivationPreconditioner
+from tests.optim import distributed as workers
+from tests.optim.distributed import full_tensor, in_process_group, message_of
+from tests.optim.models import backward, mlp, regression
+
+pytestmark = pytest.mark.xdist_group("gang")  # share one set of worker processes
+
+TOLERANCE = 1e-5
+
+
+def masked_training(how: str):
+    """Return weights, Σ and counts of three steps in which most tokens of one process are masked.
+
+    The last step masks all tokens of the last process.
+    """
+    model, forward, optimizer, preconditioner = workers.parts("adamw", how)
+    size = distributed.get_world_size() if distributed.is_initialized() else 1
+    rank = distributed.get_rank() if size > 1 else 0
+    for number in range(3):
+        x, target = regression(number, 64)
+        mask = (torch.arange(64) % 3 != 0) & (torch.arange(64) < (32 if number == 2 else 50))
+        x, target, mask = (each.chunk(size)[rank] for each in (x, target, mask))
+        for part in torch.arange(len(x)).chunk(2):
+            error = (forward(x[part]) - target[part]).square().sum(-1) * mask[part]
+            (error.sum() * size / 64).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return (
+        [full_tensor(parameter).numpy() for parameter in model.parameters()],
+        [layer.sigma.numpy() for layer in preconditioner.layers],
+    )
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_masked_tokens_on_two_processes_are_those_of_one(gang, how):
+    expected = masked_training("alone")
+    for found in gang.run(2, in_process_group, masked_training, how):
+        for a, b in zip([*found[0], *found[1]], [*expected[0], *expected[1]], strict=True):
+            np.testing.assert_allclose(a, b, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def empty_step(how: str):
+    """Return the step numbers after an empty step, and after a step."""
+    _, forward, optimizer, preconditioner = workers.parts("sgd", how)
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    empty = [layer.step for layer in preconditioner.layers]
+    workers.step(forward, optimizer, 0)
+    return empty, [layer.step for layer in preconditioner.layers]
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_an_empty_step_is_none_in_all_processes(gang, how):
+    assert gang.run(2, in_process_group, empty_step, how) == [([0, 0], [1, 1])] * 2
+
+
+def noticed_gradients(how: str):
+    """Return whether a backward of each layer was noticed."""
+    _, forward, _, preconditioner = workers.parts("sgd", how)
+    forward(regression(0, 8)[0]).sum().backward()
+    return [preconditioner._formed_grads.any([layer]) for layer in preconditioner.layers]
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_the_gradients_of_a_backward_are_noticed(gang, how):
+    assert gang.run(2, in_process_group, noticed_gradients, how) == [[True, True]] * 2
+
+
+def attached_again():
+    """Attach before and after torch.distributed starts; return the number of tokens of a step."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    preconditioner = ActivationPreconditioner(model, gamma=0.1).attach(optimizer)
+
+    def rest():
+        preconditioner.attach(optimizer)
+        backward(model)
+        optimizer.step()
+        return [layer.n_refreshes for layer in preconditioner.layers]
+
+    return in_process_group(rest)
+
+
+def test_attach_may_be_repeated_after_the_process_group_exists(gang):
+    assert gang.run(2, attached_again) == [[1, 1]] * 2
+
+
+def fsdp1(*, first: bool):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = mlp()
+    preconditioner = ActivationPreconditioner(model, gamma=0.1) if first else None
+    model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    (preconditioner or ActivationPreconditioner(model, gamma=0.1)).attach(optimizer)
+
+
+def column_parallel():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    model = nn.Sequential(nn.Linear(8, 16))
+    mesh = init_device_mesh("cpu", (2,))
+    parallelize_module(model, mesh, {"0": ColwiseParallel(output_layouts=Replicate())})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ActivationPreconditioner(model, gamma=0.1).attach(optimizer)
+    model(torch.ones(3, 8))
+
+
+def zero1(*, inner: bool):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = mlp()
+    optimizer = ZeroRedundancyOptimizer(
+        model.parameters(), optimizer_class=torch.optim.AdamW, lr=1e-3
+    )
+    ActivationPreconditioner(model, gamma=0.1).attach(optimizer.optim if inner else optimizer)
+
+
+REFUSED = {
+    "FSDP1, then DoPr": (fsdp1, {"first": False}, "FSDP1"),
+    "DoPr, then FSDP1": (fsdp1, {"first": True}, "FSDP1"),
+    "tensor parallel": (column_parallel, {}, "tensor-parallel"),
+    "ZeRO-1": (zero1, {"inner": False}, "ZeRO-1"),
+    "the optimizer inside ZeRO-1": (zero1, {"inner": True}, "ZeRO-1"),
+}
+
+
+def refusal(name):
+    function, arguments, _ = REFUSED[name]
+    return message_of(lambda: function(**arguments))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch announces the end of FSDP1
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_preconditioned_is_refused_with_the_cure(gang, name):
+    for message in gang.run(2, in_process_group, refusal, name):
+        assert REFUSED[name][2] in message
+        assert "FSDP2" in message or "fully_shard" in message
