@@ -73,6 +73,8 @@ def test_what_is_installed_uses_relative_imports_and_needs_torch_alone():
     allowed = {*sys.stdlib_module_names, "torch", "triton"}
     for part in ("optim", "kernels"):
         for path in files_of(part):
+            if path.parent.name == "integrations":  # each module needs the library it serves
+                continue
             outside = {name for name in imports(path) if not name.startswith(part)}
             assert {name.partition(".")[0] for name in outside} <= allowed, path
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from .capture import is_captured
 from .coverage import Selection, survey
+from .forwards import is_captured
 from .layer import Layer, log
 from .weights import weights_of
 

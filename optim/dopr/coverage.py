@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..process_group import local, row_mesh_dim
-from .capture import why_replaced
+from .forwards import why_replaced
 from .weights import Weight, weights_of
 
 COVERED_TYPES = (nn.Linear, nn.Conv2d, nn.Embedding)

@@ -22,20 +22,19 @@ from torch.optim import Optimizer
 
 from ..kernels.cholesky import Inverse
 from ..kernels.dispatch import Backend, check_backend
-from ..legacy_names import renamed_state
 from ..process_group import Collective, ProcessGroup, everybody, n_processes
-from .capture import install, remove
 from .census import Census
 from .coverage import Selection, find_layers
 from .distributed import gathered_state
+from .forwards import install, remove
 from .grads import FormedGrads, PreconditionedGrads
 from .hooks import RegisteredParams, call_around_steps
 from .layer import Layer, norms
 from .optimizers import check_optimizers, parameters, unwrapped
-from .refresh import preconditioned, refresh, set_norm_ratios, with_gradient
+from .refresh import preconditioned, refresh, set_norm_ratios
 from .settings import DoprSettings
-from .state import outdated_inverse_roots, state_problems
-from .weights import without_inner_wrappers
+from .state import load_state
+from .usable import with_gradient
 
 
 class ActivationPreconditioner:
@@ -242,16 +241,7 @@ class ActivationPreconditioner:
         """
         self._check_not_detached()
         self._check_attached_to_group()
-        state = renamed_state(state)
-        if isinstance(state, dict) and all(isinstance(name, str) for name in state):
-            state = {without_inner_wrappers(name): each for name, each in state.items()}
-        if problems := state_problems(state, self.layers):
-            raise ValueError("preconditioner state does not fit: " + "; ".join(problems))
-        recomputed = outdated_inverse_roots(state, self.layers, self.settings, self._collective)
-        for layer in self.layers:
-            layer.load_state_dict(state[layer.name], with_sums=self._collective.rank == 0)
-        for layer, new in recomputed:
-            layer.set_inverse_root(new)
+        load_state(state, self.layers, self.settings, self._collective)
 
     def report(self, *, condition: bool = False) -> list[dict[str, Any]]:
         """Return one row for every weight of two or more dimensions of the model as it is.

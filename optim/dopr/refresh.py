@@ -3,13 +3,11 @@
     γ̄ = γ tr(Σ)/d_in
     P = (tr(Σ)/d_in)^(1/p) (Σ + γ̄ I)^(-1/p)    the first factor only if `trace_normalized`
 
-Layers go in chunks of at most CHUNK_BYTES: bounded memory, few synchronizations. The last section
-handles sums that cannot be used.
+Layers go in chunks of at most CHUNK_BYTES: bounded memory, few synchronizations.
 """
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,6 +29,7 @@ from .layer import (
     norm_ratio,
 )
 from .settings import DoprSettings
+from .usable import with_usable_sums
 
 # Bytes of Σ inverted in one batch (which takes about 5 times as much), or of gradients multiplied.
 # A single layer may exceed it.
@@ -58,7 +57,7 @@ def refresh(
     for layer in layers:
         layer.check_device_and_dtype()
     sums = Sums(layers, collective)
-    usable, unused = _with_usable_sums(layers, sums, collective)
+    usable, unused = with_usable_sums(layers, sums, collective)
     sums.start(usable)
 
     def next_statistics(layer: Layer) -> tuple[Tensor, Tensor | None]:
@@ -227,88 +226,3 @@ def chunks(
         size = max(1, CHUNK_BYTES // tensors_of(group[0])[0].nbytes)
         for first in range(0, len(group), size):
             yield group[first : first + size]
-
-
-# -- sums that cannot be used
-
-
-def _with_usable_sums(
-    layers: list[Layer], sums: Sums, collective: Collective
-) -> tuple[list[Layer], list[Layer]]:
-    """Return the layers whose running sum can be used, and those not used; handle the others.
-
-    Synchronizes with the device once for all layers, and in `with_gradient`. Token counts and mean
-    eigenvalues are enough: because |z_i z_j| <= (z_i² + z_j²) / 2, the sum of z zᵀ is zero or
-    finite if its mean eigenvalue is.
-    """
-    unseen, not_finite, zero, usable = [], [], [], []
-    values = list(sums.counts_and_mean_eigenvalues.values())
-    rows = torch.stack([v.to(values[0].device) for v in values]).tolist() if values else []
-    for layer, (count, mean) in zip(layers, rows, strict=True):
-        if not math.isfinite(mean):
-            not_finite.append(layer)
-        elif count == 0:
-            unseen.append(layer)
-        elif mean == 0:
-            zero.append(layer)
-        else:
-            usable.append(layer)
-    _check_unseen(unseen, collective)
-    _drop_not_finite(not_finite)
-    _drop_zero(zero, collective)
-    return usable, unseen
-
-
-def _check_unseen(layers: list[Layer], collective: Collective) -> None:
-    """Raise RuntimeError if a layer has a gradient but no tokens: its capture does not work.
-
-    A layer with neither was not used in this step.
-    """
-    missed = with_gradient(layers, collective)
-    if missed:
-        names = [layer.name for layer in missed]
-        others = f" (and {len(names) - 1} more layers)" if names[1:] else ""
-        raise RuntimeError(
-            f"{missed[0].label} has a gradient but its input activations were not seen{others}. "
-            "Likely causes: its forward is bypassed (F.linear on its weight, a fused or functional "
-            "call), or was traced, exported or replaced; every backward ran inside paused(), ran "
-            "before the preconditioner was constructed, or was followed by discard(); the gradient "
-            f"was set by hand. To leave out layers that are never seen, pass exclude={names}"
-        )
-
-
-def _drop_not_finite(layers: list[Layer]) -> None:
-    """Drop sums that are not finite and keep the last P. Raise if a layer has no P yet."""
-    for layer in layers:
-        layer.capture.clear()
-    if first := [layer.label for layer in layers if layer.n_refreshes == 0]:
-        raise FloatingPointError(
-            f"the first activations seen by {', '.join(first)} are not finite: look for the cause "
-            "in the data or the model; if you skipped the step that saw them, call discard() then"
-        )
-    for layer in layers:
-        layer.count_fallback("activations are not finite; the last P is kept")
-
-
-def _drop_zero(layers: list[Layer], collective: Collective) -> None:
-    """Drop sums that are zero. If the layer has a gradient all the same, count a fallback."""
-    for layer in layers:
-        layer.capture.clear()
-    for layer in with_gradient(layers, collective):
-        remedy = "the last P is kept" if layer.n_refreshes else "the gradient is left as it is"
-        layer.count_fallback(f"all sampled activations are zero; {remedy}")
-
-
-def with_gradient(layers: list[Layer], collective: Collective) -> list[Layer]:
-    """Return the layers with a nonzero gradient in some process.
-
-    Synchronizes with the device once. All processes must pass the same layers, because a gradient
-    may exist in some of them only.
-    """
-    if not layers:
-        return []
-    device = layers[0].sigma.device
-    grads = [layer.covered.grad for layer in layers]
-    flags = [torch.zeros((), dtype=torch.bool) if g is None else g.any() for g in grads]
-    n_with = collective.sum_(torch.stack([flag.to(device) for flag in flags]).long())
-    return [layer for layer, n in zip(layers, n_with.tolist(), strict=True) if n]

@@ -1,4 +1,4 @@
-"""Check a saved state of the preconditioner before anything of it is loaded."""
+"""Check a saved state of the preconditioner, and load it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ..legacy_names import renamed_state
 from ..process_group import Collective
 from .layer import InverseRoot, Layer, log
 from .refresh import inverse_roots
 from .settings import DoprSettings
+from .weights import without_inner_wrappers
 
 # Only states of inverse="newton_schulz" have it; if absent, the current basis is used.
 OPTIONAL_KEYS = {"deflation_basis"}
@@ -18,8 +20,24 @@ OPTIONAL_KEYS = {"deflation_basis"}
 FINITE_KEYS = ("sigma", "P", "damping", "deflation_basis")
 
 
-def outdated_inverse_roots(
-    state: dict[str, Any], layers: list[Layer], settings: DoprSettings, collective: Collective
+def load_state(
+    state: Any, layers: Sequence[Layer], settings: DoprSettings, collective: Collective
+) -> None:
+    """Load a state; see `ActivationPreconditioner.load_state_dict`. Nothing changes on error."""
+    state = renamed_state(state)
+    if isinstance(state, dict) and all(isinstance(name, str) for name in state):
+        state = {without_inner_wrappers(name): each for name, each in state.items()}
+    if problems := state_problems(state, layers):
+        raise ValueError("preconditioner state does not fit: " + "; ".join(problems))
+    recomputed = _outdated_inverse_roots(state, layers, settings, collective)
+    for layer in layers:
+        layer.load_state_dict(state[layer.name], with_sums=collective.rank == 0)
+    for layer, new in recomputed:
+        layer.set_inverse_root(new)
+
+
+def _outdated_inverse_roots(
+    state: dict[str, Any], layers: Sequence[Layer], settings: DoprSettings, collective: Collective
 ) -> list[tuple[Layer, InverseRoot]]:
     """Recompute every P of the state that was made with other settings, from the Σ of the state."""
     outdated = [
