@@ -8,11 +8,12 @@ Usage:
 
 import sys
 
-from trainer.config import describe, describe_changes, help_text, load_config, to_json
+from trainer.config import describe, describe_changes, load_config, to_json
 
-if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
-    print(help_text())  # before importing torch, which is slow
-    sys.exit()
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal without UTF-8
+    if {"-h", "--help"} & {*sys.argv}:
+        load_config(["--help"])  # exits before importing torch, which is slow
 
 import os
 import time
@@ -20,7 +21,6 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from data.dataset import DataError
 from data.files import write_atomic
 from data.loader import Batch, next_step, train_batches, val_batches
+from eval.hf_import import take_shape
 from eval.in_training import grade_rollouts, load_initial_weights, validate
 from eval.rollout.tasks import open_data, task_of
 from eval.rollout.ttf import check_fits
@@ -38,7 +39,7 @@ from optim.build import MATRIX_OPTIMIZERS, describe_groups
 from optim.kernels.dispatch import describe_backend
 from optim.schedule import lr_scale
 from trainer.build import SCHEDULE_KEYS, chosen, make_model, make_optimizers, make_preconditioner
-from trainer.checkpoint.read import CheckpointError, candidates
+from trainer.checkpoint.read import CheckpointError
 from trainer.checkpoint.resume import (
     check_agreement,
     check_same_function,
@@ -46,22 +47,18 @@ from trainer.checkpoint.resume import (
     fingerprint,
 )
 from trainer.checkpoint.state import TrainState
-from trainer.failures import ProcessLost
+from trainer.failures import MemoryExhausted, ProcessLost, TrainingDiverged, memory_errors
 from trainer.machine import device_of, lock_out_dir, machine_problems
 from trainer.metrics import MetricsLog, environment, mfu
 from trainer.parallel import Parallel
+from trainer.saving import give_up_if_diverged, save_checkpoint
 from trainer.settings import ConfigError, TrainConfig
 from trainer.sharding import full_tensor
 from trainer.signals import StopRequest
 
 EXIT_DIVERGED = 3  # the exit code of a run that ended with TrainingDiverged
-
-
-class TrainingDiverged(RuntimeError):
-    """Too many steps in a row had a loss or a gradient that was not finite."""
-
-
-USER_ERRORS = (ConfigError, DataError, CheckpointError, TrainingDiverged, ProcessLost, OSError)
+USER_ERRORS = (ConfigError, DataError, CheckpointError, OSError)
+USER_ERRORS += (TrainingDiverged, ProcessLost, MemoryExhausted)
 
 
 def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
@@ -88,7 +85,7 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
     checkpoint = find_checkpoint(config, dataset, parallel)
     model, ema = make_model(config, dataset.tokenizer.n_vocab), None
     if config.init_from and not checkpoint:
-        load_initial_weights(model, config.init_from)
+        load_initial_weights(model, config, dataset.tokenizer)
     if config.ema_decay:
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         parallel.place(ema.module)
@@ -148,11 +145,11 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
                 if not stop and (is_done or state.step % config.eval_every == 0):
                     results = validate(state, validation, dataset, parallel, autocast, stop)
                     log.val(state.step, results)
+                    state.count_validation(results)
                 if task and not stop and state.step % config.ttf_every == 0:
                     metrics = grade_rollouts(state, task, parallel, n=config.ttf_episodes)
                     log.ttf(state.step, task.primary, metrics)
-                is_save_due = state.step % config.save_every == 0 and not state.skipped_in_row
-                if stop or is_done or is_save_due:
+                if stop or is_done or state.step % config.save_every == 0:
                     save()
                 if stop or is_done:
                     break
@@ -231,48 +228,14 @@ def dropout_seed(seed: int, step: int, rank: int) -> int:
     return (seed * 1_000_003 + step + rank * 2_654_435_761) % 2**32
 
 
-def save_checkpoint(
-    state: TrainState,
-    config: TrainConfig,
-    parallel: Parallel,
-    files: dict[str, Any],
-    log: MetricsLog,
-    stop: StopRequest,
-) -> None:
-    """Write a checkpoint of this step. A failure is a warning unless this is the last save."""
-    try:
-        state.save(
-            Path(config.out_dir) / "checkpoints",
-            parallel,
-            keep=config.keep_checkpoints,
-            is_sharded=config.checkpoint_format == "sharded",
-            **files,
-        )
-    except CheckpointError as error:
-        if stop or state.step == config.max_steps:
-            raise
-        log.say(f"WARNING: {error}; the previous checkpoint is kept")
-
-
-def give_up_if_diverged(state: TrainState, config: TrainConfig) -> None:
-    """Raise TrainingDiverged after `max_skipped` skipped steps in a row."""
-    if state.skipped_in_row >= config.max_skipped:
-        newest = next(iter(candidates(Path(config.out_dir) / "checkpoints")), None)
-        advice = f"resume {newest} with a smaller lr" if newest else "start again with a smaller lr"
-        raise TrainingDiverged(
-            f"{state.skipped_in_row} steps in a row had a loss or gradient that was not finite; "
-            + advice
-        )
-
-
 def run(argv: list[str]) -> int:
     """Run `python train.py argv...` as a function; return the exit code.
 
     Raises:
         USER_ERRORS: the settings, the data or a checkpoint cannot be used, the run diverged
-            (TrainingDiverged), or another process failed.
+            (TrainingDiverged), the memory does not suffice, or another process failed.
     """
-    config, origins = load_config(argv, machine_problems)
+    config, origins = take_shape(*load_config(argv, machine_problems))
     with ExitStack() as stack:
         parallel = Parallel(
             device_of(config.device),
@@ -284,6 +247,7 @@ def run(argv: list[str]) -> int:
         print(describe(config, origins))
         if parallel.is_main:
             stack.enter_context(lock_out_dir(Path(config.out_dir)))
+        stack.enter_context(memory_errors(config.micro_batch_size))
         all_reduce_flag = parallel.all_reduce_flag if parallel.size > 1 else None
         return train(config, parallel, stack.enter_context(StopRequest(all_reduce_flag)))
 

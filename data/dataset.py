@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 import data.pystdlib.prepare
-from data.layout import Layout
-from data.meta import META, SPLITS, TOKENIZER, describe, read_meta
+from data.files import user_path
+from data.meta import META, SPLITS, TOKENIZER, ShardEntry, describe, read_meta
 from data.shards import DataError, Shard
 from data.tokenizer import Tokenizer
 
@@ -60,21 +60,19 @@ class Dataset:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.dir = Path(folder)
-        self.meta: dict[str, Any] = read_meta(self.dir)
-        self.layout = Layout.of(self.meta)  # None if the data is one stream of text
+        self.dir = user_path(folder)
+        meta = read_meta(self.dir)
+        self.meta: dict[str, Any] = meta.model_dump(mode="json", exclude_unset=True)
+        self.layout = meta.layout  # None if the data is one stream of text
         self.tokenizer = self._load_tokenizer()
-        self._splits = {name: self._open(name) for name in SPLITS}
+        self._splits = {name: self._open(name, getattr(meta.splits, name).files) for name in SPLITS}
 
     def split(self, name: str) -> TokenShards:
         """Return the tokens of "train" or "val"."""
         return self._splits[name]
 
     def _load_tokenizer(self) -> Tokenizer:
-        try:
-            tokenizer = Tokenizer.load(self.dir / TOKENIZER)
-        except ValueError as error:
-            raise DataError(str(error)) from None
+        tokenizer = Tokenizer.load(self.dir / TOKENIZER)
         if describe(tokenizer) != self.meta["tokenizer"]:
             raise DataError(
                 f"{self.dir / TOKENIZER}: is {describe(tokenizer)}, but {META} says that the "
@@ -82,26 +80,17 @@ class Dataset:
             )
         return tokenizer
 
-    def _open(self, split: str) -> TokenShards:
-        entries = self.meta["splits"][split]["files"]
-        shards = [self._open_shard(entry) for entry in entries]
-        stated = self.meta["splits"][split]["tokens"]
-        found = sum(shard.n_tokens for shard in shards)
-        if found != stated:
-            raise DataError(
-                f"{self.dir / META}: split {split!r} states {stated:,} tokens, "
-                f"but its {len(shards)} files hold {found:,}"
-            )
-        if found == 0:
+    def _open(self, split: str, entries: list[ShardEntry]) -> TokenShards:
+        if not entries:
             raise DataError(f"{self.dir / META}: split {split!r} is empty")
-        return TokenShards(shards, self.tokenizer.n_vocab)
+        return TokenShards([*map(self._open_shard, entries)], self.tokenizer.n_vocab)
 
-    def _open_shard(self, entry: dict[str, Any]) -> Shard:
-        shard = Shard(self.dir / Path(entry["name"]).name, headerless=not entry["header"])
-        if (shard.n_tokens, shard.n_bytes) != (entry["tokens"], entry["bytes"]):
+    def _open_shard(self, entry: ShardEntry) -> Shard:
+        shard = Shard(self.dir / entry.name, headerless=not entry.header)
+        if (shard.n_tokens, shard.n_bytes) != (entry.tokens, entry.bytes):
             raise DataError(
                 f"{shard.path}: {shard.n_bytes:,} bytes with {shard.n_tokens:,} tokens, but {META} "
-                f"says {entry['bytes']:,} bytes with {entry['tokens']:,} tokens"
+                f"says {entry.bytes:,} bytes with {entry.tokens:,} tokens"
             )
         return shard
 
@@ -115,13 +104,17 @@ def open_dataset(name_or_path: str | Path) -> Dataset:
     """Open a known dataset, prepared in data/<name>/prepared, or a folder with meta.json.
 
     Prepares `pystdlib` if necessary. Raises DataError, with the command to run, if there is no such
-    data.
+    data. "~" in a path is expanded.
     """
     name = str(name_or_path)
     if name in known_datasets():
         return _open_known(name)
-    folder = Path(name)
-    if (folder / META).exists():
+    try:
+        folder = user_path(name)
+        is_prepared = (folder / META).exists()
+    except (ValueError, OSError) as error:
+        raise DataError(f"dataset {name!r}: {error}") from None
+    if is_prepared:
         return Dataset(folder)
     if folder.is_dir():
         raise DataError(

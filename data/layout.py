@@ -1,30 +1,28 @@
 """Describe data in which all documents have one length: boundaries and targets."""
 
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
+from pydantic import NonNegativeInt, model_validator
 
+from data.schema import Schema
 from data.shards import DataError
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(Schema):
     """Documents of `length` tokens each, as stored under "layout" in meta.json.
 
     Every training sequence is then one whole document. The first `prompt` tokens and the ids in
     `unscored`, which the environment emits, are not targets.
     """
 
-    length: int
-    prompt: int
-    unscored: tuple[int, ...]
+    length: NonNegativeInt
+    prompt: NonNegativeInt
+    unscored: tuple[NonNegativeInt, ...]
 
-    @staticmethod
-    def of(meta: dict[str, Any]) -> "Layout | None":
-        """Return the layout in the content of meta.json; None if the data is one stream of text."""
-        entry = meta.get("layout")
-        return entry and Layout(entry["length"], entry["prompt"], tuple(entry["unscored"]))
+    @model_validator(mode="after")
+    def _has_targets(self) -> "Layout":
+        if self.prompt >= self.length or self.length < 2:
+            raise ValueError(f"prompt={self.prompt} leaves no target in {self.length} tokens")
+        return self
 
     def check(self, block_size: int) -> None:
         """Raise DataError unless a sequence of `block_size` inputs is exactly one document."""

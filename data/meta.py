@@ -2,12 +2,17 @@
 
 import json
 import platform
+from collections import Counter
 from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, model_validator
 
 from data.files import write_atomic
+from data.layout import Layout
+from data.schema import Schema, read_json
 from data.shards import DataError
 from data.tokenizer import MAX_VOCAB, Tokenizer
 
@@ -15,12 +20,109 @@ META, TOKENIZER = "meta.json", "tokenizer.json"
 FORMAT = 1
 SPLITS = ("train", "val")
 
-# The keys of meta.json that are checked, with their types.
-_SCHEMA = {"format": int, "source": dict, "tokenizer": dict, "splits": dict, "created_with": dict}
-_TOKENIZER = {"name": str, "sha256": str, "n_vocab": int}
-_SPLIT = {"files": list, "tokens": int, "documents": int, "text_bytes": int}
-_LAYOUT = {"length": int, "prompt": int, "unscored": list}  # optional, see data/layout.py
-_FILE = {"name": str, "tokens": int, "bytes": int, "header": bool, "sha256": str}
+
+def _inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts or {"\\", "\0"} & {*name}:
+        raise ValueError("is not the name of a file in this folder")
+    return name
+
+
+def _current(number: int) -> int:
+    if number != FORMAT:
+        raise ValueError(f"expected {FORMAT}; prepare the data again")
+    return number
+
+
+Count = Annotated[int, Field(ge=0, lt=2**62)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class TokenizerEntry(Schema):
+    """The facts that identify a tokenizer. Ids are stored as uint16."""
+
+    name: str
+    sha256: Sha256
+    n_vocab: Annotated[int, Field(ge=2, le=MAX_VOCAB)]
+
+
+class ShardEntry(Schema):
+    """One token file; `name` is its path below the folder, with "/" between the parts."""
+
+    name: Annotated[str, AfterValidator(_inside)]
+    tokens: Annotated[Count, Field(ge=1)]
+    bytes: Count
+    header: bool
+    sha256: Sha256
+
+
+class SplitEntry(Schema):
+    """The files of one split, and what they hold in total."""
+
+    tokens: Count
+    documents: Count
+    text_bytes: Count
+    files: list[ShardEntry]
+    bytes_per_token: float | None = None
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> "SplitEntry":
+        found = sum(file.tokens for file in self.files)
+        if found != self.tokens:
+            raise ValueError(f"states {self.tokens:,} tokens, but its files hold {found:,}")
+        return self
+
+
+class Splits(Schema):
+    """The splits of a dataset. Raises ValueError if two entries are the same file."""
+
+    train: SplitEntry
+    val: SplitEntry
+
+    @model_validator(mode="after")
+    def _has_each_file_once(self) -> "Splits":
+        names = Counter(PurePosixPath(file.name) for file in self.train.files + self.val.files)
+        if twice := [str(name) for name, n in names.items() if n > 1]:
+            raise ValueError(f"lists files twice: {', '.join(twice)}")
+        return self
+
+
+class Meta(Schema):
+    """The content of meta.json."""
+
+    format: Annotated[int, AfterValidator(_current)]
+    source: dict[str, Any]
+    tokenizer: TokenizerEntry
+    splits: Splits
+    layout: Layout | None = None  # None: the data is one stream of text
+    documents_skipped: Count = 0
+    skipped: dict[str, Count] = Field(default={})  # reason -> number of documents
+    created_with: dict[str, str]
+
+    @model_validator(mode="after")
+    def _layout_fits(self) -> "Meta":
+        if self.layout is None:
+            return self
+        for file in self.splits.train.files + self.splits.val.files:
+            if file.tokens % self.layout.length:
+                raise ValueError(
+                    f"{file.name} has {file.tokens} tokens, which are no whole documents of "
+                    f"layout.length={self.layout.length} tokens"
+                )
+        if max(self.layout.unscored, default=0) >= self.tokenizer.n_vocab:
+            raise ValueError(f"layout.unscored holds ids of {self.tokenizer.n_vocab} and above")
+        return self
+
+
+class Progress(Schema):
+    """The content of progress.json, which describes a preparation that is not finished."""
+
+    source: dict[str, Any]
+    tokenizer: TokenizerEntry
+    documents_read: Count
+    documents_skipped: Count
+    skipped: dict[str, Count] = Field(default={})
+    splits: Splits
 
 
 def empty_split() -> dict[str, Any]:
@@ -59,57 +161,12 @@ def write_json(path: Path, content: Any) -> None:
     write_atomic(path, json.dumps(content, indent=2) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises DataError if the file cannot be read or holds something else.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise DataError(f"{path}: is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: holds a {type(content).__name__}, expected an object")
-    return content
-
-
-def read_meta(folder: Path) -> dict[str, Any]:
+def read_meta(folder: Path) -> Meta:
     """Read and check meta.json.
 
-    Raises DataError naming the key that is missing or has the wrong type.
+    Raises DataError naming every key that is missing, unknown or has a wrong value.
     """
-    path = folder / META
-    meta = read_json(path)
-    _check(path, "", meta, _SCHEMA)
-    if meta["format"] != FORMAT:
-        raise DataError(f"{path}: has format {meta['format']}, expected {FORMAT}; prepare it again")
-    _check(path, "tokenizer.", meta["tokenizer"], _TOKENIZER)
-    if not 2 <= meta["tokenizer"]["n_vocab"] <= MAX_VOCAB:
-        raise DataError(
-            f"{path}: n_vocab is {meta['tokenizer']['n_vocab']}, expected 2 to {MAX_VOCAB}, "
-            "because ids are stored as uint16"
-        )
-    if "layout" in meta:
-        _check(path, "layout.", meta["layout"], _LAYOUT)
-    for name in SPLITS:
-        split = meta["splits"].get(name)
-        _check(path, f"splits.{name}.", split, _SPLIT)
-        for index, file in enumerate(split["files"]):
-            _check(path, f"splits.{name}.files[{index}].", file, _FILE)
-    return meta
-
-
-def _check(path: Path, where: str, content: Any, schema: dict[str, type]) -> None:
-    """Raise DataError unless `content` has every key of `schema` with its type."""
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: {where.rstrip('.')} is missing or not an object")
-    for key, kind in schema.items():
-        if type(content.get(key)) is not kind:
-            raise DataError(
-                f"{path}: {where}{key} is {content.get(key)!r}, expected {kind.__name__}"
-            )
+    return read_json(folder / META, Meta)
 
 
 def _with_ratio(split: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Read JSON files and check them against a pydantic model before anything uses their content."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -49,12 +50,24 @@ def parse_json(
     """Parse JSON that has to fit `schema`; `where` names its source in the message.
 
     Raises:
-        error: the content is not JSON, is nested too deeply or does not fit.
+        error: the content is not JSON, is nested too deeply, repeats a key or does not fit.
     """
     try:
-        return schema.model_validate_json(content)
+        model = schema.model_validate_json(content)
+        json.loads(content, object_pairs_hook=_refuse_repeated_keys)
     except ValidationError as problem:
         raise error(f"{where}: {_listed(problem)}") from None
+    except ValueError as problem:
+        raise error(f"{where}: {problem}") from None
+    return model
+
+
+def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> None:
+    """Raise ValueError if an object has a key twice, of which pydantic takes the last."""
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key {repeated!r:.60} is there twice")
 
 
 def read_json_lines(
@@ -75,9 +88,9 @@ def _listed(error: ValidationError) -> str:
     problems = []
     for each in error.errors(include_url=False, include_context=False):
         key = ".".join(map(str, each["loc"]))
-        found = (
-            "" if each["type"] in ("missing", "json_invalid") else f" (found {each['input']!r:.60})"
-        )
+        is_known = each["type"] in ("missing", "json_invalid")
+        is_whole = each["type"] == "value_error" and isinstance(each["input"], dict)
+        found = "" if is_known or is_whole else f" (found {each['input']!r:.60})"
         problems.append(f"{key}: {each['msg']}{found}" if key else f"{each['msg']}{found}")
     more = f"; and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
     return "; ".join(problems[:MAX_PROBLEMS]) + more

@@ -1,9 +1,13 @@
-"""Read and write token files: llm.c's `.bin` (header, then uint16 ids) and nanoGPT's (no header).
+"""Read and write token files of uint16 ids.
+
+They are llm.c's `.bin` (a header, then the ids), nanoGPT's (no header) and numpy's `.npy`.
 
 The size of a file is checked when it is opened and again on every access, because reading a
 memory-mapped file that has shrunk kills the process without a message.
 """
 
+import re
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,12 @@ from data.files import write_atomic
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4  # int32: magic, version, number of tokens, zeros
 TOKEN_BYTES = 2
+NPY_MAGIC = b"\x93NUMPY"
+# The header of a one-dimensional array of integers; numpy itself evaluates it as Python.
+NPY_HEADER = re.compile(
+    rb"\{'descr': '([<|][ui][1248])', 'fortran_order': (?:False|True), "
+    rb"'shape': \((\d{1,18}),\), ?\} *\n"
+)
 
 
 class DataError(ValueError):
@@ -26,9 +36,11 @@ class Shard:
 
     def __init__(self, path: str | Path, *, headerless: bool = False) -> None:
         self.path = Path(path)
-        self.offset = 0 if headerless else HEADER_BYTES  # bytes before the first token
         size = self._size()
-        self.n_tokens = size // TOKEN_BYTES if headerless else _read_header(self.path, size)
+        if headerless:
+            self.offset, self.n_tokens = 0, size // TOKEN_BYTES
+        else:
+            self.offset, self.n_tokens = _read_header(self.path, size)  # bytes, ids
         self.n_bytes = self.offset + self.n_tokens * TOKEN_BYTES
         if size != self.n_bytes:
             self._fail(size)
@@ -51,9 +63,12 @@ class Shard:
 
     def _size(self) -> int:
         try:
-            return self.path.stat().st_size
+            status = self.path.stat()
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read ({error.strerror})") from None
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{self.path}: is not a file")
+        return status.st_size
 
     def _fail(self, size: int) -> None:
         raise DataError(
@@ -65,8 +80,13 @@ class Shard:
         return {**self.__dict__, "_mapped": None}  # each process maps the file itself
 
 
-def _read_header(path: Path, size: int) -> int:
-    """Return the number of tokens stated in the header."""
+def _read_header(path: Path, size: int) -> tuple[int, int]:
+    """Return the offset of the first token, in bytes, and the number of tokens in the header."""
+    if is_npy(path):
+        dtype, n_tokens, offset = read_npy_header(path)
+        if dtype != np.dtype("<u2"):
+            raise DataError(f"{path}: holds {dtype}, expected uint16")
+        return offset, n_tokens
     if size < HEADER_BYTES:
         raise DataError(f"{path}: {size:,} bytes, expected at least {HEADER_BYTES:,} of header")
     magic, version, n_tokens = np.fromfile(path, "<i4", 3).tolist()
@@ -76,12 +96,45 @@ def _read_header(path: Path, size: int) -> int:
         raise DataError(f"{path}: version {version}, expected {VERSION}")
     if n_tokens < 0:
         raise DataError(f"{path}: its header states {n_tokens} tokens")
-    return n_tokens
+    return HEADER_BYTES, n_tokens
+
+
+def is_npy(path: Path) -> bool:
+    """Return whether a file begins like an array that numpy saved."""
+    return _begins(path, NPY_MAGIC)
 
 
 def has_header(path: Path) -> bool:
     """Return whether a file begins like llm.c's shards."""
-    return np.fromfile(path, "<i4", 1).tolist() == [MAGIC]
+    return _begins(path, np.array([MAGIC], "<i4").tobytes())
+
+
+def _begins(path: Path, magic: bytes) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(magic)) == magic
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def read_npy_header(path: Path) -> tuple[np.dtype, int, int]:
+    """Return the type, the number and the offset in bytes of the integers in a `.npy` file.
+
+    Raises DataError if it is not a one-dimensional array of little-endian integers.
+    """
+    with path.open("rb") as file:
+        start = file.read(12)
+        major = start[6] if len(start) == 12 else 0
+        if major not in (1, 2, 3):
+            raise DataError(f"{path}: version {major} of the format .npy, expected 1, 2 or 3")
+        first = 10 if major == 1 else 12  # the length of the header has 2 or 4 bytes
+        length = int.from_bytes(start[8:first], "little")
+        file.seek(first)
+        header = file.read(min(length, 10_000))
+    found = NPY_HEADER.fullmatch(header)
+    if found is None or len(header) != length:
+        raise DataError(f"{path}: its header is {header[:80]!r}, expected one row of integers")
+    return np.dtype(found[1].decode()), int(found[2]), first + length
 
 
 def write_shard(path: Path, documents: Sequence[np.ndarray]) -> dict[str, Any]:

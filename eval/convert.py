@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from eval.command import command_parser
+from eval.command import command_parser, output_folder, reported_errors
 from eval.hf import export_hf
 from eval.run import load_run
 from trainer.checkpoint.read import Checkpoint, CheckpointError, candidates, open_checkpoint
@@ -40,7 +40,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     parser = command_parser("eval.convert", __doc__)
     add = parser.add_argument
     add("source", type=Path, help="a run's out_dir (newest checkpoint) or a checkpoint's folder")
-    add("target", type=Path, help="the folder to write; it must not contain checkpoints")
+    add("target", type=output_folder, help="the folder to write; it must not contain checkpoints")
     add("--to", choices=["full", "sharded", "hf"], required=True, help="the format to write")
     add("--ema", action="store_true", help="export the averaged weights (with --to hf only)")
     return parser, parser.parse_args(argv)
@@ -49,7 +49,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
 def main(argv: list[str] | None = None) -> None:
     parser, arguments = parse(argv)
     source, target, to = arguments.source, arguments.target, arguments.to
-    try:
+    with reported_errors(parser):
+        if arguments.ema and to != "hf":
+            raise ValueError(f"--ema has no effect with --to {to}, which writes both weights")
         if to == "hf":
             run = load_run(source, ema=arguments.ema)
             export_hf(run.model, run.tokenizer, target)
@@ -60,8 +62,6 @@ def main(argv: list[str] | None = None) -> None:
         found = open_checkpoint(source)
         written = convert(found, target / "checkpoints", to_shards=to == "sharded")
         print(f"step {found.step} of {source} written to {written}")
-    except (CheckpointError, ImportError, OSError, ValueError) as error:
-        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

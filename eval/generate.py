@@ -18,14 +18,14 @@ class Sampling:
     Raises ValueError for values out of range.
     """
 
-    temperature: float = 1.0
+    temperature: float = 1.0  # 0 is greedy
     top_k: int | None = None  # keep only the k likeliest tokens
     top_p: float | None = None  # keep the fewest likeliest tokens with this total probability
     greedy: bool = False  # take the likeliest token and ignore the other fields
 
     def __post_init__(self) -> None:
         t, k, p = self.temperature, self.top_k, self.top_p
-        claims = {f"temperature={t}: must be positive and finite": 0 < t < math.inf}
+        claims = {f"temperature={t}: must be finite and not negative": 0 <= t < math.inf}
         claims[f"top_k={k}: must be at least 1"] = k is None or k >= 1
         claims[f"top_p={p}: must be in (0, 1]"] = p is None or 0 < p <= 1
         require(claims)
@@ -115,6 +115,9 @@ def generate(
 ) -> list[list[int]]:
     """Return up to `max_new_tokens` new tokens for each prompt.
 
+    A row whose context has reached block_size tokens continues from its last block_size // 2 tokens
+    (at least 1), which move to the first positions.
+
     The random numbers, one for each row and step, are drawn before the first step and row by row.
     Batches that share one CPU generator therefore give the same samples whatever the batch size, up
     to rounding of the logits, and two models with the same seed see the same numbers.
@@ -124,7 +127,7 @@ def generate(
         sampling: the fields of `Sampling`.
     Raises:
         ValueError: a sampling field is out of range, or a prompt is empty, holds an unknown id, or
-            leaves no room for `max_new_tokens`.
+            is longer than block_size.
     """
     how = Sampling(**sampling)
     _check_prompts(model, prompts, max_new_tokens)
@@ -143,41 +146,52 @@ def _generate(
     how: Sampling,
 ) -> Tensor:  # (B, steps)
     """Read the prompts, then draw one token a step for all rows. A stopped row repeats `stop`."""
-    longest = max(map(len, prompts))
-    cache = KVCache(model, len(prompts), longest + uniforms.size(1))
-    device = cache.kv.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
-    padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
-    is_ragged = min(map(len, prompts)) < longest
-    ids = torch.tensor(padded, device=device)  # (B, t)
-    hidden = _read(model, ids, cache, lengths if is_ragged else None)  # (B, t, C)
-    hidden = hidden[cache.rows[:, 0], lengths - 1]  # (B, C)
-    tokens: list[Tensor] = []  # (B,) each
-    for u in uniforms.to(device).unbind(1):
-        if tokens:
+    T, length = model.config.block_size, max(map(len, prompts)) + uniforms.size(1)
+    starts, tokens = [0] * len(prompts), []  # where each row's context begins; (B,) each
+    hidden, cache = _read_rows(model, prompts, min(length, T))
+    for u in uniforms.to(hidden.device).unbind(1):
+        lengths = [len(row) + len(tokens) - s for row, s in zip(prompts, starts, strict=True)]
+        if max(lengths) > T:
+            starts = [
+                s + n - max(T // 2, 1) if n > T else s for s, n in zip(starts, lengths, strict=True)
+            ]
+            new = torch.stack(tokens, dim=1).tolist()
+            rows = zip(prompts, new, starts, strict=True)
+            hidden, cache = _read_rows(model, [[*old, *more][s:] for old, more, s in rows], T)
+        elif tokens:
             hidden = _read(model, tokens[-1][:, None], cache)[:, 0]
-        new = sample_tokens(model.logits(hidden), u, how)
+        token = sample_tokens(model.logits(hidden), u, how)
         if stop is not None and tokens:
-            new = new.masked_fill(tokens[-1] == stop, stop)
-        tokens.append(new)
-        if stop is not None and bool((new == stop).all()):
+            token = token.masked_fill(tokens[-1] == stop, stop)
+        tokens.append(token)
+        if stop is not None and bool((token == stop).all()):
             break
     return torch.stack(tokens, dim=1)
 
 
+def _read_rows(
+    model: GPT, rows: Sequence[Sequence[int]], length: int
+) -> tuple[Tensor, KVCache]:  # (B, C)
+    """Read rows of different lengths into a new cache; return their last hidden states, too."""
+    cache, longest = KVCache(model, len(rows), length), max(map(len, rows))
+    lengths = torch.tensor([len(row) for row in rows], device=cache.kv.device)  # (B,)
+    padded = [[*row, *[0] * (longest - len(row))] for row in rows]
+    ids = torch.tensor(padded, device=cache.kv.device)  # (B, t)
+    is_ragged = min(map(len, rows)) < longest
+    hidden = _read(model, ids, cache, lengths if is_ragged else None)  # (B, t, C)
+    return hidden[cache.rows[:, 0], lengths - 1], cache
+
+
 def _check_prompts(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    V, longest = model.config.vocab_size, max(map(len, prompts), default=0)
-    room = model.config.block_size - longest
+    V, T = model.config.vocab_size, model.config.block_size
     empty = [row for row, prompt in enumerate(prompts) if not prompt]
     unknown = [row for row, prompt in enumerate(prompts) if any(not 0 <= i < V for i in prompt)]
     claims = {"no prompts were given": len(prompts) > 0}
     claims[f"prompts {empty} are empty: start them with end-of-text"] = not empty
     claims[f"prompts {unknown} hold ids that are not in the vocabulary [0, {V})"] = not unknown
     claims[f"max_new_tokens={max_new_tokens}: must be at least 1"] = max_new_tokens >= 1
-    claims[
-        f"max_new_tokens={max_new_tokens}: the longest prompt has {longest} tokens, so "
-        f"{max(room, 0)} new tokens fit into block_size={model.config.block_size}"
-    ] = max_new_tokens <= room
+    long = [row for row, prompt in enumerate(prompts) if len(prompt) > T]
+    claims[f"prompts {long} have more than block_size={T} tokens: shorten them"] = not long
     require(claims)
 
 
@@ -188,7 +202,7 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, how: Sampling) -> Tensor:
         uniforms: (B,) float64 in [0, 1), on the device of the logits. Two models that get the same
             numbers are compared with common random numbers.
     """
-    if how.greedy:
+    if how.greedy or how.temperature == 0:
         return logits.argmax(dim=-1)
     values, ids, V = logits.float() / how.temperature, None, logits.size(-1)
     if how.top_k is not None or how.top_p is not None:

@@ -9,7 +9,8 @@ import torch
 
 from data.dataset import DataError, Dataset
 from data.loader import ValBatches
-from eval.hf import load_hf
+from data.tokenizer import Tokenizer
+from eval.hf_import import check_shape, check_tokenizer, load_hf
 from eval.loss import evaluate
 from eval.mup_export import unfolded_weights
 from eval.rollout.tasks import Task
@@ -18,7 +19,7 @@ from model import GPT
 from trainer.checkpoint.read import load_into
 from trainer.checkpoint.state import TrainState
 from trainer.parallel import Parallel
-from trainer.settings import ConfigError
+from trainer.settings import ConfigError, TrainConfig
 from trainer.signals import StopRequest
 
 
@@ -70,10 +71,19 @@ def grade_rollouts(
     return row
 
 
-def load_initial_weights(model: GPT, folder: str) -> None:
-    """Load the weights of a local Hugging Face GPT-2 folder into the model."""
+def load_initial_weights(model: GPT, config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Load the weights of the Hugging Face folder `init_from` into the model.
+
+    Raises:
+        ConfigError: the folder cannot be used, its model is another function than `model`, or its
+            tokenizer is not the data's `tokenizer` and `allow_tokenizer_mismatch` is false.
+    """
+    folder = Path(config.init_from)
     try:
-        weights = unfolded_weights(load_hf(folder).state_dict(), model.config)
+        source = load_hf(folder, model.config.block_size)
+        check_shape(folder, source.config, model.config)
+        if not config.allow_tokenizer_mismatch:
+            check_tokenizer(folder, tokenizer)
     except (ValueError, OSError) as error:
         raise ConfigError(f"init_from={folder}: {error}") from error
-    load_into(model, weights, Path(folder))
+    load_into(model, unfolded_weights(source.state_dict(), model.config), folder)

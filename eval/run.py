@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from data.tokenizer import Tokenizer
+from eval.hf_import import is_hf_folder, load_hf
 from model import GPT, GPTConfig
 from trainer.checkpoint.read import Checkpoint, CheckpointError, load_into, open_checkpoint
 
@@ -19,7 +20,7 @@ class Run:
     """A trained model with everything needed to evaluate it."""
 
     path: Path  # the checkpoint's folder
-    step: int
+    step: int  # 0 for a Hugging Face folder, whose config and environment are empty
     model: GPT
     tokenizer: Tokenizer
     config: dict[str, Any]  # the settings of the training run
@@ -30,13 +31,21 @@ def load_run(path: str | Path, *, device: str | torch.device = "cpu", ema: bool 
     """Load a run from disk.
 
     Args:
-        path: a run's out_dir (its newest undamaged checkpoint is loaded) or a checkpoint's folder.
+        path: a run's out_dir (its newest undamaged checkpoint is loaded), a checkpoint's folder, or
+            a Hugging Face folder of a GPT-2 with its tokenizer.
         device: the device to put the model on.
         ema: load the averaged weights instead of the last ones.
     Raises:
         CheckpointError: there is no usable checkpoint, or it contains no averaged weights.
+        ValueError: the Hugging Face folder cannot be used.
     """
-    return run_of(open_checkpoint(Path(path)), device=device, ema=ema)
+    path = Path(path)
+    if is_hf_folder(path):
+        if ema:
+            raise ValueError(f"{path} has no averaged weights: it is a Hugging Face folder")
+        model = load_hf(path).to(device).eval()
+        return Run(path, 0, model, Tokenizer.load(path / "tokenizer.json"), {}, {})
+    return run_of(open_checkpoint(path), device=device, ema=ema)
 
 
 def run_of(found: Checkpoint, *, device: str | torch.device = "cpu", ema: bool = False) -> Run:

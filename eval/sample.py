@@ -2,7 +2,9 @@
 
     python -m eval.sample out/demo/text --prompt "def " --num_samples=3
     python -m eval.sample out/demo/text --prompts prompts.jsonl --out samples.jsonl
+    python -m eval.sample hf_model --greedy --max_new_tokens=100
 
+The model is a run, one of its checkpoints or a local Hugging Face folder of a GPT-2.
 A file of prompts has one prompt per line. If its name ends in .jsonl, each line is a JSON object
 with the key "prompt". An empty prompt is replaced by the end-of-text token, with which every
 document starts.
@@ -10,6 +12,7 @@ document starts.
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -17,12 +20,17 @@ from typing import Any
 
 import torch
 
+from data.files import write_atomic
+from data.schema import OpenSchema, read_json_lines
 from data.tokenizer import Tokenizer
-from eval.command import command_parser
+from eval.command import at_least, command_parser, output_file, reported_errors
 from eval.generate import Sampling, generate
 from eval.run import load_run
 from model import GPT
-from trainer.checkpoint.read import CheckpointError
+
+
+class PromptRow(OpenSchema):
+    prompt: str
 
 
 def sample(
@@ -43,19 +51,27 @@ def sample(
 
     Args:
         how: temperature, top-k, top-p or greedy decoding.
-        max_new_tokens: defaults to the number of tokens that fit after the longest prompt.
+        max_new_tokens: defaults to the number of tokens that fit after the longest prompt. More
+            are generated from a sliding window, see `eval.generate.generate`; a line on stderr
+            says so.
     Raises:
         ValueError: a prompt is too long to be continued. It is raised before any sampling.
     """
     encoded = [tokenizer.encode(prompt) or [tokenizer.eot] for prompt in prompts]
     longest = max(map(len, encoded), default=0)
-    room = model.config.block_size - longest
-    if room < (max_new_tokens or 1):
+    T = model.config.block_size
+    n_new = T - longest if max_new_tokens is None else max_new_tokens
+    if n_new < 1 or longest > T:
         row = [len(ids) for ids in encoded].index(longest)
         raise ValueError(
-            f"prompt {row + 1} has {longest} tokens and block_size is {model.config.block_size}: "
-            f"{max(room, 0)} new tokens fit, but {max_new_tokens or 1} are needed; "
-            "shorten the prompt or set a smaller --max_new_tokens"
+            f"prompt {row + 1} has {longest} tokens and block_size is {T}: shorten the prompt, or "
+            "set --max_new_tokens if it just fills block_size"
+        )
+    if longest + n_new > T:
+        print(
+            f"note: prompt and new tokens exceed block_size={T}; where the context is full, "
+            f"generation continues from its last {max(T // 2, 1)} tokens",
+            file=sys.stderr,
         )
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, len(prompts), batch_size):
@@ -63,7 +79,7 @@ def sample(
         new = generate(
             model,
             encoded[rows],
-            room if max_new_tokens is None else max_new_tokens,
+            n_new,
             generator=generator,
             stop_token=tokenizer.eot,
             **asdict(how),
@@ -77,42 +93,34 @@ def read_prompts(path: Path) -> list[str]:
     """Read the prompts in a file.
 
     Raises:
-        ValueError: the file cannot be read, or a line of a .jsonl file has no prompt.
+        ValueError: the file cannot be read, a .jsonl file has no line, or a line has no prompt.
     """
+    if path.suffix == ".jsonl":
+        rows = [row.prompt for _, row in read_json_lines(path, PromptRow, ValueError)]
+        if not rows:
+            raise ValueError(f"{path}: no prompts")
+        return rows
     try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8 text") from None
-    if path.suffix != ".jsonl":
-        return lines
-    return [_prompt_of(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
-
-
-def _prompt_of(line: str, where: str) -> str:
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError):
-        prompt = None
-    if not isinstance(prompt, str):
-        raise ValueError(
-            f'{where}: expected an object like {{"prompt": "def "}}, but got {line[:60]!r}'
-        )
-    return prompt
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = command_parser("eval.sample", __doc__)
     add = parser.add_argument
-    add("run", help="a run's out_dir or a checkpoint's folder")
+    add("run", type=Path, help="a run's out_dir, a checkpoint's or a Hugging Face folder")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", default="", help="one prompt; default: start from end-of-text")
     source.add_argument("--prompts", type=Path, help="a file of prompts")
-    add("--out", type=Path, help="a file for the samples, as JSON lines; default: print them")
+    add(
+        "--out", type=output_file, help="a file for the samples, as JSON lines; default: print them"
+    )
     add("--num_samples", type=int, default=1, help="samples per prompt")
-    add("--max_new_tokens", type=int, help="length limit; default: as many as fit into block_size")
-    add("--temperature", type=float, default=1.0, help="divides the logits")
+    add("--max_new_tokens", type=int, help="length limit; default: until block_size is full")
+    add("--temperature", type=float, default=1.0, help="divides the logits; 0 is greedy")
     add("--top_k", type=int, help="sample from the k likeliest tokens only")
     add("--top_p", type=float, help="sample from the fewest likeliest tokens with this total mass")
     add("--greedy", action="store_true", help="always take the likeliest token")
@@ -140,13 +148,10 @@ def check(arguments: argparse.Namespace) -> Sampling:
     Raises:
         ValueError: an option is out of range.
     """
-    for key in ("num_samples", "batch_size", "max_new_tokens"):
-        if (value := getattr(arguments, key)) is not None and value < 1:
-            raise ValueError(f"--{key}={value}: must be at least 1")
+    counts = ("num_samples", "batch_size", "max_new_tokens")
+    at_least(1, **{key: getattr(arguments, key) for key in counts})
     if not 0 <= arguments.seed < 2**63:
         raise ValueError(f"--seed={arguments.seed}: must be in [0, 2^63)")
-    if arguments.out and not arguments.out.parent.is_dir():
-        raise ValueError(f"--out={arguments.out}: the folder {arguments.out.parent} does not exist")
     sampling = ("temperature", "top_k", "top_p", "greedy")
     return Sampling(**{key: getattr(arguments, key) for key in sampling})
 
@@ -172,17 +177,15 @@ def samples(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> None:
     parser, arguments = parse(argv)
-    try:
+    with reported_errors(parser):
         rows = samples(arguments)
         if arguments.out:
             lines = [json.dumps(row) + "\n" for row in rows]
-            arguments.out.write_text("".join(lines), encoding="utf-8")
+            write_atomic(arguments.out, "".join(lines))
             print(f"{len(lines)} samples written to {arguments.out}")
         else:
             for row in rows:
                 print(row["prompt"] + row["completion"], end="\n---\n")
-    except (CheckpointError, OSError, ValueError) as error:
-        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

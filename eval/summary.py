@@ -2,19 +2,53 @@
 
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.command import command_parser
+from pydantic import RootModel
+
+from data.schema import OpenSchema, parse_json, read_json, read_json_lines
+from eval.command import command_parser, reported_errors
 from eval.tables import aligned
+from optim.legacy_names import renamed_settings
 
 COLUMNS = ("run", "optimizer", "steps", "val loss", "bits/byte", "tokens/s")
 
 
-class SummaryError(ValueError):
-    """Raised for a folder without the records of a run."""
+class RunSettings(OpenSchema):
+    """The settings in a run's config.json that the table shows."""
+
+    optimizer: str
+    dopr: bool
+
+
+class MetricsRow(OpenSchema):
+    """A row of metrics.jsonl. The numbers that were not finite are null."""
+
+    kind: str
+    step: int
+    loss: float | None = None
+    ema_loss: float | None = None
+    bits_per_byte: float | None = None
+    tokens_per_s: float | None = None
+
+
+def read_metrics(out_dir: Path, kind: str) -> list[MetricsRow]:
+    """Read the rows of one kind in a run's metrics.jsonl. Raises ValueError naming a bad line."""
+    rows = read_json_lines(out_dir / "metrics.jsonl", MetricsRow, ValueError)
+    return [row for _, row in rows if row.kind == kind]
+
+
+def read_settings(out_dir: Path) -> RunSettings:
+    """Read a run's config.json, in which settings may have names of an earlier release."""
+    path = out_dir / "config.json"
+    content = read_json(path, RootModel[dict[str, Any]], ValueError).root
+    try:
+        settings, _ = renamed_settings(content)
+    except ValueError as error:  # a setting under its old and its new name
+        raise ValueError(f"{path}: {error}") from None
+    return parse_json(json.dumps(settings), str(path), RunSettings, ValueError)
 
 
 def summarize(out_dir: Path) -> dict[str, Any]:
@@ -23,23 +57,18 @@ def summarize(out_dir: Path) -> dict[str, Any]:
     The losses are those of the last validation; tokens/s is the median over the training.
 
     Raises:
-        SummaryError: the folder contains no run, or the run has no validation yet.
+        ValueError: the folder contains no run, a damaged one, or one without validation yet.
     """
-    try:
-        config = json.loads((out_dir / "config.json").read_text())
-        rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise SummaryError(f"{out_dir} contains no run ({error})") from error
-    val = [row for row in rows if row["kind"] == "val"]
+    settings, val = read_settings(out_dir), read_metrics(out_dir, "val")
     if not val:
-        raise SummaryError(f"{out_dir} contains a run without any validation yet")
-    speeds = [row["tokens_per_s"] for row in rows if row["kind"] == "train"]
+        raise ValueError(f"{out_dir} contains a run without any validation yet")
+    speeds = [row.tokens_per_s or 0.0 for row in read_metrics(out_dir, "train")]
     return {
         "run": str(out_dir),
-        "optimizer": ("dopr-" if config["dopr"] else "") + config["optimizer"],
-        "steps": val[-1]["step"],
-        "val loss": val[-1]["loss"],
-        "bits/byte": val[-1]["bits_per_byte"],
+        "optimizer": ("dopr-" if settings.dopr else "") + settings.optimizer,
+        "steps": val[-1].step,
+        "val loss": val[-1].loss,
+        "bits/byte": val[-1].bits_per_byte,
         "tokens/s": statistics.median(speeds) if speeds else 0.0,
     }
 
@@ -58,16 +87,13 @@ def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> None:
     parser = command_parser("eval.summary", __doc__)
     parser.add_argument("out_dir", type=Path, nargs="+", help="a run's folder")
-    try:
-        print(table([summarize(path) for path in parser.parse_args(argv).out_dir]))
-    except SummaryError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    arguments = parser.parse_args(argv)
+    with reported_errors(parser):
+        print(table([summarize(path) for path in arguments.out_dir]))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main()

@@ -49,7 +49,7 @@ def gram_(
 
 @torch.library.custom_op(
     "dopr::accumulate_gram",
-    mutates_args=("S", "count", "offset"),
+    mutates_args=("S", "count", "offset", "column_sums"),
     tags=(torch.Tag.cudagraph_unsafe,),  # a CUDA graph would replay the recorded `is_paused`
 )
 def accumulate_gram(
@@ -63,11 +63,16 @@ def accumulate_gram(
     rank: int = 0,
     size: int = 1,
     grad_y: Tensor | None = None,  # (..., T, d_out)
+    column_sums: Tensor | None = None,  # (2, d + 1), updated in place
+    column_sums_only: bool = False,
 ) -> None:
     """Add a batch: S += Σ z zᵀ, count += n, offset += sequences; do nothing if `is_paused`.
 
     Tokens whose row of `grad_y`, the gradient of the layer's output, is zero add nothing and are
     not counted. None counts all tokens.
+
+    If given, `column_sums` grows by (Σ z, number of tokens): row 0 over all counted tokens, row 1
+    over those that S samples. With `column_sums_only`, only row 0 changes.
 
     See `gram_` for S, z, `stride` and `offset`. With `size` processes, each passing a batch of the
     same size, rank r continues the sequence numbers of rank r - 1.
@@ -83,11 +88,27 @@ def accumulate_gram(
     is_masked = None if grad_y is None else _masked_tokens(grad_y)
     if is_masked is not None:
         z = z.masked_fill(is_masked[..., None], 0)
+    if column_sums is not None:
+        _add_columns(column_sums[0], z, is_masked, 1, first)
+        if column_sums_only:
+            return
+        _add_columns(column_sums[1], z, is_masked, stride, first)
     n = _choose_gram(backend, S, z)(S, z, beta=1.0, alpha=1.0, stride=stride, offset=first)
     if is_masked is not None:
         n = (~_sample(is_masked[..., None], stride, first)).sum()
     count += n
     offset += size * n_sequences
+
+
+def _add_columns(
+    total: Tensor, z: Tensor, is_masked: Tensor | None, stride: int, offset: Tensor
+) -> None:
+    """Add Σ z and the number of tokens to `total` (d + 1,), over a sample of the tokens."""
+    rows = _sample(z, stride, offset)  # (n, d); masked tokens are zero
+    total[:-1] += rows.sum(0, dtype=total.dtype)
+    total[-1] += len(rows)
+    if is_masked is not None:
+        total[-1] -= _sample(is_masked[..., None], stride, offset).sum()
 
 
 def _masked_tokens(grad_y: Tensor) -> Tensor | None:  # (..., T, d_out) -> (..., T) bool
@@ -114,6 +135,8 @@ def _(
     rank: int = 0,
     size: int = 1,
     grad_y: Tensor | None = None,
+    column_sums: Tensor | None = None,
+    column_sums_only: bool = False,
 ) -> None:
     return None
 

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from .kernels.dispatch import Backend
 from .kernels.newton_schulz import NSCoefficients
 from .matrices import Matrices
-from .muon import IterationDtype, MatrixOptimizer, momentum_direction, orthogonalize_all
+from .muon import IterationDtype, MatrixOptimizer, momentum_directions, orthogonalize_all
 from .process_group import ProcessGroup, local
 
 UPDATE_RMS = 0.2  # the RMS of a typical AdamW update
@@ -49,10 +49,8 @@ def adamuon_update(
     Source: Si, Zhang, Shen, AdaMuon, arXiv 2507.11005v3, Algorithm 1. It uses one β for both
     moments and no bias correction, which the last line would cancel.
     """
-    signs = [
-        momentum_direction(grad, buffer, momentum=momentum, nesterov=nesterov).sign()
-        for grad, buffer in zip(grads, momentum_buffers, strict=True)
-    ]
+    directions = momentum_directions(grads, momentum_buffers, momentum=momentum, nesterov=nesterov)
+    signs = [direction.sign() for direction in directions]
     matrices = matrices or Matrices(grads, None)
     work = partial(
         orthogonalize_all,

@@ -82,7 +82,8 @@ class DecoupledOptimizer(torch.optim.Optimizer):
             params = [param for param in group["params"] if param.grad is not None]
             for param in params:
                 self._init_state(param)
-            self._apply(params, self.updates(params, group), group)
+            if params:
+                self._apply(params, self.updates(params, group), group)
         return loss
 
     def _refuse_sparse_gradients(self) -> None:
@@ -98,10 +99,9 @@ class DecoupledOptimizer(torch.optim.Optimizer):
                 state[name] = torch.zeros_like(param)
 
     def _apply(self, params: list[Tensor], updates: list[Tensor], group: dict[str, Any]) -> None:
-        lr = float(group["lr"])
-        for param, update in zip(map(local, params), updates, strict=True):
-            param.mul_(1 - lr * group["weight_decay"])
-            param.add_(update, alpha=-lr * group["lr_mult"])
+        lr, weights = float(group["lr"]), [local(param) for param in params]
+        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])  # pyright: ignore
+        torch._foreach_add_(weights, updates, alpha=-lr * group["lr_mult"])  # pyright: ignore
 
 
 def named_params(group: dict[str, Any]) -> list[tuple[str, Tensor]]:

@@ -9,7 +9,10 @@ import warnings
 from typing import Any
 
 SETTINGS = {"kernel": "backend", "muon_scale": "adjust_lr", "coefficients": "ns_coefficients"}
-VALUES = {("adjust_lr", "match_rms"): "match_rms_adamw"}  # (new name, old value): new value
+VALUES = {  # (new name, old value): new value
+    ("adjust_lr", "match_rms"): "match_rms_adamw",
+    ("adjust_lr", "spectral"): "unit_rms_norm",
+}
 STATE = {"n_mended": "n_fallbacks", "directions": "deflation_basis"}
 GROUP = {"blocks": "qkv_blocks", "scale": "adjust_lr", "coefficients": "ns_coefficients"}
 REMOVED = {  # setting: what to do instead
@@ -39,14 +42,20 @@ def renamed_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str
 
 
 def renamed_group(group: dict[str, Any]) -> dict[str, Any]:
-    """Return a param group of Muon or AdaMuon with new keys and values; warn if it has old ones."""
-    old = sorted(GROUP.keys() & group.keys())
+    """Return settings of Muon or AdaMuon with new keys and values; warn if they have old ones."""
+    renamed, old = {}, []
+    for key, value in group.items():
+        new_key = GROUP.get(key, key)
+        renamed[new_key] = _renamed_value(new_key, value)
+        if new_key != key:
+            old.append(f"{key} -> {new_key}")
+        if renamed[new_key] is not value:
+            old.append(f"{value} -> {renamed[new_key]}")
     if not old:
         return group
-    pairs = ", ".join(f"{key} -> {GROUP[key]}" for key in old)
-    warnings.warn(f"a param group has keys of an earlier release ({pairs})", FutureWarning, 3)
-    renamed = {GROUP.get(key, key): value for key, value in group.items()}
-    return {key: _renamed_value(key, value) for key, value in renamed.items()}
+    names = ", ".join(sorted(old))
+    warnings.warn(f"a param group has names of an earlier release ({names})", FutureWarning, 3)
+    return renamed
 
 
 def _renamed_value(key: str, value: Any) -> Any:
@@ -70,7 +79,7 @@ def renamed_state(state: Any) -> Any:
         f"the preconditioner state has keys of an earlier release ({pairs}): save it again to "
         "rename them",
         FutureWarning,
-        stacklevel=3,  # the caller of load_state_dict
+        stacklevel=4,  # the caller of load_state_dict
     )
     return {
         name: {STATE.get(key, key): value for key, value in layer.items()}

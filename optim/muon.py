@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -17,14 +17,14 @@ from .legacy_names import renamed_group
 from .matrices import Matrices
 from .process_group import ProcessGroup, local
 
-AdjustLR = Literal["match_rms_adamw", "spectral", "original"]
+AdjustLR = Literal["match_rms_adamw", "unit_rms_norm", "original"]
 IterationDtype = Literal["bfloat16", "float32"]
 
 # Factors on an orthogonal (d_out, d_in) matrix, whose spectral norm is 1 and whose RMS entry is
 # 1/√max(d_out, d_in).
 ADJUST_LR: dict[str, Callable[[int, int], float]] = {
     "match_rms_adamw": lambda d_out, d_in: 0.2 * math.sqrt(max(d_out, d_in)),
-    "spectral": lambda d_out, d_in: math.sqrt(d_out / d_in),
+    "unit_rms_norm": lambda d_out, d_in: math.sqrt(d_out / d_in),
     "original": lambda d_out, d_in: math.sqrt(max(1, d_out / d_in)),
 }
 ITERATION_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -52,10 +52,7 @@ def muon_update(
 
     Source: Jordan et al., Muon (2024), kellerjordan.github.io/posts/muon.
     """
-    directions = [
-        momentum_direction(grad, buffer, momentum=momentum, nesterov=nesterov)
-        for grad, buffer in zip(grads, momentum_buffers, strict=True)
-    ]
+    directions = momentum_directions(grads, momentum_buffers, momentum=momentum, nesterov=nesterov)
     matrices = matrices or Matrices(grads, None)
     work = partial(
         orthogonalize_all,
@@ -65,23 +62,25 @@ def muon_update(
         ns_dtype=ns_dtype,
         backend=backend,
     )
-    updates = matrices.by_owners(directions, work)
+    updates = matrices.by_owners([*directions], work)
     return [
         update.mul_(ADJUST_LR[adjust_lr](d_out // qkv_blocks, d_in))
         for update, (d_out, d_in) in zip(updates, matrices.shapes, strict=True)
     ]
 
 
-def momentum_direction(
-    grad: Tensor, momentum_buffer: Tensor, *, momentum: float, nesterov: bool
-) -> Tensor:
-    """Update m <- momentum·m + (1 - momentum)·grad in place and return m.
+def momentum_directions(
+    grads: list[Tensor], momentum_buffers: list[Tensor], *, momentum: float, nesterov: bool
+) -> Sequence[Tensor]:
+    """Update m <- momentum·m + (1 - momentum)·grad in place and return m, for every pair.
 
     With `nesterov`, return the same average of the new m and grad again, without storing it. With
     momentum 0, both are grad.
     """
-    momentum_buffer.lerp_(grad, 1 - momentum)
-    return grad.lerp(momentum_buffer, momentum) if nesterov else momentum_buffer
+    torch._foreach_lerp_(momentum_buffers, grads, 1 - momentum)  # pyright: ignore
+    if not nesterov:
+        return momentum_buffers
+    return torch._foreach_lerp(grads, momentum_buffers, momentum)  # pyright: ignore
 
 
 def orthogonalize_all(
@@ -196,12 +195,13 @@ class Muon(MatrixOptimizer):
     Args:
         params: 2-D parameters (d_out, d_in). A param group with `qkv_blocks=3` holds fused weights,
             such as q, k and v stacked by rows; each block is orthogonalized and scaled separately.
-        momentum, nesterov: see `momentum_direction`; momentum in [0, 1).
-        adjust_lr: the factor on the orthogonal update, named as torch.optim.Muon's `adjust_lr_fn`.
+        momentum, nesterov: see `momentum_directions`; momentum in [0, 1).
+        adjust_lr: the factor on the orthogonal update. "original" and "match_rms_adamw" are named
+            as in torch.optim.Muon, "unit_rms_norm" as in NVIDIA's Emerging-Optimizers.
             "match_rms_adamw": 0.2·√max(d_out, d_in), which gives the update the RMS of a typical
             AdamW update, so that AdamW's lr and weight decay can be reused (Liu et al., arXiv
-            2502.16982). "spectral": √(d_out/d_in), for an lr that does not depend on the width; not
-            in torch. "original": √max(1, d_out/d_in).
+            2502.16982). "unit_rms_norm": √(d_out/d_in), which changes outputs by an RMS that does
+            not depend on the width. "original": √max(1, d_out/d_in).
         ns_steps, ns_coefficients, ns_dtype: number of steps, coefficients and dtype of the
             iteration; see `orthogonalize` in kernels/newton_schulz.py.
         backend: "auto", "torch" or "triton"; see `choose_backend` in kernels/dispatch.py.
@@ -243,7 +243,7 @@ class Muon(MatrixOptimizer):
             "ns_coefficients": ns_coefficients,
             "ns_dtype": ns_dtype,
         }
-        super().__init__(params, defaults, backend, process_group)
+        super().__init__(params, renamed_group(defaults), backend, process_group)
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)

@@ -25,7 +25,7 @@ LOGITS = -1  # logits; the head's input and its covariance keep their scale
 MATRIX_UPDATE = {
     "adamw": -1,  # entries have size 1, so the product with an input grows with d_in
     "signum": -1,
-    "muon spectral": 0,  # the update has the spectral norm √(d_out/d_in)
+    "muon unit_rms_norm": 0,  # the update has the spectral norm √(d_out/d_in)
     "muon original": 0,
     "muon match_rms_adamw": -1 / 2,  # spectral norm √d
     "adamuon": -1 / 2,

@@ -1,10 +1,11 @@
 """A run refuses settings, data and checkpoints that it cannot use, and names what changed."""
 
-import json
 import os
 import re
+import socket
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import filelock
@@ -13,8 +14,10 @@ import torch
 
 import train
 from tests.tiny import argv, metrics, weights, write_dataset
-from trainer.checkpoint import read as checkpoint
+from tests.trainer.tiny_checkpoint import change_manifest
+from trainer.machine import device_of, machine_problems
 from trainer.parallel import FROM_TORCHRUN
+from trainer.settings import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -101,12 +104,11 @@ def test_a_checkpoint_with_setting_names_of_an_earlier_release_is_resumed(
 ):
     out = tmp_path / "run"
     train.main(argv(dataset, out, max_steps=4))
-    path = out / "checkpoints/step-00000004/manifest.json"
-    manifest = json.loads(path.read_text())
-    del manifest["sha256"]
-    manifest["config"]["kernel"] = manifest["config"].pop("backend")
-    manifest["sha256"] = checkpoint.manifest_digest(manifest)
-    path.write_text(json.dumps(manifest))
+
+    def rename(manifest):
+        manifest["config"]["kernel"] = manifest["config"].pop("backend")
+
+    change_manifest(out / "checkpoints/step-00000004", rename)
     with pytest.warns(FutureWarning, match="settings of an earlier release: kernel"):
         assert train.main(argv(dataset, out)) == 0
     output = capsys.readouterr().out
@@ -144,3 +146,60 @@ def test_the_lock_is_released_when_the_run_ends(dataset, tmp_path):
     train.main(argv(dataset, out, max_steps=3))
     with filelock.FileLock(out / ".lock", blocking=False):
         assert os.path.exists(out / ".lock")
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE='abc' must be a whole number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 must be at least 1"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 must be below WORLD_SIZE=2"),
+        ({"LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE='x' must be a whole number"),
+    ],
+)
+def test_variables_of_torchrun_that_make_no_sense_are_named(
+    dataset, tmp_path, monkeypatch, capsys, variables, message
+):
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    assert train.main(argv(dataset, tmp_path / "run")) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_whose_peers_do_not_come_says_so(dataset, tmp_path, monkeypatch, capsys, rank):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    variables = {"WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
+    for key, value in {**variables, "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(key, str(value))
+    assert train.main(argv(dataset, tmp_path / "run", timeout_s=1)) == 1
+    assert "the 2 processes did not find each other within 1 s" in capsys.readouterr().err
+
+
+def test_shards_of_more_processes_than_there_are_are_refused(dataset, tmp_path, capsys):
+    changes = {"parallel": "hsdp", "shard_size": 3}
+    assert train.main(argv(dataset, tmp_path / "run", **changes)) == 1
+    assert "shard_size=3: must divide the number of processes, 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("is_there", "changes", "message"),
+    [
+        (False, {}, "torch finds no MPS device"),
+        (True, {"dopr": True}, "DoPr needs float64"),
+        (True, {"dtype": "bfloat16"}, "needs macOS 14"),
+    ],
+)
+def test_mps_is_refused_with_what_is_missing(monkeypatch, is_there, changes, message):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: is_there)
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *version: False)
+    (problem,) = machine_problems(asdict(TrainConfig(device="mps", **changes)))
+    assert message in problem
+
+
+def test_mps_is_accepted_where_torch_has_it(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert machine_problems(asdict(TrainConfig(device="mps"))) == []
+    assert device_of("mps") == torch.device("mps")

@@ -4,21 +4,28 @@
 
 Later sources override earlier ones: defaults, config files from left to right, `--key=value`. A
 config file is Python code that assigns settings; it runs in a namespace of its own, in which every
-name without a leading underscore must be a setting.
+name without a leading underscore, other than an imported module, must be a setting. A setting of an
+earlier source that a later one makes pointless is adjusted, with one line printed.
 """
 
 import dataclasses
 import difflib
 import json
 import os
-import re
 import runpy
 from collections.abc import Callable
 from pathlib import Path
-from types import NoneType
+from types import ModuleType, NoneType
 from typing import Any, Literal, get_args, get_origin
 
+from trainer.nanogpt_names import Given, nanogpt_hint
+from trainer.presets import adjustments
 from trainer.settings import FIELDS, RUN_ONLY, ConfigError, TrainConfig
+from trainer.usage import print_help
+
+PATHS = ("out_dir", "resume", "init_from", "dataset")  # a leading ~ is the home folder
+COMMAND_LINE = "command line"
+FP32_GAMMA = 1e-4  # the smallest damping for which DoPr needs no weights in float64
 
 
 def coerce(key: str, value: Any) -> Any:
@@ -37,9 +44,10 @@ def coerce(key: str, value: Any) -> Any:
             return None
         kind = get_args(kind)[0]
     try:
-        return _PARSERS[kind](value)
+        parsed = _PARSERS[kind](value)
     except (KeyError, TypeError, ValueError, OverflowError):
         raise ConfigError(f"{key}={value!r}: must be {_TYPE_NAMES[kind]}") from None
+    return os.path.expanduser(parsed) if key in PATHS else parsed
 
 
 def _parse_float(value: Any) -> float:
@@ -84,26 +92,43 @@ def load_config(
         SystemExit: after `--help`.
     """
     if "--help" in argv or "-h" in argv:
-        print(help_text())
+        print_help(__doc__ or "")
         raise SystemExit(0)
-    values: dict[str, Any] = {}
+    settings: dict[str, Any] = {key: field.default for key, field in FIELDS.items()}
     origins: dict[str, str] = {}
     problems: list[str] = []
-    for origin, key, raw in _assignments(argv, problems):
+    assignments = _assignments(argv, problems)
+    given = {key: raw for _, key, raw in assignments}
+    for origin, key, raw in assignments:
         try:
-            key, raw = _rename(origin, key, raw)
-            values[key], origins[key] = coerce(key, raw), origin
+            key, raw = _rename(origin, key, raw, given)
+            settings[key], origins[key] = coerce(key, raw), origin
         except ConfigError as error:
             problems.append(f"{origin}: {error}")
-    settings = {key: field.default for key, field in FIELDS.items()} | values
+    _adjust(settings, origins, [origin for origin, *_ in assignments])
     problems += check_machine(settings)
     try:
-        config = TrainConfig(**values)
+        config = TrainConfig(**settings)
     except ConfigError as error:
         problems = [*problems, *str(error).splitlines()]
     if problems:
         raise ConfigError("\n".join(problems))
     return config, origins
+
+
+def _adjust(settings: dict[str, Any], origins: dict[str, str], sources: list[str]) -> None:
+    """Adjust what a later source made pointless, in place, and print one line for each change."""
+    rank = {source: i for i, source in enumerate(sources, start=1)}  # 0: default
+    for key, new, reason in [*adjustments(settings, lambda key: rank.get(origins.get(key, ""), 0))]:
+        old = f"{key}={settings[key]} ({origins.get(key, 'default')})"
+        print_once(f"note: {old} becomes {key}={new}, because {reason}")
+        settings[key], origins[key] = new, "adjusted"
+
+
+def print_once(text: str) -> None:
+    """Print in one of the processes that torchrun started."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
 
 
 def _assignments(argv: list[str], problems: list[str]) -> list[tuple[str, str, Any]]:
@@ -113,9 +138,9 @@ def _assignments(argv: list[str], problems: list[str]) -> list[tuple[str, str, A
     for argument in argv:
         if argument.startswith("--") and "=" in argument:
             key, raw = argument[2:].split("=", 1)
-            from_command_line.append(("command line", key, raw))
+            from_command_line.append((COMMAND_LINE, key, raw))
         elif argument.startswith("-"):
-            problems.append(f"command line: {argument!r} has no value; write --key=value")
+            problems.append(f"{COMMAND_LINE}: {argument!r} has no value; write --key=value")
         else:
             from_files += _run_file(argument, problems)
     return from_files + from_command_line
@@ -128,10 +153,16 @@ def _run_file(path: str, problems: list[str]) -> list[tuple[str, str, Any]]:
         return []
     try:
         namespace = runpy.run_path(path)
-    except Exception as error:  # a user's file may raise anything
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a user's file may raise anything, SystemExit included
         problems.append(f"{path}: {type(error).__name__}: {error}")
         return []
-    return [(path, key, value) for key, value in namespace.items() if not key.startswith("_")]
+    return [
+        (path, key, value)
+        for key, value in namespace.items()
+        if not (key.startswith("_") or isinstance(value, ModuleType))
+    ]
 
 
 def _preset_names() -> str:
@@ -139,10 +170,10 @@ def _preset_names() -> str:
     return ", ".join(sorted(path.name for path in folder.glob("*.py")))
 
 
-def _rename(origin: str, key: str, raw: Any) -> tuple[str, Any]:
+def _rename(origin: str, key: str, raw: Any, given: Given) -> tuple[str, Any]:
     """Return the current name and value of a setting; warn if an earlier release named it.
 
-    Raises ConfigError if there is no such setting.
+    Raises ConfigError, with a hint that may depend on the `given` settings, if there is none.
     """
     if key in FIELDS:
         try:
@@ -157,10 +188,11 @@ def _rename(origin: str, key: str, raw: Any) -> tuple[str, Any]:
     settings, old_names = renamed_settings({key: raw})
     new_key, value = next(iter(settings.items()))
     if new_key not in FIELDS:
-        raise ConfigError(f"unknown key {key!r}{_suggestion(key)}")
-    if old_names and os.environ.get("RANK", "0") == "0":
+        hint = nanogpt_hint(key, given)
+        raise ConfigError(f"unknown key {key!r}{'; ' + hint if hint else _suggestion(key)}")
+    if old_names:
         old, new = (key, new_key) if key != new_key else (f"{key}={raw}", f"{key}={value}")
-        print(f"warning: {origin}: {old} is now called {new}; please rename it")
+        print_once(f"warning: {origin}: {old} is now called {new}; please rename it")
     return new_key, value
 
 
@@ -170,12 +202,18 @@ def _suggestion(key: str) -> str:
 
 
 def describe(config: TrainConfig, origins: dict[str, str]) -> str:
-    """Format the settings that differ from their defaults, one per line, with their sources."""
+    """Format the settings that differ from their defaults, with their sources, and a warning."""
     rows = [
         f"  {key} = {getattr(config, key)!r}  ({origins[key]})"
         for key in FIELDS
         if key in origins and getattr(config, key) != FIELDS[key].default
     ]
+    if config.dopr and config.gamma < FP32_GAMMA:
+        rows.append(
+            f"  warning: gamma={config.gamma:g} is below {FP32_GAMMA:g}. In float32, rounding then "
+            "changes M by up to a percent, or more if Σ is nearly singular; use a larger gamma, or "
+            "the library (optim.ActivationPreconditioner) with float64 weights"
+        )
     return "\n".join(["settings (all others at their defaults, see config.json):", *rows])
 
 
@@ -191,24 +229,6 @@ def describe_changes(saved: dict[str, Any], config: TrainConfig) -> str:
         if key not in RUN_ONLY and saved.get(key) != value
     ]
     return "".join(rows)
-
-
-def help_text() -> str:
-    """Return the usage, and every setting with its type, default and declaration's comment."""
-    source = Path(__file__).with_name("settings.py").read_text()
-    source = source.partition("class TrainConfig:")[2].partition("def ")[0]
-    lines = [(__doc__ or "").strip(), ""]
-    for match in re.finditer(r"^    (?:# (-- .*)|(\w+): ([^#\n]+?)(?:  # (.*))?)$", source, re.M):
-        section, key, _, comment = match.groups()
-        lines.append(section or f"  --{key}={_choices(key)}  {comment or ''}")
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _choices(key: str) -> str:
-    kind, default = FIELDS[key].type, FIELDS[key].default
-    if get_origin(kind) is Literal:
-        return "|".join(get_args(kind)) + f" [{default}]"
-    return f"{getattr(kind, '__name__', kind)} [{'' if default is None else default}]"
 
 
 def to_json(config: TrainConfig) -> str:

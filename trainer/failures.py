@@ -1,10 +1,13 @@
-"""Find out which process failed first when several train together."""
+"""Say in one sentence why a run failed: a lost process, too little memory, divergence."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import distributed
 
 GRACE_S = 3.0  # seconds to wait after losing a process, so that its own error is printed first
@@ -15,10 +18,40 @@ LOSS_MESSAGES = (
     "Broken pipe",
     "imed out",  # "Timed out", "timed out"
 )
+MEMORY_MESSAGES = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 class ProcessLost(RuntimeError):
     """Another process ended, or did not answer in time."""
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many steps in a row, or the last one, had a loss or gradient that was not finite."""
+
+
+class MemoryExhausted(RuntimeError):
+    """The device or the machine has too little memory for the run."""
+
+
+@contextmanager
+def memory_errors(micro_batch_size: int) -> Iterator[None]:
+    """Raise MemoryExhausted, which says what to do, in place of the errors of allocators."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        is_plain = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not is_plain and not any(text in str(error) for text in MEMORY_MESSAGES):
+            raise
+        raise MemoryExhausted(
+            f"the memory does not suffice ({first_line(error) or 'MemoryError'}); use a "
+            f"micro_batch_size below {micro_batch_size}, which does not change the results, a "
+            "smaller block_size, or a smaller model"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message."""
+    return str(error).partition("\n")[0].strip().rstrip(".")
 
 
 def is_consequence(error: BaseException) -> bool:

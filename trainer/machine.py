@@ -1,6 +1,5 @@
 """Check what a run asks of this machine: its devices, its number of processes, its out_dir."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from optim.dopr.settings import settings_problems
 from optim.kernels.dispatch import triton_problem
 from trainer.parallel import parallel_problems
 from trainer.settings import ConfigError
+from trainer.torchrun import environment_number, environment_problems
 
 
 def device_of(setting: str) -> torch.device:
@@ -22,10 +22,14 @@ def device_of(setting: str) -> torch.device:
 
 def machine_problems(settings: dict[str, Any]) -> list[str]:
     """List what the settings ask of this machine that it does not have."""
+    if problems := environment_problems():
+        return problems
     problems = settings_problems(settings) if settings["dopr"] else []
     if settings["device"] == "cuda" and not torch.cuda.is_available():
         problems.append("device=cuda: torch finds no CUDA device here; use device=cpu or auto")
-    n_processes, n_cuda = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if settings["device"] == "mps":
+        problems += _mps_problems(settings)
+    n_processes, n_cuda = environment_number("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
     if device_of(settings["device"]).type == "cuda" and 0 < n_cuda < n_processes:
         problems.append(
             f"{n_processes} processes on this machine, but torch finds {n_cuda} CUDA devices: "
@@ -34,6 +38,20 @@ def machine_problems(settings: dict[str, Any]) -> list[str]:
     if settings["backend"] == "triton":
         problems += filter(None, [triton_problem(device_of(settings["device"]))])
     return problems + parallel_problems(settings)
+
+
+def _mps_problems(settings: dict[str, Any]) -> list[str]:
+    """List what the settings ask of a GPU of Apple that it does not have."""
+    problems = []
+    if not torch.backends.mps.is_available():
+        problems.append("device=mps: torch finds no MPS device here; use device=cpu or auto")
+    elif settings["dtype"] == "bfloat16" and not torch.backends.mps.is_macos_or_newer(14, 0):
+        problems.append("dtype=bfloat16: needs macOS 14 with device=mps; use dtype=float32")
+    if settings["dopr"]:
+        problems.append("device=mps: DoPr needs float64, which MPS does not have; use device=cpu")
+    if environment_number("WORLD_SIZE", 1) > 1:
+        problems.append("device=mps: several processes cannot share it; start one process")
+    return problems
 
 
 def lock_out_dir(out_dir: Path) -> filelock.FileLock:

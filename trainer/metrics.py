@@ -1,9 +1,11 @@
 """Record a run's metrics: metrics.jsonl, a progress line or bar, and optionally wandb.
 
-Every row of metrics.jsonl has a `kind` (run, train, val or ttf) and a `step`. A failure of wandb
-does not stop the run: it is reported once, and wandb is switched off.
+Every row of metrics.jsonl has a `kind` (run, train, val or ttf) and a `step`. No failure to record
+stops the run. A failure of wandb is reported once, and wandb is switched off. Rows that cannot be
+written, because the disk is full, say, are kept in memory and written later.
 """
 
+import errno
 import json
 import math
 import os
@@ -17,6 +19,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from data.schema import OpenSchema, parse_json
+from data.shards import DataError
+
 PEAK_BF16_FLOPS = {  # dense peak by a part of the device's name
     "H200": 989e12,
     "H100": 989e12,
@@ -24,6 +29,13 @@ PEAK_BF16_FLOPS = {  # dense peak by a part of the device's name
     "L40S": 362e12,
     "RTX 4090": 165e12,
 }
+
+
+class Row(OpenSchema):
+    """A row of metrics.jsonl, which has further keys that depend on its kind."""
+
+    kind: str
+    step: int
 
 
 def mfu(flops_per_s: float, device_name: str, dtype: str) -> float | None:
@@ -62,10 +74,11 @@ class MetricsLog:
     def __init__(
         self, out_dir: Path, start_step: int, max_steps: int, *, is_writer: bool = True
     ) -> None:
-        path = out_dir / "metrics.jsonl" if is_writer else Path(os.devnull)
-        if is_writer and path.exists():
-            _remove_rows_after(path, start_step)
-        self._file = path.open("a", buffering=1)
+        self._path = out_dir / "metrics.jsonl" if is_writer else Path(os.devnull)
+        self._unwritten: list[str] = []
+        self._is_terminal_gone = False
+        if is_writer and self._path.exists():
+            self._remove_rows_after(start_step)
         self._max_steps = max_steps
         self._wandb: Any = None
         self._bar = tqdm(
@@ -74,6 +87,23 @@ class MetricsLog:
             unit="step",
             disable=not (is_writer and sys.stderr.isatty()),
         )
+
+    def _remove_rows_after(self, step: int) -> None:
+        """Remove the rows that a resumed run will write again, and damaged lines."""
+        kept, n_damaged = [], 0
+        for line in self._path.read_bytes().splitlines(keepends=True):
+            try:
+                row = parse_json(line, str(self._path), Row, DataError)
+            except DataError:
+                n_damaged += line.endswith(b"\n") and bool(line.strip())  # or cut by a crash
+                continue
+            if row.step < step or (row.step == step and row.kind not in ("val", "ttf")):
+                kept.append(line)
+        if n_damaged:
+            self.say(f"warning: {n_damaged} damaged lines of {self._path} were removed")
+        partial = self._path.with_suffix(".tmp")
+        partial.write_bytes(b"".join(kept))
+        partial.replace(self._path)
 
     def start_wandb(self, out_dir: Path, mode: Any, project: str, config: dict[str, Any]) -> None:
         """Also send rows to Weights & Biases from now on; `mode` is off, online or offline."""
@@ -101,13 +131,28 @@ class MetricsLog:
         """Append a row to metrics.jsonl; rows of other kinds than "run" also go to wandb."""
         values = {key: _finite(value) for key, value in values.items()}
         row = {"kind": kind, "step": step, **values}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._append(json.dumps(row, allow_nan=False) + "\n")
         if self._wandb is not None and kind != "run":
             try:
                 self._wandb.log({f"{kind}/{key}": value for key, value in values.items()}, step)
             except Exception as error:
                 self.say(f"warning: wandb is off from step {step} on ({error})")
                 self._wandb = None
+
+    def _append(self, line: str) -> None:
+        """Write the line, after those that could not be written; warn at the first failure."""
+        self._unwritten.append(line)
+        content = "".join(self._unwritten).encode()
+        try:
+            with self._path.open("ab", buffering=0) as file:
+                end = file.tell()
+                if file.write(content) != len(content):
+                    file.truncate(end)  # no part of a line stays
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._unwritten = []
+        except OSError as error:
+            if len(self._unwritten) == 1:
+                self.say(f"WARNING: {self._path} cannot be written now ({error.strerror})")
 
     def train(self, step: int, **values: Any) -> None:
         """Write a training row, and print progress, speed and remaining time."""
@@ -144,13 +189,19 @@ class MetricsLog:
         self.say(f"step {step}  rollouts: {primary} {metrics[primary]:.4f}")
 
     def say(self, text: str) -> None:
-        """Print a line without breaking the progress bar."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        """Print a line without breaking the progress bar, until the terminal or pipe is closed."""
+        if self._is_terminal_gone:
+            return
+        try:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:
+            self._is_terminal_gone = True
 
     def close(self) -> None:
         self._bar.close()
-        self._file.close()
+        if self._unwritten:
+            self.say(f"WARNING: {len(self._unwritten)} rows of {self._path} were not written")
         if self._wandb is not None:
             try:
                 self._wandb.finish()
@@ -162,25 +213,10 @@ def _wandb_id(out_dir: Path) -> str:
     """Return the run's wandb id, which stays the same when the run is resumed."""
     path = out_dir / "wandb_id"
     if not path.exists():
-        path.write_text(secrets.token_hex(8))
-    return path.read_text()
+        path.write_text(secrets.token_hex(8), encoding="utf-8")
+    return path.read_text(encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:
     """Replace NaN and infinity, which JSON does not have, by None."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _remove_rows_after(path: Path, step: int) -> None:
-    """Remove the rows that a resumed run will write again, and a line truncated by a crash."""
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if row["step"] < step or (row["step"] == step and row["kind"] not in ("val", "ttf")):
-            kept.append(line + "\n")
-    partial = path.with_suffix(".tmp")
-    partial.write_text("".join(kept))
-    partial.replace(path)

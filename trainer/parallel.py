@@ -18,17 +18,13 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-from trainer.failures import ProcessLost, cause_of_loss, is_consequence
+from trainer.failures import ProcessLost, cause_of_loss, first_line, is_consequence
 from trainer.sharding import full_model, full_tensor, make_mesh, shard, transformer_blocks
+from trainer.torchrun import environment_number, world_size
 
 ParallelMode = Literal["ddp", "fsdp", "hsdp"]
 Result = TypeVar("Result")
 FROM_TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-def world_size() -> int:
-    """Return the number of processes that torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def parallel_problems(settings: dict[str, Any]) -> list[str]:
@@ -46,7 +42,7 @@ def parallel_problems(settings: dict[str, Any]) -> list[str]:
             f"batch_size={batch_size}: must be divisible by the number of processes times "
             f"micro_batch_size = {size} * {micro_batch_size} = {size * micro_batch_size}"
         )
-    if settings["parallel"] == "hsdp" and size > 1 and shard_size and size % shard_size:
+    if settings["parallel"] == "hsdp" and shard_size and size % shard_size:
         problems.append(f"shard_size={shard_size}: must divide the number of processes, {size}")
     return problems
 
@@ -73,7 +69,7 @@ class Parallel:
         shard_size: int | None = None,
         timeout_s: int = 600,
     ) -> None:
-        self.size, self.rank = world_size(), int(os.environ.get("RANK", 0))
+        self.size, self.rank = world_size(), environment_number("RANK", 0)
         self.device, self.mode, self.shard_size = device, mode, shard_size
         self._timeout = timedelta(seconds=timeout_s)
         self._redirection = ExitStack()
@@ -92,17 +88,25 @@ class Parallel:
 
         backend = "gloo"
         if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            self.device = torch.device("cuda", environment_number("LOCAL_RANK", 0))
             torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl"
-        self._store, *_ = next(iter(rendezvous("env://", timeout=self._timeout)))
-        distributed.init_process_group(
-            backend,
-            store=PrefixStore("world", self._store),
-            rank=self.rank,
-            world_size=self.size,
-            timeout=self._timeout,
-        )
+        try:
+            self._store, *_ = next(iter(rendezvous("env://", timeout=self._timeout)))
+            distributed.init_process_group(
+                backend,
+                store=PrefixStore("world", self._store),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=self._timeout,
+            )
+        except distributed.DistError as error:
+            raise ProcessLost(
+                f"the {self.size} processes did not find each other within "
+                f"{self._timeout.total_seconds():.0f} s (timeout_s) at MASTER_ADDR="
+                f"{os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}: "
+                f"{first_line(error)}. Start all of them, and use a free port"
+            ) from error
         if self.mode != "ddp":
             self._mesh = make_mesh(self.device.type, self.size, self.shard_size, self._timeout)
         if not self.is_main:
@@ -147,8 +151,9 @@ class Parallel:
 
     def to_device(self, batch: Tensor) -> Tensor:
         """Copy `batch` to the device; asynchronously, from pinned memory, to a GPU."""
-        pinned = batch.pin_memory() if self.device.type == "cuda" else batch
-        return pinned.to(self.device, non_blocking=True)
+        if self.device.type != "cuda":
+            return batch.to(self.device)
+        return batch.pin_memory().to(self.device, non_blocking=True)
 
     def sync_gradients(self, forward: Any, *, is_last: bool) -> None:
         """Set whether the next backward averages the gradients; call it before each micro-batch.
@@ -238,7 +243,7 @@ class Parallel:
 
     def main_process_first(self, function: Callable[[], Result]) -> Result:
         """Call `function` in one process per machine, then in the others, to share a file."""
-        is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        is_first = environment_number("LOCAL_RANK", 0) == 0
         result = function() if is_first else None
         self.all_reduce_flag(0)
         return result if is_first else function()  # pyright: ignore - `function` returned it

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Literal
 
 
@@ -18,8 +19,9 @@ class TrainConfig:
     out_dir: str = "out/run"  # folder for everything the run writes
     resume: str = "auto"  # auto: newest good checkpoint in out_dir | never | path of a checkpoint
     init_from: str = ""  # local Hugging Face GPT-2 folder with initial weights; empty: random
+    allow_tokenizer_mismatch: bool = False  # between the folder init_from and the dataset
     seed: int = 1337  # weights, data order and dropout are functions of (seed, step)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one, or cpu
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the forward pass; weights are float32
     compile: bool = False  # torch.compile the model
     backend: Literal["auto", "torch", "triton"] = "auto"  # of DoPr and muon; auto: triton on a GPU
@@ -56,7 +58,7 @@ class TrainConfig:
     eps: float = 1e-8
     momentum: float = 0.95  # of sgd, signum, muon and adamuon
     nesterov: bool = True  # of muon and adamuon
-    adjust_lr: Literal["spectral", "match_rms_adamw", "original"] = "match_rms_adamw"  # of muon
+    adjust_lr: Literal["unit_rms_norm", "match_rms_adamw", "original"] = "match_rms_adamw"  # muon
     ns_coefficients: Literal["polar_express", "quintic"] = "polar_express"  # of Newton-Schulz
     ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of Newton-Schulz
     grad_clip: float = 1.0  # maximum global norm of the raw gradient; 0: off
@@ -94,7 +96,7 @@ class TrainConfig:
     wandb_project: str = "dopr"
 
     def __post_init__(self) -> None:
-        problems = [*_range_problems(self), *_cross_field_problems(self)]
+        problems = [*_text_problems(self), *_range_problems(self), *_cross_field_problems(self)]
         if problems:
             raise ConfigError("\n".join(problems))
 
@@ -121,6 +123,29 @@ _AT_LEAST = {  # smallest valid value
     **dict.fromkeys(("dropout", "beta1", "beta2", "momentum", "ema_decay"), 0.0),
 }
 _BELOW_ONE = ("dropout", "beta1", "beta2", "momentum", "ema_decay")
+_AT_MOST = {  # largest valid value; any other whole number must be below 2**31
+    "seed": 2**32 - 1,
+    "max_steps": 99_999_999,  # names of checkpoints have eight digits
+    **dict.fromkeys(("n_embd", "block_size", "batch_size", "micro_batch_size"), 2**24),
+    **dict.fromkeys(("n_layer", "n_head"), 2**16),
+    "loader_workers": 1024,
+    "min_lr_ratio": 1.0,
+}
+
+
+def _text_problems(config: TrainConfig) -> list[str]:
+    """Return a message for each text that is empty or cannot be written as UTF-8."""
+    problems = [
+        f"{key}='': must not be empty"
+        for key in ("out_dir", "dataset", "resume")
+        if not getattr(config, key).strip()
+    ]
+    problems += [
+        f"{key}={value!r}: must be text in UTF-8"
+        for key, value in vars(config).items()
+        if isinstance(value, str) and value.encode("utf-8", "ignore").decode() != value
+    ]
+    return problems
 
 
 def _range_problems(config: TrainConfig) -> list[str]:
@@ -135,8 +160,12 @@ def _range_problems(config: TrainConfig) -> list[str]:
         for key in _BELOW_ONE
         if getattr(config, key) >= 1
     ]
-    if config.seed >= 2**32:
-        problems.append(f"seed={config.seed}: must be below 2**32")
+    highest = {key: 2**31 - 1 for key, field in FIELDS.items() if field.type in (int, int | None)}
+    problems += [
+        f"{key}={value}: must be at most {high:,}"
+        for key, high in (highest | _AT_MOST).items()
+        if (value := getattr(config, key)) is not None and value > high
+    ]
     problems += [
         f"{key}={value}: must be finite"
         for key, value in vars(config).items()
@@ -146,8 +175,6 @@ def _range_problems(config: TrainConfig) -> list[str]:
         value = getattr(config, key)
         if value is not None and not 0 < value < float("inf"):
             problems.append(f"{key}={value}: must be positive and finite")
-    if config.min_lr_ratio > 1:
-        problems.append(f"min_lr_ratio={config.min_lr_ratio}: must be at most 1")
     return problems
 
 
@@ -177,7 +204,23 @@ def _cross_field_problems(config: TrainConfig) -> list[str]:
             f"aux_lr={config.aux_lr}: optimizer={config.optimizer} has no auxiliary AdamW, only "
             "muon and adamuon have one; remove it or add --aux_lr=none, and check lr"
         )
-    return problems + _mup_problems(config)
+    return problems + _tied_table_problems(config) + _mup_problems(config)
+
+
+def _tied_table_problems(config: TrainConfig) -> list[str]:
+    """Refuse DoPr on a token embedding that is also the output head."""
+
+    def is_named(patterns: str | None) -> bool:
+        return any(fnmatchcase("transformer.wte", each) for each in (patterns or "").split(","))
+
+    is_covered = not is_named(config.exclude) and (not config.include or is_named(config.include))
+    if not (config.dopr and config.embeddings and config.tie_weights and is_covered):
+        return []
+    return [
+        "embeddings=true: the token embedding is also the output head, whose gradient must not be "
+        "preconditioned by token frequency; add --tie_weights=false, or "
+        "--exclude=transformer.wte to precondition the position embedding only"
+    ]
 
 
 def _mup_problems(config: TrainConfig) -> list[str]:

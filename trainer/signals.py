@@ -1,4 +1,4 @@
-"""Turn SIGTERM and Ctrl-C into a flag that the training loop polls before it saves and stops."""
+"""Turn signals that ask a run to end into a flag that the training loop polls before it saves."""
 
 import os
 import signal
@@ -10,7 +10,11 @@ REPEAT_S = 5.0  # seconds in which torchrun may forward a signal that the proces
 
 
 class StopRequest:
-    """Become truthy after SIGTERM or SIGINT; end the process at a second signal.
+    """Become truthy after SIGTERM, SIGINT, SIGHUP, SIGUSR1 or SIGUSR2.
+
+    A second SIGTERM or SIGINT ends the process at once. The others never do: a closed terminal
+    sends SIGHUP twice, and a scheduler sends SIGUSR1 or SIGUSR2 before SIGTERM. A SIGHUP that is
+    ignored, as nohup does, stays ignored.
 
     Used as a context manager, which restores the former signal handlers on exit. After a clean stop
     the process should exit with `exit_code`: 128 + the signal's number, as shells report it.
@@ -21,15 +25,21 @@ class StopRequest:
             call at the same point, and a signal repeated within `REPEAT_S` seconds is ignored.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    URGENT = (signal.SIGTERM, signal.SIGINT)
+    SIGNALS = (*URGENT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self, all_reduce_flag: Callable[[int], int] | None = None) -> None:
         self.signum = 0
-        self._received, self._received_at = 0, 0.0
+        self._received = 0
+        self._urgent_at: float | None = None  # when the first SIGTERM or SIGINT arrived
         self._all_reduce_flag = all_reduce_flag
 
     def __enter__(self) -> "StopRequest":
-        self._former = {signum: signal.signal(signum, self._handle) for signum in self.SIGNALS}
+        self._former = {
+            signum: signal.signal(signum, self._handle)
+            for signum in self.SIGNALS
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN
+        }
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -38,13 +48,15 @@ class StopRequest:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         is_shared = self._all_reduce_flag is not None
-        is_repeat = is_shared and time.monotonic() - self._received_at < REPEAT_S
-        if self._received and not is_repeat:
-            os._exit(128 + signum)
-        if not self._received:
-            self._received, self._received_at = signum, time.monotonic()
+        if signum in self.URGENT:
+            now = time.monotonic()
+            if self._urgent_at is None:
+                self._urgent_at = now
+            elif not (is_shared and now - self._urgent_at < REPEAT_S):
+                os._exit(128 + signum)
+        self._received = self._received or signum
         if not is_shared:
-            self.signum = signum
+            self.signum = self._received
 
     def poll(self) -> bool:
         """Return whether to stop now."""

@@ -2,19 +2,20 @@
 
 from collections.abc import Sequence
 
-from data.command import parser, run
-from data.corpus import hub_corpus, local_corpus
-from data.prepare import prepare
+from data.command import run
+from data.hub import prepare_from_hub
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser("fineweb", __doc__, tokenizer="gpt2", val_fraction=0.001)
-    options.add_argument("--subset", default="sample-10BT", help="configuration on the hub")
-    options.add_argument("--local", help="folder with the parquet files, instead of the hub")
-    args = vars(options.parse_args(argv))
-    subset, local = args.pop("subset"), args.pop("local")
-    corpus = local_corpus(local) if local else hub_corpus("HuggingFaceFW/fineweb", subset=subset)
-    prepare(corpus, **args)
+    prepare_from_hub(
+        argv,
+        "fineweb",
+        __doc__,
+        "HuggingFaceFW/fineweb",
+        subset="sample-10BT",
+        tokenizer="gpt2",
+        val_fraction=0.001,
+    )
 
 
 if __name__ == "__main__":

@@ -2,17 +2,19 @@
 
 from collections.abc import Sequence
 
-from data.command import parser, run
-from data.corpus import hub_corpus, local_corpus
-from data.prepare import prepare
+from data.command import run
+from data.hub import prepare_from_hub
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser("openwebtext", __doc__, tokenizer="gpt2", val_fraction=0.0005)
-    options.add_argument("--local", help="folder with the parquet files, instead of the hub")
-    args = vars(options.parse_args(argv))
-    local = args.pop("local")
-    prepare(local_corpus(local) if local else hub_corpus("Skylion007/openwebtext"), **args)
+    prepare_from_hub(
+        argv,
+        "openwebtext",
+        __doc__,
+        "Skylion007/openwebtext",
+        tokenizer="gpt2",
+        val_fraction=0.0005,
+    )
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ import os
 import platform
 import sysconfig
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 
 from data.command import parser, run
 from data.corpus import Corpus
 from data.prepare import prepare
+from data.readers import decoded
 
 EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
@@ -36,9 +36,10 @@ def stdlib_corpus(root: Path) -> Corpus:
         {"path": path, "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
         for path, raw in contents.items()
     ]
+    items = list(contents.items())
     return Corpus(
         source={"dataset": "pystdlib", "python": platform.python_version()},
-        documents=lambda start: islice(contents.values(), start, None),
+        documents=lambda start: (decoded(raw, path) for path, raw in items[start:]),
         manifest=manifest,
     )
 

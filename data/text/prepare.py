@@ -1,28 +1,36 @@
 """Prepare your own text from a folder or a file.
 
-JSON, JSON lines, parquet and CSV files hold one document per row; any other file in a folder is one
-document. A single text file is cut in two, and its last part is for validation.
+JSON, JSON lines, parquet, CSV and TSV files hold one document per row; any other file in a folder
+is one document. A single text file is cut in two, and its last part is for validation. Files may be
+compressed with gzip or zstd.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from data.command import parser, run
-from data.corpus import TABLES, local_corpus, one_text_corpus
+from data.command import parser, path_option, run
+from data.corpus import local_corpus, one_text_corpus
+from data.files import printable
 from data.prepare import prepare
+from data.readers import is_table, read_text
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser("text", __doc__, tokenizer="bpe", val_fraction=0.05)
-    options.add_argument("--input", type=Path, required=True, help="folder or file")
-    options.add_argument("--column", default="text", help="name of the column with the text")
+    add = options.add_argument
+    add("--input", type=path_option, required=True, help="folder or file")
+    add("--column", default="text", help="name of the column with the text")
+    add("--include", action="append", default=[], metavar="PATTERN", help="read only such files")
+    add("--exclude", action="append", default=[], metavar="PATTERN", help="skip files and folders")
     args = vars(options.parse_args(argv))
-    path, column = args.pop("input"), args.pop("column")
-    if path.is_file() and path.suffix not in TABLES:
-        source = {"local": str(path.resolve())}
-        corpus = one_text_corpus(source, path.read_bytes, args["val_fraction"])
+    path = args.pop("input")
+    choice = {name: args.pop(name) for name in ("column", "include", "exclude")}
+    if path.is_file() and (choice["include"] or choice["exclude"]):
+        options.error("--include and --exclude choose the files of a folder, but --input is a file")
+    if path.is_file() and not is_table(path):
+        source = {"local": printable(path)}
+        corpus = one_text_corpus(source, lambda: read_text(path), args["val_fraction"])
     else:
-        corpus = local_corpus(path, column=column)
+        corpus = local_corpus(path, out=args["out"], **choice)
     prepare(corpus, **args)
 
 

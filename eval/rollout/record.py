@@ -16,10 +16,59 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import model_validator
+
 from data.files import write_atomic
+from data.schema import OpenSchema, read_json
 from eval.rollout.metrics import Grade
 from eval.rollout.tasks.task import TaskBase
 from trainer.settings import FIELDS, RUN_ONLY
+
+
+class EstimateRow(OpenSchema):
+    """An `Estimate`; the numbers that were not finite are null."""
+
+    mean: float | None
+    lo: float | None
+    hi: float | None
+    n: int
+
+
+class GradeRow(OpenSchema):
+    metrics: dict[str, EstimateRow]
+
+
+class Record(OpenSchema):
+    """The fields of a record that are read here; see above for the others."""
+
+    task: str
+    primary: str
+    higher_is_better: bool
+    variant: str
+    steps: int
+    val_loss: float | None
+    settings: dict[str, Any]
+    grading: dict[str, Any]
+    grade: GradeRow
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "Record":
+        if self.primary not in self.grade.metrics:
+            raise ValueError(f"grade.metrics lacks the primary metric {self.primary!r}")
+        return self
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read one record of a graded checkpoint.
+
+    Raises:
+        ValueError: the file is damaged; the message names it.
+    """
+    try:
+        read_json(path, Record, ValueError)
+    except ValueError as error:
+        raise ValueError(f"{error}; delete the file to grade the checkpoint again") from None
+    return json.loads(path.read_bytes())
 
 
 def make_record(

@@ -12,6 +12,7 @@ the same code version and settings is not graded again.
 import argparse
 import hashlib
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -19,15 +20,21 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.shards import DataError
-from eval.command import command_parser
+from eval.command import at_least, command_parser, output_folder, reported_errors
 from eval.rollout.metrics import Grade
 from eval.rollout.policy import GPTPredictor, SharedPredictor
-from eval.rollout.record import make_record, readable, train_command, write_record
+from eval.rollout.record import (
+    make_record,
+    read_record,
+    readable,
+    train_command,
+    write_record,
+)
 from eval.rollout.tasks import Task, TaskError, task_of
 from eval.rollout.tasks.task import TaskBase
 from eval.run import Run, run_of
 from eval.sample import pick_device
+from eval.summary import read_metrics
 from model import GPT, eval_mode
 from trainer.checkpoint.read import Checkpoint, CheckpointError, candidates, open_checkpoint
 from trainer.parallel import Parallel
@@ -93,8 +100,9 @@ def grade_checkpoint(
     task = task_of(found.manifest["config"]["dataset"])
     grading = {"n": n, "seed": seed, "spec": task.spec, "device": str(device)}
     grading |= {"checkpoint": weights_of(found), "ema": ema, "code": grading_version(task)}
-    if target.exists() and (record := json.loads(target.read_text()))["grading"] == grading:
+    if target.exists() and (record := read_record(target))["grading"] == grading:
         return record
+    output_folder(target.parent)  # before the work
     run = run_of(found, device=device, ema=ema)
     _check_tokenizer(task, run)
     started, threads = time.perf_counter(), run.environment["threads"]
@@ -137,8 +145,7 @@ def _check_tokenizer(task: Task, run: Run) -> None:
 
 def _val_loss(out_dir: Path, step: int, key: str) -> float | None:
     """Return the validation loss at `step`, or None if the run was not validated there."""
-    rows = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
-    losses = [row[key] for row in rows if row["kind"] == "val" and row["step"] == step]
+    losses = [getattr(row, key) for row in read_metrics(out_dir, "val") if row.step == step]
     return losses[-1] if losses else None
 
 
@@ -160,14 +167,17 @@ def checkpoints(run: Path, *, every: bool) -> list[Path]:
 def line(record: dict[str, Any]) -> str:
     """Format a record as one line with its validation loss and its ranking metric."""
     primary = record["grade"]["metrics"][record["primary"]]
-    loss = "n/a" if record["val_loss"] is None else f"{record['val_loss']:.4f}"
+    mean, lo, hi = (_number(primary[key]) for key in ("mean", "lo", "hi"))
     direction = "higher" if record["higher_is_better"] else "lower"
     return (
-        f"{record['settings']['out_dir']}  {record['variant']}  step {record['steps']}  "
-        f"val loss {loss}  {record['task']} {record['primary']} {primary['mean']:.4f} "
-        f"[{primary['lo']:.4f}, {primary['hi']:.4f}] "
-        f"({direction} is better, {primary['n']} episodes)"
+        f"{record['settings'].get('out_dir')}  {record['variant']}  step {record['steps']}  "
+        f"val loss {_number(record['val_loss'])}  {record['task']} {record['primary']} {mean} "
+        f"[{lo}, {hi}] ({direction} is better, {primary['n']} episodes)"
     )
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None or not math.isfinite(value) else f"{value:.4f}"
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -185,17 +195,15 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
 
 def main(argv: list[str] | None = None) -> None:
     parser, arguments = parse(argv)
-    if min(arguments.episodes, arguments.batch_size) < 1 or arguments.seed < 0:
-        parser.exit(2, "error: --episodes and --batch_size must be at least 1, --seed at least 0\n")
-    try:
+    with reported_errors(parser):
+        at_least(1, episodes=arguments.episodes, batch_size=arguments.batch_size)
+        at_least(0, seed=arguments.seed)
         device = pick_device(arguments.device)
         paths = [p for run in arguments.runs for p in checkpoints(run, every=arguments.all)]
         how = {key: getattr(arguments, key) for key in ("seed", "batch_size", "ema")}
         for path in tqdm(paths, unit="checkpoint", disable=not sys.stderr.isatty()):
             record = grade_checkpoint(path, n=arguments.episodes, device=device, **how)
             tqdm.write(line(record), file=sys.stdout)
-    except (CheckpointError, DataError, OSError, ValueError) as error:
-        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ class Capture:
         is_paused: () bool on the CPU, shared by all captures of a preconditioner. It is a tensor so
             that the backward reads it at run time. `is_collecting` is a Python bool: torch.compile
             specializes on it.
+        has_mean: also sums z itself, in `column_sums`.
         count_masked: also counts tokens whose output gradient is exactly zero.
         backend: implementation of the sum, see kernels/dispatch.py. Token ids always use torch.
         label: name of the layer, for messages.
@@ -43,6 +44,7 @@ class Capture:
         weight: Tensor,
         stride: int,
         is_paused: Tensor,
+        has_mean: bool,
         count_masked: bool,
         backend: Backend,
         label: str,
@@ -51,6 +53,9 @@ class Capture:
         self.gram = torch.zeros(shape, dtype=dtype, device=weight.device)  # S, the sum of z zᵀ
         self.count = torch.zeros((), dtype=torch.int64, device=weight.device)  # tokens summed
         self.offset = torch.zeros((), dtype=torch.int64, device=weight.device)
+        d = shape[0] * shape[-1]
+        # (Σ z, number of tokens): row 0 of the current step, row 1 of the tokens in `gram`.
+        self.column_sums = self.gram.new_zeros(2, d + 1) if has_mean else None
         self.stride = stride
         self.is_paused = is_paused
         self.count_masked = count_masked
@@ -59,19 +64,32 @@ class Capture:
         self.rank, self.size = 0, 1  # of this process in the data-parallel group
         self.is_collecting = True  # whether the backward passes of this step add to the sum
 
+    @property
+    def is_needed(self) -> bool:
+        """Whether the backward passes of this step change anything."""
+        return self.is_collecting or self.column_sums is not None
+
     def clear(self) -> None:
         """Reset the sum and the token count to zero, in place."""
         self.gram.zero_()
         self.count.zero_()
+        if self.column_sums is not None:
+            self.column_sums.zero_()
+
+    @property
+    def changing(self) -> list[Tensor]:
+        """Everything that a backward changes."""
+        tensors = [self.gram, self.count, self.offset]
+        return tensors if self.column_sums is None else [*tensors, self.column_sums]
 
     def sums(self) -> tuple[Tensor, ...]:
         """Return a copy of everything that a backward changes."""
-        return self.gram.clone(), self.count.clone(), self.offset.clone()
+        return tuple(each.clone() for each in self.changing)
 
     @torch.no_grad()
     def set_sums(self, sums: tuple[Tensor, ...]) -> None:
         """Set what `sums` returned, in place."""
-        for own, value in zip((self.gram, self.count, self.offset), sums, strict=True):
+        for own, value in zip(self.changing, sums, strict=True):
             own.copy_(value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -131,20 +149,20 @@ class Tap(torch.autograd.Function):
         (z,) = ctx.saved_tensors
         if ctx.geometry is None:
             _accumulate(ctx.capture, z, grad_y)
-        elif ctx.capture.is_collecting:
+        elif ctx.capture.is_needed:
             _accumulate(ctx.capture, F.unfold(z, *ctx.geometry).mT, grad_y.flatten(2).mT)
         return grad_y, None, None, None
 
 
 @torch.no_grad()
 def _accumulate(capture: Capture, z: Tensor, grad_y: Tensor) -> None:
-    """Add the statistics of z to the sum, in a step that collects.
+    """Add the statistics of z to the sums, if this step needs them.
 
     Args:
         z: activations (..., d), or token ids (...) of an embedding.
         grad_y: the gradient of the output, (..., d_out).
     """
-    if not capture.is_collecting:
+    if not capture.is_needed:
         return
     S, count, is_paused = capture.gram, capture.count, capture.is_paused
     grad = None if capture.count_masked else grad_y.detach()
@@ -155,7 +173,11 @@ def _accumulate(capture: Capture, z: Tensor, grad_y: Tensor) -> None:
     if z.dim() == 1:
         z, grad = z[None], grad if grad is None else grad[None]
     stride, backend, rank, size = capture.stride, capture.backend, capture.rank, capture.size
-    accumulate_gram(S, count, z, capture.offset, is_paused, stride, backend, rank, size, grad)
+    sums, sums_only = capture.column_sums, not capture.is_collecting
+    offset = capture.offset
+    accumulate_gram(
+        *(S, count, z, offset, is_paused, stride, backend, rank, size), grad, sums, sums_only
+    )
 
 
 @torch.library.custom_op(

@@ -97,6 +97,8 @@ def gathered_state(layers: list[Layer], collective: Collective) -> dict[str, Any
         sums.start(layers)
         for layer in layers:
             state[layer.name] |= {"gram": sums.gram(layer), "count": sums.count(layer)}
+            if layer.has_mean:
+                collective.sum_(state[layer.name]["column_sums"])  # a copy
     return state
 
 

@@ -4,7 +4,8 @@
     P = (tr(Σ)/d_in)^(1/p) (Σ + γ̄ I)^(-1/p)    the first factor only if `trace_normalized`
 
 Σ and P are block-diagonal, stored as (blocks, b, b) with blocks · b = d_in. For an embedding they
-are diagonal, stored as (d_in,).
+are diagonal, stored as (d_in,). With `fresh_mean`, Σ = C + μ μᵀ is kept in two parts: the centred
+covariance C in place of Σ, P computed from C, and the mean μ of the current step (mean.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ..kernels.deflation import first_deflation_basis
 from ..kernels.newton_schulz import full_precision
 from .capture import Capture
 from .coverage import CoveredLayer
+from .mean import centred
 from .settings import DoprSettings
 
 log = logging.getLogger("dopr")
@@ -48,6 +50,13 @@ def mean_eigenvalue(sigma: Tensor) -> Tensor:  # (..., blocks, b, b) -> (...); (
     if sigma.dim() == 1:
         return sigma.mean()
     return sigma.diagonal(dim1=-2, dim2=-1).mean(dim=(-2, -1))
+
+
+def total_mean_eigenvalue(sigma: Tensor, mean: Tensor) -> Tensor:  # ()
+    """Return tr(Σ) / d_in, for Σ = C + μ μᵀ if there is a mean, else for `sigma` itself."""
+    if not mean.numel():
+        return mean_eigenvalue(sigma)
+    return mean_eigenvalue(sigma) + mean.square().mean()
 
 
 def condition_bound(d: int, gamma: float) -> float:
@@ -104,6 +113,14 @@ def condition_number(sigma: Tensor, damping: Tensor) -> float:
     return float(values.max() / values.min().clamp_min(0))
 
 
+class Statistics(NamedTuple):
+    """Hold what a P is computed from."""
+
+    sigma: Tensor  # Σ, or C; (blocks, b, b), or (d,) for a diagonal
+    mean_eigenvalue: Tensor  # tr(Σ) / d, (); of Σ = C + μ μᵀ with `fresh_mean`
+    deflation_basis: Tensor | None  # U (blocks, b, k), the deflation basis (kernels/deflation.py)
+
+
 class InverseRoot(NamedTuple):
     """Hold a layer's P and how it was computed."""
 
@@ -134,6 +151,7 @@ class Layer:
             covered.weight,
             settings.token_stride,
             is_paused,
+            settings.fresh_mean and not covered.is_diagonal,
             settings.count_masked,
             settings.backend,
             self.label,
@@ -144,6 +162,9 @@ class Layer:
         self.deflation_basis = None  # U, (blocks, b, k), carried from one inverse to the next
         if settings.inverse == "newton_schulz" and not covered.is_diagonal:
             self.deflation_basis = first_deflation_basis(self.sigma, settings.exponent)
+        self.has_mean = self.capture.column_sums is not None
+        self.mean = self.sigma.new_zeros(self.sigma.shape[:-1] if self.has_mean else 0)  # μ
+        self.mean_eigenvalue = self.sigma.new_zeros(())  # of Σ at the last refresh
         self.norm_ratio = self.sigma.new_ones(())  # ‖M‖ / ‖G‖ at the last refresh
         self.step = 0  # steps of the optimizer that holds the weight
         self.next_refresh = 0  # first step at which a refresh is due
@@ -167,9 +188,18 @@ class Layer:
         self.capture.is_collecting = on_schedule or self.is_due
         self.capture.offset.fill_(self.step // self.settings.collect_every)
 
-    def next_sigma(self, gram: Tensor, count: Tensor) -> Tensor:
-        """Return Σ updated with the sum and the token count of all processes."""
-        return ema_update(self.sigma, gram / count, self.settings.sigma_beta, self.n_refreshes + 1)
+    def next_statistics(self, gram: Tensor, count: Tensor, gram_mean: Tensor) -> Statistics:
+        """Return the statistics updated with those of the tokens of all processes.
+
+        Args:
+            gram: the sum of z zᵀ over these tokens.
+            gram_mean: their mean (blocks, b), used with `fresh_mean`.
+        """
+        batch = gram / count
+        if self.has_mean:
+            batch = centred(batch, gram_mean)
+        sigma = ema_update(self.sigma, batch, self.settings.sigma_beta, self.n_refreshes + 1)
+        return Statistics(sigma, total_mean_eigenvalue(sigma, self.mean), self.deflation_basis)
 
     def set_inverse_root(self, new: InverseRoot) -> None:
         """Use a new P from now on. If any attempt failed, count one fallback, however many did."""
@@ -202,9 +232,9 @@ class Layer:
 
     @property
     def n_bytes(self) -> int:
-        """Memory of Σ, its running sum, P and U, in bytes."""
-        U = self.deflation_basis
-        return 3 * self.sigma.nbytes + (0 if U is None else U.nbytes)
+        """Memory of Σ, its running sum, P, U, μ and the sums of z, in bytes."""
+        more = (self.deflation_basis, self.mean, self.capture.column_sums)
+        return 3 * self.sigma.nbytes + sum(0 if each is None else each.nbytes for each in more)
 
     def report(self, *, condition: bool) -> dict[str, Any]:
         """Return the layer's row of the report; `condition` costs an eigendecomposition."""
@@ -225,19 +255,27 @@ class Layer:
         """Return the tensors of the state, without copying them."""
         own = {key: getattr(self, key) for key in self.TENSORS}
         U = {} if self.deflation_basis is None else {"deflation_basis": self.deflation_basis}
-        return own | U | {"gram": self.capture.gram, "count": self.capture.count}
+        means = {"mean": self.mean, "mean_eigenvalue": self.mean_eigenvalue}
+        return own | U | (means if self.has_mean else {}) | self.running_sums()
+
+    def running_sums(self) -> dict[str, Tensor]:
+        """Return the sums that backward passes change, without copying them."""
+        sums = {"gram": self.capture.gram, "count": self.capture.count}
+        columns = self.capture.column_sums
+        return sums if columns is None else sums | {"column_sums": columns}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of this process. `gram` and `count` are copied, as they change."""
+        """Return the state of this process. The running sums are copied, as they change."""
         numbers = {key: getattr(self, key) for key in (*self.NUMBERS, "made_with")}
-        running = {"gram": self.capture.gram.clone(), "count": self.capture.count.clone()}
+        running = {key: each.clone() for key, each in self.running_sums().items()}
         return self.tensors() | running | numbers
 
-    def statistics_in(self, state: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Return Σ and U of a state, or the current U if the state has none."""
+    def statistics_in(self, state: dict[str, Any]) -> Statistics:
+        """Return the statistics of a state, with the current U if the state has none."""
         U = self.deflation_basis
         U = U if U is None else state.get("deflation_basis", U).to(U, copy=True)
-        return state["sigma"].to(self.sigma), U
+        sigma, mean = state["sigma"].to(self.sigma), state.get("mean", self.mean).to(self.mean)
+        return Statistics(sigma, total_mean_eigenvalue(sigma, mean), U)
 
     def load_state_dict(self, state: dict[str, Any], *, with_sums: bool = True) -> None:
         """Load a state that `state_problems` accepted.
@@ -245,13 +283,13 @@ class Layer:
         Copies tensors, so earlier state dicts stay valid. Only one process loads the running sums
         (`with_sums`); the others start from zero.
         """
-        for key in self.TENSORS:
+        for key in (*self.TENSORS, *(("mean", "mean_eigenvalue") if self.has_mean else ())):
             setattr(self, key, state[key].to(getattr(self, key), copy=True))
-        self.deflation_basis = self.statistics_in(state)[1]
+        self.deflation_basis = self.statistics_in(state).deflation_basis
         self.capture.clear()  # in place, because compiled graphs hold `gram` and `count`
         if with_sums:
-            self.capture.gram.copy_(state["gram"])
-            self.capture.count.copy_(state["count"])
+            for key, own in self.running_sums().items():
+                own.copy_(state[key])
         for key in (*self.NUMBERS, "made_with"):
             setattr(self, key, state[key])
         every = self.settings.refresh_every

@@ -30,6 +30,7 @@ from .forwards import install, remove
 from .grads import FormedGrads, PreconditionedGrads
 from .hooks import RegisteredParams, call_around_steps
 from .layer import Layer, norms
+from .mean import clear_step_sums, update_means
 from .optimizers import check_optimizers, parameters, unwrapped
 from .refresh import preconditioned, refresh, set_norm_ratios
 from .settings import DoprSettings
@@ -74,6 +75,8 @@ class ActivationPreconditioner:
             token t, so that row t of the gradient is divided by (frequency of t + γ̄)^(1/p), up to
             the scale of P. Exclude a table that the model also uses as a matrix (F.linear(h,
             wte.weight)): this second use is not detected.
+        fresh_mean: with refresh_every > 1, use the mean of z of the current step in every step, and
+            only the centred covariance of the last refresh (optim/dopr/mean.py). Needs exponent 1.
         count_masked: also count tokens whose output gradient is exactly zero, such as padding and
             masked prompts. They add nothing to G, and by default nothing to Σ.
         backend: "auto", "torch" or "triton", for Σ, Newton-Schulz and G P; see kernels/dispatch.py.
@@ -100,6 +103,7 @@ class ActivationPreconditioner:
         trace_normalized: bool = True,
         block_diagonal: int | None = None,
         embeddings: bool = False,
+        fresh_mean: bool = False,
         count_masked: bool = False,
         backend: Backend = "auto",
         include: Sequence[str] | None = None,
@@ -116,6 +120,7 @@ class ActivationPreconditioner:
             trace_normalized=trace_normalized,
             block_diagonal=block_diagonal,
             embeddings=embeddings,
+            fresh_mean=fresh_mean,
             count_masked=count_masked,
             backend=backend,
         )
@@ -287,7 +292,8 @@ class ActivationPreconditioner:
         ]
         if due := [layer for layer in layers if layer.is_due]:
             self._census.check(layers)
-        refreshed, unused = refresh(due, self.settings, self._collective)
+        gram_means = update_means(layers, due, self._collective)
+        refreshed, unused = refresh(due, gram_means, self.settings, self._collective)
         if len(unused) == len(layers) or self._is_empty_step(layers, due):
             return
         written, local_norms = [], {}
@@ -297,6 +303,7 @@ class ActivationPreconditioner:
             layer.covered.write(M, grad)
             written.append((grad, layer.capture.count))
         set_norm_ratios(local_norms, refreshed, self._collective)
+        clear_step_sums(layers)
         for layer in layers:
             layer.step += 1
             layer.schedule_next()

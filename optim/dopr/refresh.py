@@ -3,6 +3,8 @@
     γ̄ = γ tr(Σ)/d_in
     P = (tr(Σ)/d_in)^(1/p) (Σ + γ̄ I)^(-1/p)    the first factor only if `trace_normalized`
 
+With `fresh_mean`, P is computed from C in place of Σ, and M is corrected by the mean (mean.py).
+
 Layers go in chunks of at most CHUNK_BYTES: bounded memory, few synchronizations.
 """
 
@@ -22,12 +24,13 @@ from .distributed import Sums, made_by_owners
 from .layer import (
     InverseRoot,
     Layer,
+    Statistics,
     apply_P,
     condition_bound,
     diagonal_inverse_root,
-    mean_eigenvalue,
     norm_ratio,
 )
+from .mean import correct_for_mean
 from .settings import DoprSettings
 from .usable import with_usable_sums
 
@@ -37,7 +40,10 @@ CHUNK_BYTES = 256 * 2**20
 
 
 def refresh(
-    layers: list[Layer], settings: DoprSettings, collective: Collective
+    layers: list[Layer],
+    gram_means: dict[Layer, Tensor],
+    settings: DoprSettings,
+    collective: Collective,
 ) -> tuple[list[Layer], list[Layer]]:
     """Compute Σ and P from the running sums of all processes.
 
@@ -46,6 +52,8 @@ def refresh(
     while. Sums that are not finite or all zero are dropped even so. Waits for the device a few
     times per chunk of layers, not per layer.
 
+    Args:
+        gram_means: what `update_means` returned.
     Returns:
         The layers that have a new P, and the layers without tokens and without a gradient.
     Raises:
@@ -60,11 +68,13 @@ def refresh(
     usable, unused = with_usable_sums(layers, sums, collective)
     sums.start(usable)
 
-    def next_statistics(layer: Layer) -> tuple[Tensor, Tensor | None]:
-        return layer.next_sigma(sums.gram(layer), sums.count(layer)), layer.deflation_basis
+    def next_statistics(layer: Layer) -> Statistics:
+        gram_mean = gram_means.get(layer, layer.mean)
+        return layer.next_statistics(sums.gram(layer), sums.count(layer), gram_mean)
 
     for layer, new in inverse_roots(usable, next_statistics, settings, collective):
-        layer.sigma = next_statistics(layer)[0]  # computed again, to save the memory of all Σ
+        statistics = next_statistics(layer)  # computed again, to save the memory of all Σ
+        layer.sigma, layer.mean_eigenvalue = statistics.sigma, statistics.mean_eigenvalue
         layer.set_inverse_root(new)
         layer.n_refreshes += 1
         layer.next_refresh = layer.following_refresh
@@ -74,13 +84,12 @@ def refresh(
 
 def inverse_roots(
     layers: list[Layer],
-    statistics_of: Callable[[Layer], tuple[Tensor, Tensor | None]],
+    statistics_of: Callable[[Layer], Statistics],
     settings: DoprSettings,
     collective: Collective,
 ) -> list[tuple[Layer, InverseRoot]]:
     """Return each layer with its P.
 
-    `statistics_of` returns Σ of a layer and its deflation basis U (kernels/deflation.py), or None.
     Does not change the layers. Raises FloatingPointError, naming the layer, if a Σ is not finite or
     has no inverse at any damping.
     """
@@ -88,29 +97,27 @@ def inverse_roots(
     def compute(own: list[Layer]) -> list[tuple[Layer, InverseRoot]]:
         computed: list[tuple[Layer, InverseRoot]] = []
         for chunk in chunks(own, lambda layer: (layer.sigma,)):
-            sigma, U = _stacked([statistics_of(layer) for layer in chunk])
             try:
-                computed += zip(chunk, _batched_inverse_roots(sigma, U, settings), strict=True)
+                new = _batched_inverse_roots([statistics_of(layer) for layer in chunk], settings)
             except FloatingPointError:
-                _raise_with_layer_name(chunk, sigma, settings)
+                _raise_with_layer_name(chunk, statistics_of, settings)
                 raise
+            computed += zip(chunk, new, strict=True)
         return computed
 
     return made_by_owners(layers, compute, collective)
 
 
-def _stacked(statistics: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    """Stack Σ of N layers, to (N, blocks, b, b) or (N, d), and U, to (N, blocks, b, k) or None."""
-    bases = [U for _, U in statistics if U is not None]
-    return torch.stack([sigma for sigma, _ in statistics]), torch.stack(bases) if bases else None
-
-
 def _batched_inverse_roots(
-    sigma: Tensor, U: Tensor | None, settings: DoprSettings
+    statistics: list[Statistics], settings: DoprSettings
 ) -> list[InverseRoot]:
-    """Compute P of N covariances, (N, blocks, b, b) or (N, d), as one batch."""
+    """Compute P of N layers of one shape as one batch."""
     p, gamma = settings.exponent, settings.gamma
-    means = torch.stack([mean_eigenvalue(each) for each in sigma])  # (N,)
+    sigma = torch.stack([each.sigma for each in statistics])  # (N, blocks, b, b) or (N, d)
+    means = torch.stack([each.mean_eigenvalue for each in statistics])  # (N,)
+    bases = [each.deflation_basis for each in statistics if each.deflation_basis is not None]
+    U = torch.stack(bases) if bases else None  # (N, blocks, b, k)
+    del statistics, bases  # each Σ is in memory once
     covariance_blocks = 1 if sigma.dim() == 2 else sigma.shape[1]
     gamma_bar = (gamma * means)[:, None].expand(-1, covariance_blocks)  # (N, blocks)
     if sigma.dim() == 2:
@@ -141,11 +148,14 @@ def _batched_inverse_roots(
     ]
 
 
-def _raise_with_layer_name(layers: list[Layer], sigma: Tensor, settings: DoprSettings) -> None:
+def _raise_with_layer_name(
+    layers: list[Layer], statistics_of: Callable[[Layer], Statistics], settings: DoprSettings
+) -> None:
     """Invert each Σ of a failed batch alone, to raise with the name of the layer that fails."""
-    for layer, one in zip(layers, sigma, strict=True):
+    for layer in layers:
         try:
-            _batched_inverse_roots(one[None], None, settings)
+            statistics = statistics_of(layer)._replace(deflation_basis=None)
+            _batched_inverse_roots([statistics], settings)
         except FloatingPointError as error:
             raise FloatingPointError(f"{layer.label}: {error}") from error
 
@@ -175,7 +185,15 @@ def preconditioned(
         Ps = [_local_P(layer, G) for layer, G in zip(chunk, Gs, strict=True)]
         Ms = products(Gs, Ps, backend)
         for layer, G, M in zip(chunk, Gs, Ms, strict=True):
-            yield layer, grads[layer], G, M
+            yield layer, grads[layer], G, _corrected(layer, M)
+
+
+def _corrected(layer: Layer, M: Tensor) -> Tensor:
+    """Return M, corrected for the mean of this step if the layer has one."""
+    if not layer.has_mean:
+        return M
+    scale = layer.mean_eigenvalue if layer.settings.trace_normalized else 1.0
+    return correct_for_mean(M, layer.P, layer.mean, scale)
 
 
 def _local_P(layer: Layer, G: Tensor) -> Tensor:

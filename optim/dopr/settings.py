@@ -11,6 +11,7 @@ from ..kernels.cholesky import Inverse
 from ..kernels.dispatch import BACKENDS, Backend
 
 INVERSES = get_args(Inverse)
+P_SETTINGS = ("gamma", "exponent", "trace_normalized", "fresh_mean")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class DoprSettings:
     trace_normalized: bool
     block_diagonal: int | None
     embeddings: bool
+    fresh_mean: bool
     count_masked: bool
     backend: Backend
 
@@ -43,13 +45,13 @@ class DoprSettings:
     @property
     def p_settings(self) -> dict[str, Any]:
         """The settings that P depends on. If they change, P has to be recomputed from Σ."""
-        return {key: getattr(self, key) for key in ("gamma", "exponent", "trace_normalized")}
+        return {key: getattr(self, key) for key in P_SETTINGS}
 
 
 def settings_problems(settings: dict[str, Any]) -> list[str]:
     """List everything that is wrong with these settings, one line each.
 
-    `count_masked` may be absent.
+    `count_masked` and `fresh_mean` may be absent.
     """
     rules = {
         key: rule
@@ -64,6 +66,11 @@ def settings_problems(settings: dict[str, Any]) -> list[str]:
                 f"collect_every={collect_every}: must divide refresh_every={refresh_every}, "
                 "so that every refresh has new statistics"
             )
+    if settings.get("fresh_mean") is True and settings["exponent"] in (2, 4):
+        problems.append(
+            f"fresh_mean with exponent={settings['exponent']}: must be used with exponent=1, the "
+            "only one whose correction has rank one"
+        )
     if settings["embeddings"] is True and settings["gamma"] == 0:
         problems.append(
             "gamma=0 with embeddings: must be above 0, because some tokens may not occur"
@@ -106,6 +113,6 @@ _RULES = {  # key: (whether a value is valid, the rule as text)
         lambda value: value is None or _is_count(value),
         "an integer >= 1, or None for a single block",
     ),
-    **dict.fromkeys(("trace_normalized", "embeddings", "count_masked"), _BOOL),
+    **dict.fromkeys(("trace_normalized", "embeddings", "fresh_mean", "count_masked"), _BOOL),
     "backend": (lambda value: value in BACKENDS, f"one of {', '.join(BACKENDS)}"),
 }

@@ -33,6 +33,7 @@ def load_state(
     for layer in layers:
         layer.load_state_dict(state[layer.name], with_sums=collective.rank == 0)
     for layer, new in recomputed:
+        layer.mean_eigenvalue = layer.statistics_in(state[layer.name]).mean_eigenvalue
         layer.set_inverse_root(new)
 
 
@@ -44,7 +45,7 @@ def _outdated_inverse_roots(
         layer
         for layer in layers
         if state[layer.name]["n_refreshes"]
-        and state[layer.name]["made_with"] != settings.p_settings
+        and {"fresh_mean": False} | state[layer.name]["made_with"] != settings.p_settings
     ]
     if outdated:
         log.info("recomputing P of %d layers, saved with other settings", len(outdated))
@@ -88,4 +89,6 @@ def _layer_problems(state: Any, layer: Layer) -> list[str]:
             problems.append(f"{key} is {state[key]!r}, but must be an integer >= 0")
     if not isinstance(state["made_with"], dict):
         problems.append(f"made_with is {state['made_with']!r}, but must be a dict")
+    elif state["made_with"].get("fresh_mean", False) != layer.settings.fresh_mean:
+        problems.append(f"it was saved with fresh_mean={not layer.settings.fresh_mean}")
     return [f"{layer.label}: {problem}" for problem in problems]

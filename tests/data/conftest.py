@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import data.files
 from data.meta import TOKENIZER, empty_split, write_meta
 from data.shards import write_shard
 from data.tokenizer import Tokenizer
@@ -45,7 +46,8 @@ def write_counting(counting_tokenizer) -> Callable[[Path, Sequence[int], Sequenc
 
 @pytest.fixture(params=["refused", "silent"])
 def offline(request, monkeypatch) -> None:
-    """Let every connection fail: refused at once, or without an answer."""
+    """Let every connection fail: refused at once, or without an answer in the time allowed."""
+    monkeypatch.setattr(data.files, "PROBE_S", 0.3)
 
     def connect(*args, **kwargs):
         if request.param == "silent":

@@ -81,17 +81,46 @@ def test_rows_are_the_tokens_behind_each_start(folder):
     assert rows.tolist() == [[62, 63, 64, 65], [58, 59, -1, -1]]
 
 
+def name_of_val(name):
+    return lambda m: m["splits"]["val"]["files"][0].update(name=name)
+
+
 META_FAULTS = {
-    "other format": (lambda m: m.update(format=2), "format 2, expected 1"),
-    "no tokenizer": (lambda m: m.pop("tokenizer"), "tokenizer is None, expected dict"),
-    "vocabulary": (lambda m: m["tokenizer"].update(n_vocab=65537), "n_vocab is 65537"),
-    "no val": (lambda m: m["splits"].pop("val"), r"splits\.val is missing"),
-    "count": (lambda m: m["splits"]["val"].update(tokens=51), "states 51 .* hold 50"),
+    "other format": (
+        lambda m: m.update(format=2),
+        r"format: .*expected 1; prepare the data again .found 2",
+    ),
+    "no tokenizer": (lambda m: m.pop("tokenizer"), "tokenizer: Field required"),
+    "vocabulary": (
+        lambda m: m["tokenizer"].update(n_vocab=65537),
+        r"tokenizer\.n_vocab: .*65536 .found 65537",
+    ),
+    "no val": (lambda m: m["splits"].pop("val"), r"splits\.val: Field required"),
+    "count": (
+        lambda m: m["splits"]["val"].update(tokens=51),
+        "states 51 tokens, but its files hold 50",
+    ),
     "empty": (lambda m: m["splits"]["val"].update(tokens=0, files=[]), "'val' is empty"),
-    "files": (lambda m: m["splits"]["val"]["files"][0].pop("sha256"), r"files\[0\]\.sha256"),
+    "files": (
+        lambda m: m["splits"]["val"]["files"][0].pop("sha256"),
+        r"files\.0\.sha256: Field required",
+    ),
+    "twice": (
+        lambda m: m["splits"]["val"].update(m["splits"]["train"]),
+        r"lists files twice: train_000000\.bin, train_000001\.bin",
+    ),
+    "other folder": (
+        name_of_val("../val.bin"),
+        r"files\.0\.name: .*not the name of a file in this",
+    ),
+    "absolute": (name_of_val("/val.bin"), r"files\.0\.name: .*not the name of a file in this"),
+    "no name": (name_of_val("."), r"files\.0\.name: .*not the name of a file in this"),
+    "null": (name_of_val("a\0b"), r"files\.0\.name: .*not the name of a file in this"),
+    "negative": (lambda m: m["splits"]["val"].update(documents=-1), r"val\.documents: .*greater"),
+    "unknown key": (lambda m: m.update(layot={}), "layot: Extra inputs"),
     "tokens": (
-        lambda m: m["splits"]["train"]["files"][1].update(tokens=39),
-        r"train_000001\.bin: 1,104 bytes with 40 tokens, .*1,104 bytes with 39 tokens",
+        lambda m: m["splits"]["train"]["files"][1].update(bytes=1102),
+        r"train_000001\.bin: 1,104 bytes with 40 tokens, .*1,102 bytes with 40 tokens",
     ),
     "header": (
         lambda m: m["splits"]["val"]["files"][0].update(header=False),
@@ -141,3 +170,26 @@ def test_another_or_no_tokenizer_is_found_at_opening(folder):
     (folder / TOKENIZER).unlink()
     with pytest.raises(DataError, match=r"tokenizer\.json: cannot read the tokenizer"):
         open_dataset(folder)
+
+
+def test_a_key_that_is_there_twice_is_refused(folder):
+    text = (folder / META).read_text()
+    (folder / META).write_text(text.replace("{", '{"format": 1,', 1))
+    with pytest.raises(DataError, match="key 'format' is there twice"):
+        open_dataset(folder)
+
+
+def test_a_shard_may_be_in_a_subfolder_but_not_be_one(folder):
+    (folder / "sub").mkdir()
+    (folder / "val_000000.bin").rename(folder / "sub" / "val.bin")
+    edit_meta(folder, name_of_val("sub/val.bin"))
+    assert open_dataset(folder).split("val").n_tokens == 50
+    edit_meta(folder, name_of_val("sub"))
+    with pytest.raises(DataError, match="sub: is not a file"):
+        open_dataset(folder)
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "x" * 5000])
+def test_a_name_that_cannot_be_a_path_is_refused(name):
+    with pytest.raises(DataError, match="dataset '"):
+        open_dataset(name)

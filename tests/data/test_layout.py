@@ -73,16 +73,28 @@ def test_text_has_no_layout(dataset):
     assert Dataset(dataset).layout is None
 
 
-def test_a_damaged_layout_is_refused(documents, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"length": "5"}, r"layout\.length: .*integer .*'5'"),
+        ({"length": 7}, "which are no whole documents"),
+        ({"prompt": -1}, r"layout\.prompt: .*greater than or equal to 0"),
+        ({"prompt": LENGTH}, "leaves no target"),
+        ({"unscored": 3}, r"layout\.unscored: "),
+        ({"unscored": ["3"]}, r"layout\.unscored\.0: .*integer"),
+        ({"unscored": [17]}, "layout.unscored holds ids of 17 and above"),
+    ],
+)
+def test_a_damaged_layout_is_refused(documents, tmp_path, change, problem):
     meta = json.loads((documents.dir / "meta.json").read_text())
-    meta["layout"]["length"] = "5"
+    meta["layout"] |= change
     for file in documents.dir.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(DataError, match=r"layout.length is '5', expected int"):
+    with pytest.raises(DataError, match=problem):
         Dataset(tmp_path)
 
 
 def test_nothing_is_masked_without_a_prompt_or_unscored_ids():
     y = np.arange(6).reshape(2, 3)
-    assert (Layout(4, 1, ()).targets(y) == y).all()
+    assert (Layout(length=4, prompt=1, unscored=()).targets(y) == y).all()

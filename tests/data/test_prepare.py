@@ -4,17 +4,22 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 import data.text.prepare
 from data.corpus import Corpus
 from data.dataset import DataError, open_dataset
 from data.meta import META
-from data.prepare import PROGRESS, prepare
+from data.preparation import PROGRESS
+from data.prepare import prepare
+from data.readers import Skipped
+from data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [f"document {i}: " + "words of text " * (i % 7) for i in range(400)]
@@ -100,6 +105,8 @@ import os, signal, sys
 from pathlib import Path
 from tests.data.test_prepare import DOCUMENTS, SETTINGS, corpus_of
 from data.prepare import prepare
+from data.readers import Skipped
+from data.tokenizer import Tokenizer
 
 class Deadly(list):
     def __iter__(self):
@@ -136,11 +143,15 @@ def test_a_failure_before_the_first_part_leaves_nothing_in_the_way(tmp_path):
     assert open_dataset(tmp_path).split("val").n_tokens > 0
 
 
-def test_text_that_is_not_utf8_is_counted_and_left_out(tmp_path):
-    broken = [b"\xff\xfe", "lone surrogate \ud800", *DOCUMENTS]
+def test_documents_without_text_are_counted_by_reason_and_left_out(tmp_path, capsys):
+    broken = ["lone surrogate \ud800", Skipped("a, line 3", "row without text"), *DOCUMENTS]
     prepare(corpus_of(broken), out=tmp_path, **SETTINGS)
+    printed = capsys.readouterr()
+    assert "skipped a, line 3: row without text" in printed.err
+    assert "skipped documents: 1 (not UTF-8), 1 (row without text)" in printed.out
     dataset = open_dataset(tmp_path)
     assert dataset.meta["documents_skipped"] == 2
+    assert dataset.meta["skipped"] == {"not UTF-8": 1, "row without text": 1}
     assert len(texts(dataset, "train")) + len(texts(dataset, "val")) == len(DOCUMENTS)
 
 
@@ -154,6 +165,7 @@ def test_an_empty_split_is_refused_and_can_be_prepared_again(fraction, split, tm
 
 BAD_SETTINGS = {
     "vocab_size=300: only for": {"vocab_size": 300},
+    "'gtp2': unknown; did you mean 'gpt2'": {"tokenizer": "gtp2"},
     "num_proc=0": {"num_proc": 0},
     "shard_tokens=0": {"shard_tokens": 0},
     "val_fraction=1": {"val_fraction": 1.0},
@@ -209,8 +221,35 @@ def test_hub_datasets_are_prepared_from_local_rows(name, tmp_path):
     assert sorted(texts(dataset, "train") + texts(dataset, "val")) == sorted(DOCUMENTS)
 
 
-def test_a_command_ends_with_one_message(tmp_path):
-    command = [sys.executable, "-m", "data.text.prepare", "--input", str(tmp_path / "absent")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr == f"error: {tmp_path / 'absent'}: no such file or folder\n"
+def test_documents_without_a_character_are_no_dataset(tmp_path):
+    with pytest.raises(DataError, match="none of 2 documents went into split 'train'"):
+        prepare(corpus_of(["", ""]), out=tmp_path, **SETTINGS)
+
+
+def test_a_tokenizer_that_drops_text_stops_the_preparation(tmp_path):
+    Tokenizer("words", r"\w+", {bytes([i]): i for i in range(256)}).save(tmp_path / "words.json")
+    settings = {**SETTINGS, "tokenizer": str(tmp_path / "words.json")}
+    with pytest.raises(ValueError, match="tokenizer 'words' cannot encode"):
+        prepare(corpus_of(DOCUMENTS), out=tmp_path / "out", **settings)
+
+
+def test_a_preparation_that_waits_for_another_says_so(tmp_path, capsys):
+    lock = FileLock(tmp_path / "prepare.lock")
+    with ThreadPoolExecutor(1) as pool:
+        with lock:
+            waiting = pool.submit(prepare, corpus_of(DOCUMENTS), out=tmp_path, **SETTINGS)
+            printed = ""
+            while "waiting for another process" not in printed:
+                assert not waiting.done()
+                printed += capsys.readouterr().err
+        waiting.result()
+    assert open_dataset(tmp_path).split("val").n_tokens > 0
+
+
+def test_data_prepared_inside_its_own_input_is_found_again(tmp_path, capsys):
+    for number, text in enumerate(DOCUMENTS[:60]):
+        (tmp_path / f"{number:03d}.txt").write_text(text, encoding="utf-8")
+    arguments = ["--input", str(tmp_path), "--out", str(tmp_path / "prepared")]
+    for _ in range(2):
+        data.text.prepare.main([*arguments, "--tokenizer=byte", "--val_fraction=0.3"])
+    assert "already prepared" in capsys.readouterr().out

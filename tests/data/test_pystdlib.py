@@ -9,7 +9,7 @@ import pytest
 
 import data.pystdlib.prepare
 from data.dataset import open_dataset
-from data.prepare import MANIFEST
+from data.preparation import MANIFEST
 from data.pystdlib.prepare import EXCLUDED, stdlib_files
 
 

@@ -21,7 +21,7 @@ def test_a_given_text_is_split_by_position(tmp_path):
 
 
 def test_an_absent_text_is_named(tmp_path):
-    with pytest.raises(OSError, match=r"absent\.txt"):
+    with pytest.raises(DataError, match=r"absent\.txt"):
         main(["--input", str(tmp_path / "absent.txt"), "--out", str(tmp_path / "out")])
 
 

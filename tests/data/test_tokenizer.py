@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.files import sha256_of
+from data.imported_tokenizers import named_tokenizer
 from data.tokenizer import (
     END_OF_TEXT,
     PATTERN,
@@ -18,7 +19,6 @@ from data.tokenizer import (
     byte_tokenizer,
     char_tokenizer,
     gpt2_tokenizer,
-    named_tokenizer,
     symbol_tokenizer,
     train_bpe,
 )
@@ -131,15 +131,20 @@ def test_the_hash_tells_tokenizers_apart():
 
 
 CORRUPTIONS = {
-    "no name": (lambda c: c.pop("name"), "'name' is missing"),
-    "pattern is a number": (lambda c: c.update(pattern=3), "'pattern' is missing or not a str"),
-    "bad pattern": (lambda c: c.update(pattern="("), "arenthesis"),
-    "ranks are a list": (lambda c: c.update(ranks=[]), "'ranks' is missing or not a dict"),
+    "no name": (lambda c: c.pop("name"), "name: Field required"),
+    "pattern is a number": (lambda c: c.update(pattern=3), "pattern: .*string .found 3"),
+    "bad pattern": (lambda c: c.update(pattern="("), r"pattern '\(': missing"),
+    "empty pattern": (lambda c: c.update(pattern=""), "matches empty text"),
+    "optional pattern": (lambda c: c.update(pattern=r"\w*"), "matches empty text"),
+    "ranks are a list": (lambda c: c.update(ranks=[]), "ranks: .*object"),
     "no ranks": (lambda c: c.update(ranks={}, special={END_OF_TEXT: 0}), "expected 2 to 65536"),
     "not hex": (lambda c: c["ranks"].update(zz=c["ranks"].pop("00")), "hexadecimal"),
-    "empty token": (lambda c: c["ranks"].update({"": c["ranks"].pop("00")}), "rank of token ''"),
-    "rank is text": (lambda c: c["ranks"].update({"00": "0"}), "rank of token '00' is '0'"),
-    "rank is true": (lambda c: c["ranks"].update({"01": True}), "rank of token '01' is True"),
+    "empty token": (lambda c: c["ranks"].update({"": c["ranks"].pop("00")}), "none empty"),
+    "rank is text": (lambda c: c["ranks"].update({"00": "0"}), r"ranks\.00: .*integer .found '0'"),
+    "rank is true": (
+        lambda c: c["ranks"].update({"01": True}),
+        r"ranks\.01: .*integer .found True",
+    ),
     "gap": (lambda c: c["ranks"].update({"00": 999}), "ids are not 0..298"),
     "rank twice": (lambda c: c["ranks"].update({"00": 5}), "ids are not 0..298"),
     "bytes twice": (lambda c: c["ranks"].update({"0A": c["ranks"].pop("00")}), "same bytes"),
@@ -160,7 +165,7 @@ def test_a_corrupt_file_is_refused(fault, tmp_path):
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff\xfe"])
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
 def test_a_file_that_is_not_a_json_object_is_refused(raw, tmp_path):
     (tmp_path / "t.json").write_bytes(raw)
     with pytest.raises(ValueError, match="not a tokenizer file"):
@@ -176,8 +181,23 @@ def test_named_tokenizers(tmp_path):
     BPE.save(tmp_path / "mine.json")
     assert named_tokenizer("byte").sha256 == BYTE.sha256
     assert named_tokenizer(str(tmp_path / "mine.json")).sha256 == BPE.sha256
-    with pytest.raises(ValueError, match="'gpt3': unknown"):
-        named_tokenizer("gpt3")
+    with pytest.raises(ValueError, match="'bpe' is trained on a text"):
+        named_tokenizer("bpe")
+
+
+def test_an_unknown_name_gives_all_names_and_the_nearest():
+    with pytest.raises(ValueError, match="'gtp2': unknown; did you mean 'gpt2'") as caught:
+        named_tokenizer("gtp2")
+    for name in ("gpt2", "byte", "bpe", "char", "tokenizer.json", "meta.pkl"):
+        assert name in str(caught.value)
+
+
+def test_text_that_the_pattern_does_not_match_is_refused_with_its_place():
+    words = Tokenizer("words", r"\p{L}+|\p{N}+", BYTE.ranks)
+    assert words.decode(words.encode("abc123")) == "abc123"
+    for encode in (words.encode, words.encode_array):
+        with pytest.raises(ValueError, match=r"'words' cannot encode .*'; d' at position 3"):
+            encode("abc; d")
 
 
 @pytest.mark.usefixtures("gpt2_cache")

@@ -12,6 +12,7 @@ from torch import distributed, nn
 from eval.convert import main as convert
 from tests.distributed.runs import SETTINGS, distance, main, run, trained
 from tests.tiny import argv, metrics
+from tests.trainer.tiny_checkpoint import FILES, gpt
 from trainer.checkpoint import sharded
 from trainer.checkpoint.read import CheckpointError, open_checkpoint, plain_state
 from trainer.checkpoint.resume import find_checkpoint
@@ -121,7 +122,7 @@ def test_a_sharded_checkpoint_fails_if_one_process_cannot_write(gang, dataset, t
     arguments = argv(dataset, tmp_path / "run", **SETTINGS | how)
     for code, errors in gang.run(2, with_a_full_disk, arguments):
         assert code == 1
-        assert "step-00000004 could not be written: rank 1: [Errno 28] No space left" in errors
+        assert "step-00000004 could not be written: no space left in" in errors
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == []
 
 
@@ -129,10 +130,9 @@ def save_to_folders_of_their_own(folder):
     with Parallel(torch.device("cpu"), mode="fsdp", timeout_s=60) as parallel:
         model = nn.Linear(4, 6)
         parallel.place(model)
-        files = {"train": {}, "tokenizer_json": b"{}", "manifest": {}, "keep": 1, "ema": None}
         with pytest.raises(CheckpointError) as caught:
             save_sharded(
-                folder / str(parallel.rank), 1, parallel, model=model.state_dict(), **files
+                folder / str(parallel.rank), 1, parallel, model=model.state_dict(), **FILES
             )
     return str(caught.value)
 
@@ -164,17 +164,16 @@ def test_an_index_that_runs_code_is_refused(tmp_path, capsys):
 def save_of_a_wrapped_model(folder):
     """Save a compiled model wrapped in DDP."""
     distributed.init_process_group("gloo")
-    model = nn.parallel.DistributedDataParallel(torch.compile(nn.Linear(4, 3)))
+    model = nn.parallel.DistributedDataParallel(torch.compile(gpt()))
     if distributed.get_rank() == 0:
-        facts = {"train": {}, "tokenizer_json": b"{}", "manifest": {}, "keep": 1, "ema": None}
-        save_checkpoint(folder, 1, model=plain_state(model), **facts)
+        save_checkpoint(folder, 1, model=plain_state(model), **FILES)
     distributed.barrier()
     distributed.destroy_process_group()
 
 
 def test_the_prefixes_of_wrappers_are_not_saved(gang, tmp_path):
     gang.run(2, save_of_a_wrapped_model, tmp_path)
-    assert open_checkpoint(tmp_path / "step-00000001").model.keys() == {"weight", "bias"}
+    assert open_checkpoint(tmp_path / "step-00000001").model.keys() == gpt().state_dict().keys()
 
 
 @pytest.mark.parametrize("size", [1, 2])

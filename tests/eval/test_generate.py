@@ -138,10 +138,39 @@ def test_generation_ends_early_when_every_row_has_stopped(monkeypatch):
     assert len(steps) == max(map(len, rows)) < 11
 
 
-def test_generation_past_block_size_reports_how_many_tokens_fit():
-    assert len(generate(gpt(), PROMPTS, 11)[0]) == 11
-    with pytest.raises(ValueError, match="5 tokens, so 11 new tokens fit into block_size=16"):
-        generate(gpt(), PROMPTS, 12)
+def windowed(model, prompt, n):
+    """Decode greedily without a cache; a context above block_size keeps its last half."""
+    T = model.config.block_size
+    context, new = list(prompt), []
+    for _ in range(n):
+        if len(context) > T:
+            context = context[-max(T // 2, 1) :]
+        new.append(int(uncached(model, context)[-1].argmax()))
+        context.append(new[-1])
+    return new
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 5, 16])
+def test_generation_past_block_size_continues_from_the_last_half(block_size):
+    model = gpt(block_size=block_size)
+    prompts = [[5], [60, 2, 3, 7, 8][:block_size], [*range(16)][:block_size]]
+    expected = [windowed(model, prompt, 40) for prompt in prompts]
+    assert generate(model, prompts, 40, greedy=True) == expected
+    assert generate(model, prompts[1:], 40, greedy=True) == expected[1:]  # whatever the batch
+
+
+def test_a_stop_token_ends_a_row_past_block_size():
+    model, prompt = gpt(), [*range(10)]
+    free = windowed(model, prompt, 40)
+    stop = free[25]
+    assert free.index(stop) > 16 - len(prompt)
+    rows = generate(model, [prompt], 40, greedy=True, stop_token=stop)
+    assert rows == [free[: free.index(stop) + 1]]
+
+
+def test_a_temperature_of_zero_is_greedy():
+    model = gpt()
+    assert generate(model, PROMPTS, 8, temperature=0) == generate(model, PROMPTS, 8, greedy=True)
 
 
 BAD_CALLS = {
@@ -149,7 +178,8 @@ BAD_CALLS = {
     "prompts \\[0\\] hold ids": ([[61]], 1, {}),
     "no prompts": ([], 1, {}),
     "max_new_tokens=0": ([[1]], 0, {}),
-    "temperature=0.0: must be positive": ([[1]], 1, {"temperature": 0.0}),
+    "temperature=-1.0: must be": ([[1]], 1, {"temperature": -1.0}),
+    "prompts \\[0\\] have more than block_size=16": ([[1] * 17], 1, {}),
     "top_k=0": ([[1]], 1, {"top_k": 0}),
     "top_p=1.5": ([[1]], 1, {"top_p": 1.5}),
 }

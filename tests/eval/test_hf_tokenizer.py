@@ -1,6 +1,7 @@
 """Test that an exported tokenizer gives our ids and our text in Hugging Face's libraries."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import transformers
@@ -77,3 +78,21 @@ def test_a_character_vocabulary_is_exported_too(tmp_path):
     export_hf(gpt(vocab_size=ours.n_vocab), ours, tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs("hold")["input_ids"] == ours.encode("hold")
+
+
+@pytest.fixture(scope="module")
+def back(both):
+    """Load the export with our reader of Hugging Face's format."""
+    return OurTokenizer.load(Path(both[1].name_or_path) / "tokenizer.json")
+
+
+@settings(max_examples=50)
+@given(text=ANY_TEXT)
+def test_an_exported_tokenizer_comes_back(both, back, text):
+    assert back.encode(text) == both[0].encode(text)
+
+
+def test_a_tokenizer_of_hugging_face_is_exported_unchanged(both, back, tmp_path):
+    export_hf(gpt(vocab_size=back.n_vocab), back, tmp_path)
+    path = Path(both[1].name_or_path) / "tokenizer.json"
+    assert (tmp_path / "tokenizer.json").read_bytes() == path.read_bytes()

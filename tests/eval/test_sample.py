@@ -1,13 +1,18 @@
 """Test `python -m eval.sample`: its output, its files and its error messages."""
 
+import io
 import json
+import sys
 
 import pytest
 import torch
 
 import train
 from data.tokenizer import byte_tokenizer
+from eval.command import command_parser
 from eval.generate import Sampling, generate
+from eval.hf import export_hf
+from eval.run import load_run
 from eval.sample import main, read_prompts, sample
 from model import GPT, GPTConfig
 from tests.tiny import argv
@@ -71,10 +76,19 @@ def test_an_empty_prompt_starts_from_end_of_text(model, monkeypatch):
 
 
 def test_a_prompt_that_is_too_long_is_named(model):
-    with pytest.raises(ValueError, match="prompt 2 has 16 tokens and block_size is 16: 0 new"):
+    with pytest.raises(ValueError, match="prompt 2 has 16 tokens and block_size is 16"):
         rows(model, ["a", "b" * 16])
-    with pytest.raises(ValueError, match="6 new tokens fit, but 7 are needed"):
-        rows(model, max_new_tokens=7)
+    with pytest.raises(ValueError, match="prompt 2 has 17 tokens and block_size is 16"):
+        rows(model, ["a", "b" * 17], max_new_tokens=4)
+
+
+def test_a_sliding_window_is_announced_in_one_line(model, capsys):
+    assert rows(model, ["b" * 16], max_new_tokens=3)
+    assert rows(model, ["b"] * 3, max_new_tokens=16, batch_size=1)
+    note = capsys.readouterr().err
+    assert note.count("continues from its last 8 tokens") == note.count("\n") == 2
+    rows(model, ["b"], max_new_tokens=15)
+    assert capsys.readouterr().err == ""
 
 
 def test_prompts_come_one_a_line_or_as_json(tmp_path):
@@ -84,11 +98,11 @@ def test_prompts_come_one_a_line_or_as_json(tmp_path):
     assert read_prompts(tmp_path / "p.jsonl") == ["a\nb", ""]
 
 
-@pytest.mark.parametrize("line", ["[1]", '{"text": "a"}', '{"prompt": 3}', "{", ""])
+@pytest.mark.parametrize("line", ["[1]", '{"text": "a"}', '{"prompt": 3}', "{"])
 def test_a_line_without_a_prompt_is_named(tmp_path, line):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=r"p.jsonl:2: expected an object like .*, but got"):
+    with pytest.raises(ValueError, match=r"p.jsonl, line 2: "):
         read_prompts(path)
 
 
@@ -98,6 +112,39 @@ def test_the_command_prints_the_prompt_with_its_completions(out_dir, capsys):
     assert samples[0] == samples[1]
     assert samples[0].startswith("alph")
     assert len(samples[0]) > 4
+
+
+def test_a_temperature_of_zero_on_the_command_line_is_greedy(out_dir, capsys):
+    line = [str(out_dir), "--max_new_tokens=5", "--prompt=a"]
+    main([*line, "--temperature=0"])
+    found = capsys.readouterr().out
+    main([*line, "--greedy"])
+    assert capsys.readouterr().out == found
+
+
+def test_a_terminal_without_unicode_shows_escapes(model, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    command_parser("eval.sample", None)
+    print("caf\u00e9", flush=True)
+    assert raw.getvalue() == b"caf\\xe9\n"
+
+
+def test_a_hugging_face_folder_is_sampled_like_the_run_it_came_from(out_dir, tmp_path, capsys):
+    run = load_run(out_dir)
+    export_hf(run.model, run.tokenizer, tmp_path / "hf")
+    found = []
+    for source in (out_dir, tmp_path / "hf"):
+        main([str(source), "--prompt=alph", "--num_samples=3", "--max_new_tokens=30"])
+        found.append(capsys.readouterr().out)
+    assert found[0] == found[1]
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "hf"), "--ema"])
+    assert "no averaged weights" in capsys.readouterr().err
+    (tmp_path / "hf/tokenizer.json").unlink()
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "hf")])
+    assert "tokenizer.json: cannot" in capsys.readouterr().err
 
 
 def test_the_command_writes_rows_that_say_how_to_make_them_again(out_dir, tmp_path):
@@ -118,10 +165,13 @@ BAD_LINES = {
     "--batch_size=0: must be at least 1": ["--batch_size=0"],
     "--seed=-1: must be in": ["--seed=-1"],
     "top_p=0.0: must be in (0, 1]": ["--top_p=0"],
-    "block_size is 16: 0 new tokens fit": ["--prompt=0123456789abcdef"],
+    "prompt 1 has 16 tokens and block_size is 16": ["--prompt=0123456789abcdef"],
     "no averaged weights": ["--ema"],
     "none.txt: No such file": ["--prompts=none.txt"],
     "the folder nowhere does not exist": ["--out=nowhere/samples.jsonl"],
+    "tests is a folder": ["--out=tests"],
+    "the path is empty": ["--out="],
+    "invalid int value": ["--top_k=many"],
 }
 
 

@@ -81,8 +81,8 @@ def test_learning_rates(aux_lr, expected):
 
 def test_settings_reach_the_optimizers():
     changes = {"nesterov": False, "ns_coefficients": "quintic", "ns_dtype": "float32"}
-    for name, own in (("muon", {"adjust_lr": "spectral"}), ("adamuon", {"eps": 1e-6})):
-        main, aux = build(gpt(), name, adjust_lr="spectral", eps=1e-6, **changes)
+    for name, own in (("muon", {"adjust_lr": "unit_rms_norm"}), ("adamuon", {"eps": 1e-6})):
+        main, aux = build(gpt(), name, adjust_lr="unit_rms_norm", eps=1e-6, **changes)
         expected = changes | own | {"momentum": 0.9, "lr_mult": 1.0}
         assert all(expected.items() <= group.items() for group in main.param_groups)
         assert (aux.defaults["betas"], aux.defaults["eps"]) == ((0.9, 0.95), 1e-6)

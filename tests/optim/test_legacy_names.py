@@ -25,7 +25,7 @@ def test_old_settings_and_values_get_their_new_names():
 
 
 def test_new_settings_do_not_change():
-    settings = {"backend": "auto", "adjust_lr": "spectral", "eval_iters": [1, 2], "out": None}
+    settings = {"backend": "auto", "adjust_lr": "unit_rms_norm", "eval_iters": [1, 2], "out": None}
     assert renamed_settings(settings) == (settings, [])
 
 
@@ -80,3 +80,27 @@ def test_an_old_state_dict_of_muon_continues():
         optimizer.load_state_dict(state)
     param.grad = torch.ones(6, 4)
     optimizer.step()
+
+
+def continued_from(old: str, param: torch.nn.Parameter) -> Muon:
+    """Return a Muon that loaded a state with an old value of `adjust_lr`."""
+    optimizer = Muon([param])
+    state = optimizer.state_dict()
+    state["param_groups"][0]["adjust_lr"] = old
+    optimizer.load_state_dict(state)
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda old, param: Muon([param], adjust_lr=old),
+        lambda old, param: Muon([{"params": [param], "adjust_lr": old}]),
+        continued_from,
+    ],
+    ids=["constructor", "group", "state"],
+)
+def test_an_old_value_of_adjust_lr_is_accepted_with_a_warning(make):
+    with pytest.warns(FutureWarning, match="spectral -> unit_rms_norm"):
+        optimizer = make("spectral", torch.nn.Parameter(torch.ones(6, 4)))
+    assert optimizer.param_groups[0]["adjust_lr"] == "unit_rms_norm"

@@ -129,10 +129,10 @@ def test_match_rms_gives_the_update_the_rms_of_adamw(shape):
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (256, 64), (64, 256)])
-def test_spectral_scale_gives_outputs_of_equal_rms_change(shape):
+def test_unit_rms_norm_gives_outputs_of_equal_rms_change(shape):
     param = torch.nn.Parameter(torch.zeros(shape))
     param.grad = randn(*shape, seed=0)
-    Muon([param], lr=1.0, adjust_lr="spectral", ns_steps=8).step()
+    Muon([param], lr=1.0, adjust_lr="unit_rms_norm", ns_steps=8).step()
     norm = torch.linalg.matrix_norm(param.detach(), ord=2).item()
     assert norm == pytest.approx(math.sqrt(shape[0] / shape[1]), rel=0.02)
 
@@ -157,7 +157,7 @@ def test_lr_mult_scales_the_update_and_not_the_decay():
     [
         (
             {"adjust_lr": "match_rmsprop"},
-            "adjust_lr='match_rmsprop': must be one of match_rms_adamw, spectral",
+            "adjust_lr='match_rmsprop': must be one of match_rms_adamw, unit_rms_norm",
         ),
         ({"ns_coefficients": "cubic"}, "ns_coefficients='cubic'"),
         ({"ns_dtype": "float16"}, "ns_dtype='float16': must be one of bfloat16, float32"),

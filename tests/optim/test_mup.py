@@ -16,7 +16,7 @@ RULES = {
     "signum": {},
     "sgd": {},
     "muon match_rms_adamw": {"adjust_lr": "match_rms_adamw"},
-    "muon spectral": {"adjust_lr": "spectral"},
+    "muon unit_rms_norm": {"adjust_lr": "unit_rms_norm"},
     "muon original": {"adjust_lr": "original"},
     "adamuon": {},
 }

@@ -28,7 +28,7 @@ OPTIMIZERS = {
     "sgd": {"optimizer": "sgd", "lr": 0.1},
     "signum": {"optimizer": "signum", "lr": 1e-3},
     "muon": {"optimizer": "muon"},
-    "muon-spectral": {"optimizer": "muon", "adjust_lr": "spectral"},
+    "muon-unit_rms_norm": {"optimizer": "muon", "adjust_lr": "unit_rms_norm"},
     "muon-original": {"optimizer": "muon", "adjust_lr": "original"},
     "adamuon": {"optimizer": "adamuon"},
 }

@@ -45,7 +45,7 @@ OURS = [
     )
     for cls, own in (
         (Signum, ()),
-        (Muon, ({"adjust_lr": "spectral", "nesterov": False}, *NEWTON_SCHULZ)),
+        (Muon, ({"adjust_lr": "unit_rms_norm", "nesterov": False}, *NEWTON_SCHULZ)),
         (AdaMuon, ({"eps": 1e-6, "nesterov": False}, *NEWTON_SCHULZ)),
     )
 ]

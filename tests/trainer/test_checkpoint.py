@@ -1,41 +1,40 @@
 """Checkpoints are written atomically and verified before use."""
 
+import errno
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from data.tokenizer import byte_tokenizer
+from tests.trainer.tiny_checkpoint import FILES, MANIFEST, TRAIN, change_manifest, gpt
 from trainer.checkpoint import read as ck
 from trainer.checkpoint.write import save_checkpoint
 
 
 def save(root: Path, step: int, model: nn.Module | None = None, **changes) -> Path:
-    arguments = {
-        "model": ck.plain_state(nn.Linear(4, 3) if model is None else model),
-        "ema": None,
-        "train": {"skipped": 0, "tensor": torch.arange(3)},
-        "tokenizer_json": b"{}",
-        "manifest": {"config": {"seed": 1}},
-        "keep": 2,
-    }
+    arguments = {**FILES, "model": ck.plain_state(gpt() if model is None else model)}
     return save_checkpoint(root, step, **arguments | changes)
 
 
 def test_a_checkpoint_gives_back_what_was_saved(tmp_path):
-    model = nn.Linear(4, 3)
-    path = save(tmp_path, 20, model, ema=ck.plain_state(AveragedModel(model)))
+    model, state = gpt(), {0: {"exp_avg": torch.arange(3)}}
+    ema, train = ck.plain_state(AveragedModel(model)), TRAIN | {"optimizers": [state]}
+    path = save(tmp_path, 20, model, ema=ema, train=train)
     loaded = ck.load_checkpoint(path)
     assert path.name == "step-00000020"
     assert loaded.step == 20
-    assert loaded.manifest["config"] == {"seed": 1}
-    assert torch.equal(loaded.model["weight"], model.weight)
+    assert loaded.manifest["config"]["seed"] == 1
+    assert torch.equal(loaded.model["transformer.wte.weight"], model.transformer.wte.weight)
     assert loaded.ema is not None
-    assert set(loaded.ema) == {"weight", "bias"}
-    assert torch.equal(loaded.train["tensor"], torch.arange(3))
+    assert set(loaded.ema) == set(model.state_dict())
+    assert torch.equal(loaded.train["optimizers"][0][0]["exp_avg"], torch.arange(3))
     assert (tmp_path / "latest").read_text() == "step-00000020\n"
 
 
@@ -94,20 +93,22 @@ def test_another_schema_is_refused_by_number(tmp_path):
 
 
 def test_a_checkpoint_of_another_shape_lists_all_differences_and_changes_nothing(tmp_path):
-    loaded = ck.load_checkpoint(save(tmp_path, 1, nn.Linear(4, 3, bias=False)))
-    model = nn.Linear(4, 2)
+    loaded = ck.load_checkpoint(save(tmp_path, 1))
+    model = gpt(vocab_size=6, bias=True)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(ck.CheckpointError, match=r"missing bias; weight is \(3, 4\).*\(2, 4\)"):
+    with pytest.raises(
+        ck.CheckpointError, match=r"missing .*bias; .*wte.weight is \(5, 4\).*\(6, 4"
+    ):
         ck.load_into(model, loaded.model, loaded.path)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
 def test_prefixes_of_wrappers_are_neither_saved_nor_wanted(tmp_path):
-    plain, compiled = nn.Linear(4, 3), torch.compile(nn.Linear(4, 3))
+    plain, compiled = gpt(), torch.compile(gpt())
     loaded = ck.load_checkpoint(save(tmp_path, 1, compiled))
-    assert set(loaded.model) == {"weight", "bias"}
+    assert set(loaded.model) == set(plain.state_dict())
     ck.load_into(plain, loaded.model, loaded.path)
-    assert torch.equal(plain.weight, compiled.weight)
+    assert torch.equal(plain.transformer.wte.weight, compiled.transformer.wte.weight)
     ck.load_into(compiled, ck.plain_state(nn.DataParallel(plain)), loaded.path)
 
 
@@ -160,7 +161,7 @@ def test_a_failed_save_keeps_the_previous_one_and_removes_its_own_folder(tmp_pat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", disk_full)
-    with pytest.raises(ck.CheckpointError, match="No space left"):
+    with pytest.raises(ck.CheckpointError, match=r"no space left in .*00001 is intact"):
         save(tmp_path, 2)
     found = ck.newest_good(tmp_path)
     assert found is not None
@@ -175,13 +176,73 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
 
 def test_settings_of_an_earlier_release_are_renamed_with_one_warning(tmp_path):
     config = {"kernel": "torch", "muon_scale": "match_rms", "seed": 1}
-    path = save(tmp_path, 1, manifest={"config": config})
+    path = save(tmp_path, 1, manifest=MANIFEST | {"config": config})
     with pytest.warns(FutureWarning, match="settings of an earlier release: .*kernel") as warned:
         found = ck.load_checkpoint(path)
     assert len(warned) == 1
-    assert found.manifest["config"] == {
-        "backend": "torch",
-        "adjust_lr": "match_rms_adamw",
-        "seed": 1,
-    }
+    expected = {"backend": "torch", "adjust_lr": "match_rms_adamw", "seed": 1, "lr": 6e-4}
+    assert found.manifest["config"].items() >= expected.items()  # lr was missing
+    assert not config.keys() - {"seed"} & found.manifest["config"].keys()
     assert found.digest == json.loads((path / "manifest.json").read_text())["sha256"]
+
+
+def test_old_names_in_settings_and_in_the_preconditioner_are_one_warning(tmp_path):
+    numbers = {"step": 1, "next_refresh": 1, "n_refreshes": 1, "n_mended": 0, "made_with": {}}
+    manifest = MANIFEST | {"config": {"kernel": "torch"}}
+    path = save(tmp_path, 1, manifest=manifest, train=TRAIN | {"dopr": {"layer": numbers}})
+    with pytest.warns(FutureWarning, match="kernel, keys of the preconditioner") as warned:
+        found = ck.load_checkpoint(path)
+    assert len(warned) == 1
+    assert found.train["dopr"]["layer"]["n_fallbacks"] == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value):
+    path = save(tmp_path, 1)
+    weights = load_file(path / "model.safetensors")
+    weights["transformer.h.0.mlp.c_fc.weight"][1, 2] = value
+    save_file(weights, path / "model.safetensors")
+    change_manifest(path, lambda manifest: None)
+    with pytest.raises(ck.CheckpointError, match=r"h\.0\.mlp\.c_fc\.weight is not finite"):
+        ck.load_checkpoint(path)
+
+
+def test_the_tokenizer_of_another_run_is_refused(tmp_path):
+    path = save(tmp_path, 1)
+    (path / "tokenizer.json").write_bytes(byte_tokenizer()._to_json())
+    change_manifest(path, lambda manifest: None)
+    with pytest.raises(ck.CheckpointError, match="is not the tokenizer that the run was trained"):
+        ck.load_checkpoint(path)
+
+
+def test_a_checkpoint_in_a_folder_of_another_step_is_refused(tmp_path):
+    path = save(tmp_path, 1)
+    with pytest.raises(ck.CheckpointError, match="is of step 1"):
+        ck.load_checkpoint(path.rename(tmp_path / "step-00000002"))
+    ck.load_checkpoint((tmp_path / "step-00000002").rename(tmp_path / "best"))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_folder_that_cannot_be_created_is_named(tmp_path, monkeypatch, number):
+    save(tmp_path, 1)
+
+    def fail(path, *args, **kwargs):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(ck.CheckpointError, match=f"(?i){os.strerror(number)[:13]}.* is intact"):
+        save(tmp_path, 2)
+
+
+def test_a_disk_that_is_full_for_torch_is_said_to_be_full(tmp_path):
+    """torch's own message is about inline_container.cc."""
+    tensors = {"optimizers": [{0: {"exp_avg": torch.zeros(2**20)}}]}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, limits[1]))
+    try:
+        with pytest.raises(ck.CheckpointError, match="no space left in") as caught:
+            save(tmp_path, 1, train=TRAIN | tensors)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "inline_container" not in str(caught.value)
+    assert not list(tmp_path.iterdir())

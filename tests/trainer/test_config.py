@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -62,12 +63,12 @@ def test_every_problem_of_every_source_is_in_one_error(tmp_path):
     file = write(tmp_path / "bad.py", "weight_decy = 0.1\nn_head = 5\n")
     with pytest.raises(ConfigError) as caught:
         load_config(
-            [file, "--lr=-1", "--compile=maybe", "--batch_size=7", "--oops", "missing.py"],
+            [file, "--lr=-1", "--compile=maybe", "--seed=-3", "--oops", "missing.py"],
             lambda settings: [f"device={settings['device']}: not here"],
         )
     text = str(caught.value)
     assert f"{file}: unknown key 'weight_decy'; did you mean 'weight_decay'?" in text
-    for part in ("n_embd=768", "lr=-1", "compile='maybe'", "batch_size=7", "--oops", "missing.py"):
+    for part in ("n_embd=768", "lr=-1", "compile='maybe'", "seed=-3", "--oops", "missing.py"):
         assert part in text
     assert "device=auto: not here" in text
 
@@ -124,8 +125,8 @@ def test_a_bad_value_under_an_earlier_name_is_refused_by_the_current_name():
 
 def test_reading_settings_does_not_import_torch():
     code = (
-        "import sys; from trainer.config import load_config, help_text\n"
-        "load_config(['--lr=1']); help_text(); assert 'torch' not in sys.modules"
+        "import sys; from trainer.config import load_config; from trainer.usage import print_help\n"
+        "load_config(['--lr=1']); print_help(''); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -153,3 +154,66 @@ def test_changes_on_resume_are_named_unless_they_cannot_matter():
 def test_ready_configs_are_valid_and_short(path):
     load_config([str(path)])
     assert len(path.read_text().splitlines()) <= 25
+
+
+@pytest.mark.parametrize("end", ["raise SystemExit(0)", "raise BaseException('boo')", "exit(0)"])
+def test_a_config_file_that_ends_the_process_is_an_error_that_names_it(tmp_path, end):
+    with pytest.raises(ConfigError, match=r"end\.py: (SystemExit|BaseException|NameError)"):
+        load_config([write(tmp_path / "end.py", end)])
+
+
+@pytest.mark.parametrize("key", ["out_dir", "init_from", "resume", "dataset"])
+def test_the_home_folder_is_expanded_in_every_path(monkeypatch, key):
+    monkeypatch.setenv("HOME", "/home/me")
+    config, _ = load_config([f"--{key}=~/x"])
+    assert getattr(config, key) == "/home/me/x"
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        *(
+            "--out_dir=",
+            "--dataset= ",
+            "--resume=",
+            "--out_dir=\udcff",
+            "--n_embd=9223372036854775808",
+        ),
+        *("--batch_size=9223372036854775808", "--max_steps=100000000", "--timeout_s=1e18"),
+        "--loader_workers=100000",
+    ],
+)
+def test_a_value_that_no_run_can_use_is_refused_by_name(argument):
+    with pytest.raises(ConfigError, match=f"^{argument[2:].split('=')[0]}="):
+        load_config([argument])
+
+
+@pytest.mark.parametrize(
+    ("extra", "is_refused"),
+    [([], True), (["--tie_weights=false"], False), (["--exclude=transformer.wte"], False)],
+)
+def test_dopr_on_an_embedding_that_is_also_the_head_is_refused(extra, is_refused):
+    arguments = ["--dopr=true", "--embeddings=true", *extra]
+    if not is_refused:
+        load_config(arguments)
+        return
+    with pytest.raises(ConfigError, match="tie_weights=false"):
+        load_config(arguments)
+
+
+@pytest.mark.parametrize(("gamma", "is_warned"), [(1e-6, True), (0, True), (1e-4, False)])
+def test_a_gamma_too_small_for_float32_is_warned_about(gamma, is_warned):
+    text = describe(*load_config(["--dopr=true", f"--gamma={gamma}"]))
+    assert ("float64" in text) == is_warned
+
+
+def test_help_is_printed_in_any_locale_and_to_a_closed_pipe():
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "train.py", "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "--gamma=" in done.stdout
+    read, write_end = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True, check=True)
+    os.close(write_end)
+    assert done.stderr == ""

@@ -1,6 +1,8 @@
 """Records are complete, continue without duplicates, and never stop a run."""
 
+import errno
 import json
+import resource
 import sys
 from types import SimpleNamespace
 
@@ -79,3 +81,52 @@ def test_mfu_is_a_fraction_of_the_peak_and_none_if_the_peak_is_unknown():
     assert mfu(494.5e12, "NVIDIA H100 80GB HBM3", "bfloat16") == pytest.approx(0.5)
     assert mfu(1e12, "Some New GPU", "bfloat16") is None
     assert mfu(1e12, "NVIDIA H100 80GB HBM3", "float32") is None
+
+
+def test_rows_that_cannot_be_written_are_written_later(tmp_path, capsys):
+    """For example while the disk is full, or after the folder was removed."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    log = MetricsLog(folder, 0, 10)
+    folder.rename(tmp_path / "elsewhere")
+    log.train(1, **TRAIN)
+    log.train(2, **TRAIN)
+    folder.mkdir()
+    log.train(3, **TRAIN)
+    log.close()
+    assert [row["step"] for row in rows(folder)] == [1, 2, 3]
+    assert capsys.readouterr().out.count("cannot be written now") == 1
+
+
+def test_a_full_disk_leaves_no_part_of_a_row(tmp_path, capsys):
+    log = MetricsLog(tmp_path, 0, 10)
+    log.train(1, **TRAIN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limits[1]))
+    log.train(2, **TRAIN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [row["step"] for row in rows(tmp_path)] == [1]
+    log.close()
+    assert "1 rows of" in capsys.readouterr().out
+
+
+def test_a_terminal_that_is_closed_stops_nothing(tmp_path, monkeypatch):
+    def gone(*args, **kwargs):
+        raise OSError(errno.EIO, "Input/output error")
+
+    log = MetricsLog(tmp_path, 0, 10)
+    monkeypatch.setattr("trainer.metrics.tqdm.write", gone)
+    log.train(1, **TRAIN)
+    log.train(2, **TRAIN)
+    log.close()
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+
+
+def test_damaged_lines_are_removed_and_counted(tmp_path, capsys):
+    good = b'{"kind": "train", "step": 1}\n'
+    damaged = [b"\xff\xfe\n", b"[1]\n", b'{"step": 1}\n', b"[" * 100_000 + b"\n"]
+    (tmp_path / "metrics.jsonl").write_bytes(good + b"".join(damaged) + good + b'{"kind')
+    MetricsLog(tmp_path, 5, 10).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == good * 2
+    assert "4 damaged lines" in capsys.readouterr().out

@@ -10,7 +10,7 @@ import pytest
 from trainer.signals import StopRequest
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", StopRequest.SIGNALS)
 def test_a_signal_sets_the_flag_and_interrupts_nothing(signum):
     with StopRequest() as stop:
         assert not stop
@@ -26,6 +26,24 @@ def test_the_former_handlers_are_back_afterwards():
     with StopRequest():
         assert signal.getsignal(signal.SIGTERM) != before[0]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_closed_terminal_or_a_scheduler_may_signal_twice_and_then_send_sigterm(signum):
+    with StopRequest() as stop:
+        for each in (signum, signum, signal.SIGTERM):
+            os.kill(os.getpid(), each)
+        assert str(stop) == signum.name
+
+
+def test_a_sighup_that_nohup_ignores_stays_ignored():
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop
+    finally:
+        signal.signal(signal.SIGHUP, former)
 
 
 def test_the_second_signal_ends_the_process_at_once():

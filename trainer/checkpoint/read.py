@@ -13,8 +13,6 @@
 `write.py` writes checkpoints.
 """
 
-import hashlib
-import json
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -23,21 +21,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from data.files import sha256_of
-from optim.legacy_names import renamed_settings
+from model import GPTConfig
+from optim.legacy_names import renamed_settings, renamed_state
 from trainer.checkpoint import sharded
+from trainer.checkpoint.schema import (
+    CheckpointError,
+    check_settings,
+    check_train_tree,
+    parse_manifest,
+)
+from trainer.checkpoint.tensors import weight_problems
+from trainer.checkpoint.verify import verify_files
 from trainer.sharding import shard_like
 
-SCHEMA = 1  # version of the folder's layout
 FOLDER = re.compile(r"step-\d{8}")
+MAX_PROBLEMS = 5  # that one message lists
 WRAPPER_PREFIXES = re.compile(r"^(?:(?:_orig_mod|module)\.)+")  # torch.compile, DDP, AveragedModel
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be used: it is damaged, or of another schema, model or run."""
 
 
 @dataclass(frozen=True)
@@ -56,37 +59,36 @@ class Checkpoint:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read and verify all of one checkpoint folder.
 
-    Settings in the manifest that have names of an earlier release are renamed, with one warning.
+    Names of an earlier release, in settings and in the preconditioner's state, become the current
+    ones, with one warning.
 
     Raises:
-        CheckpointError: a file is missing, damaged or unsafe; the message names it.
+        CheckpointError: a file is missing, damaged or unsafe, the content is not that of a
+            checkpoint, or weights are not finite. The message names the file and the tensor.
     """
-    manifest, digest = _read_manifest(path)
-    for name, entry in manifest["files"].items():
-        _verify(path, name, entry)
     try:
-        train = torch.load(path / "train.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for a pickle that it refuses
-        raise CheckpointError(f"checkpoint {path}: train.pt refused ({error})") from error
-    _rename_settings(path, manifest)
-    facts = {"path": path, "step": manifest["step"], "manifest": manifest, "digest": digest}
-    if manifest.get("format") == "sharded":
-        try:
-            return Checkpoint(**facts, **sharded.stored(path / sharded.FOLDER, train))
-        except ValueError as error:
-            raise CheckpointError(f"checkpoint {path} refused ({error})") from error
-    ema = path / "ema.safetensors"
-    return Checkpoint(
-        **facts,
-        model=load_file(path / "model.safetensors"),
-        ema=load_file(ema) if ema.name in manifest["files"] else None,
-        train=train,
-    )
+        manifest, digest = parse_manifest((path / "manifest.json").read_bytes())
+        verify_files(path, manifest)
+    except (CheckpointError, OSError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged ({error})") from None
+    try:
+        tensors = _read_tensors(path, manifest)
+        _rename(path, manifest, tensors["train"])
+        manifest["config"] = check_settings(manifest["config"])
+        _check_content(path, manifest, **tensors)
+    except (CheckpointError, OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path} refused ({error})") from error
+    return Checkpoint(path, manifest["step"], manifest, digest, **tensors)
 
 
 def candidates(root: Path) -> list[Path]:
     """Return the finished checkpoint folders under `root`, the newest step first."""
     return sorted((p for p in root.glob("step-*") if FOLDER.fullmatch(p.name)), reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """Return the step in the name of a checkpoint's folder."""
+    return int(path.name.removeprefix("step-"))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -137,6 +139,14 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], where: Path) -> Non
     Raises:
         CheckpointError: lists every key that is missing, unexpected or has another shape.
     """
+    own = check_fits(model, state, where)
+    with torch.no_grad():
+        for key, value in own.items():
+            value.copy_(shard_like(state[key], value))
+
+
+def check_fits(model: nn.Module, state: Mapping[str, Any], where: Path) -> dict[str, Tensor]:
+    """Raise CheckpointError as `load_into` does; return the model's tensors by plain name."""
     own = {WRAPPER_PREFIXES.sub("", key): value for key, value in model.state_dict().items()}
     problems = [f"missing {key}" for key in own.keys() - state.keys()]
     problems += [f"unexpected {key}" for key in state.keys() - own.keys()]
@@ -149,9 +159,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], where: Path) -> Non
         raise CheckpointError(
             f"checkpoint {where} does not fit this model: " + "; ".join(sorted(problems))
         )
-    with torch.no_grad():
-        for key, value in own.items():
-            value.copy_(shard_like(state[key], value))
+    return own
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
@@ -166,53 +174,55 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
-    """Return the content of manifest.json without its own hash, and that hash."""
+def _read_tensors(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return what is in the files, {"model": ..., "ema": ..., "train": ...}."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        schema, digest = manifest["schema"], manifest.pop("sha256")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged (manifest.json: {error})") from error
-    if schema != SCHEMA:
-        raise CheckpointError(
-            f"checkpoint {path} has schema {schema}, but this version reads schema {SCHEMA}"
-        )
-    if digest != manifest_digest(manifest):
-        raise CheckpointError(f"checkpoint {path} is damaged (manifest.json has a wrong sha256)")
-    return manifest, digest
+        train = torch.load(path / "train.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for a pickle that it refuses
+        raise CheckpointError(f"train.pt refused: {error}") from error
+    if manifest.get("format") == "sharded":
+        tree = sharded.stored(path / sharded.FOLDER, train)
+        if not isinstance(tree, dict) or tree.keys() != {"model", "ema", "train"}:
+            raise CheckpointError("train.pt must have exactly the keys model, ema and train")
+        return tree
+    files = {"model": path / "model.safetensors", "ema": path / "ema.safetensors"}
+    try:
+        tensors = {
+            key: load_file(file) if file.name in manifest["files"] else None
+            for key, file in files.items()
+        }
+    except SafetensorError as error:
+        raise CheckpointError(f"not a file of safetensors: {error}") from error
+    return tensors | {"train": train}
 
 
-def _verify(path: Path, name: str, entry: dict[str, Any]) -> None:
-    """Compare a file's size, then its hash, to tell truncation from corruption in the message."""
-    file = path / name
-    if not file.is_file():
-        raise CheckpointError(f"checkpoint {path} is damaged ({name} is missing)")
-    if file.stat().st_size != entry["bytes"]:
-        raise CheckpointError(
-            f"checkpoint {path} is damaged ({name} has {file.stat().st_size} bytes, "
-            f"expected {entry['bytes']})"
-        )
-    if manifest_entry(file) != entry:
-        raise CheckpointError(f"checkpoint {path} is damaged ({name} does not match its sha256)")
+def _check_content(path: Path, manifest: dict[str, Any], model: Any, ema: Any, train: Any) -> None:
+    """Raise CheckpointError, with the first problems, if this is not what a run saved."""
+    check_train_tree(train)
+    if FOLDER.fullmatch(path.name) and step_of(path) != manifest["step"]:
+        raise CheckpointError(f"manifest.json is of step {manifest['step']}")
+    config = GPTConfig(**manifest["model"])
+    for name, weights in {"model": model, "ema": ema}.items():
+        if name == "ema" and weights is None:
+            continue
+        if not isinstance(weights, dict):
+            raise CheckpointError(f"{name} is a {type(weights).__name__}, but must be a dict")
+        if problems := weight_problems(weights, config):
+            raise CheckpointError(f"{name}: {'; '.join(problems[:MAX_PROBLEMS])}")
 
 
-def _rename_settings(path: Path, manifest: dict[str, Any]) -> None:
-    """Give the settings of the run that saved the checkpoint their current names."""
-    settings, old_names = renamed_settings(manifest.get("config", {}))
+def _rename(path: Path, manifest: dict[str, Any], train: Any) -> None:
+    """Give settings and the preconditioner's state their current names, with one warning."""
+    manifest["config"], old_names = renamed_settings(manifest["config"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        state = renamed_state(train.get("dopr")) if isinstance(train, dict) else None
+    if state is not None and state is not train["dopr"]:
+        train["dopr"] = state
+        old_names = [*old_names, "keys of the preconditioner's state"]
     if old_names:
-        manifest["config"] = settings
         warnings.warn(
             f"checkpoint {path} has settings of an earlier release: {', '.join(old_names)}",
             FutureWarning,
             stacklevel=3,  # the caller of load_checkpoint
         )
-
-
-def manifest_digest(manifest: dict[str, Any]) -> str:
-    """Return the sha256 of a manifest."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def manifest_entry(path: Path) -> dict[str, Any]:
-    """Return the entry of a file in the manifest: its sha256 and its size."""
-    return {"sha256": sha256_of(path), "bytes": path.stat().st_size}

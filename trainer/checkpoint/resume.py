@@ -84,7 +84,7 @@ def check_same_function(found: Checkpoint, model: dict[str, Any]) -> None:
     Args:
         model: the model's settings, in the format of the checkpoint's manifest.
     """
-    saved = {"attention_mult": 1.0, "logits_mult": 1.0} | found.manifest["model"]
+    saved = found.manifest["model"]
     changed = [
         f"{key} was {saved[key]:g}, is {model[key]:g}"
         for key in ("n_head", "attention_mult", "logits_mult")

@@ -7,20 +7,25 @@ pickle; it is read by an unpickler that runs no code.
 from __future__ import annotations
 
 import io
+import math
 import pickle
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trainer.checkpoint.schema import CheckpointError
+
 FOLDER = "shards"  # inside the checkpoint's folder
 PLACEHOLDER = "tensor in shards: "  # followed by a tensor's key, replaces the tensor in a tree
 INDEX = ".metadata"
+CHUNK_FILE = re.compile(r"__\d+_\d+\.distcp")
 ALLOWED = {  # module -> the names that an index may use
     "torch.distributed.checkpoint.metadata": (
         *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata"),
@@ -41,11 +46,12 @@ class StoredTensor:
     key: str
     shape: torch.Size
     dtype: torch.dtype
+    index: Any = field(repr=False, compare=False)  # of all tensors in the folder
 
     def read(self, like: Any = None) -> Tensor:
         """Read the full tensor on the CPU, or only this process's part if `like` is a DTensor.
 
-        Raises OSError if it cannot be read.
+        Raises CheckpointError if it cannot be read.
         """
         from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -53,8 +59,12 @@ class StoredTensor:
             target = torch.empty_like(like, dtype=self.dtype)
         else:
             target = torch.empty(self.shape, dtype=self.dtype)
-        with _torch_errors_as_oserror():
-            load({self.key: target}, storage_reader=_reader(self.folder), no_dist=True)
+        try:
+            with _torch_errors_as_oserror():
+                reader = _reader(self.folder, self.index)
+                load({self.key: target}, storage_reader=reader, no_dist=True)
+        except OSError as error:
+            raise CheckpointError(f"{self.folder}: {self.key} cannot be read ({error})") from error
         return target
 
 
@@ -76,7 +86,7 @@ def write(folder: Path, tree: Any, *, is_alone: bool) -> Any:
 
 def check_complete(folder: Path) -> None:
     """Raise OSError if a file named in the index is not in the folder."""
-    names = {entry.relative_path for entry in _index(folder).storage_data.values()}
+    names = {entry.relative_path for entry in _unpickled(folder).storage_data.values()}
     if absent := sorted(name for name in names if not (folder / name).is_file()):
         raise OSError(
             f"{', '.join(absent)} of other processes is not in {folder}; "
@@ -102,7 +112,7 @@ def stored(folder: Path, tree: Any) -> Any:
         if key not in index.state_dict_metadata:
             raise ValueError(f"{folder / INDEX} has no tensor {key}")
         entry = index.state_dict_metadata[key]
-        return StoredTensor(folder, key, entry.size, entry.properties.dtype)
+        return StoredTensor(folder, key, entry.size, entry.properties.dtype, index)
 
     return restore(tree)
 
@@ -137,11 +147,46 @@ class _Unpickler(pickle.Unpickler):
         raise ValueError(f"{INDEX} refused: it uses {module}.{name}, which no index needs")
 
 
-def _index(folder: Path) -> Any:
+def _unpickled(folder: Path) -> Any:
     try:
         return _Unpickler(io.BytesIO((folder / INDEX).read_bytes())).load()
-    except (OSError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # an unpickler raises many types
         raise ValueError(f"{folder / INDEX}: {error}") from error
+
+
+def _index(folder: Path) -> Any:
+    """Return the index. Raises ValueError unless every tensor lies in the files completely."""
+    index = _unpickled(folder)
+    try:
+        for key, entry in index.state_dict_metadata.items():
+            _check_entry(folder, key, entry, index.storage_data)
+    except (AttributeError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"{folder / INDEX}: it is not an index ({error!r})") from error
+    return index
+
+
+def _check_entry(folder: Path, key: str, entry: Any, storage: dict[Any, Any]) -> None:
+    """Raise ValueError unless the chunks of a tensor follow one another and are in the files."""
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+
+    shape, dtype = tuple(entry.size), entry.properties.dtype
+    if not isinstance(dtype, torch.dtype) or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"{folder / INDEX}: {key} is {dtype} of shape {shape}")
+    end = 0
+    for chunk in sorted(entry.chunks, key=lambda chunk: (*chunk.offsets, *chunk.sizes)):
+        offset, size = tuple(chunk.offsets), tuple(chunk.sizes)
+        place = storage[MetadataIndex(key, chunk.offsets)]
+        needed = math.prod(size) * dtype.itemsize
+        is_whole = (offset, size[1:]) == ((end, *[0] * (len(shape) - 1))[: len(shape)], shape[1:])
+        is_stored = CHUNK_FILE.fullmatch(place.relative_path) and place.offset >= 0
+        last = place.offset + place.length
+        if not (is_whole and is_stored and place.length >= needed) or (
+            last > (folder / place.relative_path).stat().st_size
+        ):
+            raise ValueError(f"{folder / INDEX}: rows {end} ... of {key} are not in the files")
+        end += size[0] if size else 1
+    if end != (shape[0] if shape else 1):
+        raise ValueError(f"{folder / INDEX}: rows {end} ... of {key} are not in the files")
 
 
 @contextmanager
@@ -161,11 +206,11 @@ def _torch_errors_as_oserror() -> Iterator[None]:
             raise OSError("; ".join(causes)) from error
 
 
-def _reader(folder: Path) -> Any:
+def _reader(folder: Path, index: Any) -> Any:
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     class Reader(FileSystemReader):
         def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-            return _index(folder)
+            return index
 
     return Reader(folder)

@@ -4,6 +4,7 @@ The state has no random generators and no position in the data, because both are
 (seed, step).
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,16 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from optim import ActivationPreconditioner
-from trainer.checkpoint.read import Checkpoint, CheckpointError, load_into, plain_state
+from optim.process_group import local
+from trainer.checkpoint.read import (
+    Checkpoint,
+    CheckpointError,
+    check_fits,
+    load_into,
+    plain_state,
+)
 from trainer.checkpoint.sharded import read_all
+from trainer.checkpoint.tensors import layer_problems, optimizer_problems
 from trainer.checkpoint.write import save_checkpoint, save_sharded
 from trainer.parallel import Parallel
 from trainer.sharding import shard_like
@@ -26,7 +35,8 @@ class TrainState:
     """Everything that changes during a run.
 
     `step` counts the optimizer steps, including the `skipped` steps whose loss or gradient was not
-    finite. `skipped_in_row` counts the skipped steps since the last good one.
+    finite. `skipped_in_row` counts the skipped steps since the last good one. `is_loss_finite` says
+    whether the newest loss of the current weights is finite; None if it was not computed.
     """
 
     model: nn.Module
@@ -37,12 +47,39 @@ class TrainState:
     skipped: int = 0
     skipped_in_row: int = 0
     saved_step: int = -1  # of the newest checkpoint
+    is_loss_finite: bool | None = None
 
     def count_step(self, is_finite: bool) -> None:
         """Count one optimizer step, which is skipped if it was not finite."""
         self.step += 1
         self.skipped += not is_finite
         self.skipped_in_row = 0 if is_finite else self.skipped_in_row + 1
+        self.is_loss_finite = None if is_finite else False
+
+    def count_validation(self, results: dict[str, Any] | None) -> None:
+        """Note whether the validation loss of the current weights, if there is one, is finite."""
+        if results is not None:
+            self.is_loss_finite = math.isfinite(results["loss"])
+
+    def non_finite(self) -> str:
+        """Return the name of the first tensor that is not finite in this process, or "".
+
+        Looks at weights, averaged weights and the state of the optimizers.
+        """
+        named = {
+            f"{prefix}{name}": p
+            for prefix, model in self.evaluated().items()
+            for name, p in model.named_parameters()
+        }
+        for optimizer in self.optimizers:
+            for i, values in enumerate(optimizer.state.values()):
+                named |= {f"{key} of parameter {i}": each for key, each in values.items()}
+        broken = (
+            name
+            for name, each in named.items()
+            if isinstance(each, Tensor) and not local(each.detach()).isfinite().all()
+        )
+        return next(broken, "")
 
     def evaluated(self) -> dict[str, nn.Module]:
         """Return the models to evaluate by the prefix of their metrics: "" and, if kept, "ema_"."""
@@ -98,26 +135,22 @@ class TrainState:
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Load the state in `checkpoint`.
+        """Load the state in `checkpoint`; change nothing on an error.
 
         Raises:
-            CheckpointError: the checkpoint has another model or other optimizers, or it lacks the
-                averaged weights or the preconditioner state that this run needs.
+            CheckpointError: the checkpoint has another model or other optimizers, it lacks the
+                averaged weights or the preconditioner state that this run needs, or a tensor does
+                not fit what it belongs to.
         """
         saved = checkpoint.train
-        saved_names, own_names = checkpoint.manifest["optimizers"], self._optimizer_names()
-        if saved_names != own_names:
-            raise CheckpointError(
-                f"checkpoint {checkpoint.path} was written with optimizers {saved_names}, "
-                f"but this run has {own_names}; use the same ones"
-            )
+        self._check_optimizers(checkpoint)
         if self.ema and checkpoint.ema is None:
             raise CheckpointError(
                 f"checkpoint {checkpoint.path} holds no averaged weights; resume with ema_decay=0"
             )
-        load_into(self.model, checkpoint.model, checkpoint.path)
-        if self.preconditioner:
+        if self.preconditioner:  # checks its state itself, and changes nothing on an error
             _restore_preconditioner(self.preconditioner, checkpoint)
+        load_into(self.model, checkpoint.model, checkpoint.path)
         if self.ema and checkpoint.ema is not None:
             load_into(self.ema.module, checkpoint.ema, checkpoint.path)
             self.ema.n_averaged.fill_(saved["n_averaged"])
@@ -130,12 +163,31 @@ class TrainState:
         self.skipped = saved["skipped"]
         self.skipped_in_row = saved["skipped_in_row"]
 
+    def _check_optimizers(self, checkpoint: Checkpoint) -> None:
+        """Raise CheckpointError unless the model and the optimizers can load their state."""
+        saved, names = checkpoint.train["optimizers"], checkpoint.manifest["optimizers"]
+        own_names = self._optimizer_names()
+        if names != own_names or len(saved) != len(names):
+            raise CheckpointError(
+                f"checkpoint {checkpoint.path} was written with optimizers {names}, "
+                f"but this run has {own_names}; use the same ones"
+            )
+        check_fits(self.model, checkpoint.model, checkpoint.path)
+        has_stepped = checkpoint.step > checkpoint.train["skipped"]
+        has_momentum = checkpoint.manifest["config"]["momentum"] > 0
+        for optimizer, state, name in zip(self.optimizers, saved, names, strict=True):
+            may_be_empty = not has_stepped or (name == "SGD" and not has_momentum)
+            if problems := optimizer_problems(state, optimizer, may_be_empty=may_be_empty):
+                raise CheckpointError(
+                    f"checkpoint {checkpoint.path}: the state of {name}: {'; '.join(problems[:5])}"
+                )
+
 
 def _shard_state(values: dict[str, Any], param: Tensor) -> dict[str, Any]:
     """Shard an optimizer's state of one parameter: tensors of its shape are sharded like it."""
     return {
-        key: shard_like(value, param)
-        if getattr(value, "shape", None) == param.shape
+        key: shard_like(value, param).contiguous()  # fused optimizers read it as one block
+        if value.shape == param.shape
         else read_all(value)
         for key, value in values.items()
     }
@@ -149,6 +201,13 @@ def _restore_preconditioner(
         raise CheckpointError(
             f"checkpoint {checkpoint.path} was written without DoPr; resume with dopr=false"
         )
+    for layer in preconditioner.layers:
+        problems = layer_problems(saved.get(layer.name, {}), layer.tensors())
+        if problems:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.path}: the preconditioner state of {layer.name}: "
+                + "; ".join(problems)
+            )
     try:
         preconditioner.load_state_dict(read_all(saved))
     except (ValueError, FloatingPointError) as error:

@@ -6,6 +6,7 @@ save removes the temporary folder. If a run was resumed from an earlier step, it
 the later folders to `abandoned-step-N`.
 """
 
+import errno
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,14 +21,13 @@ from torch import Tensor
 
 from data.files import fsync, write_atomic
 from trainer.checkpoint import sharded
-from trainer.checkpoint.read import (
-    SCHEMA,
-    CheckpointError,
-    candidates,
-    manifest_digest,
-    manifest_entry,
-)
+from trainer.checkpoint.read import candidates
+from trainer.checkpoint.schema import SCHEMA, CheckpointError, manifest_digest
+from trainer.checkpoint.verify import manifest_entry
 from trainer.parallel import Parallel
+
+DISK_FULL = ("No space left", "os error 28", "quota exceeded", "os error 122")  # in messages
+PROBE_BYTES = 2**20
 
 
 def save_checkpoint(
@@ -110,10 +110,26 @@ def _written_folder(root: Path, step: int, parallel: Parallel | None = None) -> 
             parallel.raise_on_all_ranks(start if parallel.is_main else lambda: None, OSError)
         yield partial
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError
+        is_full = any(text in str(error) for text in DISK_FULL)
         if parallel is None or parallel.is_main:
+            is_full |= _is_disk_full(partial)
             shutil.rmtree(partial, ignore_errors=True)
-        name = partial.with_suffix("")
-        raise CheckpointError(f"checkpoint {name} could not be written: {error}") from error
+        reason = f"no space left in {root} for a file of its size" if is_full else str(error)
+        intact = next(
+            (f"{path.name} is intact" for path in candidates(root)), "there is no earlier one"
+        )
+        raise CheckpointError(
+            f"checkpoint {partial.with_suffix('')} could not be written: {reason}; {intact}"
+        ) from error
+
+
+def _is_disk_full(folder: Path) -> bool:
+    """Try to write a file in the folder: torch and safetensors do not always say what failed."""
+    try:
+        with (folder / "probe").open("wb", buffering=0) as file:
+            return file.write(bytes(PROBE_BYTES)) < PROBE_BYTES
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _finish(

@@ -72,6 +72,40 @@ def test_a_record_says_everything_and_is_not_computed_twice(graded, capsys):
     assert "-1.0000" not in capsys.readouterr().out
 
 
+def test_a_metric_that_is_not_finite_is_read_back(graded, tmp_path, capsys):
+    run = shutil.copytree(graded, tmp_path / "run")
+    grade(capsys, run)
+    path = run / "ttf/step-00000004.json"
+    record = json.loads(path.read_text())
+    record["grade"]["metrics"]["jeffreys"]["mean"] = float("inf")
+    write_record(path, record)  # as null
+    assert "jeffreys n/a [" in grade(capsys, run)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"grading": {}}'])
+def test_a_damaged_record_is_named_with_what_to_do(graded, tmp_path, capsys, content):
+    run = shutil.copytree(graded, tmp_path / "run")
+    (run / "ttf").mkdir(exist_ok=True)
+    (run / "ttf/step-00000004.json").write_text(content)
+    with pytest.raises(SystemExit, match="2"):
+        grade(capsys, run)
+    error = capsys.readouterr().err
+    assert "step-00000004.json: " in error
+    assert "delete the file" in error
+    assert error.count("\n") == 1
+
+
+def test_the_folder_of_the_grades_is_checked_before_the_grading(
+    graded, tmp_path, capsys, monkeypatch
+):
+    run = shutil.copytree(graded, tmp_path / "run", ignore=shutil.ignore_patterns("ttf"))
+    (run / "ttf").write_text("")
+    monkeypatch.setattr(ttf, "grade_model", lambda *args, **rest: pytest.fail("graded"))
+    with pytest.raises(SystemExit, match="2"):
+        grade(capsys, run)
+    assert "ttf is not a folder" in capsys.readouterr().err
+
+
 def test_a_replaced_checkpoint_is_graded_again(graded, tmp_path, capsys):
     run = shutil.copytree(graded, tmp_path / "run")
     grade(capsys, run)

@@ -19,12 +19,16 @@ pytestmark = pytest.mark.xdist_group("gang")  # share one set of worker processe
 
 TOLERANCE = 1e-5  # fp32 sums in a different order, amplified by the condition number of Σ
 EXACT, FAST = {}, {"refresh_every": 3, "collect_every": 1, "sigma_beta": 0.9}
+FRESH = FAST | {"fresh_mean": True}
 
 
 @pytest.mark.parametrize(
     ("size", "how", "settings"),
     [
-        *((4, "ddp", FAST), (4, "fsdp", FAST)),
+        *((4, "ddp", FAST), (4, "fsdp", FRESH)),
+        pytest.param(4, "fsdp", FAST, marks=pytest.mark.slow),
+        pytest.param(3, "ddp", FRESH, marks=pytest.mark.slow),
+        pytest.param(4, "hsdp", FRESH, marks=pytest.mark.slow),
         pytest.param(2, "ddp", EXACT, marks=pytest.mark.slow),
         pytest.param(4, "fsdp", EXACT, marks=pytest.mark.slow),
         pytest.param(4, "hsdp", EXACT, marks=pytest.mark.slow),
@@ -91,6 +95,14 @@ def test_a_step_takes_the_collectives_of_the_plan(gang, base, how):
     settings = {"refresh_every": 3, "collect_every": 3}
     refresh, other = PLANS[base, how]
     for counts in gang.run(2, in_process_group, workers.counted, base, how, 4, settings):
+        assert [tuple(each.values()) for each in counts] == [refresh, other, other, refresh]
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_fresh_mean_takes_one_reduction_more_in_every_step(gang, how):
+    settings = {"refresh_every": 3, "collect_every": 3, "fresh_mean": True}
+    for counts in gang.run(2, in_process_group, workers.counted, "adamw", how, 4, settings):
+        refresh, other = ((n + 1, *more) for n, *more in PLANS["adamw", how])
         assert [tuple(each.values()) for each in counts] == [refresh, other, other, refresh]
 
 

@@ -1,0 +1,1 @@
+"""Use the preconditioner in other libraries' trainers. Each module imports its library."""
