@@ -10,8 +10,6 @@ over matrices of the upper bound / γ̄, of the iterations and of the error of M
 of matrices for which the iterations did not suffice.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path

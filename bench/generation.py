@@ -9,7 +9,6 @@ within a round alternates too. Size gpt2 runs a third of the rounds. The result 
 tokens per second, and the median and the quartiles over rounds of the ratio within a round.
 """
 
-import json
 import os
 import statistics
 import tempfile
@@ -21,6 +20,7 @@ import torch
 import transformers
 
 from bench.arguments import bench_parser
+from bench.timing import write_rows
 from data.tokenizer import byte_tokenizer
 from eval.generate import generate
 from eval.hf import export_hf
@@ -110,10 +110,8 @@ def main() -> None:
                 rows.append(row)
                 print(*(f"{key} {value}" for key, value in row.items()), sep="  ", flush=True)
     result = environment(torch.device("cpu")) | {"transformers": transformers.__version__}
-    result |= {"load_average": os.getloadavg(), "weights": "random", "sizes": SIZES}
-    result |= {"tokens": TOKENS, "rows": rows}
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    result |= {"load_average": os.getloadavg(), "sizes": SIZES, "tokens": TOKENS}
+    write_rows(arguments.out, result, rows)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ spilled to the stack; bytes of dynamic shared memory per block; and the number o
 with the CUDA wheels of torch.
 """
 
-from __future__ import annotations
-
 import re
 import subprocess
 import tempfile

@@ -9,8 +9,6 @@ with code 1. Needs a GPU. With --tiny, the same code runs on small matrices on a
 a GPU, set TRITON_INTERPRET=1 to use Triton's interpreter.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import sys

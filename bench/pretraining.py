@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 
 from bench.arguments import require_gpu
 from bench.timing import DEVICE, facts, write_rows
+from data.schema import OpenSchema, read_json
+from data.shards import DataError
 from eval.command import command_parser, leave_on_signals
 from studies.stats.seeds import paired
 from studies.sweep.study import best_rate, further_rate
@@ -58,7 +60,6 @@ TINY = SETTINGS | {
     **{"max_steps": 6, "warmup_steps": 1, "eval_every": 6, "save_every": 6, "block_diagonal": 16},
     **{"ttf_every": 6, "ttf_episodes": 2, "log_every": 1, "refresh_every": 2, "collect_every": 2},
 }
-FIXED = ("device", "settings")  # must be equal to continue a result
 DOPR_ONLY = ("block_diagonal", "refresh_every", "collect_every")
 
 
@@ -71,6 +72,33 @@ class PretrainingRun(NamedTuple):
 
 
 PretrainingRow = dict[str, Any]  # the fields of a PretrainingRun, and its results
+
+
+class StoredRow(OpenSchema):
+    """The keys of a row that decide which run is next and that the table shows."""
+
+    variant: str
+    lr: float
+    seed: int
+    seconds: float
+    has_diverged: bool
+    loss: float | None
+    survival: float | None
+    step_ms: float | None
+
+
+class FixedFacts(OpenSchema):
+    """The facts that must be equal to continue a result."""
+
+    device: str
+    settings: dict[str, Any]
+
+
+class PretrainingResult(OpenSchema):
+    """The file that this benchmark continues."""
+
+    environment: FixedFacts
+    rows: list[StoredRow]
 
 
 def next_run(rows: list[PretrainingRow]) -> PretrainingRun | None:
@@ -191,16 +219,13 @@ def read_rows(path: Path, environment: dict[str, Any]) -> list[PretrainingRow]:
     if not path.exists():
         return []
     try:
-        result = json.loads(path.read_text())
-        rows, stored = result["rows"], {key: result["environment"][key] for key in FIXED}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not a result of bench.pretraining ({error!r}); move it away"
-        ) from None
-    current = {key: environment[key] for key in FIXED}
+        stored = read_json(path, PretrainingResult).environment.model_dump()
+    except DataError as problem:
+        raise ValueError(f"{problem}; move the file away") from None
+    current = {key: environment[key] for key in stored}
     if stored != current:
         raise ValueError(f"{path} has runs with {stored}, not {current}; give another --out")
-    return rows
+    return json.loads(path.read_text())["rows"]
 
 
 def run_missing(

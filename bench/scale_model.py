@@ -10,8 +10,6 @@ step. Fast mode has the settings of config/gpt2_dopr.py: it computes P every 10 
 in 8, in blocks as wide as the model.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

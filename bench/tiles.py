@@ -9,8 +9,6 @@ candidate, and the relative difference of each result from the default's. Needs 
 the same code runs on small matrices; without a GPU, set TRITON_INTERPRET=1.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 from collections.abc import Callable, Iterator

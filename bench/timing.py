@@ -1,7 +1,5 @@
 """Time alternatives in turns, so that a drift of the machine's speed affects all of them alike."""
 
-from __future__ import annotations
-
 import json
 import math
 import statistics

@@ -22,6 +22,8 @@ import torch
 from tqdm import tqdm
 
 from eval.command import command_parser
+from eval.tables import markdown
+from studies.sweep.study import best_rate, further_rate
 from studies.sweep.trial import train_in
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,9 +66,8 @@ def run(optimizer: str, lr: float, seed: int, **changes: Any) -> float:
     command = ["train.py", f"--out_dir={out}", "--device=cpu"]
     command += [f"--{key}={value}" for key, value in settings.items()]
     metrics = out / "metrics.jsonl"
-    has_finished = (
-        metrics.exists() and '"event": "end", "reason": "finished"' in metrics.read_text()
-    )
+    finished = '"event": "end", "reason": "finished"'
+    has_finished = metrics.exists() and finished in metrics.read_text()
     if not has_finished and not train_in(out, command):
         return math.inf
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -76,12 +77,9 @@ def run(optimizer: str, lr: float, seed: int, **changes: Any) -> float:
 
 def sweep(optimizer: str, dopr: dict[str, Any]) -> dict[float, float]:
     """Return {learning rate: loss on the tuning seed}, with the best rate inside the grid."""
-    losses: dict[float, float] = {}
-    rates = list(RATES[optimizer])
-    while rates:
-        losses |= {lr: run(optimizer, lr, TUNING_SEED, **dopr) for lr in rates}
-        best, low, high = min(losses, key=losses.__getitem__), min(losses), max(losses)
-        rates = [low / 2] if best == low else [high * 2] if best == high else []
+    losses = {lr: run(optimizer, lr, TUNING_SEED, **dopr) for lr in RATES[optimizer]}
+    while lr := further_rate(losses):
+        losses[lr] = run(optimizer, lr, TUNING_SEED, **dopr)
     return dict(sorted(losses.items()))
 
 
@@ -89,7 +87,7 @@ def headline(variant: tuple[str, str]) -> dict[str, Any]:
     """Return one row: the sweep, and the fresh seeds at its best rate."""
     optimizer, mode = variant
     losses = sweep(optimizer, MODES[mode])
-    lr = min(losses, key=losses.__getitem__)
+    lr = best_rate(losses)
     fresh = [run(optimizer, lr, seed, **MODES[mode]) for seed in FRESH_SEEDS]
     return {"name": mode + optimizer, "lr": lr, "sweep": losses, **summary(fresh)}
 
@@ -105,13 +103,16 @@ def summary(losses: list[float]) -> dict[str, Any]:
     return {"losses": losses, "mean": statistics.mean(losses), "sd": statistics.stdev(losses)}
 
 
-def markdown(rows: Iterable[dict[str, Any]]) -> str:
-    lines = ["| | lr | val loss, mean ± sd of 3 seeds |", "|---|---|---|"]
-    for row in rows:
-        name = row["name"] + (f", {row['change']}" if "change" in row else "")
-        loss = f"{row['mean']:.4f} ± {row['sd']:.4f}"
-        lines.append(f"| {name} | {row['lr']:g} | {loss} |")
-    return "\n".join(lines)
+def table_of(rows: Iterable[dict[str, Any]]) -> str:
+    cells = [
+        (
+            ", ".join(row[key] for key in ("name", "change") if key in row),
+            f"{row['lr']:g}",
+            f"{row['mean']:.4f} ± {row['sd']:.4f}",
+        )
+        for row in rows
+    ]
+    return markdown(("", "lr", "val loss, mean ± sd of 3 seeds"), cells)
 
 
 def main() -> None:
@@ -129,14 +130,10 @@ def main() -> None:
         ]
         changes = list(tqdm(pool.map(change, tasks), total=len(tasks), desc="ablations"))
     result = {"model": MODEL, "run": RUN, "aux_lr": AUX_LR, "modes": MODES}
-    result |= {
-        "fresh_seeds": FRESH_SEEDS,
-        "ablation_seeds": ABLATION_SEEDS,
-        "table": table,
-        "ablations": changes,
-    }
+    result |= {"fresh_seeds": FRESH_SEEDS, "ablation_seeds": ABLATION_SEEDS}
+    result |= {"table": table, "ablations": changes}
     arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(markdown(table), markdown(changes), sep="\n\n")
+    print(table_of(table), table_of(changes), sep="\n\n")
 
 
 if __name__ == "__main__":

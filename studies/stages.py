@@ -1,11 +1,10 @@
 """Run a study that consists of several commands, or the stages that the command line selects."""
 
-import argparse
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from eval.command import command_parser
 
@@ -22,42 +21,42 @@ class Stage(Protocol):
     def argv(self, out: Path, workers: int) -> list[str]: ...
 
 
-S = TypeVar("S", bound=Stage)
-
-
-def chosen(
-    argv: Sequence[str], stages: Sequence[S], name: str, about: str | None, out: str
-) -> tuple[list[S], argparse.Namespace]:
-    """Parse the command line of a study.
+def run_stages(
+    argv: Sequence[str],
+    stages: Sequence[Stage],
+    *,
+    module: str,
+    about: str | None,
+    out: str,
+    prepare: Callable[[Path], None] | None = None,
+) -> Path:
+    """Parse the command line of a study; print and run the commands of its stages.
 
     Args:
-        argv: prefixes of stage names, --out and --workers.
+        argv: prefixes of stage names (all stages without a prefix), --out and --workers.
         stages: all stages of the study.
-        name: name of the command's module.
+        module: name of the study's module.
         about: help text.
         out: default of --out.
+        prepare: function of --out that is called before the first stage.
     Returns:
-        The stages whose names begin with one of the prefixes (all without a prefix), and the
-        arguments.
+        The value of --out.
     Raises:
         SystemExit: no stage begins with a prefix.
     """
-    parser = command_parser(name, about)
-    parser.add_argument(
-        "stages", nargs="*", help="prefixes of: " + ", ".join(stage.name for stage in stages)
-    )
+    parser = command_parser(module, about)
+    names = ", ".join(stage.name for stage in stages)
+    parser.add_argument("stages", nargs="*", help=f"prefixes of: {names}")
     parser.add_argument("--out", type=Path, default=Path(out))
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     arguments = parser.parse_args(argv)
     prefixes = tuple(arguments.stages or [""])
-    if not (found := [stage for stage in stages if stage.name.startswith(prefixes)]):
+    if not (chosen := [stage for stage in stages if stage.name.startswith(prefixes)]):
         parser.error(f"no stage begins with {', '.join(arguments.stages)}")
-    return found, arguments
-
-
-def run(stages: Sequence[Stage], out: Path, workers: int) -> None:
-    """Print and run the command of each stage."""
-    for stage in stages:
-        argv = stage.argv(out, workers)
-        print(shlex.join(["python", "-m", stage.command.__name__, *argv]), flush=True)
-        stage.command.main(argv)
+    if prepare:
+        prepare(arguments.out)
+    for stage in chosen:
+        words = stage.argv(arguments.out, arguments.workers)
+        print(shlex.join(["python", "-m", stage.command.__name__, *words]), flush=True)
+        stage.command.main(words)
+    return arguments.out

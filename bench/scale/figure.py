@@ -1,7 +1,5 @@
 """Plot the share that DoPr adds to a step: optimizers in rows, placements in columns."""
 
-from __future__ import annotations
-
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

@@ -1,7 +1,5 @@
 """Peak rates and latencies of GPUs and their networks, each with its source or marked assumed."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 
 T, G, MICRO = 1e12, 1e9, 1e-6

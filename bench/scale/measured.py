@@ -1,19 +1,50 @@
 """Compare the cost model with measurements of bench/step_overhead.py on one device."""
 
-from __future__ import annotations
-
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from bench.scale.hardware import Hardware
 from bench.scale.plan import Placement
 from bench.scale.shapes import DoprMode, ModelShape
 from bench.scale.step import estimate
 from bench.step_overhead import PRESETS, StepPreset
+from data.schema import OpenSchema, read_json
+from data.shards import DataError
 
 ONE_DEVICE = Placement("ddp", 1)
+
+
+class ModeTimes(OpenSchema):
+    """Milliseconds per step, without DoPr and in each mode."""
+
+    base: float
+    exact: float
+    fast: float
+
+
+class ModeRatios(OpenSchema):
+    """The step times relative to the step without DoPr."""
+
+    exact: float
+    fast: float
+
+
+class MeasuredRow(OpenSchema):
+    """The keys of a row that are compared with the model."""
+
+    width: int
+    optimizer: str
+    inverse: str = "cholesky"
+    tokens: int | None = None
+    step_ms: ModeTimes
+    ratio: ModeRatios
+
+
+class Measurements(OpenSchema):
+    """A result of bench.step_overhead. In older ones, all rows have the same tokens."""
+
+    tokens: int | None = None
+    rows: list[MeasuredRow]
 
 
 def comparison(path: Path, hardware: Hardware) -> Iterator[str]:
@@ -21,41 +52,33 @@ def comparison(path: Path, hardware: Hardware) -> Iterator[str]:
 
     Raises ValueError if the file is not a result of step_overhead, or if no preset has its batch.
     """
-    for row in read_rows(path):
-        preset = preset_of(row, path)
-        label = f"{hardware.name}, width {row['width']} {row['optimizer']}"
-        for mode in modes(preset, row.get("inverse", "cholesky")):
-            shape = shape_of(preset, row["width"])
-            one = estimate(shape, ONE_DEVICE, row["optimizer"], mode, hardware, min_tokens=1)
+    try:
+        result = read_json(path, Measurements)
+    except DataError as problem:
+        command = "python -m bench.step_overhead --out FILE"
+        raise ValueError(f"{problem}; write a measurement with {command}") from None
+    for row in result.rows:
+        preset = preset_of(row.tokens or result.tokens, path)
+        label = f"{hardware.name}, width {row.width} {row.optimizer}"
+        for mode in modes(preset, row.inverse):
+            shape = shape_of(preset, row.width)
+            one = estimate(shape, ONE_DEVICE, row.optimizer, mode, hardware, min_tokens=1)
             base_ms = 1e3 * sum(one.base_s.values())
-            measured_ms = row["step_ms"]
             yield (
-                f"{label}  base: model {base_ms:.3g} ms, measured {measured_ms['base']:.3g}  "
+                f"{label}  base: model {base_ms:.3g} ms, measured {row.step_ms.base:.3g}  "
                 f"{mode.name}: model {base_ms * (1 + one.added):.3g} ms ({1 + one.added:.3f}), "
-                f"measured {measured_ms[mode.name]:.3g} ({row['ratio'][mode.name]:.3f})"
+                f"measured {getattr(row.step_ms, mode.name):.3g} "
+                f"({getattr(row.ratio, mode.name):.3f})"
             )
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a result of bench.step_overhead."""
-    try:
-        content = json.loads(path.read_text())
-        rows = content["rows"]
-        return [{"tokens": content.get("tokens")} | row for row in rows if row["step_ms"]["base"]]
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} is not a result of bench.step_overhead ({type(error).__name__}: {error}); "
-            "write one with python -m bench.step_overhead --out FILE"
-        ) from error
-
-
-def preset_of(row: dict[str, Any], path: Path) -> StepPreset:
-    """Return the preset whose steps have the tokens of the row."""
+def preset_of(tokens: int | None, path: Path) -> StepPreset:
+    """Return the preset whose steps have that many tokens."""
     presets = {p.micro_batch_size * p.accumulation * p.block_size: p for p in PRESETS.values()}
-    if row["tokens"] not in presets:
-        tokens = ", ".join(map(str, presets))
-        raise ValueError(f"{path}: tokens={row['tokens']}, but the presets have {tokens}")
-    return presets[row["tokens"]]
+    if tokens not in presets:
+        known = ", ".join(map(str, presets))
+        raise ValueError(f"{path}: tokens={tokens}, but the presets have {known}")
+    return presets[tokens]
 
 
 def shape_of(preset: StepPreset, width: int) -> ModelShape:

@@ -4,8 +4,6 @@ Activation checkpointing is not modelled, because train.py has none. A compiled 
 assumed to cast its weights again in the backward, so only one block has bf16 copies.
 """
 
-from __future__ import annotations
-
 from bench.scale.plan import (
     FP32,
     Placement,

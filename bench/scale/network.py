@@ -6,8 +6,6 @@ has as many hops as processes. An all-reduce may use a tree instead, which has a
 slow hops. Collectives are assumed not to slow each other down.
 """
 
-from __future__ import annotations
-
 from math import ceil, log2
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 tests/bench/scale/test_plan.py counts the collectives of real runs with two to four processes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Literal, NamedTuple

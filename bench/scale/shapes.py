@@ -3,8 +3,6 @@
 Shapes, bytes, owners and messages come from the classes that train, so they follow the code.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache

@@ -7,8 +7,6 @@ sums start after the backward, P is sent after the last inversion, and then foll
 optimizer.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from bench.scale import memory, work

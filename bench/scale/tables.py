@@ -1,7 +1,5 @@
 """Format estimates as Markdown tables."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from bench.scale.hardware import Hardware

@@ -3,8 +3,6 @@
 The time of matrix products follows from their FLOPs, the time of everything else from its bytes.
 """
 
-from __future__ import annotations
-
 from math import ceil
 
 from bench.scale.hardware import Hardware

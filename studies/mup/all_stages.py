@@ -14,12 +14,15 @@ from types import ModuleType
 
 import data.pystdlib.prepare
 from studies.mup import coord_check, width_sweep
-from studies.stages import chosen, run
+from studies.stages import run_stages
 
-MUON = ("muon", "muon+adjust_lr=spectral", "muon+adjust_lr=original", "adamuon")
+MUON = ("muon", "muon+adjust_lr=unit_rms_norm", "muon+adjust_lr=original", "adamuon")
 BASES = ("adamw", "signum", "sgd", *MUON)
 RAW = "dopr-sgd+trace_normalized=false"
-MODES = ("independent", "constant")  # of weight decay
+DECAYED = (  # with each mode of weight decay
+    *("adamw+wd_scaling=independent", "adamw+wd_scaling=constant"),
+    *("fast-dopr-adamw+wd_scaling=independent", "fast-dopr-adamw+wd_scaling=constant"),
+)
 DECAY = 9.0  # at rate 2^-9, η λ summed over 200 steps is 3.5: updates have settled
 
 
@@ -61,19 +64,12 @@ STAGES = (
     *transfer("dopr-adamw", lowest=-1),
     *transfer("dopr-muon"),
     WidthStage(
-        "decay",
-        width_sweep,
-        "decay",
-        tuple(
-            f"{name}+wd_scaling={mode}" for name in ("adamw", "fast-dopr-adamw") for mode in MODES
-        ),
+        *("decay", width_sweep, "decay", DECAYED),
         ("--parametrisations", "mup", "--octaves=1", "--steps", "200"),
         (f"weight_decay={DECAY}", "schedule=constant"),
     ),
     WidthStage(
-        "wide-coordinates",
-        coord_check,
-        "wide-coordinates",
+        *("wide-coordinates", coord_check, "wide-coordinates"),
         ("adamw", "dopr-adamw", "dopr-muon"),
         ("--widths", "128,256,512"),
     ),
@@ -84,16 +80,15 @@ STAGES = (
 )
 
 
-def prepare(folder: Path) -> None:
-    """Prepare the data unless the folder contains them."""
-    if not (folder / "meta.json").exists():
-        data.pystdlib.prepare.main(["--tokenizer", "byte", "--out", str(folder)])
+def prepare(out: Path) -> None:
+    """Prepare the data of all stages unless the folder contains them."""
+    if not (out / "bytes/meta.json").exists():
+        data.pystdlib.prepare.main(["--tokenizer", "byte", "--out", str(out / "bytes")])
 
 
 def main(argv: list[str]) -> None:
-    stages, asked = chosen(argv, STAGES, "studies.mup.all_stages", __doc__, "out/width")
-    prepare(asked.out / "bytes")
-    run(stages, asked.out, asked.workers)
+    names = {"module": "studies.mup.all_stages", "about": __doc__, "out": "out/width"}
+    run_stages(argv, STAGES, prepare=prepare, **names)
 
 
 if __name__ == "__main__":

@@ -20,27 +20,20 @@ from pathlib import Path
 import numpy as np
 
 from data.files import write_atomic
-from data.shards import DataError
 from eval.command import command_parser
 from eval.rollout.intervals import Estimate
 from eval.tables import markdown
 from studies.mup.coordinates import KINDS, STEPS, measure_coordinates
 from studies.mup.figures import coordinates_figure
-from studies.mup.grid import add_axes, commands, grid, run_grid, write_sweep
+from studies.mup.grid import add_axes, commands, run_command
 from studies.mup.slopes import slope, widths_of
 from studies.report.style import save_png
 from studies.stats.records import Record, grouped
-from studies.sweep.run_cache import TrialError
 
 SETTINGS = {  # of train.py
     **{"max_steps": STEPS[-1], "warmup_steps": 0, "schedule": "constant", "weight_decay": 0.0},
-    **{
-        "grad_clip": 0.0,
-        "save_every": 1,
-        "keep_checkpoints": STEPS[-1] + 1,
-        "eval_batches": 1,
-        "log_every": 1,
-    },
+    **{"grad_clip": 0.0, "save_every": 1, "keep_checkpoints": STEPS[-1] + 1},
+    **{"eval_batches": 1, "log_every": 1},
 }
 HIDDEN = ("qkv", "attention out", "fc", "mlp out", "residual")
 FIRST = ("embedding", "qkv", "fc")  # judged at t = 0
@@ -151,17 +144,10 @@ def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]
 
 def main(argv: list[str]) -> int:
     parser, arguments = parse(argv)
-    try:
-        trials = grid(arguments, SETTINGS, measure_coordinates)
-        if arguments.wandb_sweep:
-            return write_sweep("studies.mup.coord_check", arguments, [])
-        records = run_grid(trials, arguments.out, arguments.workers)
-    except (DataError, TrialError, ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"stopped; the same command continues in {arguments.out}\n")
-    command = shlex.join(["python", "-m", "studies.mup.coord_check", *argv])
-    is_good, text = write_report(arguments.out, records, command)
+    records = run_command(parser, arguments, SETTINGS, measure_coordinates)
+    if records is None:
+        return 0
+    is_good, text = write_report(arguments.out, records, f"{parser.prog} {shlex.join(argv)}")
     print(text)
     print(f"{len(records)} runs, plots and coordinates.md in {arguments.out}")
     is_whole = arguments.shard[1] == 1 and len(arguments.widths) > 1

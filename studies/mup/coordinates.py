@@ -3,7 +3,6 @@
 Source: Yang et al., Tensor Programs V, arXiv 2203.03466, appendix D.1.
 """
 
-import json
 import math
 import re
 from collections import defaultdict
@@ -17,6 +16,7 @@ from data.loader import val_batches
 from eval.rollout.tasks import open_data
 from eval.run import run_of
 from model import GPT
+from studies.sweep.run_cache import read_settings
 from trainer.checkpoint.read import load_checkpoint, open_checkpoint
 
 STEPS = (0, 1, 2, 4, 8)  # activations are measured after these steps
@@ -44,7 +44,7 @@ def measure_coordinates(folder: Path) -> dict[str, dict[str, Any]]:
     paths = {t: folder / f"checkpoints/step-{t:08d}" for t in STEPS}
     if not all(path.exists() for path in paths.values()):
         return {}
-    settings = json.loads((folder / "config.json").read_text())
+    settings = read_settings(folder)
     block_size = settings["block_size"]
     data = open_data(settings["dataset"])
     x, _ = next(iter(val_batches(data, batch_size=PROBES, block_size=block_size)))

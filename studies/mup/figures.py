@@ -38,12 +38,9 @@ def coordinates_figure(records: list[Record]) -> Figure:
                 _line(ax, sizes, colours[t])
             logarithmic(ax, "y", (1, 3))
         _label(axes, "width", "RMS")
-        legend_on_top(figure, [Line2D([], [], color=colours[t], label=_when(t)) for t in STEPS])
+        names = {t: f"change until t = {t}" if t else "activations at t = 0" for t in STEPS}
+        legend_on_top(figure, [Line2D([], [], color=colours[t], label=names[t]) for t in STEPS])
     return figure
-
-
-def _when(t: int) -> str:
-    return f"change until t = {t}" if t else "activations at t = 0"
 
 
 def transfer_figure(records: list[Record]) -> Figure:

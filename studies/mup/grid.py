@@ -10,10 +10,12 @@ import argparse
 import itertools
 import json
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from data.files import write_atomic
+from data.shards import DataError
 from eval.rollout.record import write_records
 from eval.rollout.tasks import open_data
 from studies.mup.trial import PARAMETRISATIONS, WidthTrial, run_width_trial
@@ -34,12 +36,8 @@ GRID_SETTINGS = {  # the grid itself sets these
 def add_axes(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     """Add the arguments of both width studies; `defaults` gives --out and --octaves."""
     add = parser.add_argument
-    add(
-        "--optimizers",
-        type=words,
-        required=True,
-        help="comma-separated; see studies/sweep/variants.py",
-    )
+    names = "comma-separated; see studies/sweep/variants.py"
+    add("--optimizers", type=words, required=True, help=names)
     add("--parametrisations", type=kinds, default=[*PARAMETRISATIONS], help="sp,mup")
     add("--widths", type=numbers, default=[32, 64, 128, 256], help="values of n_embd: 32,64")
     add("--octaves", type=numbers, metavar="A:B or A,B,...", help="log2 of lr over RATES[optimizer]"
@@ -49,12 +47,8 @@ def add_axes(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     add("--workers", type=int, default=2, help="runs at a time, each in a process with one thread")
     add("--shard", type=shard, default=(1, 1), metavar="I/N", help="every N-th run, from the I-th")
     add("--out", type=Path, help="folder of the records, plots and tables")
-    add(
-        "--wandb_sweep",
-        type=Path,
-        metavar="FILE",
-        help="write a wandb sweep of this grid and run nothing",
-    )
+    about = "write a wandb sweep of this grid and run nothing"
+    add("--wandb_sweep", type=Path, metavar="FILE", help=about)
     parser.set_defaults(**defaults)
 
 
@@ -144,6 +138,32 @@ def _check_equal_settings(asked: dict[str, dict[str, Any]], out: Path) -> None:
             )
 
 
+def run_command(
+    parser: argparse.ArgumentParser,
+    arguments: argparse.Namespace,
+    settings: dict[str, Any],
+    measure: Callable[[Path], dict[str, Any]],
+    more: Sequence[str] = (),
+) -> list[Record] | None:
+    """Run the grid of a command line; return its records, or None if it writes a wandb sweep.
+
+    more: arguments of the command that are not axes.
+
+    Raises:
+        SystemExit: a run cannot be trained (2), or the user stops the command (130).
+    """
+    try:
+        trials = grid(arguments, settings, measure)
+        if arguments.wandb_sweep:
+            write_sweep(parser.prog.split()[-1], arguments, more)
+            return None
+        return run_grid(trials, arguments.out, arguments.workers)
+    except (DataError, TrialError, ValueError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"stopped; the same command continues in {arguments.out}\n")
+
+
 def run_grid(trials: Sequence[WidthTrial], out: Path, workers: int) -> list[Record]:
     """Run the trials that have not finished; write records.jsonl and return all its records.
 
@@ -157,7 +177,7 @@ def run_grid(trials: Sequence[WidthTrial], out: Path, workers: int) -> list[Reco
             runner.run(trials)
     finally:
         records = [read_record(path.parent) for path in out.glob("runs/*/record.json")]
-        records.sort(key=_key)
+        records.sort(key=itemgetter("base", "variant", "parametrisation", "width", "lr", "seed"))
         out.mkdir(parents=True, exist_ok=True)
         write_records(out / RECORDS, records)
     return records + twins(records)
@@ -174,10 +194,8 @@ def commands(out: Path, command: str) -> str:
 
 def is_base(settings: dict[str, Any]) -> bool:
     """Whether muP with these settings equals the standard parametrisation."""
-    has_base_heads = settings["mup_base_head_dim"] in (
-        None,
-        settings["n_embd"] // settings["n_head"],
-    )
+    head_dim = settings["n_embd"] // settings["n_head"]
+    has_base_heads = settings["mup_base_head_dim"] in (None, head_dim)
     return settings["n_embd"] == settings["mup_base_width"] and has_base_heads
 
 
@@ -186,42 +204,31 @@ def twins(records: Sequence[Record]) -> list[Record]:
 
     Only optimizers that ran under sp are included, and only runs that sp does not have.
     """
-    existing = {(r["variant"], r["width"], r["lr"], r["seed"]) for r in records if _is_sp(r)}
+    run_of = itemgetter("variant", "width", "lr", "seed")
+    existing = {run_of(each) for each in records if each["parametrisation"] == "sp"}
     with_sp = {variant for variant, *_ in existing}
     return [
         record | {"parametrisation": "sp", "settings": record["settings"] | {"mup": False}}
         for record in records
-        if not _is_sp(record) and is_base(record["settings"]) and record["variant"] in with_sp
-        if (record["variant"], record["width"], record["lr"], record["seed"]) not in existing
+        if record["parametrisation"] == "mup" and is_base(record["settings"])
+        if record["variant"] in with_sp and run_of(record) not in existing
     ]
 
 
-def _is_sp(record: Record) -> bool:
-    return record["parametrisation"] == "sp"
-
-
-def _key(record: Record) -> tuple[Any, ...]:
-    keys = ("base", "variant", "parametrisation", "width", "lr", "seed")
-    return tuple(record[key] for key in keys)
-
-
 def _line(record: Record) -> str:
-    has_loss = record["val_loss"] is not None
-    loss = f"val loss {record['val_loss']:.4f}" if has_loss else "diverged"
+    loss = "diverged" if record["val_loss"] is None else f"val loss {record['val_loss']:.4f}"
     return (
         f"{record['variant']}  {record['parametrisation']}  width {record['width']}  "
         f"lr {record['lr']:g}  seed {record['seed']}  {loss}  {record['seconds']:.1f} s"
     )
 
 
-def write_sweep(command: str, arguments: argparse.Namespace, more: Sequence[str]) -> int:
-    """Write a wandb sweep whose agents run this grid, and return the exit code.
+def write_sweep(command: str, arguments: argparse.Namespace, more: Sequence[str]) -> None:
+    """Write a wandb sweep whose agents run this grid.
 
         wandb sweep FILE; wandb agent ID
 
     An agent calls the command with one value for each axis. The file is JSON, which is also YAML.
-
-    more: arguments of the command that are not axes.
     """
     fixed = [f"--out={arguments.out}", "--workers=1", *more]
     fixed += ["--set", "wandb=online", *arguments.set]
@@ -236,4 +243,3 @@ def write_sweep(command: str, arguments: argparse.Namespace, more: Sequence[str]
     }
     write_atomic(arguments.wandb_sweep, json.dumps(content, indent=2) + "\n")
     print(f"wandb sweep {arguments.wandb_sweep}")
-    return 0

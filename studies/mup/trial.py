@@ -10,7 +10,7 @@ from typing import Any
 from eval.rollout.record import train_command
 from eval.run import ENVIRONMENT
 from studies.stats.records import Record
-from studies.sweep.run_cache import recorded
+from studies.sweep.run_cache import read_settings, recorded
 from studies.sweep.trial import model_settings, train_in
 from studies.sweep.variants import Variant
 
@@ -20,7 +20,7 @@ RATES = {  # learning rate of octave 0, near the best one at width 256, the base
     "signum": 2**-12,
     "sgd": 2**-6,
     "muon": 2**-7,
-    "muon spectral": 2**-5,
+    "muon unit_rms_norm": 2**-5,
     "muon original": 2**-5,
     "adamuon": 2**-7,
 }
@@ -68,7 +68,7 @@ def run_width_trial(trial: WidthTrial) -> None:
 
 def _train_and_measure(trial: WidthTrial) -> Record:
     has_finished = train_in(trial.folder, trial.command)
-    settings = json.loads((trial.folder / "config.json").read_text())
+    settings = read_settings(trial.folder)
     started, *rows = map(json.loads, (trial.folder / "metrics.jsonl").read_text().splitlines())
     losses = [row["loss"] for row in rows if row["kind"] == "val"]
     return {

@@ -15,14 +15,12 @@ import sys
 from pathlib import Path
 
 from data.files import write_atomic
-from data.shards import DataError
 from eval.command import command_parser
 from studies.mup.figures import ratio_figure, transfer_figure
-from studies.mup.grid import add_axes, commands, grid, run_grid, write_sweep
+from studies.mup.grid import add_axes, commands, run_command
 from studies.mup.tables import tables
 from studies.mup.update_ratio import measure_update
 from studies.report.style import save_png
-from studies.sweep.run_cache import TrialError
 
 
 def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -34,29 +32,21 @@ def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]
 
 def settings_of(steps: int) -> dict[str, int]:
     """Return the settings of train.py for a run length. The last two steps are saved."""
-    if steps < 3:
-        raise ValueError(f"--steps={steps}: must be at least 3")
-    every = max(1, steps // 20)
-    return {"max_steps": steps, "warmup_steps": steps // 10, "log_every": every} | {
-        "save_every": steps - 1,
-        "keep_checkpoints": 2,
-    }
+    lengths = {"max_steps": steps, "warmup_steps": steps // 10, "log_every": max(1, steps // 20)}
+    return lengths | {"save_every": steps - 1, "keep_checkpoints": 2}
 
 
 def main(argv: list[str]) -> None:
     parser, arguments = parse(argv)
-    try:
-        trials = grid(arguments, settings_of(arguments.steps), measure_update)
-        if arguments.wandb_sweep:
-            write_sweep("studies.mup.width_sweep", arguments, [f"--steps={arguments.steps}"])
-            return
-        records = run_grid(trials, arguments.out, arguments.workers)
-    except (DataError, TrialError, ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"stopped; the same command continues in {arguments.out}\n")
+    steps = arguments.steps
+    if steps < 3:
+        parser.error(f"--steps={steps}: must be at least 3")
+    settings, more = settings_of(steps), [f"--steps={steps}"]
+    records = run_command(parser, arguments, settings, measure_update, more)
+    if records is None:
+        return
     text = tables(records)
-    done = commands(arguments.out, shlex.join(["python", "-m", "studies.mup.width_sweep", *argv]))
+    done = commands(arguments.out, f"{parser.prog} {shlex.join(argv)}")
     write_atomic(arguments.out / "transfer.md", f"# Width sweep\n\n{done}\n\n{text}\n")
     save_png(transfer_figure(records), arguments.out / "transfer.png")
     save_png(ratio_figure(records), arguments.out / "update_ratio.png")

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -124,27 +125,19 @@ def episodes_left(section: Section) -> Table | None:
     return Table([f"step {t + 1}" for t in at], rows)
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """The first episodes of one run."""
-
-    variant: str
-    seed: int
-    texts: list[dict[str, str]]  # "data" and "own", perhaps "prompt"
-
-
-def samples(section: Section) -> list[Sampled]:
+def samples(section: Section) -> list[tuple[str, int, list[dict[str, str]]]]:
     """Return episodes of the best variant, of the next one with its base, and of the last one.
 
-    They are of the first seed of each.
+    Each entry has the variant, its first seed, and the texts "data", "own" and perhaps "prompt" of
+    some episodes.
     """
     runs = finished_runs(section)
     board = [entry for entry in section.entries if entry.variant in runs]
     family = [entry for entry in board if entry.base == board[0].base]
     names = dict.fromkeys(entry.variant for entry in [*board[:1], *family[1:2], *board[-1:]])
     first = [min(runs[name], key=lambda record: record["seed"]) for name in names]
-    found = [Sampled(r["variant"], r["seed"], r["grade"]["samples"][:N_SAMPLES]) for r in first]
-    return [each for each in found if each.texts]
+    found = [(r["variant"], r["seed"], r["grade"]["samples"][:N_SAMPLES]) for r in first]
+    return [each for each in found if each[2]]
 
 
 def incidents(section: Section, protocols: Iterable[dict[str, Any]]) -> list[str]:
@@ -204,11 +197,8 @@ def grading(section: Section) -> list[tuple[str, int]]:
 
 def all_runs(records: Sequence[Record]) -> list[list[str]]:
     """Return a row for every run, including tuning runs and runs that diverged."""
-    lines = []
-    for r in sorted(
-        records, key=lambda r: (r["base"], r["variant"], r["role"], r["lr"], r["seed"])
-    ):
-        values = number(val_loss(r)), number(primary(r))
-        lines.append([r["variant"], r["role"], f"{r['lr']:g}", str(r["seed"]), *values])
-        lines[-1] += [number(r["seconds"], 1), r["command"]]
-    return lines
+    rows = []
+    for r in sorted(records, key=itemgetter("base", "variant", "role", "lr", "seed")):
+        values = f"{r['lr']:g}", str(r["seed"]), number(val_loss(r)), number(primary(r))
+        rows.append([r["variant"], r["role"], *values, number(r["seconds"], 1), r["command"]])
+    return rows

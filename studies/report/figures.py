@@ -120,16 +120,12 @@ def curves(records: list[Record]) -> Figure | None:
         if ax.get_yscale() == "log":
             drawn = np.concatenate([mean for mean, _, _ in found[name].values()])
             ax.set_ylim(bottom=max(FLOOR * min(last), 0.5 * drawn[drawn > 0].min()))
-    label(axes, "rollout step l", _units(names, finished[0]))
+    unit = error_unit(finished[0]["grade"]["metrics"])
+    label(axes, "rollout step l", {name: CURVES[name].format(error=unit) for name in names})
     thin_key = Line2D([], [], color=INK, lw=0.7, label="thin: on the data's contexts")
     more = [thin_key] if {*names} & ON_DATA.keys() else []
     legend_on_top(figure, mode_keys(shown.values(), by="dashes") + more)
     return figure
-
-
-def _units(names: list[str], record: Record) -> dict[str, str]:
-    unit = error_unit(record["grade"]["metrics"])
-    return {name: CURVES[name].format(error=unit) for name in names}
 
 
 def _bands(records: list[Record], name: str, like: str | None = None) -> dict:

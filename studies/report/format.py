@@ -10,24 +10,13 @@ Cell = tuple[str, str]  # a number, and "± 0.12" or empty
 MINUS = "\u2212"
 LARGEST = 700.0  # larger logarithms are cut off before they are exponentiated
 NONE = "\u2013"  # shown where there is no number
-UNITS = {
-    "val_ce": "nats",
-    "val_kl": "nats",
-    "accumulated_kl": "nats",
-    "sequence_kl": "nats",
-    "jeffreys": "nats",
-    "overconfidence": "nats",
-    "gap": "nats per step",
-    "excess_percent": "%",
-    "entropy_drift": "nats",
-    "abs_entropy_drift": "nats",
-}
+IN_NATS = (
+    *("val_ce", "val_kl", "accumulated_kl", "sequence_kl", "jeffreys", "overconfidence"),
+    *("entropy_drift", "abs_entropy_drift"),
+)
+UNITS = dict.fromkeys(IN_NATS, "nats") | {"gap": "nats per step", "excess_percent": "%"}
 WORDS = {"kl": "KL", "ce": "CE", "val": "validation", "percent": "", "abs": "absolute"}
-MODES = {
-    "": "base",
-    "dopr-": "DoPr",
-    "fast-dopr-": "fast DoPr",
-}  # prefixes, studies/sweep/variants.py
+MODES = {"": "base", "dopr-": "DoPr", "fast-dopr-": "fast DoPr"}  # studies/sweep/variants.py
 
 
 def mode_of(variant: str, base: str) -> str:

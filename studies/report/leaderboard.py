@@ -75,13 +75,14 @@ def clear_best(records: list[Record], rows: list[LeaderboardRow]) -> str | None:
 def _entry(row: LeaderboardRow, scale: float, threshold: float, is_best: bool) -> Entry:
     versus, val = row.versus_base, row.val_versus_base
     found = verdict(versus, row.at_this_rate) if versus else ""
+    is_controlled = row.at_this_rate is not None and row.at_this_rate.difference.n >= MIN_SEEDS
     shown = versus and Versus(
         error=times(versus.difference),
         at_this_rate=times(row.at_this_rate.difference) if row.at_this_rate else (NONE, ""),
         val_loss=pair(val.difference, sign=True) if val else (NONE, ""),
         wins=f"{versus.wins}/{versus.n_pairs}",
         p=p_value(versus.p) if versus.difference.n >= MIN_SEEDS else NONE,
-        is_strict=versus.p < threshold and found in CLEAR and _is_controlled(row),
+        is_strict=versus.p < threshold and found in CLEAR and is_controlled,
         verdict=found,
         bar=_bar(versus.difference, scale),
     )
@@ -90,11 +91,6 @@ def _entry(row: LeaderboardRow, scale: float, threshold: float, is_best: bool) -
     n_runs = row.primary.n + row.n_diverged
     median = number(row.median)
     return Entry(row.variant, row.base, lr, *values, median, shown, row.n_diverged, n_runs, is_best)
-
-
-def _is_controlled(row: LeaderboardRow) -> bool:
-    """Whether enough runs of the base at the variant's learning rate finished."""
-    return row.at_this_rate is not None and row.at_this_rate.difference.n >= MIN_SEEDS
 
 
 def _over_episodes(entry: Entry, records: list[Record]) -> Entry:

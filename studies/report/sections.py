@@ -78,7 +78,7 @@ class Section:
 
 
 def make_sections(records: Sequence[Record], n_planned: int = 0) -> list[Section]:
-    """Return the sections of studies, then those of single runs; other knobs make another section.
+    """Return a section for each task, training length and knobs: of studies, then of single runs.
 
     n_planned: number of planned comparisons, including those without records. 0 if it is unknown.
     """

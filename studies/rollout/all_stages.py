@@ -14,12 +14,11 @@ from pathlib import Path
 from types import ModuleType
 
 from studies.report import __main__ as report
-from studies.stages import chosen, run
+from studies.stages import run_stages
 from studies.stats.records import RECORDS, stored
 from studies.sweep import compare
 from studies.sweep.variants import parse_variant
 
-NAME = "studies.rollout.all_stages"
 BASES = ("adamw", "muon", "signum", "adamuon", "sgd")
 LONG = ("adamw", "muon")
 CHANGES = (  # to the exact mode of DoPr, one at a time
@@ -50,38 +49,31 @@ class RolloutStage:
         return list(map(str, words))
 
 
-def modes(bases: tuple[str, ...]) -> tuple[str, ...]:
-    """Return each base, alone and with both modes of DoPr."""
-    return tuple(prefix + base for base in bases for prefix in ("", "dopr-", "fast-dopr-"))
+def modes(bases: tuple[str, ...], changes: str = "") -> tuple[str, ...]:
+    """Return each base, alone and with both modes of DoPr; `changes` apply to DoPr."""
+    with_dopr = (f"dopr-{{}}{changes}", f"fast-dopr-{{}}{changes}")
+    return tuple(name.format(base) for base in bases for name in ("{}", *with_dopr))
+
+
+def exact(bases: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the exact mode of each base."""
+    return tuple(f"dopr-{base}" for base in bases)
 
 
 def ablations(bases: tuple[str, ...]) -> tuple[str, ...]:
     """Return each base, its exact mode, and the exact mode with each of CHANGES."""
-    changed = (f"dopr-{base}+{change}" for base in bases for change in CHANGES)
+    changed = (f"{name}+{change}" for name in exact(bases) for change in CHANGES)
     return (*(prefix + base for base in bases for prefix in ("", "dopr-")), *changed)
 
 
-def little_damped(bases: tuple[str, ...]) -> tuple[str, ...]:
-    """Return `modes` for `lds`, with a gamma that does not suppress the hidden directions."""
-    return tuple(
-        name if name == base else f"{name}+gamma=0.001" for base in bases for name in modes((base,))
-    )
-
-
-def damped(bases: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the exact mode of each base, with the gamma of all other tasks."""
-    return tuple(f"dopr-{base}" for base in bases)
-
-
+SMALL = "+gamma=0.001"  # on `lds`, does not suppress the hidden directions
 STAGES = (
     *(RolloutStage(f"{task}-500", task, 500, modes(BASES)) for task in ("pdfa", "ctrl", "nav")),
-    RolloutStage("lds-200", "lds", 200, little_damped(BASES) + damped(BASES)),
-    RolloutStage("lds-600", "lds", 600, little_damped(LONG) + damped(LONG)),
+    RolloutStage("lds-200", "lds", 200, modes(BASES, SMALL) + exact(BASES)),
+    RolloutStage("lds-600", "lds", 600, modes(LONG, SMALL) + exact(LONG)),
     *(
-        RolloutStage(
-            f"lds-200-excitation-{value}", f"lds,excitation={value}", 200, little_damped(LONG)
-        )
-        for value in ("1e-2", "1")
+        RolloutStage(f"lds-200-excitation-{x}", f"lds,excitation={x}", 200, modes(LONG, SMALL))
+        for x in ("1e-2", "1")
     ),
     *(RolloutStage(f"{task}-1500", task, 1500, modes(LONG)) for task in ("pdfa", "ctrl", "nav")),
 )
@@ -106,10 +98,10 @@ def write_page(stages: tuple[RolloutStage, ...], out: Path, page: str) -> None:
 
 
 def main(argv: list[str]) -> None:
-    stages, asked = chosen(argv, STAGES + ABLATIONS, NAME, __doc__, "out/study")
-    run(stages, asked.out, asked.workers)
-    write_page(STAGES, asked.out, "page")
-    write_page(ABLATIONS, asked.out, "page-ablations")
+    names = {"module": "studies.rollout.all_stages", "about": __doc__, "out": "out/study"}
+    out = run_stages(argv, STAGES + ABLATIONS, **names)
+    write_page(STAGES, out, "page")
+    write_page(ABLATIONS, out, "page-ablations")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from eval.command import command_parser
 from studies.report.style import GREY, INK, STYLE, save_png
 from studies.rollout.results import RESULTS
-from studies.stats.records import Record, load_records, primary
+from studies.stats.records import AnalysisError, Record, load_records, primary
 from studies.stats.seeds import over_seeds
 
 BASE, VARIANT = "adamw", "fast-dopr-adamw"
@@ -79,7 +79,12 @@ def _panel(ax: Axes, errors: np.ndarray, steps: int) -> None:
 def main(argv: list[str]) -> None:
     parser = command_parser("studies.rollout.headline_figure", __doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/rollouts.png"))
-    save_png(draw(), parser.parse_args(argv).out)
+    arguments = parser.parse_args(argv)
+    try:
+        figure = draw()
+    except AnalysisError as error:
+        parser.exit(2, f"error: {error}\n")
+    save_png(figure, arguments.out)
 
 
 if __name__ == "__main__":

@@ -37,11 +37,6 @@ def grid(header: list[str], boards: list[dict[str, tuple[str, ...]]], n_columns:
     return markdown(header, rows)
 
 
-def family_of(stages: Sequence[RolloutStage]) -> int:
-    """Return the number of planned comparisons that are judged together with these stages."""
-    return planned(ABLATIONS if stages[0] in ABLATIONS else STAGES)
-
-
 def sections_of(stages: Sequence[RolloutStage], results: Path) -> list[Section]:
     """Return the sections of the stages that have records, in the order of the stages.
 
@@ -51,7 +46,8 @@ def sections_of(stages: Sequence[RolloutStage], results: Path) -> list[Section]:
     records = load_records(results / stage.name for stage in with_records(stages, results))
     check(records)
     boards = list(dict.fromkeys((knobs_of(r["spec"]), r["steps"]) for r in records))
-    found = make_sections(records, family_of(stages))
+    family = planned(ABLATIONS if stages[0] in ABLATIONS else STAGES)
+    found = make_sections(records, family)
     return sorted(found, key=lambda each: boards.index((each.knobs, each.steps)))
 
 

@@ -19,7 +19,6 @@ from data.files import write_atomic
 from eval.command import command_parser
 from eval.tables import markdown
 from studies.report.format import factor, times
-from studies.report.leaderboard import Versus
 from studies.report.sections import Section
 from studies.report.summary_text import rank_agreement
 from studies.rollout.ablations import changes_table
@@ -57,7 +56,11 @@ def table(sections: Sequence[Section]) -> str:
         error = f"1 - {section.metric}" if section.higher_is_better else section.metric
         header += [f"{section.name}, {section.steps} steps: {error}", EQUAL]
     boards = [
-        {entry.variant: _cells(entry.versus) for entry in section.entries if entry.versus}
+        {
+            entry.variant: (plain(v.error) + " *" * v.is_strict, plain(v.at_this_rate))
+            for entry in section.entries
+            if (v := entry.versus)
+        }
         for section in sections
     ]
     return grid(header, boards, n_columns=2)
@@ -118,11 +121,6 @@ def _at_temperature(records: list[Record]) -> dict[str, tuple[str, ...]]:
         for each in ranked(records)
         if each.row.versus_base
     }
-
-
-def _cells(versus: Versus) -> tuple[str, str]:
-    star = " *" if versus.is_strict else ""
-    return plain(versus.error) + star, plain(versus.at_this_rate)
 
 
 def tuning_table(results: Path = RESULTS) -> str:

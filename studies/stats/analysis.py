@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from operator import itemgetter
+from statistics import fmean
 
 import numpy as np
 
@@ -162,11 +163,7 @@ def sweeps(records: list[Record]) -> dict[str, list[tuple[float, float, float]]]
     for variant, runs in by_variant(r for r in records if r["role"] == "tuning").items():
         at_rate = grouped(sorted(runs, key=itemgetter("lr")), itemgetter("lr"))
         found[variant] = [
-            (lr, _mean(val_loss, same_lr), _mean(primary, same_lr))
+            (lr, fmean(map(val_loss, same_lr)), fmean(map(primary, same_lr)))
             for lr, same_lr in at_rate.items()
         ]
     return found
-
-
-def _mean(value: Callable[[Record], float], records: list[Record]) -> float:
-    return float(np.mean([*map(value, records)]))

@@ -13,6 +13,11 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, model_validator
+
+from data.schema import OpenSchema, parse_json, read_json
+from data.shards import DataError
+
 Record = dict[str, Any]
 RECORDS = "records.jsonl"  # in a study's folder
 
@@ -21,31 +26,116 @@ class AnalysisError(ValueError):
     """The files contain no records, or records that cannot be analysed together."""
 
 
+class Metric(OpenSchema):
+    """A mean over n episodes with its interval; null is not finite."""
+
+    mean: float | None
+    lo: float | None
+    hi: float | None
+    n: int
+
+
+class Curve(OpenSchema):
+    """A mean along a rollout with its interval."""
+
+    mean: list[float | None]
+    lo: list[float | None]
+    hi: list[float | None]
+
+
+class RecordedGrade(OpenSchema):
+    """The grade of a model that did not diverge."""
+
+    metrics: dict[str, Metric]
+    curves: dict[str, Curve]
+    n_t: dict[str, list[int]]
+    samples: list[dict[str, str]]
+
+
+class StudyRecord(OpenSchema):
+    """The required keys of a record."""
+
+    task: str
+    spec: str
+    primary: str
+    higher_is_better: bool
+    variant: str
+    base: str
+    role: str
+    lr: float
+    seed: int
+    steps: int
+    tokens: int
+    val_loss: float | None
+    grade: RecordedGrade | None
+    command: str
+    environment: dict[str, Any]
+    seconds: float
+    settings: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _has_primary(self) -> "StudyRecord":
+        if self.grade and self.primary not in self.grade.metrics:
+            raise ValueError(f"the grade has no metric {self.primary!r}, which ranks")
+        return self
+
+
+class StudyProtocol(OpenSchema):
+    """The required keys of a study's protocol.json."""
+
+    command: str
+    spec: str
+    steps: int
+    variants: dict[str, dict[str, Any]]
+    fresh_seeds: list[int]
+
+
 def stored(path: Path) -> Path | None:
     """Return `path` if it exists, else `path`.xz if that exists, else None."""
     candidates = (path, path.with_name(f"{path.name}.xz"))
     return next((each for each in candidates if each.exists()), None)
 
 
-def read_records(path: Path) -> list[Record]:
+def read_object(
+    path: Path, schema: type[BaseModel], advice: str, error: type[Exception] = AnalysisError
+) -> Record:
+    """Return a JSON object that has to fit `schema`, with the keys that the schema lacks.
+
+    Raises `error`, which ends with `advice`, if the file cannot be read or does not fit.
+    """
+    try:
+        read_json(path, schema)
+    except DataError as problem:
+        raise error(f"{problem}; {advice}") from None
+    return json.loads(path.read_bytes())
+
+
+def read_records(path: Path, schema: type[BaseModel] = StudyRecord) -> list[Record]:
     """Return the records of a JSON-lines file, or of its compressed copy `path`.xz.
 
-    Returns an empty list if neither exists. Raises AnalysisError if a line is not JSON.
+    Returns an empty list if neither exists. Raises AnalysisError if the file cannot be read or if a
+    line does not fit `schema`.
     """
     if not (found := stored(path)):
         return []
     try:
-        compressed = found.suffix == ".xz"
-        text = lzma.decompress(found.read_bytes()).decode() if compressed else found.read_text()
-        return [*map(json.loads, text.splitlines())]
-    except (json.JSONDecodeError, lzma.LZMAError) as error:
-        raise AnalysisError(f"{found}: expected one JSON record per line ({error})") from None
+        content = found.read_bytes()
+        lines = (lzma.decompress(content) if found.suffix == ".xz" else content).splitlines()
+    except (OSError, lzma.LZMAError) as error:
+        raise AnalysisError(f"{found}: cannot be read ({error})") from None
+    try:
+        for number, line in enumerate(lines, start=1):
+            parse_json(line, f"{found}, line {number}", schema)
+    except DataError as problem:
+        advice = "delete this line, and run the command that wrote it again"
+        raise AnalysisError(f"{problem}; {advice}") from None
+    return [*map(json.loads, lines)]
 
 
 def load_records(folders: Iterable[Path]) -> list[Record]:
     """Load the records of studies (records.jsonl) and of graded runs (ttf/*.json, the last step).
 
-    Raises AnalysisError if a folder contains neither, or if a file is not JSON.
+    Raises AnalysisError if a folder contains neither, or as `read_records`.
     """
     records: list[Record] = []
     for folder in folders:

@@ -9,6 +9,7 @@ from studies.stats.analysis import Compared, LeaderboardRow, leaderboard, versus
 from studies.stats.records import (
     AnalysisError,
     Record,
+    StudyRecord,
     by_variant,
     grouped,
     is_control,
@@ -17,10 +18,12 @@ from studies.stats.records import (
 )
 
 FILE = "temperature.jsonl"  # in a study's folder
-REQUIRED = (  # keys of a record
-    *("spec", "steps", "variant", "base", "role", "lr", "seed", "primary", "grade"),
-    "temperature",
-)
+
+
+class TemperatureRecord(StudyRecord):
+    """The required keys of a record of temperature.jsonl."""
+
+    temperature: float
 
 
 @dataclass(frozen=True)
@@ -42,24 +45,15 @@ def load(study: Path, records: Iterable[Record]) -> list[Record]:
         AnalysisError: studies.sweep.temperature did not write the file, or its models or episodes
             are not those of the study.
     """
-    path = study / FILE
-    found = read_records(path)
-    if problem := _problem(found, records):
+    found = read_records(study / FILE, TemperatureRecord)
+    graded_models = {_graded_model(record) for record in records}
+    others = {record["variant"] for record in found if _graded_model(record) not in graded_models}
+    if others:
         raise AnalysisError(
-            f"{path}: {problem}; run `python -m studies.sweep.temperature {study}` again, or "
-            "delete the file"
+            f"{study / FILE}: {', '.join(sorted(others))} is not the model of records.jsonl; run "
+            f"`python -m studies.sweep.temperature {study}` again, or delete the file"
         )
     return found
-
-
-def _problem(found: list[Record], records: Iterable[Record]) -> str:
-    """Describe the first problem of a temperature.jsonl; empty if there is none."""
-    for number, record in enumerate(found, start=1):
-        if missing := [key for key in REQUIRED if key not in record]:
-            return f"record {number} lacks {', '.join(missing)}"
-    graded_models = {_graded_model(record) for record in records}
-    strange = {record["variant"] for record in found if _graded_model(record) not in graded_models}
-    return f"{', '.join(sorted(strange))} is not the model of records.jsonl" if strange else ""
 
 
 def _graded_model(record: Record) -> tuple[Any, ...]:
@@ -72,15 +66,13 @@ def _graded_model(record: Record) -> tuple[Any, ...]:
 def ranked(records: list[Record]) -> list[TemperatureRow]:
     """Rank the optimizers of one study's temperature.jsonl, best first."""
     bases = grouped(filter(is_control, records), conditions)
-    own = by_variant(record for record in records if not is_control(record))
-    return [_temperature_row(row, own[row.variant], bases) for row in leaderboard(records)]
-
-
-def _temperature_row(
-    row: LeaderboardRow, own: list[Record], bases: dict[Any, list[Record]]
-) -> TemperatureRow:
-    base = [] if row.variant == row.base else bases.get(conditions(own[0]), [])
-    return TemperatureRow(row, own[0]["temperature"], versus(own, base, log_error))
+    runs = by_variant(record for record in records if not is_control(record))
+    rows = []
+    for row in leaderboard(records):
+        own = runs[row.variant]
+        base = [] if row.variant == row.base else bases.get(conditions(own[0]), [])
+        rows.append(TemperatureRow(row, own[0]["temperature"], versus(own, base, log_error)))
+    return rows
 
 
 def conditions(record: Record) -> tuple[str, float, float]:

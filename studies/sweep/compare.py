@@ -70,7 +70,7 @@ def study_of(arguments: argparse.Namespace) -> Study:
     kind = trial_type(task)
     names = arguments.optimizers.split(",")
     if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        raise ValueError(f"--optimizers: {', '.join(repeated)} is there more than once")
+        raise ValueError(f"--optimizers: {', '.join(repeated)} is given more than once")
     folder = task.spec if "," in arguments.task else task.name
     study = Study(
         out=arguments.out or Path("out/compare", f"{folder}-{arguments.steps}"),
@@ -114,7 +114,7 @@ def main(argv: list[str]) -> None:
     try:
         study = study_of(arguments)
         print(notes(study), end="")
-        study.begin(shlex.join(["python", "-m", "studies.sweep.compare", *argv]))
+        study.begin(f"{parser.prog} {shlex.join(argv)}")
         records = compare(study, arguments.workers)
         print(summary(records))
     except (DataError, TrialError, ValueError, OSError) as error:

@@ -35,13 +35,7 @@ from trainer.settings import FIELDS
 BATCH_SIZE = 64
 ACTION_NOISE = 0.03  # standard deviation of the noise in each demonstrated action
 DOPR_NUMBERS = {"gamma", "sigma_beta", "refresh_every", "collect_every", "exponent"}
-NUMBERS: dict[str, Any] = {
-    "beta1": 0.9,
-    "beta2": 0.95,
-    "eps": 1e-8,
-    "momentum": 0.95,
-    "weight_decay": 0.0,
-}
+NUMBERS: dict[str, Any] = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "momentum": 0.95}
 
 
 def parse_lds_variant(name: str) -> Variant:
@@ -64,9 +58,7 @@ def parse_lds_variant(name: str) -> Variant:
 class LdsTrial(Trial):
     """A linear policy, trained and graded in this process without train.py."""
 
-    @staticmethod
-    def parse_variant(name: str) -> Variant:
-        return parse_lds_variant(name)
+    parse_variant = staticmethod(parse_lds_variant)
 
     @staticmethod
     def parse_changes(pairs: Iterable[str]) -> dict[str, str]:
@@ -126,7 +118,7 @@ def train_policy(
             preconditioned. gamma defaults to that of train.py.
     """
     model = _policy(lds, seed)
-    optimizers = build_optimizers(model, optimizer=optimizer, lr=lr, **NUMBERS)
+    optimizers = build_optimizers(model, optimizer=optimizer, lr=lr, weight_decay=0.0, **NUMBERS)
     if dopr:
         settings: dict[str, Any] = {"gamma": FIELDS["gamma"].default, **dopr}
         ActivationPreconditioner(model, **settings).attach(*optimizers)

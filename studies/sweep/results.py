@@ -14,20 +14,19 @@ def unite(path: Path, records: Collection[Record]) -> list[Record]:
     another rate, because a sweep has one best rate.
     """
     rates = {row["variant"]: row["lr"] for row in records if row["role"] == "fresh"}
-    kept = [row for row in read_records(path) if not _is_stale(row, rates)]
-    rows = [*kept, *(_compact(record) for record in records)]
+    rows = [
+        row
+        for row in read_records(path)
+        if row["role"] != "fresh" or row["lr"] == rates.get(row["variant"], row["lr"])
+    ]
+    rows += [
+        without_curves(record) if record["role"] in ("tuning", "control") else record
+        for record in records
+    ]
     by_run = {(row["variant"], row["lr"], row["seed"]): row for row in rows}
     united = [by_run[key] for key in sorted(by_run)]
     write_records(path, united)
     return united
-
-
-def _is_stale(row: Record, rates: dict[str, float]) -> bool:
-    return row["role"] == "fresh" and row["lr"] != rates.get(row["variant"], row["lr"])
-
-
-def _compact(record: Record) -> Record:
-    return without_curves(record) if record["role"] in ("tuning", "control") else record
 
 
 def without_curves(record: Record) -> Record:

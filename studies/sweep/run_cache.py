@@ -10,16 +10,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data.schema import OpenSchema
 from eval.rollout.record import write_record
 from optim.legacy_names import renamed_settings
+from studies.stats.records import read_object
 from trainer.settings import FIELDS, RUN_ONLY
 
 GRADING = "grading "  # prefix of the keys of `asked` that determine the grade, not the model
+DELETE = "delete the folder of the run or choose another --out"
 RETIRED = {"deterministic": False, "ns_steps": 5}  # former settings, with the values all runs have
 
 
 class TrialError(RuntimeError):
-    """A run failed for a reason other than divergence, or its folder contains another run."""
+    """A run failed without diverging, or its folder contains another run or a damaged file."""
+
+
+class CachedRecord(OpenSchema):
+    """The required key of a record.json: every setting that determines the record."""
+
+    asked: dict[str, Any]
 
 
 def recorded(
@@ -42,24 +51,30 @@ def finished(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     """Return the record in a folder; None if there is none or its model must be graded again.
 
     Raises TrialError if the folder contains a run, finished or not, whose settings differ from
-    `asked`.
+    `asked`, or a damaged file.
     """
     asked = json.loads(json.dumps(asked))
-    record = read_record(folder) if (folder / "record.json").exists() else None
-    changes = differences(record["asked"] if record else _begun(folder) or asked, asked)
-    _check_trained_the_same(folder, changes)
+    record, found = None, asked
+    if (folder / "record.json").exists():
+        record = read_record(folder)
+        found = record["asked"]
+    elif (folder / "config.json").exists():  # train.py began the run
+        found = model_only(read_settings(folder))
+    changes = differences(found, asked)
+    trained = [f"{key} {change}" for key, change in changes.items() if not key.startswith(GRADING)]
+    if trained:
+        raise TrialError(f"{folder} holds another run: {'; '.join(trained)}; {DELETE}")
     return None if changes else record
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return the record of a finished run."""
-    return json.loads((folder / "record.json").read_text())
+    """Return the record of a finished run. Raises TrialError if the file is damaged."""
+    return read_object(folder / "record.json", CachedRecord, DELETE, TrialError)
 
 
-def _begun(folder: Path) -> dict[str, Any]:
-    """Return the model settings of a run that train.py began in a folder; empty without one."""
-    path = folder / "config.json"
-    return model_only(json.loads(path.read_text())) if path.exists() else {}
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings of a run of train.py. Raises TrialError if the file is damaged."""
+    return read_object(folder / "config.json", OpenSchema, DELETE, TrialError)
 
 
 def differences(found: dict[str, Any], asked: dict[str, Any]) -> dict[str, str]:
@@ -75,15 +90,6 @@ def differences(found: dict[str, Any], asked: dict[str, Any]) -> dict[str, str]:
         for key in sorted(found.keys() | asked.keys())
     }
     return {key: f"was {was}, is {now}" for key, (was, now) in pairs.items() if was != now}
-
-
-def _check_trained_the_same(folder: Path, changes: dict[str, str]) -> None:
-    """Raise TrialError if a difference concerns the model and not only its grade."""
-    trained = [f"{key} {change}" for key, change in changes.items() if not key.startswith(GRADING)]
-    if trained:
-        raise TrialError(
-            f"{folder} holds another run: {'; '.join(trained)}; delete it or choose another --out"
-        )
 
 
 def model_only(settings: dict[str, Any]) -> dict[str, Any]:

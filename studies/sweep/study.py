@@ -19,7 +19,15 @@ from data.files import write_atomic
 from eval.rollout.tasks.lds import Lds
 from eval.rollout.tasks.task import TaskBase
 from optim.build import MATRIX_OPTIMIZERS
-from studies.stats.records import RECORDS, Record, primary, val_loss
+from studies.stats.records import (
+    RECORDS,
+    Record,
+    StudyProtocol,
+    primary,
+    read_object,
+    read_records,
+    val_loss,
+)
 from studies.sweep.lds import LdsTrial
 from studies.sweep.reference import ReferenceTrial, references_of
 from studies.sweep.results import unite
@@ -124,15 +132,15 @@ class Study:
     def begin(self, command: str) -> None:
         """Write protocol.json, or add this command's variants and seeds to the existing one.
 
-        Raises ValueError if the existing protocol has other fixed settings, or a variant of the
-        same name with other settings.
+        Raises ValueError if the existing protocol is damaged or has other fixed settings, or a
+        variant of the same name with other settings.
         """
         path = self.out / "protocol.json"
         fixed = json.loads(json.dumps(self.fixed()))
         variants = {variant.name: dict(variant.settings) for variant in self.variants}
         found = {**fixed, "variants": {}, "fresh_seeds": [], "command": ""}
         if path.exists():
-            found = _read_protocol(path, keys=set(found))
+            found = read_object(path, StudyProtocol, "use another --out")
         existing = found["variants"]
         changed = [key for key in fixed if found.get(key) != fixed[key]]
         changed += [
@@ -158,17 +166,6 @@ class Study:
                 self.trial(variant, "tuning", first_rates(variant.optimizer)[0], 0).asked()
             except ValueError as error:
                 raise ValueError(f"{variant.name}: {error}") from error
-
-
-def _read_protocol(path: Path, keys: set[str]) -> dict[str, Any]:
-    """Read a protocol. Raises ValueError if it is not JSON or lacks one of the keys."""
-    try:
-        found = json.loads(path.read_text())
-        if missing := keys - found.keys():
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    except ValueError as error:
-        raise ValueError(f"{path}: not a protocol ({error}); use another --out") from None
-    return found
 
 
 def _line(record: Record) -> str:
@@ -226,8 +223,10 @@ def compare(study: Study, workers: int) -> list[Record]:
     """Run the study; write records.jsonl in its folder and return every record in it.
 
     A variant whose sweep finds no best rate has no fresh runs, and the others continue. Any other
-    exception ends the study; the runs that have finished are written all the same.
+    exception ends the study; the runs that have finished are written all the same. Raises
+    AnalysisError, before any run, if records.jsonl is damaged.
     """
+    read_records(study.out / RECORDS)  # raises AnalysisError before any run
     runner = Runner(str(study.out), workers, run_trial, _line)
     rates: dict[str, float] = {}
 

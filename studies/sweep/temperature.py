@@ -11,7 +11,6 @@ in runs/ of the study's folder. Grades are not computed twice. The records go to
 in that folder and the table to temperature.md.
 """
 
-import json
 import shlex
 import statistics
 import sys
@@ -42,8 +41,9 @@ from studies.stats.records import (
     is_finished,
     load_records,
     log_error,
+    read_object,
 )
-from studies.stats.temperatures import FILE, TemperatureRow, conditions, ranked
+from studies.stats.temperatures import FILE, TemperatureRecord, TemperatureRow, conditions, ranked
 from studies.sweep.results import without_curves
 from studies.sweep.trial import run_folder
 from trainer.checkpoint.read import CheckpointError, open_checkpoint
@@ -76,7 +76,7 @@ def regrade(study: Path, record: Record, temperature: float) -> Record:
     """Return the record of the same model at a temperature, graded by the current code.
 
     The grade is read from disk if it was computed before. Raises CheckpointError if the model does
-    not exist or is not the model of the record.
+    not exist or is not the model of the record, and AnalysisError if the stored grade is damaged.
     """
     grading = (record.get("grading") or {}) | {"code": grading_version(task_of(record["spec"]))}
     is_unchanged = temperature == 1.0 and record.get("grading") == grading
@@ -84,11 +84,15 @@ def regrade(study: Path, record: Record, temperature: float) -> Record:
         return record | {"temperature": temperature}
     folder = run_folder(study, record["variant"], record["lr"], record["seed"])
     path = folder / "temperature" / f"{temperature:g}.json"
-    if path.exists() and (found := json.loads(path.read_text()))["grading"] == grading:
+    if path.exists() and (found := _read(path)).get("grading") == grading:
         return found | {"role": record["role"]}  # a control may have become a fresh run
     grade = _grade(folder, temperature, grading)
     write_record(path, record | {"grade": grade, "grading": grading, "temperature": temperature})
-    return json.loads(path.read_text())
+    return _read(path)
+
+
+def _read(path: Path) -> Record:
+    return read_object(path, TemperatureRecord, "delete it to grade the model again")
 
 
 def _grade(folder: Path, temperature: float, grading: dict[str, Any]) -> dict[str, Any]:
@@ -183,9 +187,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.exit(2, f"error: {error}\n")
     before = [record for record in records if record["role"] == "fresh"]
     text = table(before, after)
-    command = shlex.join(["python", "-m", "studies.sweep.temperature", str(study)])
+    command = f"`{parser.prog} {shlex.quote(str(study))}`"
     write_records(study / FILE, map(without_curves, after))
-    write_atomic(study / "temperature.md", f"`{command}`\n\n{text}\n")
+    write_atomic(study / "temperature.md", f"{command}\n\n{text}\n")
     print(text)
     print(f"{len(before)} runs at their optimizer's temperature: {study / FILE}")
 

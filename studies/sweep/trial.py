@@ -18,8 +18,15 @@ from eval.rollout.tasks.task import TaskBase
 from eval.rollout.ttf import grade_checkpoint, grading_version
 from eval.run import ENVIRONMENT
 from optim.dopr.settings import settings_problems
-from studies.sweep.run_cache import GRADING, TrialError, model_only, read_record, recorded
-from studies.sweep.variants import STUDY_SETTINGS, Variant, parse_changes, parse_variant
+from studies.sweep.run_cache import (
+    GRADING,
+    TrialError,
+    model_only,
+    read_record,
+    read_settings,
+    recorded,
+)
+from studies.sweep.variants import STUDY_SETTINGS, parse_changes, parse_variant
 from trainer.checkpoint.read import candidates
 from trainer.config import load_config
 
@@ -89,9 +96,7 @@ class TrainTrial(Trial):
 
     has_aux_lr: ClassVar[bool] = True
 
-    @staticmethod
-    def parse_variant(name: str) -> Variant:
-        return parse_variant(name)
+    parse_variant = staticmethod(parse_variant)
 
     @staticmethod
     def parse_changes(pairs: Iterable[str]) -> dict[str, str]:
@@ -123,7 +128,7 @@ def _is_trained(folder: Path) -> bool:
 
 def _diverged(folder: Path, task: TaskBase) -> dict[str, Any]:
     """Return the record of a run that diverged: it has neither a loss nor a grade."""
-    settings = json.loads((folder / "config.json").read_text())
+    settings = read_settings(folder)
     started = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
     return make_record(
         task,
@@ -141,7 +146,11 @@ def model_settings(command: list[str]) -> dict[str, Any]:
 
     Raises ConfigError if train.py would refuse the command.
     """
-    config, _ = load_config(command[1:], _dopr_problems)
+
+    def problems(settings: dict[str, Any]) -> list[str]:
+        return settings_problems(settings) if settings["dopr"] else []
+
+    config, _ = load_config(command[1:], problems)
     return model_only(asdict(config))
 
 
@@ -164,7 +173,3 @@ def train_in(folder: Path, command: list[str]) -> bool:
     if code:
         raise TrialError(f"{' '.join(command)}\nended with exit code {code}; see {log}")
     return True
-
-
-def _dopr_problems(settings: dict[str, Any]) -> list[str]:
-    return settings_problems(settings) if settings["dopr"] else []

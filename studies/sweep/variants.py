@@ -52,36 +52,29 @@ def parse_variant(name: str) -> Variant:
     prefix = next(prefix for prefix in MODES if kind.startswith(prefix))
     optimizer = kind.removeprefix(prefix)
     if optimizer not in OPTIMIZERS:
-        known = ", ".join(OPTIMIZERS)
         raise ValueError(
             f"optimizer {name!r}: expected [fast-][dopr-]NAME[+key=value...] with NAME one of "
-            f"{known}"
+            f"{', '.join(OPTIMIZERS)}"
         )
-    malformed = [change for change in changes if "=" not in change]
-    if malformed:
-        raise ValueError(f"optimizer {name!r}: {malformed[0]!r} is not of the form key=value")
-    texts = dict(change.split("=", 1) for change in changes)
-    check_names(texts, STUDY_SETTINGS | MODEL_SETTINGS, f"optimizer {name!r}")
+    texts = parse_changes(changes, STUDY_SETTINGS | MODEL_SETTINGS, f"optimizer {name!r}")
     changed = {key: coerce(key, text) for key, text in texts.items()}
     settings = {"optimizer": optimizer} | MODES[prefix] | changed
     return Variant(name, optimizer, tuple(settings.items()))
 
 
-def parse_changes(pairs: Iterable[str], refused: set[str]) -> dict[str, str]:
-    """Return the settings of --set. Raises ValueError if one is unknown or one of `refused`."""
+def parse_changes(pairs: Iterable[str], refused: set[str], where: str = "--set") -> dict[str, str]:
+    """Return the settings of train.py in `pairs` of the form key=value.
+
+    Raises ValueError, which begins with `where`, if one is malformed, unknown or in `refused`.
+    """
     if malformed := [pair for pair in pairs if "=" not in pair]:
-        raise ValueError(f"--set {malformed[0]}: expected KEY=VALUE")
+        raise ValueError(f"{where}: {malformed[0]!r} is not of the form key=value")
     changes = dict(pair.split("=", 1) for pair in pairs)
-    check_names(changes, refused, "--set")
-    return changes
-
-
-def check_names(keys: Iterable[str], refused: set[str], where: str) -> None:
-    """Raise ValueError if a key is not a setting of train.py or is one of `refused`."""
-    for key in keys:
+    for key in changes:
         if key in refused:
             raise ValueError(f"{where}: {key} is fixed here, it is the same for all optimizers")
         if key not in FIELDS:
             close = difflib.get_close_matches(key, FIELDS, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "python train.py --help lists all"
             raise ValueError(f"{where}: unknown setting {key!r}; {hint}")
+    return changes

@@ -151,7 +151,7 @@ def test_a_stage_that_takes_too_long_is_stopped(monkeypatch):
     assert gpu.exit_code([sys.executable, "-c", "import time; time.sleep(600)"], {}) is None
 
 
-def test_no_process_that_a_stage_started_outlives_it(tmp_path):
+def test_a_stage_leaves_no_process_behind(tmp_path):
     grandchild = HOLDS_LOCK.format(str(tmp_path))
     child = f"""
 import pathlib, subprocess, sys, time
@@ -179,7 +179,7 @@ def test_contenders_take_turns():
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
 
 
-def test_ratios_are_within_a_round():
+def test_ratios_are_medians_over_rounds():
     result = compared({"a": [1.0, 2.0, 4.0], "b": [3.0, 2.0, 2.0]})
     assert result["ms"] == {"a": 2.0, "b": 2.0}
     assert result["ratio"] == {"a": 1.0, "b": 1.0}

@@ -113,7 +113,7 @@ CURVES = """
 """
 
 
-def test_the_curves_of_a_run(tmp_path):
+def test_the_curves_and_the_median_step_time_of_a_run_are_read(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(CURVES.strip())
     assert curves(tmp_path, has_diverged=False) == {
         **{"has_diverged": False, "val": [[0, 7.0], [5, 3.0]], "ttf": [[0, 0.1], [5, 0.6]]},
@@ -176,20 +176,30 @@ def test_the_first_run_of_a_call_ignores_the_time_limit(monkeypatch, tmp_path, c
     assert "2 runs are done, more are left" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"rows": []}', '{"rows": [], "environment": 1}'])
-def test_a_damaged_result_is_named(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "Invalid JSON"),
+        ('{"rows": []}', "environment: Field required"),
+        ('{"rows": [], "environment": {"device": 1}}', "environment.device: .*string"),
+        (
+            '{"rows": [{"variant": "muon"}], "environment": {"device": "H200", "settings": {}}}',
+            "rows.0.lr: Field required",
+        ),
+    ],
+)
+def test_a_damaged_result_is_named(tmp_path, text, problem):
     (tmp_path / "result.json").write_text(text)
-    with pytest.raises(
-        ValueError, match=r"result\.json is not a result of bench\.pretraining .*move it away"
-    ):
+    with pytest.raises(ValueError, match=rf"result\.json: .*{problem}"):
         read_rows(tmp_path / "result.json", {"device": "H200", "settings": {}})
 
 
 def test_runs_on_another_device_or_with_other_settings_are_not_continued(tmp_path):
     path, current = tmp_path / "result.json", {"device": "H200", "settings": {"lr": 1}, "git": "b"}
     assert read_rows(path, current) == []
-    write_rows(path, current | {"git": "a"}, [{"variant": "muon"}])
-    assert read_rows(path, current) == [{"variant": "muon"}]
+    rows = [row(PretrainingRun("muon", 1e-3, 0), 3.0) | {"seconds": 1.0, "mfu": None}]
+    write_rows(path, current | {"git": "a"}, rows)
+    assert read_rows(path, current) == rows
     for changed in ({"device": "H100"}, {"settings": {"lr": 2}}):
         with pytest.raises(ValueError, match=r"has runs with .*; give another --out"):
             read_rows(path, current | changed)

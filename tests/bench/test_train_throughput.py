@@ -51,7 +51,7 @@ def nanogpt(tmp_path):
     return folder
 
 
-def test_both_sides_are_timed_without_their_warm_up(nanogpt, tmp_path, monkeypatch):
+def test_both_trainers_are_timed_without_their_warm_up(nanogpt, tmp_path, monkeypatch):
     out = tmp_path / "result.json"
     arguments = ["", "--preset=tiny", "--rounds=1", f"--nanogpt={nanogpt}", f"--out={out}"]
     monkeypatch.setattr("sys.argv", arguments)
@@ -66,7 +66,7 @@ def test_both_sides_are_timed_without_their_warm_up(nanogpt, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
-def test_both_get_the_same_settings(preset, nanogpt, tmp_path, monkeypatch):
+def test_both_trainers_get_the_same_settings(preset, nanogpt, tmp_path, monkeypatch):
     given = []
 
     def start(settings, cwd):
@@ -106,7 +106,7 @@ def test_a_folder_without_nanogpt_is_refused(tmp_path, monkeypatch, capsys):
     assert f"{tmp_path}: contains no train.py; give a nanoGPT checkout" in capsys.readouterr().err
 
 
-def test_both_get_the_same_ids(tmp_path):
+def test_both_trainers_get_the_same_ids(tmp_path):
     assert prepare(tmp_path, PRESETS["tiny"]) == 301
     theirs = np.fromfile(tmp_path / "nanogpt/data/corpus/train.bin", dtype=np.uint16)
     ours = np.fromfile(tmp_path / "ours/train_000000.bin", dtype=np.uint16)[-len(theirs) :]

@@ -1,4 +1,4 @@
-"""A report of studies and runs on disk."""
+"""Write reports for tests."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.studies.pages import Page, read
 
 @pytest.fixture
 def report(tmp_path, monkeypatch):
-    """A report of these folders without figures, which take most of its time."""
+    """Return a function that writes a report of folders, without figures, and reads it back."""
     monkeypatch.setattr("studies.report.report.draw", lambda records: {})
 
     def make(*folders) -> Page:

@@ -1,10 +1,10 @@
-"""Reads a report back, for the tests of what it says."""
+"""Read an HTML report back."""
 
 from html.parser import HTMLParser
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, the rows of all tables as text, and the text."""
+    """The tags of a page with their attributes, the rows of all tables, and the text."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -12,6 +12,7 @@ class Page(HTMLParser):
         self.rows: list[list[str]] = []
         self.text = ""
         self.feed(html)
+        self.rows = [[cell.strip() for cell in row] for row in self.rows]
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
@@ -26,12 +27,9 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data
 
     def row(self, name: str) -> list[str]:
-        """The first row that starts with this name: the leaderboard's, in a page of one study."""
-        found = (row for row in self.rows if row[0].removesuffix(" (best)") == name)
-        return next(found)
+        """Return the first row of that name. In a page of one study it is in the leaderboard."""
+        return next(row for row in self.rows if row[0].removesuffix(" (best)") == name)
 
 
 def read(folder) -> Page:
-    page = Page((folder / "report.html").read_text(encoding="utf-8"))
-    page.rows = [[cell.strip() for cell in row] for row in page.rows]
-    return page
+    return Page((folder / "report.html").read_text(encoding="utf-8"))

@@ -1,7 +1,5 @@
 """Train a few real steps in several processes and record every collective."""
 
-from __future__ import annotations
-
 from contextlib import redirect_stderr
 from io import StringIO
 from typing import Any

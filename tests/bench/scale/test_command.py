@@ -1,6 +1,7 @@
 """Tests of the command bench.scale_model: its files, its tables and its errors."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def written(tmp_path_factory):
     return out
 
 
-def test_the_committed_numbers_are_those_of_this_code(written):
+def test_the_committed_numbers_agree_with_the_code(written):
     committed = json.loads((RESULTS / "scale_model/estimates.json").read_text())
     written_now = json.loads((written / "estimates.json").read_text())
     assert written_now["hardware"] == committed["hardware"]
@@ -54,18 +55,27 @@ def test_measured_rows_are_compared_with_the_model(name, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("content", "problem"),
     [
-        (["--network", "0", "--gpus", "0"], "network=0, gpus=0: must be above 0"),
-        (["--measured", "no.json"], "no.json is not a result of bench.step_overhead"),
+        ("{", "Invalid JSON"),
+        ('{"rows": 3}', "rows: Input should be a valid"),
+        ('{"rows": [{"width": 16, "optimizer": "adamw"}]}', "rows.0.step_ms: Field required"),
+        ('{"rows": [], "tokens": "32"}', "tokens: .*integer"),
     ],
 )
-def test_bad_input_is_one_error(arguments, message, capsys):
-    assert main(arguments) == 2
-    assert f"error: {message}" in capsys.readouterr().err
+def test_a_damaged_measurement_is_named(content, problem, tmp_path, capsys):
+    path = tmp_path / "measured.json"
+    path.write_text(content)
+    assert main(["--measured", str(path)]) == 2
+    assert re.search(f"error: {path}: {problem}", capsys.readouterr().err)
 
 
-def test_placements_that_make_no_difference_are_left_out():
+def test_all_numbers_that_are_not_positive_are_in_one_error(capsys):
+    assert main(["--network", "0", "--gpus", "0"]) == 2
+    assert "error: network=0, gpus=0: must be above 0" in capsys.readouterr().err
+
+
+def test_placements_that_do_not_differ_are_left_out():
     found = placements(["ddp", "fsdp", "hsdp"], [1, 8, 12, 16], per_node=8)
     assert [f"{each.parallel} {each.size}" for each in found] == [
         *("ddp 1", "ddp 8", "ddp 12", "ddp 16", "fsdp 8", "fsdp 12", "fsdp 16", "hsdp 16")

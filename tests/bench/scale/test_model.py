@@ -20,7 +20,7 @@ FREE = {"memory_rate": math.inf, "host_read": 0.0, "start": 0.0}
 D, L = SMALL.n_embd, SMALL.n_layer
 
 
-def of(placement, mode=FAST, hardware=H100):
+def step_of(placement, mode=FAST, hardware=H100):
     return estimate(SMALL, placement, "adamw", mode, hardware, min_tokens=4096)
 
 
@@ -38,7 +38,7 @@ def test_between_nodes_the_slower_link_counts():
     assert network.seconds(replicate, Placement("hsdp", 64), slow) == pytest.approx(2 * 7 / 8)
 
 
-def test_many_processes_reduce_over_a_tree_and_gather_around_a_ring():
+def test_many_processes_reduce_over_a_tree_and_gather_over_a_ring():
     small, hardware = CollectiveCall("all_reduce", 0), replace(H100, start=0)
     tree = network.seconds(small, Placement("ddp", 4096), hardware)
     assert tree == pytest.approx(2 * (7 * 1.9e-6 + 9 * 4.0e-6))
@@ -54,7 +54,7 @@ def test_pipelined_broadcasts_count_the_latency_of_the_ring_once():
     assert five - one == pytest.approx(4 * (14e-6 + 1e6 / 340e9))
 
 
-def test_flops_are_those_of_the_products_in_the_paper():
+def test_the_flops_equal_the_closed_forms():
     hardware = replace(H100, **FREE, tf32=3, apply_fraction=1, bf16=1, gram_fraction=1)
     one_gpu = Placement("ddp", 1)
     assert work.apply(SMALL, EXACT, one_gpu, hardware) == 48 * L * D**3
@@ -73,7 +73,7 @@ def test_inverses_are_shared_by_owners():
 
 
 @pytest.mark.parametrize("mode", [EXACT, FAST, EXACT._replace(inverse="newton_schulz")])
-def test_the_memory_between_steps_is_that_of_a_real_preconditioner(mode):
+def test_the_memory_between_steps_equals_that_of_a_real_preconditioner(mode):
     shape = ModelShape("small", 2, 2, 128, 8, 64, 16, vocab_size=41)
     real = ActivationPreconditioner(GPT(gpt(shape).config), **mode.settings(128))
     held = dopr_bytes(shape, mode, Placement("ddp", 1))["Σ, sums, P, U"]
@@ -92,31 +92,31 @@ def test_a_triangle_of_each_sum_and_inverse_is_sent():
 
 
 def test_one_gpu_sends_nothing():
-    one = of(Placement("ddp", 1))
+    one = step_of(Placement("ddp", 1))
     assert one.base_sent == one.dopr_sent == one.base_s["weights, gradients"] == 0
     assert {"sums of Σ", "P to all", "agreement"}.isdisjoint(one.dopr_s)
 
 
-def test_rows_that_are_sharded_are_multiplied_where_they_are():
+def test_sharded_rows_are_multiplied_on_their_own_gpus():
     hardware = replace(H100, **FREE)
-    whole, shared = (of(Placement(how, 64), EXACT, hardware).dopr_s for how in ("ddp", "fsdp"))
+    whole, shared = (step_of(Placement(how, 64), EXACT, hardware).dopr_s for how in ("ddp", "fsdp"))
     assert whole["G P"] == pytest.approx(64 * shared["G P"])
 
 
 @pytest.mark.parametrize("name", ["network", "cholesky_fraction", "apply_fraction", "memory_rate"])
 def test_slower_hardware_takes_longer(name):
     slower = replace(H100, **{name: getattr(H100, name) / 2})
-    found = [of(Placement("ddp", 64), EXACT, hardware) for hardware in (H100, slower)]
+    found = [step_of(Placement("ddp", 64), EXACT, hardware) for hardware in (H100, slower)]
     fast, slow = (sum(one.base_s.values()) + sum(one.dopr_s.values()) for one in found)
     assert slow > fast
 
 
-def test_memory_decides_what_fits_and_how_large_micro_batches_are():
+def test_memory_limits_what_fits_and_the_size_of_micro_batches():
     placement = Placement("ddp", 8)
     sizes = {"yes": 80e9, "base": 5e9, "no": 1e9}
     for fits, memory in sizes.items():
-        assert of(placement, EXACT, replace(H100, memory=memory)).fits == fits
-    tight = of(Placement("fsdp", 8), EXACT, replace(H100, memory=30.5e9))
+        assert step_of(placement, EXACT, replace(H100, memory=memory)).fits == fits
+    tight = step_of(Placement("fsdp", 8), EXACT, replace(H100, memory=30.5e9))
     assert tight.fits == "yes"
     assert tight.dopr_bytes < tight.base_bytes  # micro-batches half as large
-    assert tight.dopr_sent > of(Placement("fsdp", 8), EXACT).dopr_sent  # blocks gathered more often
+    assert tight.dopr_sent > step_of(Placement("fsdp", 8), EXACT).dopr_sent  # more gathers

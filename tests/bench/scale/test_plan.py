@@ -29,7 +29,7 @@ PLACEMENTS = {
 
 
 def counted(gang, shape, placement, base, mode, n):
-    """Return the result of `steps` for the process that sends or receives most."""
+    """Return the calls of `steps` with the largest number of bytes over all processes."""
     results = gang.run(placement.size, steps, shape, placement, base, mode, n)
     return [[max(each) for each in zip(*part, strict=True)] for part in zip(*results, strict=True)]
 
@@ -40,7 +40,7 @@ def planned(calls, placement):
 
 @pytest.mark.parametrize("base", ["adamw", "muon"])
 @pytest.mark.parametrize("how", PLACEMENTS)
-def test_a_step_with_a_refresh_asks_for_what_is_planned(gang, how, base):
+def test_a_step_with_a_refresh_calls_the_planned_collectives(gang, how, base):
     placement = PLACEMENTS[how]
     first, last, end = counted(gang, TINY, placement, base, EXACT, 3)
     micro = planned(micro_batch_calls(TINY, placement), placement)
@@ -53,7 +53,7 @@ def test_a_step_with_a_refresh_asks_for_what_is_planned(gang, how, base):
 
 
 @pytest.mark.parametrize("n", [3, 4])
-def test_blocks_of_sigma_are_sent_by_a_refresh_only(gang, n):
+def test_blocks_of_sigma_are_sent_only_by_a_refresh(gang, n):
     placement = PLACEMENTS["ddp"]
     *_, end = counted(gang, TINY, placement, "adamw", LAZY, n)
     expected = refresh_calls(TINY, LAZY, placement).calls if n == 4 else []
@@ -71,13 +71,13 @@ def test_the_deflation_basis_is_sent_with_its_inverse(gang):
     assert sum(more) == columns
 
 
-def test_without_dopr_adamw_sends_nothing_but_gradients(gang):
+def test_adamw_without_dopr_sends_only_gradients(gang):
     placement = PLACEMENTS["fsdp"]
     *_, end = counted(gang, TINY, placement, "adamw", None, 1)
     assert end == []
 
 
-def test_gradients_that_fill_several_buckets_are_sent_in_several(gang):
+def test_gradients_larger_than_a_bucket_are_sent_in_several_buckets(gang):
     placement = PLACEMENTS["ddp"]
     shape = replace(WIDE, n_layer=4)
     _, last, _ = counted(gang, shape, placement, "adamw", None, 3)

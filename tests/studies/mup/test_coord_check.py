@@ -1,4 +1,4 @@
-"""The coordinate check: slopes that are known, verdicts at the bars, and the command itself."""
+"""Tests of the slopes and verdicts of the coordinate check, and of its command."""
 
 import json
 
@@ -11,7 +11,8 @@ from studies.mup.coordinates import KINDS, activations
 from studies.mup.figures import coordinates_figure
 from studies.mup.grid import numbers
 from studies.mup.slopes import slope
-from tests.studies.mup.width_records import WIDTHS, sized
+from tests.studies.mup.width_records import TINY, WIDTHS, sized
+from tests.studies.records import read_lines
 
 
 @pytest.mark.parametrize("exponent", [-0.5, 0.0, 1.25])
@@ -21,7 +22,7 @@ def test_the_slope_of_a_power_of_the_width_is_its_exponent(exponent):
     assert found.hi - found.lo == pytest.approx(0, abs=1e-9)
 
 
-def test_slopes_are_fitted_seed_by_seed_and_need_two_widths():
+def test_slopes_are_fitted_for_each_seed_and_need_two_widths():
     rows = sized({})[:3]  # one width
     assert slope(rows, lambda record: 1.0).n == 0
     rows = [row | {"size": row["width"] ** (row["seed"] / 10)} for row in sized({})]
@@ -29,7 +30,7 @@ def test_slopes_are_fitted_seed_by_seed_and_need_two_widths():
     assert slope(rows, lambda record: record["size"]).hi > 0.2
 
 
-def test_a_run_that_diverged_makes_no_slope_and_no_pass():
+def test_a_check_with_a_diverged_run_does_not_pass():
     rows = sized({})
     rows[0] = {key: value for key, value in rows[0].items() if key != "coordinates"}
     assert not verdict("mup", slopes_of(rows), 32)[0]
@@ -46,18 +47,18 @@ def test_a_run_that_diverged_makes_no_slope_and_no_pass():
         ({("logits", 8): -0.21}, "logits t=8: -0.21"),
     ],
 )
-def test_muP_passes_up_to_the_bars_and_no_further(exponents, words):
+def test_muP_passes_if_no_slope_exceeds_its_limit(exponents, words):
     found = problems(slopes_of(sized(exponents)), narrowest=32)
     assert found == [] if words is None else (len(found) == 1 and found[0].startswith(words))
 
 
-def test_wide_models_have_a_stricter_bar():
+def test_wide_models_have_a_stricter_limit():
     slopes = slopes_of(sized({("fc", 8): 0.12}))
     assert not problems(slopes, narrowest=64)
     assert problems(slopes, narrowest=128)
 
 
-def test_the_control_must_fail():
+def test_the_control_passes_with_slopes_of_zero_and_fails_with_those_of_sp():
     flat = [row | {"parametrisation": "sp"} for row in sized({})]
     assert tables(flat)[0] is False
     assert "PASSES: qkv t=0: +0.00, wanted 0.5 ± 0.1" in tables(flat)[1]
@@ -67,21 +68,21 @@ def test_the_control_must_fail():
     assert "fails, as it should" in tables(steep)[1]
 
 
-def test_a_kind_without_a_slope_is_no_failing_control():
+def test_a_control_without_a_slope_is_not_accepted():
     slopes = {("qkv", 0): 0.5, ("fc", 0): 0.5, ("mlp out", 1): 0.6, ("logits", 8): 0.6}
     rows = sized(slopes)
     del rows[0]["coordinates"]["residual"]
     assert not verdict("sp", slopes_of(rows), 32)[0]
 
 
-def test_one_width_is_neither_a_pass_nor_a_failure():
+def test_one_width_is_not_judged():
     good, text = tables([row for row in sized({}) if row["width"] == 64])
     assert good
     assert "open: one width has no slope" in text
 
 
 @pytest.mark.parametrize("spared", [("qkv", 0), ("fc", 0), ("mlp out", 1), ("logits", 8)])
-def test_the_control_must_fail_every_check(spared):
+def test_the_control_must_fail_each_check(spared):
     slopes = {("qkv", 0): 0.5, ("fc", 0): 0.5, ("mlp out", 1): 0.6, ("logits", 8): 0.6}
     good, text = verdict("sp", slopes_of(sized(slopes | {spared: 0.3})), 32)
     assert not good
@@ -89,11 +90,11 @@ def test_the_control_must_fail_every_check(spared):
     assert text.count("wanted") == 1
 
 
-def test_the_tables_report_what_preconditioning_did_to_gradients():
+def test_the_tables_report_the_ratio_of_preconditioned_to_plain_gradients():
     assert "| attn.c_attn | -0.50 ± 0.00 |" in tables(sized({}))[1]
 
 
-def test_activations_are_those_of_every_layer():
+def test_the_activations_of_every_layer_are_measured():
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=11, block_size=8, n_layer=3, n_head=2, n_embd=16))
     x = torch.randint(11, (2, 8))
@@ -104,97 +105,88 @@ def test_activations_are_those_of_every_layer():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_the_figure_has_a_panel_a_kind():
+def test_the_figure_has_a_panel_for_each_kind():
     rows = sized({})
     rows[0]["coordinates"]["fc"]["1"] = None  # it was not finite
     assert len(coordinates_figure(rows).axes) == len(KINDS) + 1
 
 
-TINY = [
-    "n_layer=1",
-    "n_head=2",
-    "block_size=16",
-    "batch_size=4",
-    "micro_batch_size=4",
-    "mup_base_width=32",
-]
-
-
 def command(dataset, out, *more):
     words = ["--out", str(out), "--seeds", "0", "--widths", "16,32", "--workers", "1", *more]
-    return [*words, "--set", f"dataset={dataset}", *TINY]
+    return [*words, "--set", f"dataset={dataset}", *TINY, "mup_base_width=32"]
 
 
-def test_the_command_checks_a_tiny_model_tells_the_control_and_continues(dataset, tmp_path, capsys):
+def test_the_command_checks_a_tiny_model_and_continues_its_grid(dataset, tmp_path, capsys):
     axes = ["--optimizers", "dopr-muon", "--parametrisations"]
     main(command(dataset, tmp_path, *axes, "sp"))
     first = (tmp_path / "runs/dopr-muon-sp-16-0-0/record.json").read_text()
     assert "| dopr-muon | sp | 0.0078 | 16 to 32 | 1 |" in capsys.readouterr().out
     main(command(dataset, tmp_path, *axes, "sp,mup"))
     assert (tmp_path / "runs/dopr-muon-sp-16-0-0/record.json").read_text() == first
-    rows = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    rows = read_lines(tmp_path / "records.jsonl")
     assert [(row["parametrisation"], row["width"]) for row in rows] == [
         (kind, width) for kind in ("mup", "sp") for width in (16, 32)
     ]
     at_base = [row for row in rows if row["width"] == 32]
-    assert at_base[0]["coordinates"] == at_base[1]["coordinates"]  # muP is SP there
+    assert at_base[0]["coordinates"] == at_base[1]["coordinates"]
     assert set(at_base[0]["ap"]) == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
     assert not [*tmp_path.glob("runs/*/checkpoints")]
     assert {path.suffix for path in tmp_path.glob("coordinates*")} == {".md", ".png"}
 
 
 def refusal(arguments, capsys):
-    """What the command says when it ends with exit code 2."""
-    with pytest.raises(SystemExit) as exit:
+    """Return the message with which the command ends with exit code 2."""
+    with pytest.raises(SystemExit, match="2"):
         main(arguments)
-    assert exit.value.code == 2
     return capsys.readouterr().err
-
-
-def test_another_setting_in_the_same_folder_is_refused_before_any_run(dataset, tmp_path, capsys):
-    folder = tmp_path / "runs/adamw-mup-16-0-0"
-    folder.mkdir(parents=True)
-    (folder / "record.json").write_text('{"asked": {"n_layer": 7}}')
-    assert "holds another run" in refusal(
-        command(dataset, tmp_path, "--optimizers", "adamw"), capsys
-    )
-    assert [*tmp_path.glob("runs/*")] == [folder]
 
 
 @pytest.mark.parametrize(
     ("more", "code"), [([], 1), (["--widths", "16"], 0), (["--shard", "1/2"], 0)]
 )
-def test_only_a_whole_grid_can_fail(dataset, tmp_path, monkeypatch, more, code):
+def test_only_a_whole_grid_is_judged(dataset, tmp_path, monkeypatch, more, code):
     flat = [row | {"parametrisation": "sp"} for row in sized({})]  # a control that passes
-    monkeypatch.setattr("studies.mup.coord_check.run_grid", lambda *_: flat)
+    monkeypatch.setattr("studies.mup.grid.run_grid", lambda *_: flat)
     assert main(command(dataset, tmp_path, "--optimizers", "adamw", *more)) == code
 
 
-def test_runs_of_other_settings_do_not_mix_with_those_of_other_widths(dataset, tmp_path, capsys):
-    asked = [{"variant": each, "asked": {"n_embd": 64, "beta2": 0.5}} for each in ("adamw", "muon")]
-    for record in asked:
-        folder = tmp_path / "runs" / record["variant"]
-        folder.mkdir(parents=True)
-        (folder / "record.json").write_text(json.dumps(record))
-    message = refusal(command(dataset, tmp_path, "--optimizers", "adamw"), capsys)
-    assert "runs/adamw has other settings than this command: " in message
-    assert "beta2 was 0.5, is 0.95" in message
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("adamw-mup-16-0-0/record.json", {"asked": {"n_layer": 7}}, "holds another run"),
+        ("adamw-mup-16-0-0/config.json", {"weight_decay": 0.5}, "weight_decay was 0.5, is 0.0"),
+        ("adamw-mup-16-0-0/config.json", [], "Input should be an object"),
+        (
+            "adamw/record.json",
+            {"variant": "adamw", "asked": {"n_embd": 64, "beta2": 0.5}},
+            "runs/adamw has other settings than this command: ",
+        ),
+        (
+            "muon/record.json",
+            {"variant": "muon", "asked": {"n_embd": 64, "beta2": 0.5}},
+            None,
+        ),
+    ],
+)
+def test_a_folder_with_runs_of_other_settings_is_refused(
+    dataset, tmp_path, capsys, monkeypatch, file, content, message
+):
+    path = tmp_path / "runs" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(content))
+    monkeypatch.setattr("studies.mup.grid.run_grid", lambda *_: sized({}))
+    arguments = command(dataset, tmp_path, "--optimizers", "adamw")
+    if message:
+        assert message in refusal(arguments, capsys)
+    else:
+        main(arguments)  # the run of another optimizer
 
 
-def test_data_that_are_not_there_are_one_message_before_any_run(tmp_path, capsys):
+def test_missing_data_are_an_error_before_any_run(tmp_path, capsys):
     assert "dataset 'nowhere': neither a folder nor" in refusal(
         command("nowhere", tmp_path, "--optimizers", "adamw"), capsys
     )
     assert not [*tmp_path.glob("runs/*")]
-
-
-def test_a_run_that_was_stopped_is_not_continued_with_other_settings(dataset, tmp_path, capsys):
-    folder = tmp_path / "runs/adamw-mup-16-0-0"
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text('{"weight_decay": 0.5, "out_dir": "elsewhere"}')
-    assert "weight_decay was 0.5, is 0.0" in refusal(
-        command(dataset, tmp_path, "--optimizers", "adamw"), capsys
-    )
 
 
 @pytest.mark.parametrize(
@@ -210,13 +202,13 @@ def test_a_run_that_was_stopped_is_not_continued_with_other_settings(dataset, tm
         (["--optimizers", "adamw", "--parametrisations", "muP"], "'muP': must be sp or mup"),
     ],
 )
-def test_mistakes_are_one_message(dataset, tmp_path, capsys, more, message):
+def test_a_wrong_command_is_refused(dataset, tmp_path, capsys, more, message):
     assert message in refusal(command(dataset, tmp_path, *more), capsys)
     assert not [*tmp_path.glob("runs/*")]
 
 
-def test_numbers_are_lists_or_ranges():
+def test_numbers_are_lists_or_ranges_without_repetition():
     assert numbers("32,64") == [32, 64]
     assert numbers("-2:1") == [-2, -1, 0, 1]
-    assert numbers("2,1,2") == [2, 1]  # a point twice would be two runs in one folder
+    assert numbers("2,1,2") == [2, 1]
     assert WIDTHS == tuple(numbers("32,64,128,256"))

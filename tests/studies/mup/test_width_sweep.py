@@ -1,8 +1,10 @@
-"""The width sweep: its grid, its shards, its wandb sweep, and one tiny sweep from end to end."""
+"""Tests of the grid of a width sweep, of its shards and agents, and of a tiny sweep."""
 
+import dataclasses
 import itertools
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,52 +12,46 @@ from pathlib import Path
 import pytest
 import torch
 
+from studies.mup import update_ratio
 from studies.mup.coordinates import measure_coordinates
 from studies.mup.grid import grid, twins
 from studies.mup.update_ratio import measure_update
 from studies.mup.width_sweep import main, parse, settings_of
 from studies.sweep.trial import train_in
-from tests.studies.mup.width_records import record
+from tests.studies.mup.width_records import TINY, record
 from tests.tiny import argv
 from trainer.checkpoint.read import load_checkpoint
 
 ROOT = Path(__file__).parents[3]
-TINY = [
-    "n_layer=1",
-    "n_head=2",
-    "block_size=16",
-    "batch_size=4",
-    "micro_batch_size=4",
-    "eval_batches=1",
-]
 
 
 def command(out, *more, dataset="pystdlib"):
     words = ["--out", str(out), "--workers", "1", "--steps", "4", *more]
-    return [*words, "--set", f"dataset={dataset}", *TINY]
+    return [*words, "--set", f"dataset={dataset}", *TINY, "eval_batches=1"]
 
 
-def points(out, *more):
+def runs_of(out, *more):
     _, arguments = parse(command(out, *more))
     return grid(arguments, settings_of(arguments.steps), measure_update)
 
 
-def test_the_grid_is_every_combination_and_shards_part_it(tmp_path):
+def test_the_grid_has_every_combination_and_is_divided_into_shards(tmp_path):
     axes = ["--optimizers", "adamw,dopr-muon", "--widths", "16,32", "--octaves=-1:1"]
-    whole = {point.folder for point in points(tmp_path, *axes)}
+    whole = {run.folder for run in runs_of(tmp_path, *axes)}
     assert len(whole) == 2 * 2 * 3 * 3 * 2  # with seeds and parametrisations
-    shards = [{p.folder for p in points(tmp_path, *axes, "--shard", f"{i}/5")} for i in range(1, 6)]
+    parts = [runs_of(tmp_path, *axes, "--shard", f"{i}/5") for i in range(1, 6)]
+    shards = [{run.folder for run in part} for part in parts]
     assert set.union(*shards) == whole
     assert sum(map(len, shards)) == len(whole)
 
 
-def test_one_run_at_the_base_width_stands_for_both_parametrisations(tmp_path):
+def test_a_run_at_the_base_width_counts_for_both_parametrisations(tmp_path):
     axes = ["--optimizers", "adamw", "--widths", "128,256", "--octaves=0", "--seeds", "0"]
-    assert [(p.parametrisation, p.width) for p in points(tmp_path, *axes)] == [
+    assert [(run.parametrisation, run.width) for run in runs_of(tmp_path, *axes)] == [
         *(("sp", 128), ("mup", 128), ("mup", 256))
     ]
-    alone = points(tmp_path, *axes, "--parametrisations", "sp")
-    assert [(p.parametrisation, p.width) for p in alone] == [("sp", 128), ("sp", 256)]
+    alone = runs_of(tmp_path, *axes, "--parametrisations", "sp")
+    assert [(run.parametrisation, run.width) for run in alone] == [("sp", 128), ("sp", 256)]
     settings = {"n_head": 4, "mup_base_head_dim": None}
     mup = [record(width, 0.5, settings=settings | {"n_embd": width}) for width in (128, 256)]
     sp = record(128, 0.5, settings=settings | {"n_embd": 128, "mup": False})
@@ -65,35 +61,35 @@ def test_one_run_at_the_base_width_stands_for_both_parametrisations(tmp_path):
     assert twins(mup) == []
 
 
-def test_an_octave_is_a_factor_of_two_and_muons_scales_have_rates_of_their_own(tmp_path):
+def test_an_octave_is_a_factor_of_two_on_the_rate_of_each_scale_of_muon(tmp_path):
     axes = ["--widths", "16", "--parametrisations", "mup", "--seeds", "0", "--octaves=0:1"]
-    names = "muon,muon+adjust_lr=spectral"
-    found = points(tmp_path, "--optimizers", names, *axes)
-    assert [point.lr for point in found] == [2**-7, 2**-6, 2**-5, 2**-4]
-    assert all(f"--aux_lr={2**-9}" in point.command for point in found)
+    names = "muon,muon+adjust_lr=unit_rms_norm"
+    found = runs_of(tmp_path, "--optimizers", names, *axes)
+    assert [run.lr for run in found] == [2**-7, 2**-6, 2**-5, 2**-4]
+    assert all(f"--aux_lr={2**-9}" in run.command for run in found)
 
 
-def test_the_agents_of_a_wandb_sweep_run_the_same_points(tmp_path):
+def test_the_agents_of_a_wandb_sweep_run_the_same_grid(tmp_path):
     axes = ["--optimizers", "adamw,dopr-sgd+gamma=1", "--widths", "16,32", "--octaves=-1,0"]
     main(command(tmp_path, *axes, "--wandb_sweep", str(tmp_path / "sweep.yaml")))
     sweep = json.loads((tmp_path / "sweep.yaml").read_text())
     parameters, found = sweep["parameters"], []
     for values in itertools.product(*(each["values"] for each in parameters.values())):
         words = sweep["command"][sweep["command"].index("studies.mup.width_sweep") + 1 :]
-        place = words.index("${args}")  # what an agent puts there
+        place = words.index("${args}")
         words[place : place + 1] = [f"--{k}={v}" for k, v in zip(parameters, values, strict=True)]
         arguments = parse(words)[1]
-        (point,) = grid(arguments, settings_of(arguments.steps), measure_update)
-        assert point.settings["wandb"] == "online"
-        found.append((point.folder, point.command[-6:]))
-    wanted = [(point.folder, point.command[-6:]) for point in points(tmp_path, *axes)]
+        (run,) = grid(arguments, settings_of(arguments.steps), measure_update)
+        assert run.settings["wandb"] == "online"
+        found.append((run.folder, run.command[-6:]))
+    wanted = [(run.folder, run.command[-6:]) for run in runs_of(tmp_path, *axes)]
     assert sweep["project"] == "dopr"
     assert len(found) == 48
     assert sorted(found) == sorted(wanted)
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_update_ratio_is_that_of_the_last_step(dataset, tmp_path):
+def test_the_update_ratio_measures_the_last_step(dataset, tmp_path):
     changes = {"max_steps": 5, "save_every": 4, "keep_checkpoints": 2, "optimizer": "signum"}
     changes |= {"lr": 1e-3, "weight_decay": 0, "schedule": "constant", "warmup_steps": 0}
     assert train_in(tmp_path / "run", ["train.py", *argv(dataset, tmp_path / "run", **changes)])
@@ -105,15 +101,26 @@ def test_the_update_ratio_is_that_of_the_last_step(dataset, tmp_path):
     assert found == pytest.approx((1e-3 / sizes).log().mean().exp().item(), rel=1e-3)  # signs
 
 
-def test_a_run_whose_last_steps_were_skipped_has_no_ratio_and_no_coordinates(dataset, tmp_path):
-    changes = {"optimizer": "sgd", "lr": 1e30, "schedule": "constant", "warmup_steps": 0}
-    changes |= {"max_steps": 8, "save_every": 1, "keep_checkpoints": 9, "grad_clip": 0}
+def test_a_run_that_skipped_steps_has_no_update_ratio_and_no_coordinates(
+    dataset, tmp_path, monkeypatch
+):
+    changes = {"max_steps": 8, "save_every": 1, "keep_checkpoints": 9, "warmup_steps": 0}
     assert train_in(tmp_path, ["train.py", *argv(dataset, tmp_path, **changes)])
+    for number in (1, 7):  # a step that is skipped is not saved
+        shutil.rmtree(tmp_path / f"checkpoints/step-{number:08d}")
+    with pytest.raises(ValueError, match="last two steps"):
+        measure_update(tmp_path)
+
+    def skipped(path):
+        checkpoint = load_checkpoint(path)
+        return dataclasses.replace(checkpoint, train=checkpoint.train | {"skipped": 2})
+
+    monkeypatch.setattr(update_ratio, "load_checkpoint", skipped)
     assert measure_update(tmp_path) == {"update_ratio": None}
     assert measure_coordinates(tmp_path) == {}
 
 
-def test_a_sweep_ends_in_a_table_and_two_plots_and_its_runs_are_those_of_the_command(
+def test_a_sweep_writes_tables_and_plots_and_its_commands_repeat_its_runs(
     dataset, tmp_path, capsys
 ):
     axes = ["--optimizers", "adamw", "--widths", "16,32", "--octaves=-1:1", "--seeds", "0"]
@@ -129,7 +136,7 @@ def test_a_sweep_ends_in_a_table_and_two_plots_and_its_runs_are_those_of_the_com
     assert [row["loss"] for row in rows if row["kind"] == "val"][-1] == record["val_loss"]
 
 
-def test_a_sweep_too_short_to_measure_is_refused(tmp_path, capsys):
+def test_a_sweep_of_fewer_than_three_steps_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--optimizers", "adamw", "--steps", "2", "--out", str(tmp_path)])
     assert "--steps=2: must be at least 3" in capsys.readouterr().err

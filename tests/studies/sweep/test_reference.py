@@ -1,4 +1,4 @@
-"""References: what is known of them without running anything."""
+"""Tests of reference policies whose grades are known."""
 
 import math
 
@@ -11,7 +11,7 @@ from studies.sweep.reference import command_of, main, references_of
 SMALL = "pdfa,states=4,alphabet=4,horizon=8,n_documents=64"
 
 
-def test_the_oracle_has_no_error_and_the_uniform_model_the_entropy_that_is_missing():
+def test_the_oracle_has_no_error_and_the_uniform_policy_the_largest_entropy():
     task = parse_task(SMALL)
     oracle = references_of(task)["oracle"](64, 0).means()
     assert oracle["sequence_kl"] == oracle["accumulated_kl"] == oracle["gap"] == 0
@@ -20,18 +20,14 @@ def test_the_oracle_has_no_error_and_the_uniform_model_the_entropy_that_is_missi
     assert uniform["sequence_kl"] > 1
 
 
-def test_who_never_acts_in_an_unstable_system_does_not_stay_near_the_expert():
+def test_a_policy_that_never_acts_leaves_the_expert_in_an_unstable_system():
     lds = Lds(instance=3)
     assert [*references_of(lds)] == ["zero"]
     means = references_of(lds)["zero"](1, 0).means()
     assert means["log10_deviation"] > 2  # two modes grow by 1.1 a step, for a hundred steps
 
 
-def test_text_has_no_references():
-    assert not references_of(parse_task("pystdlib"))
-
-
-def test_the_command_prints_a_line_for_each_and_repeats(capsys):
+def test_the_command_of_a_record_prints_a_line_for_each_reference(capsys):
     words = command_of(f"task:{SMALL}", n=16, seed=1).split()
     main(words[3:])
     lines = capsys.readouterr().out.splitlines()
@@ -43,7 +39,7 @@ def test_the_command_prints_a_line_for_each_and_repeats(capsys):
     ("words", "problem"),
     [(["pystdlib"], "has no oracle"), ([SMALL, "--episodes", "0"], "at least 1"), (["x"], "x")],
 )
-def test_what_has_no_references_is_one_error(words, problem, capsys):
+def test_a_task_without_references_and_wrong_arguments_are_refused(words, problem, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(words)
     assert problem in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Studies of which a run fails, or that are stopped."""
+"""Tests of studies that are stopped or in which a run fails."""
 
 import os
 import signal
@@ -9,29 +9,28 @@ import time
 import pytest
 
 from studies.sweep.compare import main
-from tests.studies.small_studies import read_records
+from tests.studies.records import read_lines
 from tests.studies.sweep.test_study import ROOT, TINY
 
-HANGS = 300  # seconds after which a wait is given up; a busy machine is slow
+TIMEOUT = 300  # seconds
 
 
-def plant(folder, name):
-    """A finished run that nobody asked for."""
+def add_other_run(folder, name):
+    """Write the record of a run with other settings."""
     (folder / "runs" / name).mkdir(parents=True)
     (folder / "runs" / name / "record.json").write_text('{"asked": {}}')
 
 
-def test_what_is_finished_is_written_when_a_run_fails(tmp_path):
-    plant(tmp_path, "muon-lr0.016-seed1")
-    with pytest.raises(SystemExit) as exit:
+def test_finished_runs_are_written_if_a_run_fails(tmp_path):
+    add_other_run(tmp_path, "muon-lr0.016-seed1")
+    with pytest.raises(SystemExit, match="2"):
         main(["--task", "lds", "--steps", "9", "--optimizers", "muon", "--out", str(tmp_path)])
-    assert exit.value.code == 2
-    runs = [(row["lr"], row["seed"]) for row in read_records(tmp_path)]
+    runs = [(row["lr"], row["seed"]) for row in read_lines(tmp_path / "records.jsonl")]
     assert runs[:2] == [(0.008, 0), (0.008, 1)]
 
 
-def test_a_failed_run_ends_those_of_the_other_optimizers(tmp_path):
-    plant(tmp_path, "muon-lr0.008-seed0")
+def test_a_failed_run_ends_the_runs_of_the_other_optimizers(tmp_path):
+    add_other_run(tmp_path, "muon-lr0.008-seed0")
     command = ["--task", "lds", "--steps", "20000", "--tuning_seeds", "1", "--out", str(tmp_path)]
     with pytest.raises(SystemExit):
         main([*command, "--optimizers", "muon,adamw"])  # a run of adamw takes many seconds
@@ -40,7 +39,7 @@ def test_a_failed_run_ends_those_of_the_other_optimizers(tmp_path):
 
 @pytest.fixture
 def interruptible():
-    """Processes that start here heed SIGINT, also where a shell in the background ignores it."""
+    """Let child processes react to SIGINT even if a background shell ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -48,7 +47,7 @@ def interruptible():
 
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_stopped_study_leaves_no_process(tmp_path, signum, code):
+def test_a_stopped_study_leaves_no_process_behind(tmp_path, signum, code):
     command = ["--task", TINY, "--steps", "1000000", "--optimizers", "adamw,sgd"]
     started = subprocess.Popen(
         [sys.executable, "-m", "studies.sweep.compare", *command, "--out", tmp_path],
@@ -59,7 +58,7 @@ def test_a_stopped_study_leaves_no_process(tmp_path, signum, code):
     try:
         wait_until(lambda: len([*tmp_path.glob("runs/*/metrics.jsonl")]) == 2)
         started.send_signal(signum)  # to the parent alone
-        assert started.wait(timeout=HANGS) == code
+        assert started.wait(timeout=TIMEOUT) == code
         wait_until(lambda: not alive(started.pid))
     finally:
         if alive(started.pid):
@@ -68,7 +67,7 @@ def test_a_stopped_study_leaves_no_process(tmp_path, signum, code):
 
 
 def wait_until(holds):
-    deadline = time.monotonic() + HANGS
+    deadline = time.monotonic() + TIMEOUT
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.1)

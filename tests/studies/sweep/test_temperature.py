@@ -1,6 +1,5 @@
-"""A comparison at each optimizer's own temperature, on models that were trained before."""
+"""Tests of the comparison at each optimizer's own temperature."""
 
-import json
 import math
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 import torch
 
 from eval.rollout.policy import Predictor
+from studies.stats.records import AnalysisError
 from studies.stats.temperatures import ranked
 from studies.sweep import compare, temperature
 from studies.sweep.temperature import (
@@ -18,14 +18,14 @@ from studies.sweep.temperature import (
     table,
 )
 from studies.sweep.trial import run_trial
-from tests.studies.small_studies import SEEDS, fresh, graded, write_study
+from tests.studies.records import SEEDS, fresh, graded, read_lines, write_lines, write_study
 from trainer.checkpoint.read import CheckpointError
 
 TINY = "pdfa,states=4,alphabet=4,horizon=8,n_documents=64"
 
 
 class Fixed(Predictor):
-    """Says the same whatever it reads."""
+    """Predict the same distribution for every input."""
 
     log_p = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log()
 
@@ -37,7 +37,7 @@ class Fixed(Predictor):
 
 
 @pytest.mark.parametrize("T", [0.01, 0.5, 1.0, 2.0])
-def test_a_temperature_is_a_power_of_the_probabilities(T):
+def test_a_temperature_raises_probabilities_to_a_power(T):
     tempered = TemperedPredictor(Fixed(), T)
     p = Fixed.log_p.exp() ** (1 / T)
     wanted = p / p.sum()
@@ -45,8 +45,8 @@ def test_a_temperature_is_a_power_of_the_probabilities(T):
         torch.testing.assert_close(found.exp(), wanted, rtol=1e-9, atol=1e-30)
 
 
-def test_the_temperature_of_the_lowest_error_on_the_tuning_seeds_is_chosen(monkeypatch, tmp_path):
-    def regraded(study, record, T):  # seed 0 wants 0.8, seed 1 rather 1.0
+def test_the_temperature_with_the_lowest_error_on_the_tuning_seeds_is_chosen(monkeypatch, tmp_path):
+    def regraded(study, record, T):  # the best temperatures are 0.8 on seed 0 and 1.0 on seed 1
         error = math.exp(2 * abs(T - 0.8) if record["seed"] == 0 else abs(T - 1))
         return graded("adamw", record["seed"], error)
 
@@ -56,12 +56,12 @@ def test_the_temperature_of_the_lowest_error_on_the_tuning_seeds_is_chosen(monke
     assert best_temperature(tmp_path, [*runs, graded("adamw", 2, None)]) == 1.0
 
 
-def test_where_a_temperature_changes_nothing_none_is_chosen(monkeypatch, tmp_path):
+def test_a_temperature_without_effect_is_not_chosen(monkeypatch, tmp_path):
     monkeypatch.setattr(temperature, "regrade", lambda study, record, T: record)
     assert best_temperature(tmp_path, [graded("sgd", seed, 1.0) for seed in (0, 1)]) == 1.0
 
 
-def test_the_table_compares_at_one_and_at_the_temperatures():
+def test_the_table_compares_at_temperature_one_and_at_the_chosen_temperatures():
     before = [*fresh("adamw", [4.0, 4.0, 4.0]), *fresh("dopr-adamw", [2.0, 2.0, 2.0])]
     after = [*fresh("adamw", [2.0, 2.0, 2.0], temperature=0.8)]
     after += fresh("dopr-adamw", [2.0, 2.0, 2.0], temperature=1.0)
@@ -69,16 +69,12 @@ def test_the_table_compares_at_one_and_at_the_temperatures():
     (row,) = [line for line in lines if line.startswith("| dopr-adamw")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1:4] == ["1", "2 ± 0", "2 ± 0"]
-    assert cells[4].startswith("× 0.5")
-    assert cells[5].startswith("× 1")
-    assert f"0/{len(SEEDS)}" in cells
+    assert [cell.split(" [")[0] for cell in cells[4:6]] == ["× 0.500", "× 1.00"]
+    assert cells[6] == f"0/{len(SEEDS)}"
 
 
 def test_a_base_is_graded_at_the_rate_and_temperature_of_each_variant(monkeypatch, tmp_path):
-    def regraded(study, record, T):
-        return record | {"temperature": T}
-
-    monkeypatch.setattr(temperature, "regrade", regraded)
+    monkeypatch.setattr(temperature, "regrade", lambda study, r, T: r | {"temperature": T})
     at_base = fresh("adamw", [4.0, 5.0, 6.0])
     at_twice = fresh("adamw", [2.0, 3.0, 3.0], role="control", lr=0.02)
     variants = [*fresh("dopr-adamw", [1.0, 2.0, 2.0], lr=0.02, temperature=0.5)]
@@ -92,51 +88,51 @@ def test_a_base_is_graded_at_the_rate_and_temperature_of_each_variant(monkeypatc
     }
     equal = {each.row.variant: each.all_else_equal for each in ranked([*after, *found])}
     assert {name for name, each in equal.items() if each} == {"dopr-adamw", "fast-dopr-adamw"}
-    ratio = np.log([1 / 2, 2 / 3, 2 / 3]).mean()  # and not those to `at_base`
+    ratio = np.log([1 / 2, 2 / 3, 2 / 3]).mean()  # relative to `at_twice`
     assert equal["dopr-adamw"].difference.mean == pytest.approx(ratio)
-    assert "| adamw | 1 |" in table(at_base + variants, after + found)  # not a control's 0.7
-    last = [
-        line.split("|")[-2].strip()
-        for line in table(at_base + variants, after + found).splitlines()
-    ]
+    text = table(at_base + variants, after + found)
+    assert "| adamw | 1 |" in text  # its own temperature, and not that of a control
+    last = [line.split("|")[-2].strip() for line in text.splitlines()]
     assert [cell.split(" [")[0] for cell in last if cell.startswith("×")] == ["× 0.203", "× 0.606"]
 
 
-def test_trained_models_are_graded_at_their_temperature_once(tmp_path, capsys):
+def test_trained_models_are_graded_once_at_each_temperature(tmp_path, capsys):
     out = tmp_path / "study"
     command = f"--task {TINY} --optimizers adamw --steps 10 --episodes 16 --out {out}"
     study = compare.study_of(compare.parse(command.split())[1])
     seeds = {"tuning": (0,), "fresh": (200, 201)}
-    points = [study.trial(study.variants[0], role, 1e-2, s) for role in seeds for s in seeds[role]]
-    lines = [json.dumps(run_trial(point)) + "\n" for point in points]
-    (out / "records.jsonl").write_text("".join(lines))
+    trials = [study.trial(study.variants[0], role, 1e-2, s) for role in seeds for s in seeds[role]]
+    write_lines(out / "records.jsonl", [run_trial(trial) for trial in trials])
     temperature.main([str(out)])
-    rows = [json.loads(line) for line in (out / "temperature.jsonl").read_text().splitlines()]
-    assert [row["seed"] for row in rows] == [200, 201]
-    kept = sorted((out / "runs").glob("*/temperature/*.json"))
-    stamps = [path.stat().st_mtime_ns for path in kept]
+    assert [row["seed"] for row in read_lines(out / "temperature.jsonl")] == [200, 201]
+    stored = sorted((out / "runs").glob("*/temperature/*.json"))
+    written = [path.stat().st_mtime_ns for path in stored]
     temperature.main([str(out)])
-    assert kept
-    assert [path.stat().st_mtime_ns for path in kept] == stamps
+    assert stored
+    assert [path.stat().st_mtime_ns for path in stored] == written
     assert "2 runs at their optimizer's temperature" in capsys.readouterr().out
-    study_row = json.loads((out / "records.jsonl").read_text().splitlines()[0])
-    hot, cold = (regrade(out, study_row, T)["grade"]["metrics"] for T in (1.4, 0.5))
+    row = read_lines(out / "records.jsonl")[0]
+    hot, cold = (regrade(out, row, T)["grade"]["metrics"] for T in (1.4, 0.5))
     assert cold["overconfidence"]["mean"] > hot["overconfidence"]["mean"]
-    assert regrade(out, study_row | {"role": "control"}, 0.5)["role"] == "control"  # and not kept
-    assert regrade(out, study_row, 0.5)["role"] == study_row["role"]
-    other = {"code": "of another revision"}
-    again = regrade(out, study_row | {"grading": study_row["grading"] | other}, 1.0)
-    assert again["grading"] == study_row["grading"]
+    for role in ("control", row["role"]):  # the stored grade serves records of both roles
+        assert regrade(out, row | {"role": role}, 0.5)["role"] == role
+    other_code = row | {"grading": row["grading"] | {"code": "of another revision"}}
+    assert regrade(out, other_code, 1.0)["grading"] == row["grading"]
+    other_model = row | {"grading": row["grading"] | {"checkpoint": "x"}}
     with pytest.raises(CheckpointError, match="is not the model of the study's record"):
-        regrade(out, study_row | {"grading": study_row["grading"] | {"checkpoint": "x"}}, 0.9)
+        regrade(out, other_model, 0.9)
+    stored[0].write_text("{")
+    with pytest.raises(AnalysisError, match=f"{stored[0].name}: Invalid JSON"):
+        temperature.at_best_temperatures(out, read_lines(out / "records.jsonl"))
 
 
-def test_folders_without_models_or_without_a_study_are_one_error(tmp_path, capsys):
+def test_folders_without_models_or_without_a_study_of_sampled_rollouts_are_refused(
+    tmp_path, capsys
+):
     runs = [graded("adamw", 0, 1.0, role="tuning"), *fresh("adamw", [1.0, 2.0, 3.0])]
     lds = [{**each, "task": "lds"} for each in runs]
     for name, rows, message in (("a", runs, "no checkpoint"), ("b", lds, "not a study of sampled")):
         folder = write_study(tmp_path / name, rows)
-        with pytest.raises(SystemExit) as exit:
+        with pytest.raises(SystemExit, match="2"):
             temperature.main([str(folder)])
-        assert exit.value.code == 2
         assert message in capsys.readouterr().err
