@@ -73,12 +73,12 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
     task = task_of(config.dataset) if config.ttf_every else None
     if task:
         check_fits(task, config.block_size)
-    sizes = {"block_size": config.block_size, "rank": parallel.rank, "world_size": parallel.size}
+    of_rank = {"block_size": config.block_size, "rank": parallel.rank, "world_size": parallel.size}
     validation = val_batches(
         dataset,
         batch_size=config.micro_batch_size,
         limit=config.eval_batches * config.batch_size,
-        **sizes,
+        **of_rank,
     )
 
     # -- model
@@ -118,7 +118,7 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
         seed=config.seed,
         start_step=state.step,
         workers=config.loader_workers,
-        **sizes,
+        **of_rank,
     )
 
     # -- records

@@ -75,11 +75,11 @@ def run(optimizer: str, lr: float, seed: int, **changes: Any) -> float:
     return math.inf if loss is None else loss
 
 
-def sweep(optimizer: str, dopr: dict[str, Any]) -> dict[float, float]:
+def sweep(optimizer: str, dopr: dict[str, Any], *, seed: int = TUNING_SEED) -> dict[float, float]:
     """Return {learning rate: loss on the tuning seed}, with the best rate inside the grid."""
-    losses = {lr: run(optimizer, lr, TUNING_SEED, **dopr) for lr in RATES[optimizer]}
+    losses = {lr: run(optimizer, lr, seed, **dopr) for lr in RATES[optimizer]}
     while lr := further_rate(losses):
-        losses[lr] = run(optimizer, lr, TUNING_SEED, **dopr)
+        losses[lr] = run(optimizer, lr, seed, **dopr)
     return dict(sorted(losses.items()))
 
 

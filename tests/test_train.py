@@ -43,6 +43,7 @@ VARIANTS = {
     "adamuon": {"optimizer": "adamuon"},
     "dopr-adamw-exact": {"dopr": True},
     "dopr-muon-fast": {"dopr": True, "optimizer": "muon", "sigma_beta": 0.9, "refresh_every": 3},
+    "dopr-fresh-mean": {"dopr": True, "sigma_beta": 0.9, "refresh_every": 3, "fresh_mean": True},
 }
 
 

@@ -19,7 +19,7 @@ OPTIMIZER_KEYS = (
 )
 DOPR_KEYS = (
     *("gamma", "sigma_beta", "refresh_every", "collect_every", "token_stride", "exponent"),
-    *("inverse", "trace_normalized", "block_diagonal", "embeddings", "backend"),
+    *("inverse", "trace_normalized", "fresh_mean", "block_diagonal", "embeddings", "backend"),
 )
 SCHEDULE_KEYS = ("schedule", "warmup_steps", "max_steps", "min_lr_ratio")
 

@@ -72,6 +72,7 @@ class TrainConfig:
     exponent: int = 1  # p of (Σ + γ̄ I)^(-1/p): 1, 2 or 4
     inverse: Literal["cholesky", "newton_schulz"] = "cholesky"
     trace_normalized: bool = True  # P times tr(Σ)/d_in, so M keeps the scale of G; false: the paper
+    fresh_mean: bool = False  # use the mean of the inputs of every step, also between updates
     block_diagonal: int | None = None  # largest block of Σ; none: full Σ
     embeddings: bool = False  # also precondition embeddings, by token frequency
     include: str | None = None  # comma-separated names of layers, with * and ?; none: all

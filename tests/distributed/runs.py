@@ -26,6 +26,7 @@ DOPR = {
     "off": {},
     "exact": {"dopr": "true"},
     "fast": {"dopr": "true", "refresh_every": 3, "sigma_beta": 0.9, "token_stride": 2},
+    "fresh mean": {"dopr": "true", "refresh_every": 3, "sigma_beta": 0.9, "fresh_mean": "true"},
 }
 PARALLEL = {
     "ddp": (2, {"parallel": "ddp"}),

@@ -29,7 +29,7 @@ def alone(dataset, tmp_path_factory):
 
 def is_quick(optimizer, dopr, parallel):
     """Return whether a case is in `make test`."""
-    if dopr == "fast":
+    if dopr in ("fast", "fresh mean"):
         return (optimizer, parallel) == ("adamw", "fsdp")
     return dopr == "exact" and (optimizer in ("adamw", "muon") or parallel == "hsdp")
 
