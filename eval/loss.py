@@ -49,7 +49,8 @@ def evaluate(
     Raises:
         ValueError: no target is scored.
     """
-    nats = torch.zeros((), dtype=torch.float64, device=device)
+    wide = "cpu" if torch.device(device).type == "mps" else device  # MPS has no float64
+    nats = torch.zeros((), dtype=torch.float64, device=wide)
     n_tokens, n_bytes = torch.zeros((2,), dtype=torch.int64, device=device)
     sizes = torch.as_tensor(token_bytes, dtype=torch.int64, device=device)
     with eval_mode(model), torch.no_grad():
@@ -63,10 +64,11 @@ def evaluate(
                 logits.flatten(0, 1).float(), y.flatten(), ignore_index=IGNORE, reduction="none"
             )
             scored = y != IGNORE  # (B, T)
-            nats += losses.sum(dtype=torch.float64)
+            nats += losses.to(wide).sum(dtype=torch.float64)
             n_tokens += scored.sum()
             n_bytes += sizes[y[scored]].sum()
-    nats, *counts = total(torch.stack([nats, n_tokens.double(), n_bytes.double()])).tolist()
+    sums = torch.stack([nats, *(each.to(wide).double() for each in (n_tokens, n_bytes))])
+    nats, *counts = total(sums).tolist()
     return _loss(nats, *map(int, counts))
 
 

@@ -85,6 +85,9 @@ def accumulate_gram(
         return
     n_sequences = z.shape[:-2].numel()
     first = offset + rank * n_sequences if rank else offset
+    if stride > 1 and grad_y is not None and column_sums is None:  # mask only what is sampled
+        z, grad_y = (_sample(each, stride, first)[None] for each in (z, grad_y))
+        stride = 1
     is_masked = None if grad_y is None else _masked_tokens(grad_y)
     if is_masked is not None:
         z = z.masked_fill(is_masked[..., None], 0)
@@ -114,9 +117,9 @@ def _add_columns(
 def _masked_tokens(grad_y: Tensor) -> Tensor | None:  # (..., T, d_out) -> (..., T) bool
     """Return which rows of `grad_y` are zero. On a CPU, return None if there are none.
 
-    A norm is cheaper on a CPU than a comparison, and no nonzero row escapes it: squares that
-    underflow make it zero, and then the rows are compared. On a GPU, reading whether there are such
-    rows would wait for the device.
+    On a CPU a norm is cheaper than a comparison. It may be zero for a nonzero row whose squares
+    underflow, so the rows are compared whenever a norm is zero. On a GPU, reading whether there are
+    such rows would wait for the device.
     """
     if grad_y.is_cpu and torch.linalg.vector_norm(grad_y, dim=-1).all():
         return None

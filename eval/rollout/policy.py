@@ -22,7 +22,7 @@ class Predictor(ABC):
             length: the tokens that will be read per row, including the prompt. Defaults to as many
                 as the model can read.
         Returns:
-            (B, V) float64 on the model's device.
+            (B, V) float64 on the model's device, or on the CPU if that is MPS.
         """
 
     @abstractmethod
@@ -60,7 +60,8 @@ class GPTPredictor(Predictor):
         rows = tokens.to(device).split(self.batch_size)
         pairs = zip(rows, self._caches, strict=True)
         logits = [next_logits(self.model, ids, cache)[:, -1] for ids, cache in pairs]  # (b, V) each
-        return torch.cat(logits).log_softmax(-1, dtype=torch.float64)
+        wide = "cpu" if device.type == "mps" else device  # MPS has no float64
+        return torch.cat(logits).to(wide).log_softmax(-1, dtype=torch.float64)
 
 
 class SharedPredictor(Predictor):

@@ -93,7 +93,7 @@ class Capture:
             own.copy_(value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """Return None, so that a copy of the model (for averaged weights, say) does not capture."""
+        """Return None: a copied model, for example one of averaged weights, must not capture."""
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return NoneType, ()  # a pickled model does not capture, and loads without this package
@@ -150,7 +150,7 @@ class Tap(torch.autograd.Function):
         if ctx.geometry is None:
             _accumulate(ctx.capture, z, grad_y)
         elif ctx.capture.is_needed:
-            _accumulate(ctx.capture, F.unfold(z, *ctx.geometry).mT, grad_y.flatten(2).mT)
+            _accumulate(ctx.capture, F.unfold(z, *ctx.geometry).mT, grad_y.flatten(-2).mT)
         return grad_y, None, None, None
 
 

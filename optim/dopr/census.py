@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from .coverage import Selection, survey
 from .forwards import is_captured
@@ -29,7 +30,7 @@ class Census:
         self._model, self._selection, self._layers = model, selection, layers
         self._own = {layer.covered.module for layer in layers}
         self._shapes = {layer: layer.covered.weight.shape for layer in layers}
-        self._seen = {self._fingerprint()}  # of models that were compared already
+        self._seen = {self._fingerprint()}  # fingerprints that `check` has already examined
         self._warned: set[str] = set()
 
     def check(self, stepped: Sequence[Layer]) -> None:
@@ -39,15 +40,15 @@ class Census:
             stepped: the layers whose weights are about to be updated.
         Raises:
             RuntimeError: if a covered layer was replaced or removed, its weight was tied to
-                another one or has another shape, or its forward was replaced.
+                another one or has another shape, or its capturing forward was removed.
         """
         fingerprint = self._fingerprint()
         if fingerprint in self._seen:
             return
         self._raise(self.lost())
-        self._warn(self._new(), "trained without preconditioning, as new or unfrozen weights")
+        self._warn(self._new(), f"trained without preconditioning: they are new. {CURE}")
         frozen = [layer.covered.full_name for layer in _frozen(stepped)]
-        self._warn(frozen, "covered but frozen, and not updated")
+        self._warn(frozen, "covered, but frozen now. They are preconditioned when unfrozen")
         self._seen.add(fingerprint)
 
     def check_before_attaching(self) -> None:
@@ -58,6 +59,10 @@ class Census:
         if lost:
             listed = "; ".join(f"{layer.covered.full_name} {why}" for layer, why in lost.items())
             raise RuntimeError(f"the model changed after construction: {listed}. {CURE}")
+
+    def forget(self) -> None:
+        """Release the layers, after they were detached."""
+        self._layers, self._own, self._shapes = [], set(), {}
 
     def lost(self) -> dict[Layer, str]:
         """Return the covered layers that can no longer be preconditioned, and why."""
@@ -129,14 +134,16 @@ class Census:
         """Log the weights that no earlier warning named."""
         if new := [name for name in names if name not in self._warned]:
             self._warned |= {*new}
-            log.warning("the model changed: %s: %s. %s", what, ", ".join(new), CURE)
+            log.warning("the model changed: these weights are %s: %s", what, ", ".join(new))
 
-    def _fingerprint(self) -> tuple[Any, ...]:
-        return tuple(
-            (id(module), id(weight), weight.shape, weight.requires_grad)
-            for module in self._model.modules()
-            for weight in module._parameters.values()
-            if weight is not None
+    def _fingerprint(self) -> int:
+        return hash(
+            tuple(
+                (id(module), id(weight), weight.shape, weight.requires_grad)
+                for module in self._model.modules()
+                for weight in module._parameters.values()
+                if weight is not None and not isinstance(weight, UninitializedParameter)
+            )
         )
 
 

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from ..process_group import local, row_mesh_dim
-from .forwards import why_replaced
+from .forwards import TAKEN, why_replaced
 from .weights import Weight, weights_of
 
 COVERED_TYPES = (nn.Linear, nn.Conv2d, nn.Embedding)
@@ -96,15 +97,24 @@ def find_layers(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, but must be a torch.nn.Module")
     _check_wrappers(model)
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(
+                f"{name} has no shape yet (lazy module): run one batch through the model first"
+            )
     weights = weights_of(model)
     _check_patterns(weights, include=selection.include, exclude=selection.exclude)
     covered, reasons = survey(model, selection)
     for weight in weights:
         reason = reasons.get(weight.full_name)
-        if weight.name in (selection.include or ()) and reason and not selection.skips(weight):
+        if not reason or selection.skips(weight):
+            continue
+        if {weight.name, weight.full_name, weight.path} & {*(selection.include or ())}:
             raise ValueError(
                 f"include names {weight.full_name}, which cannot be preconditioned: {reason}"
             )
+        if reason == TAKEN:  # training without these layers is never meant
+            raise ValueError(f"{weight.full_name} cannot be preconditioned: {reason}")
     if not covered:
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise ValueError(f"no layer of this model can be preconditioned ({listed or 'no weights'})")

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from ..process_group import is_sharded
 from .capture import Capture, CapturedLinear, Tap
 
+TAKEN = "another preconditioner is on it: call its detach() first"
+
 
 def install(module: nn.Module, capture: Capture) -> None:
     """Replace `forward` on this module instance by one that captures. Undo it with `remove`."""
@@ -24,8 +26,11 @@ def install(module: nn.Module, capture: Capture) -> None:
 
 
 def remove(module: nn.Module) -> None:
-    """Restore the `forward` of the module's class."""
-    del module.forward, module._dopr_capture
+    """Restore the `forward` of the module's class. Keep one that others put around ours."""
+    if getattr(vars(module).get("forward"), "__func__", None) in _FORWARDS:
+        del module.forward, module._dopr_capture
+    else:
+        vars(module)["_dopr_capture"] = None  # the forward inside theirs captures no more
 
 
 def is_captured(module: nn.Module, capture: Capture) -> bool:
@@ -43,7 +48,7 @@ def why_replaced(module: nn.Module) -> str:
         return ""
     if "_dopr_capture" in vars(module):
         is_copy = module._dopr_capture is None
-        return "" if is_copy else "another preconditioner is on it: call its detach() first"
+        return "" if is_copy else TAKEN
     if hasattr(module, "_hf_hook"):
         return (
             "hooks of accelerate replaced its forward: call "
@@ -101,8 +106,9 @@ def _embedding_forward(self: Any, input: Tensor) -> Tensor:  # (...) -> (..., d_
     return Tap.apply(y, input, self._dopr_capture, None)
 
 
+_FORWARDS = (_linear_forward, _conv1d_forward, _conv2d_forward, _embedding_forward)
 # A bound method is pickled by name, so an unpickled module gets the `forward` of its class.
-for function in (_linear_forward, _conv1d_forward, _conv2d_forward, _embedding_forward):
+for function in _FORWARDS:
     function.__name__ = "forward"
 
 

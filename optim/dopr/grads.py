@@ -2,49 +2,58 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from ..process_group import n_processes
 from .layer import Layer, log
 
 
 class FormedGrads:
-    """Know which weights got a gradient from a backward since their last step.
+    """Record which weights received a gradient from a backward since their last step.
 
-    A step without any is the empty step that torch.distributed.checkpoint takes to create the
-    optimizer's state. A gradient that is replaced by another one before a step was thrown away,
-    but its tokens were counted; this is logged once.
+    If no weight received one, the step is empty: torch.distributed.checkpoint takes such a step to
+    create the optimizer's state. A gradient that is replaced by another one before a step was
+    removed, although its tokens were counted. This is logged once, in a single process only,
+    because DDP itself replaces gradients.
     """
 
     def __init__(self, layers: Sequence[Layer], is_paused: Tensor) -> None:
         self._is_paused = is_paused
-        self._formed: dict[Layer, tuple[TensorWeakRef, bool]] = {}  # the gradient, is it in Σ
-        self._has_warned = False
+        # The gradient, and whether its tokens were added to Σ.
+        self._formed: dict[Layer, tuple[TensorWeakRef, bool]] = {}
+        self._has_warned = n_processes() > 1
         self.hooks: list[RemovableHandle] = [self._watch(layer) for layer in layers]
 
     def _watch(self, layer: Layer) -> RemovableHandle:
+        # The weight holds the hook, so the hook must not hold what holds the weight.
+        owner, watched = weakref.ref(self), weakref.ref(layer)
+
         def formed(weight: Tensor) -> None:
-            if (grad := weight.grad) is None:
-                return
-            earlier, was_counted = self._formed.get(layer, (None, False))
-            if was_counted and earlier is not None and earlier() is not grad:
-                self._warn(layer)
-            # With create_graph, torch accumulates out of place, so every gradient is a new tensor.
-            is_counted = layer.capture.is_collecting and not self._is_paused
-            is_counted = bool(is_counted) and not grad.requires_grad
-            self._formed[layer] = TensorWeakRef(grad), is_counted
+            grads, layer = owner(), watched()
+            if grads is not None and layer is not None and weight.grad is not None:
+                grads._note(layer, weight.grad)
 
         return layer.covered.weight.register_post_accumulate_grad_hook(formed)
+
+    def _note(self, layer: Layer, grad: Tensor) -> None:
+        earlier, was_counted = self._formed.get(layer, (None, False))
+        if was_counted and earlier is not None and earlier() is not grad:
+            self._warn(layer)
+        # With create_graph, torch accumulates out of place, so every gradient is a new tensor.
+        is_counted = layer.capture.is_collecting and not self._is_paused
+        self._formed[layer] = TensorWeakRef(grad), bool(is_counted) and not grad.requires_grad
 
     def _warn(self, layer: Layer) -> None:
         if not self._has_warned:
             log.warning(
-                "%s: a gradient was removed before a step, but the tokens that formed it stay in "
-                "Σ. If it was thrown away, run its backward inside paused(), or call discard() "
-                "when you skip a step",
+                "%s: a gradient was removed before a step. If you added it up elsewhere, ignore "
+                "this. If you threw it away, its tokens are still in Σ: run such a backward inside "
+                "paused(), or call discard() when you skip a step",
                 layer.label,
             )
         self._has_warned = True
@@ -62,9 +71,10 @@ class FormedGrads:
 class PreconditionedGrads:
     """Track gradients that were already preconditioned.
 
-    A second step() without backward() leaves such gradients as they are. Unchanged means the same
-    version and the same token count. A write through `.data` leaves the version; the count, raised
-    by a collecting backward, catches it.
+    A second step() without backward() leaves such gradients as they are. A gradient counts as
+    unchanged if its version and its layer's token count are the same. A write through `.data` does
+    not change the version, but a backward that collects tokens changes the count. Without either,
+    the write is not noticed.
     """
 
     def __init__(self) -> None:

@@ -4,8 +4,8 @@
     P = (tr(Σ)/d_in)^(1/p) (Σ + γ̄ I)^(-1/p)    the first factor only if `trace_normalized`
 
 Σ and P are block-diagonal, stored as (blocks, b, b) with blocks · b = d_in. For an embedding they
-are diagonal, stored as (d_in,). With `fresh_mean`, Σ = C + μ μᵀ is kept in two parts: the centred
-covariance C in place of Σ, P computed from C, and the mean μ of the current step (mean.py).
+are diagonal, stored as (d_in,). With `fresh_mean`, the layer stores the centred covariance C and
+the mean μ instead of Σ = C + μ μᵀ, and computes P from C (mean.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..kernels.deflation import first_deflation_basis
 from ..kernels.newton_schulz import full_precision
 from .capture import Capture
 from .coverage import CoveredLayer
-from .mean import centred
+from .mean import centred, uncentred
 from .settings import DoprSettings
 
 log = logging.getLogger("dopr")
@@ -239,7 +239,8 @@ class Layer:
     def report(self, *, condition: bool) -> dict[str, Any]:
         """Return the layer's row of the report; `condition` costs an eigendecomposition."""
         has_P = self.n_refreshes > 0
-        kappa = condition_number(self.sigma, self.damping) if condition and has_P else None
+        sigma = uncentred(self.sigma, self.mean) if self.has_mean else self.sigma
+        kappa = condition_number(sigma, self.damping) if condition and has_P else None
         return {
             "name": self.covered.full_name,
             "shape": tuple(self.covered.weight.shape),
@@ -274,8 +275,9 @@ class Layer:
         """Return the statistics of a state, with the current U if the state has none."""
         U = self.deflation_basis
         U = U if U is None else state.get("deflation_basis", U).to(U, copy=True)
-        sigma, mean = state["sigma"].to(self.sigma), state.get("mean", self.mean).to(self.mean)
-        return Statistics(sigma, total_mean_eigenvalue(sigma, mean), U)
+        sigma = state["sigma"].to(self.sigma)
+        mean = state["mean_eigenvalue"].to(sigma) if self.has_mean else mean_eigenvalue(sigma)
+        return Statistics(sigma, mean, U)
 
     def load_state_dict(self, state: dict[str, Any], *, with_sums: bool = True) -> None:
         """Load a state that `state_problems` accepted.

@@ -11,8 +11,9 @@ backward, and a rank-one update of M per step. With several blocks, each has its
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,11 @@ def centred(second_moment: Tensor, mean: Tensor) -> Tensor:
         mean: (blocks, b).
     """
     return second_moment - mean[:, :, None] * mean[:, None, :]
+
+
+def uncentred(C: Tensor, mean: Tensor) -> Tensor:
+    """Return Σ = C + μ μᵀ of each block, the reverse of `centred`."""
+    return C + mean[:, :, None] * mean[:, None, :]
 
 
 def correct_for_mean(M: Tensor, P: Tensor, mean: Tensor, scale: Tensor | float) -> Tensor:
@@ -62,9 +68,22 @@ def update_means(
     Returns:
         For the layers in `due`, the mean over the tokens in their running sums of z zᵀ.
     """
-    layers, due = [each for each in layers if each.has_mean], {*due}
+    groups: dict[Any, list[Layer]] = defaultdict(list)
+    for layer in layers:
+        if layer.has_mean:
+            groups[layer.sigma.dtype, layer.sigma.device].append(layer)
+    gram_means: dict[Layer, Tensor] = {}
+    for group in groups.values():
+        gram_means |= _update_group(group, {*due}, collective)
+    return gram_means
+
+
+def _update_group(
+    layers: list[Layer], due: set[Layer], collective: Collective
+) -> dict[Layer, Tensor]:
+    """Do what `update_means` does for layers of one dtype and device, with one reduction."""
     rows = [_sums(layer)[: 1 + (layer in due)] for layer in layers]  # (1 or 2, d + 1) each
-    if collective.size > 1 and layers:
+    if collective.size > 1:
         buffer = collective.sum_(torch.cat([each.flatten() for each in rows]))
         parts = buffer.split([each.numel() for each in rows])
         rows = [part.view(each.shape) for part, each in zip(parts, rows, strict=True)]

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from ..kernels.cholesky import Inverse
 from ..kernels.dispatch import Backend, check_backend
-from ..process_group import Collective, ProcessGroup, everybody, n_processes
+from ..process_group import Collective, ProcessGroup, everybody, is_sharded, n_processes
 from .census import Census
 from .coverage import Selection, find_layers
 from .distributed import gathered_state
@@ -177,8 +177,8 @@ class ActivationPreconditioner:
             layer.capture.rank, layer.capture.size = self._collective.rank, self._collective.size
         self._remove_hooks()
         self._registered_params = RegisteredParams(plain, self._weights())
-        self._formed_grads = FormedGrads(self.layers, self._is_paused)
         around = call_around_steps(plain, self._before_step, self._after_step)
+        self._formed_grads = FormedGrads(self.layers, self._is_paused)
         self._hooks = [*around, *self._formed_grads.hooks]
         return self
 
@@ -188,6 +188,8 @@ class ActivationPreconditioner:
         for layer in self.layers:
             remove(layer.covered.module)
         self.layers = []
+        self._census.forget()
+        self._formed_grads = FormedGrads([], self._is_paused)
 
     def _remove_hooks(self) -> None:
         for hook in self._hooks:
@@ -211,7 +213,7 @@ class ActivationPreconditioner:
 
         Use it for a backward whose weight gradient is thrown away: gradients of inputs, the other
         player of a GAN, the first pass of SAM. Gradients are computed as usual and schedules go on.
-        What counts is that backward() runs inside; the forward may be anywhere. This also holds for
+        Only the backward has to run inside; the forward may run outside. This also holds for
         compiled code. `paused` may be nested. torch.func is not supported, paused or not.
         """
         before = self._is_paused.clone()
@@ -235,9 +237,9 @@ class ActivationPreconditioner:
         """Load a `state_dict()`, to continue bit for bit. With several processes, attach first.
 
         If gamma, exponent or trace_normalized differ from the saved run, P is recomputed from the
-        saved Σ. block_diagonal, embeddings, include and exclude may not differ where they change
-        the covered layers or the shapes of Σ. All other settings may differ, and apply from now on.
-        Nothing changes on error.
+        saved Σ. fresh_mean may not differ. block_diagonal, embeddings, include and exclude may not
+        differ where they change the covered layers or the shapes of Σ. All other settings may
+        differ, and apply from now on. Nothing changes on error.
 
         Raises:
             ValueError: if layers, shapes or types differ or values are not finite (all are listed).
@@ -247,6 +249,8 @@ class ActivationPreconditioner:
         self._check_not_detached()
         self._check_attached_to_group()
         load_state(state, self.layers, self.settings, self._collective)
+        self._preconditioned_grads.reset_counts()
+        self._formed_grads.clear(self.layers)
 
     def report(self, *, condition: bool = False) -> list[dict[str, Any]]:
         """Return one row for every weight of two or more dimensions of the model as it is.
@@ -295,6 +299,7 @@ class ActivationPreconditioner:
         gram_means = update_means(layers, due, self._collective)
         refreshed, unused = refresh(due, gram_means, self.settings, self._collective)
         if len(unused) == len(layers) or self._is_empty_step(layers, due):
+            self._formed_grads.clear(layers)
             return
         written, local_norms = [], {}
         for layer, grad, G, M in preconditioned(layers, self.settings.backend):
@@ -315,12 +320,14 @@ class ActivationPreconditioner:
     def _is_empty_step(self, layers: list[Layer], due: list[Layer]) -> bool:
         """Return whether no backward preceded this step and all gradients are zero.
 
-        torch.distributed.checkpoint takes such a step to create the optimizer's state. `refresh`
-        notices it where all layers are due. Where only some are, a single process can tell.
+        torch.distributed.checkpoint takes such a step to create the optimizer's state. If all
+        layers are due, `refresh` notices it. Otherwise, every process decides alone, which it
+        cannot do from some rows of the weights.
         """
-        if self._collective.size > 1 or len(due) == len(layers) or self._formed_grads.any(layers):
+        is_known = len(due) == len(layers) or self._formed_grads.any(layers)
+        if is_known or any(is_sharded(layer.covered.weight) for layer in layers):
             return False
-        return not with_gradient(layers, self._collective)
+        return not with_gradient(layers, Collective())
 
     def _after_step(self) -> None:
         """Drop what the step itself captured when it differentiated the gradients again."""

@@ -12,12 +12,12 @@ from ..process_group import Collective
 from .layer import InverseRoot, Layer, log
 from .refresh import inverse_roots
 from .settings import DoprSettings
-from .weights import without_inner_wrappers
+from .weights import without_wrappers
 
 # Only states of inverse="newton_schulz" have it; if absent, the current basis is used.
 OPTIONAL_KEYS = {"deflation_basis"}
 # `gram` may be non-finite: the next refresh drops it.
-FINITE_KEYS = ("sigma", "P", "damping", "deflation_basis")
+FINITE_KEYS = ("sigma", "P", "damping", "deflation_basis", "mean", "mean_eigenvalue")
 
 
 def load_state(
@@ -26,7 +26,10 @@ def load_state(
     """Load a state; see `ActivationPreconditioner.load_state_dict`. Nothing changes on error."""
     state = renamed_state(state)
     if isinstance(state, dict) and all(isinstance(name, str) for name in state):
-        state = {without_inner_wrappers(name): each for name, each in state.items()}
+        names = {layer.name for layer in layers}
+        state = {
+            name if name in names else without_wrappers(name): each for name, each in state.items()
+        }
     if problems := state_problems(state, layers):
         raise ValueError("preconditioner state does not fit: " + "; ".join(problems))
     recomputed = _outdated_inverse_roots(state, layers, settings, collective)
@@ -71,6 +74,11 @@ def _layer_problems(state: Any, layer: Layer) -> list[str]:
     """List why one layer cannot load its part of a state."""
     if not isinstance(state, dict):
         return [f"{layer.label} is a {type(state).__name__}, but must be a dict"]
+    made_with = state.get("made_with")
+    if isinstance(made_with, dict):
+        saved_with = made_with.get("fresh_mean", False)
+        if saved_with != layer.settings.fresh_mean:
+            return [f"{layer.label} was saved with fresh_mean={saved_with}"]
     missing = {*layer.tensors(), *layer.NUMBERS, "made_with"} - state.keys() - OPTIONAL_KEYS
     if missing:
         return [f"{layer.label} has no {', '.join(sorted(missing))}"]
@@ -89,6 +97,4 @@ def _layer_problems(state: Any, layer: Layer) -> list[str]:
             problems.append(f"{key} is {state[key]!r}, but must be an integer >= 0")
     if not isinstance(state["made_with"], dict):
         problems.append(f"made_with is {state['made_with']!r}, but must be a dict")
-    elif state["made_with"].get("fresh_mean", False) != layer.settings.fresh_mean:
-        problems.append(f"it was saved with fresh_mean={not layer.settings.fresh_mean}")
     return [f"{layer.label}: {problem}" for problem in problems]

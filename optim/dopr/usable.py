@@ -45,7 +45,7 @@ def _check_unseen(layers: list[Layer], collective: Collective) -> None:
     """
     missed = with_gradient(layers, collective)
     if missed:
-        names = [layer.name for layer in missed]
+        names = [layer.name or layer.covered.full_name for layer in missed]
         others = f" (and {len(names) - 1} more layers)" if names[1:] else ""
         raise RuntimeError(
             f"{missed[0].label} has a gradient but its input activations were not seen{others}. "

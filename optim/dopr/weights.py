@@ -13,6 +13,9 @@ from torch.nn.parameter import UninitializedParameter
 # Parts of a module's name that torch.compile and activation checkpointing add.
 INNER_WRAPPERS = re.compile(r"\b(?:_orig_mod|_checkpoint_wrapped_module)\.")
 
+# Prefixes that DDP, AveragedModel, torch.compile and PEFT add to all names.
+OUTER_WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|base_model\.model)\.)+")
+
 
 class Weight(NamedTuple):
     """A parameter of two or more dimensions, and where it is in the model."""
@@ -30,24 +33,24 @@ class Weight(NamedTuple):
 
     def matches(self, patterns: Sequence[str] | None) -> bool:
         """Return whether a pattern matches the name of the module or of the parameter."""
-        names = (self.name, self.path, self.full_name)
+        names = (self.name, self.path, self.full_name, f"{self.path}.{self.key}")
         return any(fnmatchcase(name, pattern) for pattern in patterns or () for name in names)
 
 
 def weights_of(model: nn.Module) -> list[Weight]:
-    """List the parameters of two or more dimensions."""
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, UninitializedParameter):
-            raise ValueError(
-                f"{name} has no shape yet (lazy module): run one batch through the model first"
-            )
+    """List the parameters of two or more dimensions. Skips those without a shape (lazy modules)."""
     outer = _outer_wrappers(model)
     return [
         Weight(without_inner_wrappers(f"{path}.".removeprefix(outer)[:-1]), path, module, key, w)
         for path, module in model.named_modules()
         for key, w in module.named_parameters(recurse=False)
-        if w.dim() >= 2
+        if not isinstance(w, UninitializedParameter) and w.dim() >= 2
     ]
+
+
+def without_wrappers(name: str) -> str:
+    """Return the name of a module without the parts that any wrapper may have added."""
+    return without_inner_wrappers(OUTER_WRAPPERS.sub("", f"{name}.")[:-1])
 
 
 def without_inner_wrappers(name: str) -> str:

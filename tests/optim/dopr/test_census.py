@@ -1,13 +1,15 @@
 """Changes of the model after construction are refused or reported, never ignored."""
 
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
 from optim import ActivationPreconditioner
-from tests.optim.models import backward, mlp, randn
+from tests.optim.models import backward, mlp, randn, regression
 
 
 def attached(model, **settings):
@@ -102,7 +104,7 @@ def test_a_covered_weight_that_is_frozen_later_is_reported_once(caplog):
     freeze(model)
     trained(model, optimizer, n_steps=2)
     (warning,) = warnings_of(caplog)
-    assert "covered but frozen" in warning
+    assert "covered, but frozen now" in warning
     assert [row["covered"] for row in preconditioner.report()] == [True, True, False]
 
 
@@ -148,6 +150,65 @@ def test_a_second_preconditioner_is_refused_with_the_cure():
         ActivationPreconditioner(model, gamma=0.1)
     first.detach()
     ActivationPreconditioner(model, gamma=0.1)
+
+
+def test_a_second_preconditioner_of_some_of_the_layers_is_refused():
+    model = square()
+    ActivationPreconditioner(model, gamma=0.1, include=["0"])
+    with pytest.raises(ValueError, match=r"0\.weight .*another preconditioner"):
+        ActivationPreconditioner(model, gamma=0.1)
+    ActivationPreconditioner(model, gamma=0.1, exclude=["0"])
+
+
+def test_detaching_keeps_a_forward_that_others_put_around_ours():
+    model, x = mlp(), regression()[0]
+    _, preconditioner = attached(model)
+    inner = model[0].forward
+    model[0].forward = lambda z: 2 * inner(z)
+    before = model(x)
+    preconditioner.detach()
+    assert torch.equal(model(x), before)
+    model(x).sum().backward()
+
+
+def test_a_model_that_is_dropped_without_detaching_is_freed():
+    model = mlp()
+    optimizer, preconditioner = attached(model)
+    trained(model, optimizer)
+    references = [weakref.ref(each) for each in (model, preconditioner, model[0].weight)]
+    del model, optimizer, preconditioner
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 3
+
+
+def test_detaching_frees_the_statistics():
+    model = mlp()
+    optimizer, preconditioner = attached(model)
+    trained(model, optimizer)
+    P = weakref.ref(preconditioner.layers[0].P)
+    preconditioner.detach()
+    gc.collect()
+    assert P() is None
+
+
+def test_a_lazy_module_that_is_added_later_does_not_disturb_a_step():
+    model = mlp()
+    optimizer, _ = attached(model)
+    trained(model, optimizer)
+    model.lazy = nn.LazyLinear(3)
+    backward_of_first_layers = model[2](torch.tanh(model[0](regression()[0])))
+    backward_of_first_layers.square().sum().backward()
+    optimizer.step()
+
+
+def test_layers_that_are_frozen_in_turn_are_not_said_to_need_a_new_preconditioner(caplog):
+    model = square()
+    optimizer, _ = attached(model)
+    for step in range(6):
+        for i, layer in enumerate((model[0], model[2], model[3])):
+            layer.requires_grad_(i == step % 3)
+        trained(model, optimizer)
+    assert not any("construct" in warning for warning in warnings_of(caplog))
 
 
 def test_a_forward_that_was_replaced_on_the_instance_is_refused_with_the_cure():

@@ -155,6 +155,8 @@ def test_a_pattern_that_matches_no_weight_is_refused(key, pattern):
 def test_including_what_cannot_be_covered_is_refused_with_the_reason():
     with pytest.raises(ValueError, match=r"include names table\.weight.*embeddings=False"):
         found(nested(), include=["head", "table"])
+    with pytest.raises(ValueError, match="table"):
+        found(nested(), include=["head", "table.weight"])
 
 
 def test_a_wildcard_covers_what_can_be_and_says_why_the_rest_is_not():

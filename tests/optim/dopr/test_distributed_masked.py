@@ -62,6 +62,36 @@ def test_an_empty_step_is_none_in_all_processes(gang, how):
     assert gang.run(2, in_process_group, empty_step, how) == [([0, 0], [1, 1])] * 2
 
 
+def mixed_dtypes():
+    """Take a step with a layer of each dtype; return the dtypes of P."""
+    layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4).double()])
+    optimizer = torch.optim.SGD(layers.parameters(), lr=0.1)
+    preconditioner = ActivationPreconditioner(layers, gamma=0.1, fresh_mean=True, refresh_every=2)
+    preconditioner.attach(optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        layers[1](layers[0](torch.ones(3, 4)).double()).square().sum().backward()
+        optimizer.step()
+    return [str(layer.P.dtype) for layer in preconditioner.layers]
+
+
+def test_layers_of_several_dtypes_have_fresh_means(gang):
+    assert gang.run(2, in_process_group, mixed_dtypes) == [["torch.float32", "torch.float64"]] * 2
+
+
+def empty_step_between_refreshes():
+    _, forward, optimizer, preconditioner = workers.parts("sgd", "ddp", refresh_every=4)
+    workers.step(forward, optimizer, 0)
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return [layer.step for layer in preconditioner.layers]
+
+
+def test_an_empty_step_between_refreshes_is_none_in_all_processes(gang):
+    assert gang.run(2, in_process_group, empty_step_between_refreshes) == [[1, 1]] * 2
+
+
 def noticed_gradients(how: str):
     """Return whether a backward of each layer was noticed."""
     _, forward, _, preconditioner = workers.parts("sgd", how)

@@ -108,3 +108,25 @@ def test_correct_use_is_not_reported(caplog, use):
         optimizer.zero_grad()
         train(model, optimizer, range(2))
     assert warnings_of(caplog) == []
+
+
+def rolled_back(model, optimizer, preconditioner):
+    state = preconditioner.state_dict()
+    backward(model)
+    preconditioner.load_state_dict(state)
+
+
+def behind_a_zero_head(model, optimizer, preconditioner):
+    x, _ = regression(0)
+    (0 * model(x)).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("use", [rolled_back, behind_a_zero_head])
+def test_gradients_without_counted_tokens_are_not_reported(caplog, use):
+    model = mlp()
+    optimizer, preconditioner = attached(model)
+    use(model, optimizer, preconditioner)
+    optimizer.zero_grad()
+    train(model, optimizer, range(2))
+    assert warnings_of(caplog) == []

@@ -180,8 +180,30 @@ def test_a_state_with_another_setting_is_refused():
     fresh = ActivationPreconditioner(mlp(), gamma=GAMMA, fresh_mean=True)
     with pytest.raises(ValueError, match="saved with fresh_mean=True"):
         plain.load_state_dict(fresh.state_dict())
-    with pytest.raises(ValueError, match="0 has no column_sums, mean, mean_eigenvalue"):
+    with pytest.raises(ValueError, match="saved with fresh_mean=False"):
         fresh.load_state_dict(plain.state_dict())
+
+
+def test_a_mean_that_is_not_finite_is_refused():
+    fresh = ActivationPreconditioner(mlp(), gamma=GAMMA, fresh_mean=True)
+    state = fresh.state_dict()
+    state["0"]["mean"] = torch.full_like(state["0"]["mean"], torch.nan)
+    with pytest.raises(ValueError, match="mean is not finite"):
+        fresh.load_state_dict(state)
+
+
+def test_the_condition_is_that_of_the_covariance_with_its_mean():
+    conditions = []
+    for fresh_mean in (True, False):
+        torch.manual_seed(0)
+        layer = nn.Linear(4, 4)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        preconditioner = ActivationPreconditioner(layer, gamma=GAMMA, fresh_mean=fresh_mean)
+        preconditioner.attach(optimizer)
+        layer(randn(99, 4, seed=1) + 10).square().sum().backward()
+        optimizer.step()
+        conditions.append(preconditioner.report(condition=True)[0]["condition"])
+    assert conditions[0] == pytest.approx(conditions[1], rel=1e-3)
 
 
 def test_another_gamma_recomputes_p_with_the_mean_of_the_state():

@@ -143,3 +143,11 @@ def test_one_vector_without_a_batch_dimension_counts_once():
     layer(randn(D, seed=8)).sum().backward()
     (layer(randn(D, seed=9)) * 0).sum().backward()
     assert preconditioner.layers[0].capture.count == 1
+
+
+def test_an_image_without_a_batch_dimension_is_masked_by_position():
+    layer = nn.Conv2d(1, 3, 1, bias=False)
+    preconditioner = ActivationPreconditioner(layer, gamma=0.1)
+    layer(torch.ones(1, 3, 3))[:, 0].sum().backward()  # one of three rows of pixels
+    capture = preconditioner.layers[0].capture
+    assert capture.count == capture.gram.item() == 3

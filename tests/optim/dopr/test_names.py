@@ -50,9 +50,10 @@ def test_patterns_match_names_and_what_the_report_prints(how, pattern):
     assert [layer.name for layer in preconditioner.layers] == ["body.0"]
 
 
-def test_patterns_also_match_the_names_that_the_wrapped_model_has():
+@pytest.mark.parametrize("name", ["module.lm_head", "module.lm_head.weight"])
+def test_patterns_also_match_the_names_that_the_wrapped_model_has(name):
     wrapped = AveragedModel(model())
-    preconditioner = ActivationPreconditioner(wrapped, gamma=0.1, exclude=["module.lm_head"])
+    preconditioner = ActivationPreconditioner(wrapped, gamma=0.1, exclude=[name])
     assert [layer.name for layer in preconditioner.layers] == ["body.0"]
 
 
@@ -64,9 +65,10 @@ def test_a_state_loads_into_a_wrapped_model_and_back(how):
     plain.load_state_dict(wrapped.state_dict())
 
 
-def test_a_state_saved_with_the_names_of_a_compiled_model_loads():
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_a_state_saved_with_the_names_of_a_wrapped_model_loads(prefix):
     preconditioner = ActivationPreconditioner(model(), gamma=0.1)
-    state = {f"_orig_mod.{name}": each for name, each in preconditioner.state_dict().items()}
+    state = {f"{prefix}{name}": each for name, each in preconditioner.state_dict().items()}
     preconditioner.load_state_dict(state)
 
 
