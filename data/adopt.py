@@ -93,13 +93,13 @@ def _as_shard(path: Path, dtype: str | None, tokenizer: Tokenizer) -> Shard:
 def _checked_uint16(path: Path) -> str:
     """Return "uint16". Raises DataError if the file looks like wider integers."""
     start = np.fromfile(path, "<u2", CHUNK)
-    for width, name in ((4, "uint64"), (2, "uint32")):
+    for width, name, which in ((4, "uint64", "fourth"), (2, "uint32", "second")):
         if len(start) >= 8 * width and len(start) % width == 0:
             columns = start.reshape(-1, width)
             if columns[:, 1:].max() < 16 <= columns[:, 0].max():
                 raise DataError(
-                    f"{path}: looks like {name}, because as uint16 only one in {width} of its "
-                    f"numbers is large; pass --dtype={name}, or --dtype=uint16 if it is not"
+                    f"{path}: looks like {name}, because, read as uint16, only every {which} "
+                    f"number is above 15; pass --dtype={name}, or --dtype=uint16 if it is not"
                 )
     return "uint16"
 

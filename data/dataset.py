@@ -125,6 +125,7 @@ def open_dataset(name_or_path: str | Path) -> Dataset:
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise DataError(
         f"dataset {name!r}: neither a folder nor one of {', '.join(known_datasets())}{hint}"
+        "; the name of a task is task:NAME"
     )
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import io
+import os
 import pickle
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,9 @@ def check_tokenizer_name(name: str) -> None:
     """Raise ValueError unless `name` names a tokenizer or the file of one."""
     if name in NAMED + TRAINED or name.endswith((".json", ".pkl")):
         return
+    if os.path.isdir(os.path.expanduser(name)):
+        found = user_path(name) / "tokenizer.json"
+        raise ValueError(f"tokenizer {name!r}: is a folder; use {found}{_how_to_get(found)}")
     close = difflib.get_close_matches(name, NAMED + TRAINED, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise ValueError(
@@ -44,7 +48,19 @@ def named_tokenizer(name: str) -> Tokenizer:
     if name in NAMED:
         return gpt2_tokenizer() if name == "gpt2" else byte_tokenizer()
     path = user_path(name)
+    if hint := _how_to_get(path):
+        raise DataError(f"{path}: does not exist{hint}")
     return nanogpt_tokenizer(path) if path.suffix == ".pkl" else Tokenizer.load(path)
+
+
+def _how_to_get(path: Path) -> str:
+    """Say how to write a tokenizer.json that is missing from a folder; otherwise ""."""
+    if path.exists() or path.name != "tokenizer.json" or not path.parent.is_dir():
+        return ""
+    return (
+        "; write this file with transformers: "
+        f"AutoTokenizer.from_pretrained(NAME).save_pretrained({str(path.parent)!r})"
+    )
 
 
 class _Model(OpenSchema):
@@ -119,7 +135,7 @@ def _library_tokenizer(content: bytes) -> Any:
 
 def _bytes_of_ids(file: _HFFile) -> list[bytes]:
     """Return the bytes of every id; b"" for ids that are not used."""
-    letters = _byte_letters()
+    letters = byte_letters()
     added = {token.content: token.id for token in file.added_tokens}
     by_id = {i: token.encode() for token, i in added.items()}
     own = {token: i for token, i in file.model.vocab.items() if added.get(token) != i}
@@ -137,7 +153,7 @@ def _bytes_of_ids(file: _HFFile) -> list[bytes]:
     return [by_id.get(i, b"") for i in range(max(by_id) + 1)]
 
 
-def _byte_letters() -> dict[str, int]:
+def byte_letters() -> dict[str, int]:
     """Return the byte that each letter of a byte-level BPE stands for, as GPT-2 defined it."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

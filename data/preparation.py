@@ -27,6 +27,7 @@ from data.tokenizer import Tokenizer, char_tokenizer, train_bpe
 PROGRESS, MANIFEST = "progress.json", "manifest.json"
 BPE_SAMPLE = 64 << 20  # characters of training documents on which a BPE is trained
 READ_AHEAD = 64  # documents in flight per thread
+ENOUGH_DRAWS = 10_000  # different documents read to find a val_fraction that splits them
 NAMED_SKIPS = 3  # skipped documents whose place is printed
 
 
@@ -85,9 +86,8 @@ class Preparation:
                 skips = self._skips()
                 raise DataError(
                     f"{self.out}: none of {self.progress['documents_read']:,} documents went into "
-                    f"split {name!r} with val_fraction={self.settings['val_fraction']}; documents "
-                    "are not cut: use more of them or another --val_fraction"
-                    f"{skips and f' ({skips})'}"
+                    f"split {name!r} with val_fraction={self.settings['val_fraction']}; "
+                    f"{self._remedy(name)}{skips and f' ({skips})'}"
                 )
         if self.corpus.manifest is not None:
             write_json(self.out / MANIFEST, self.corpus.manifest)
@@ -108,11 +108,25 @@ class Preparation:
         listed = [f"{count:,} ({reason})" for reason, count in self.progress["skipped"].items()]
         return f"skipped documents: {', '.join(listed)}" if listed else ""
 
+    def _remedy(self, empty: str) -> str:
+        """Say how to prepare the corpus such that split `empty` has documents."""
+        if self.corpus.split_of is not None:
+            return "use a longer text, or a --val_fraction nearer to 0.5"
+        draws: set[float] = set()
+        for _, text in self._texts():
+            draws.add(_draw(text))
+            if len(draws) == ENOUGH_DRAWS:
+                break
+        if len(draws) < 2:
+            return "at least two documents with different texts are needed, because none is cut"
+        low, high = sorted(draws)[:2] if empty == "val" else sorted(draws)[-2:]
+        places = (round((low + high) / 2, digits) for digits in range(1, 18))
+        return f"use more documents or --val_fraction={next(f for f in places if low < f <= high)}"
+
     def _split_of(self, index: int, text: str) -> str:
         if self.corpus.split_of is not None:
             return self.corpus.split_of(index)
-        draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-        return "val" if draw < self.settings["val_fraction"] else "train"
+        return "val" if _draw(text) < self.settings["val_fraction"] else "train"
 
     def _tokenize(self, item: tuple[int, Document]) -> Tokens | Skipped:
         """Tokenize one document, given with its number."""
@@ -159,7 +173,7 @@ class Preparation:
             split["documents"] += len(in_split)
             split["text_bytes"] += sum(document.text_bytes for document in in_split)
         for document in skipped[: max(0, NAMED_SKIPS - self.progress["documents_skipped"])]:
-            tqdm.write(f"skipped {document.where}: {document.reason}", file=sys.stderr)
+            tqdm.write(f"skipped {document}", file=sys.stderr)
         counts = Counter(self.progress["skipped"])
         counts.update(document.reason for document in skipped)
         self.progress["skipped"] = dict(counts)
@@ -191,6 +205,11 @@ class Preparation:
                 left -= len(text)
                 if left <= 0:
                     return
+
+
+def _draw(text: str) -> float:
+    """Return a number from 0 to 1 that depends on `text` alone; below val_fraction it is "val"."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def _checked(index: int, document: Document) -> Document:

@@ -1,5 +1,6 @@
 """Prepare a dataset: tokenize documents into shards, and write tokenizer.json and meta.json."""
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,12 @@ from data.imported_tokenizers import check_tokenizer_name
 from data.meta import META, read_meta
 from data.preparation import PROGRESS, Preparation, read_progress
 from data.shards import DataError
+
+FULL = {
+    errno.ENOSPC: "no space is left on the disk; free some",
+    errno.EDQUOT: "the disk quota is used up; free some space",
+    errno.EFBIG: "it exceeds the limit of file sizes; raise `ulimit -f`",
+}
 
 
 def prepare(
@@ -35,7 +42,8 @@ def prepare(
         val_fraction: probability that a document goes to the validation split.
     Raises:
         ValueError: a setting is out of range.
-        DataError: `out` holds data prepared with other settings, or a split would be empty.
+        DataError: `out` holds data prepared with other settings, a split would be empty, or the
+            disk is full.
     """
     _check_settings(tokenizer, vocab_size, num_proc, shard_tokens, val_fraction)
     settings = {**corpus.source, "tokenizer": tokenizer}
@@ -49,9 +57,24 @@ def prepare(
             return
         for leftover in out.glob("*.bin.*.tmp"):  # an earlier preparation was killed
             leftover.unlink()
-        work = Preparation(corpus, out, settings, num_proc)
-        work.write_parts()
-        work.finish()
+        with _full_disk_explained():
+            work = Preparation(corpus, out, settings, num_proc)
+            work.write_parts()
+            work.finish()
+
+
+@contextmanager
+def _full_disk_explained() -> Iterator[None]:
+    """Raise DataError that says what to do if a write fails for want of space."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise DataError(
+            f"{error.filename}: cannot be written: {FULL[error.errno]}; then run the same command "
+            "again, which continues where it stopped"
+        ) from None
 
 
 @contextmanager

@@ -21,20 +21,33 @@ from data.shards import DataError
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # first bytes -> codec of pyarrow
 ENDINGS = (".gz", ".zst")
+UNREADABLE = {
+    b"\xfd7zXZ\x00": "xz",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+    b"PK\x03\x04": "zip",
+} | {b"BZh%d1AY&SY" % level: "bzip2" for level in range(1, 10)}
 FIRST_ROWS = 100  # if none of them has the column, the whole table is refused
 BOM = b"\xef\xbb\xbf"  # that some programs write at the beginning of UTF-8 text
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A row or a file without a document; `where` is its place and `reason` what is wrong."""
+    """A row or a file without a document; `where` is its place and `reason` what is wrong.
+
+    Skipped documents are counted by `reason`; `detail` is what only this one has.
+    """
 
     where: str
     reason: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}{self.detail and f' ({self.detail})'}"
 
 
 Document = str | Skipped
-Row = tuple[str, Any]  # its place in the file, and its content: a dict from columns to values
+Row = tuple[str, Any]  # its place, and a dict from columns to values (NotJSON: a damaged line)
 
 
 def is_table(path: Path) -> bool:
@@ -53,17 +66,19 @@ def documents_in(path: Path, column: str) -> Iterator[Document]:
             yield next(documents, Skipped(str(path), "table without rows"))
             yield from documents
         else:
-            yield decoded(stream.read(), str(path))
+            yield _with_text(decoded(stream.read(), str(path)), str(path))
+
+
+class NotJSON(str):
+    """What is wrong with a line that is not JSON."""
 
 
 def read_text(path: Path) -> str:
-    """Return a file's text. Raises DataError if it cannot be read, is empty or is not UTF-8."""
+    """Return a file's text. Raises DataError if it cannot be read, is white space or not UTF-8."""
     with open_decompressed(path) as stream:
-        text = decoded(stream.read(), str(path))
+        text = _with_text(decoded(stream.read(), str(path)), str(path))
     if isinstance(text, Skipped):
-        raise DataError(f"{text.where}: {text.reason}")
-    if not text:
-        raise DataError(f"{path}: is empty")
+        raise DataError(str(text))
     return text
 
 
@@ -72,7 +87,18 @@ def decoded(raw: bytes, where: str) -> Document:
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
+        for magic, name in UNREADABLE.items():
+            if raw.startswith(magic):
+                read = " and ".join(COMPRESSED.values())
+                return Skipped(where, f"compressed with {name}, but only {read} are read")
         return Skipped(f"{where}, byte {error.start}", "not UTF-8")
+
+
+def _with_text(document: Document, where: str) -> Document:
+    """Return the document; skip text that is empty or white space."""
+    if isinstance(document, str) and not document.strip():
+        return Skipped(where, "empty text")
+    return document
 
 
 def texts_in(rows: Iterable[Row], column: str, name: str) -> Iterator[Document]:
@@ -83,27 +109,35 @@ def texts_in(rows: Iterable[Row], column: str, name: str) -> Iterator[Document]:
     rows = iter(rows)
     first = list(islice(rows, FIRST_ROWS))
     if first and not any(_fits(row, column) for _, row in first):
-        raise _no_such_column([row for _, row in first], column, name)
+        raise _no_such_column(first, column, name)
     for where, row in chain(first, rows):
+        where = f"{name}, {where}"
         value = row.get(column) if isinstance(row, dict) else None
         if isinstance(value, bytes):
-            yield decoded(value, f"{name}, {where}")
+            yield _with_text(decoded(value, where), where)
         elif isinstance(value, str):
-            yield value
+            yield _with_text(value, where)
+        elif isinstance(row, NotJSON):
+            yield Skipped(where, "not JSON", str(row))
         else:
-            yield Skipped(f"{name}, {where}", f"row without text in column {column!r}")
+            yield Skipped(where, f"row without text in column {column!r}")
 
 
 def _fits(row: Any, column: str) -> bool:
     return isinstance(row, dict) and isinstance(row.get(column, 0), str | bytes | None)
 
 
-def _no_such_column(rows: list[Any], column: str, name: str) -> DataError:
+def _no_such_column(first: list[Row], column: str, name: str) -> DataError:
+    rows = [row for _, row in first]
     columns = {key: None for row in rows if isinstance(row, dict) for key in row}
     if not columns:
+        broken = [
+            f"; {place} is not JSON ({row})" for place, row in first if isinstance(row, NotJSON)
+        ]
         return DataError(
-            f"{name}: expected JSON objects, one per line or in one array; if this is no text to "
-            "train on, leave it out, for example with --exclude"
+            f"{name}: expected JSON objects, one per line or in one array"
+            f"{''.join(broken[:1])}; if this is no text to train on, leave it out, for example "
+            "with --exclude"
         )
     kinds = {type(row[column]).__name__ for row in rows if isinstance(row, dict) and column in row}
     found = f"holds {' and '.join(sorted(kinds))}, not text" if kinds else "does not exist"
@@ -154,9 +188,9 @@ def _json_rows(stream: BufferedReader, column: str) -> Iterator[Row]:
     for number, line in enumerate(stream, start=1):
         if line.strip():
             try:
-                row = from_json(line)
-            except ValueError:
-                row = None  # counted as a row without text
+                row = from_json(line.rstrip())
+            except ValueError as error:
+                row = NotJSON(str(error).replace(" at line 1 column ", " at column "))
             yield f"line {number}", row
 
 

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+DEVICES = ("auto", "cpu", "cuda", "mps")  # choices of an option --device; see pick_device
+
 
 class ArgumentError(ValueError, argparse.ArgumentTypeError):
     """An argument cannot be used. The message says what was wanted."""
@@ -64,6 +66,22 @@ def at_least(low: int, **values: int | None) -> None:
     """Raise ArgumentError for each option that is given and below `low`."""
     if bad := [f"--{key}={n}" for key, n in values.items() if n is not None and n < low]:
         raise ArgumentError(f"{', '.join(bad)}: must be at least {low}")
+
+
+def pick_device(name: str) -> str:
+    """Resolve "auto" to "cuda" where a CUDA device is available and to "cpu" elsewhere.
+
+    Raises:
+        ValueError: "cuda" or "mps" was requested, but torch finds no such device.
+    """
+    import torch  # slow
+
+    has_cuda = torch.cuda.is_available()
+    if name == "auto":
+        return "cuda" if has_cuda else "cpu"
+    if {"cuda": has_cuda, "mps": torch.backends.mps.is_available()}.get(name, True):
+        return name
+    raise ValueError(f"device={name}: torch finds no {name.upper()} device here; use cpu or auto")
 
 
 def path_argument(text: str | Path) -> Path:

@@ -24,10 +24,16 @@ from pydantic import Field
 
 from data.files import is_reachable, sha256_of, write_atomic
 from data.schema import OpenSchema, read_json_lines
-from eval.command import at_least, command_parser, output_file, reported_errors
+from eval.command import (
+    DEVICES,
+    at_least,
+    command_parser,
+    output_file,
+    pick_device,
+    reported_errors,
+)
 from eval.hf import export_hf
 from eval.run import Run, load_run
-from eval.sample import pick_device
 
 Ending = Annotated[str, Field(pattern=r"\S")]  # holds more than white space
 
@@ -227,7 +233,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     add("--limit", type=int, help="evaluate only the first rows of each task")
     add("--out", type=output_file, help="a JSON file for the report")
     add("--batch_size", type=int, default=8, help="texts that are scored at once")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("--device", choices=DEVICES, default="auto")
     add("--ema", action="store_true", help="use the averaged weights")
     return parser, parser.parse_args(argv)
 

@@ -15,12 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.imported_tokenizers import HFTokenizer
+from data.imported_tokenizers import HFTokenizer, byte_letters
 from data.tokenizer import END_OF_TEXT, Tokenizer
 from eval.command import command_parser
 from eval.hf_import import TRANSPOSED, HFConfig
 from eval.mup_export import folded_weights
 from model import GPT, GPTConfig
+
+BYTE_LETTERS = {byte: letter for letter, byte in byte_letters().items()}
 
 
 def export_hf(model: GPT, tokenizer: Tokenizer, directory: str | Path) -> None:
@@ -138,17 +140,6 @@ def _merges(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
 def _letters(token: bytes) -> str:
     """Spell bytes as GPT-2's vocabulary files do, with one printable letter for each byte."""
     return "".join(map(BYTE_LETTERS.__getitem__, token))
-
-
-def _byte_letters() -> list[str]:
-    """List GPT-2's letter for each byte: its Latin-1 character, or one from U+0100 on if none."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
-    printable += range(ord("®"), ord("ÿ") + 1)
-    unprintable = [byte for byte in range(256) if byte not in printable]
-    return [chr(b if b in printable else 256 + unprintable.index(b)) for b in range(256)]
-
-
-BYTE_LETTERS = _byte_letters()
 
 
 def _to_json(content: dict[str, Any]) -> str:

@@ -23,7 +23,14 @@ import torch
 from data.files import write_atomic
 from data.schema import OpenSchema, read_json_lines
 from data.tokenizer import Tokenizer
-from eval.command import at_least, command_parser, output_file, reported_errors
+from eval.command import (
+    DEVICES,
+    at_least,
+    command_parser,
+    output_file,
+    pick_device,
+    reported_errors,
+)
 from eval.generate import Sampling, generate
 from eval.run import load_run
 from model import GPT
@@ -125,21 +132,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     add("--top_p", type=float, help="sample from the fewest likeliest tokens with this total mass")
     add("--greedy", action="store_true", help="always take the likeliest token")
     add("--seed", type=int, default=1337, help="seed of the random numbers")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("--device", choices=DEVICES, default="auto")
     add("--batch_size", type=int, default=16, help="samples that are generated at once")
     add("--ema", action="store_true", help="use the averaged weights")
     return parser, parser.parse_args(argv)
-
-
-def pick_device(name: str) -> str:
-    """Resolve "auto" to "cuda" where a CUDA device is available and to "cpu" elsewhere.
-
-    Raises:
-        ValueError: "cuda" was requested, but torch finds no CUDA device.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device=cuda: torch finds no CUDA device; use --device=cpu")
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check(arguments: argparse.Namespace) -> Sampling:
@@ -161,6 +157,11 @@ def samples(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     how = check(arguments)
     prompts = read_prompts(arguments.prompts) if arguments.prompts else [arguments.prompt]
     run = load_run(arguments.run, device=pick_device(arguments.device), ema=arguments.ema)
+    if run.step == 0 and run.config:  # a folder of Hugging Face has no config
+        print(
+            f"note: checkpoint {run.path} is of step 0, it holds the initial weights",
+            file=sys.stderr,
+        )
     limit, seed = arguments.max_new_tokens, arguments.seed
     settings = asdict(how) | {"max_new_tokens": limit, "ema": arguments.ema}
     for row in sample(

@@ -84,7 +84,7 @@ def test_a_divergence_names_a_checkpoint_that_is_not_damaged(
     poison(monkeypatch, steps=range(9, 99))
     changes = {"max_skipped": 2, "keep_checkpoints": 9}
     assert train.main(argv(dataset, out, **changes)) == train.EXIT_DIVERGED
-    assert "resume " + str(out / "checkpoints/step-00000004") in capsys.readouterr().err
+    assert f"--resume={out / 'checkpoints/step-00000004'} --lr=" in capsys.readouterr().err
 
 
 def test_a_stop_after_a_skipped_step_keeps_the_previous_checkpoint(

@@ -82,18 +82,25 @@ def test_a_signal_ends_the_run_quickly_with_a_checkpoint_and_no_traceback(
     assert metrics(out, "run")[-1]["reason"] == f"stopped by {signum.name}"
 
 
-def test_a_failed_save_is_loud_and_training_goes_on_but_the_last_one_fails_the_run(
-    dataset, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize(("n_good", "last_step"), [(0, None), (1, 12)])
+def test_a_failed_save_is_loud_and_the_first_or_the_last_one_fails_the_run(
+    dataset, tmp_path, monkeypatch, capsys, n_good, last_step
 ):
+    write, calls = torch.save, []
+
     def disk_full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+        calls.append(args)
+        if len(calls) > n_good:
+            raise OSError(28, "No space left on device")
+        write(*args, **kwargs)
 
     monkeypatch.setattr(torch, "save", disk_full)
     assert train.main(argv(dataset, tmp_path / "run")) == 1
     output = capsys.readouterr()
-    assert "WARNING: checkpoint" in output.out
+    assert ("WARNING: checkpoint" in output.out) == bool(n_good)
     assert "no space left in" in output.err
-    assert metrics(tmp_path / "run", "train")[-1]["step"] == 12
+    steps = [row["step"] for row in metrics(tmp_path / "run", "train")]
+    assert (steps[-1] if steps else None) == last_step
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_the_result_is_the_same(dataset, tmp_path, capsys):
@@ -104,6 +111,16 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_result_is_the_same(dataset,
     assert train.main(argv(dataset, out)) == 0
     assert "step-00000012 is damaged (train.pt has 1 bytes" in capsys.readouterr().out
     assert weights(out, 12) == before
+
+
+def test_a_run_without_a_usable_checkpoint_is_told_to_start_again(dataset, tmp_path, capsys):
+    out = tmp_path / "run"
+    train.main(argv(dataset, out, max_steps=3, keep_checkpoints=1))
+    (out / "checkpoints/step-00000003/train.pt").write_bytes(b"x")
+    assert train.main(argv(dataset, out)) == 1
+    output = capsys.readouterr()
+    assert "Start again in a new out_dir" in output.err
+    assert (output.out + output.err).count("train.pt has 1 bytes") == 1
 
 
 def test_a_vanished_shard_is_named_and_nothing_trained_is_lost(tmp_path, monkeypatch, capsys):

@@ -9,6 +9,7 @@ from model import GPT, GPTConfig
 from optim import ActivationPreconditioner
 from optim.build import build_optimizers
 from optim.mup import forward_mults
+from trainer.presets import DOPR_KEYS
 from trainer.settings import ConfigError, TrainConfig
 
 MODEL_KEYS = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "tie_weights")
@@ -16,10 +17,6 @@ OPTIMIZER_KEYS = (
     *("optimizer", "lr", "aux_lr", "weight_decay", "beta1", "beta2", "eps", "momentum"),
     *("nesterov", "adjust_lr", "ns_coefficients", "ns_dtype", "backend"),
     *("width_mult", "wd_scaling", "dopr"),
-)
-DOPR_KEYS = (
-    *("gamma", "sigma_beta", "refresh_every", "collect_every", "token_stride", "exponent"),
-    *("inverse", "trace_normalized", "fresh_mean", "block_diagonal", "embeddings", "backend"),
 )
 SCHEDULE_KEYS = ("schedule", "warmup_steps", "max_steps", "min_lr_ratio")
 
@@ -52,7 +49,7 @@ def make_preconditioner(config: TrainConfig, model: GPT) -> ActivationPreconditi
     exclude = config.exclude.split(",") if config.exclude else head
     try:
         return ActivationPreconditioner(
-            model, include=include, exclude=exclude, **chosen(config, DOPR_KEYS)
+            model, include=include, exclude=exclude, **chosen(config, (*DOPR_KEYS, "backend"))
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -14,18 +14,18 @@ import json
 import os
 import runpy
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from trainer.nanogpt_names import Given, nanogpt_hint
-from trainer.presets import adjustments
+from trainer.presets import adjustments, dopr_problems
 from trainer.settings import FIELDS, RUN_ONLY, ConfigError, TrainConfig
 from trainer.usage import print_help
 
 PATHS = ("out_dir", "resume", "init_from", "dataset")  # a leading ~ is the home folder
 COMMAND_LINE = "command line"
-FP32_GAMMA = 1e-4  # the smallest damping for which DoPr needs no weights in float64
 
 
 def coerce(key: str, value: Any) -> Any:
@@ -57,6 +57,9 @@ def _parse_float(value: Any) -> float:
 
 
 def _parse_int(value: Any) -> int:
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return int(value)  # exact, unlike a float
     number = _parse_float(value)
     if not number.is_integer():
         raise ValueError
@@ -106,7 +109,8 @@ def load_config(
         except ConfigError as error:
             problems.append(f"{origin}: {error}")
     _adjust(settings, origins, [origin for origin, *_ in assignments])
-    problems += check_machine(settings)
+    typed = {key for key, origin in origins.items() if origin == COMMAND_LINE}
+    problems += dopr_problems(settings, typed) + check_machine(settings)
     try:
         config = TrainConfig(**settings)
     except ConfigError as error:
@@ -139,6 +143,8 @@ def _assignments(argv: list[str], problems: list[str]) -> list[tuple[str, str, A
         if argument.startswith("--") and "=" in argument:
             key, raw = argument[2:].split("=", 1)
             from_command_line.append((COMMAND_LINE, key, raw))
+        elif "=" in argument and not Path(argument).is_file():
+            problems.append(f"{COMMAND_LINE}: {argument!r}: write --{argument.lstrip('-')}")
         elif argument.startswith("-"):
             problems.append(f"{COMMAND_LINE}: {argument!r} has no value; write --key=value")
         else:
@@ -202,18 +208,12 @@ def _suggestion(key: str) -> str:
 
 
 def describe(config: TrainConfig, origins: dict[str, str]) -> str:
-    """Format the settings that differ from their defaults, with their sources, and a warning."""
+    """Format the settings that differ from their defaults, with their sources."""
     rows = [
         f"  {key} = {getattr(config, key)!r}  ({origins[key]})"
         for key in FIELDS
         if key in origins and getattr(config, key) != FIELDS[key].default
     ]
-    if config.dopr and config.gamma < FP32_GAMMA:
-        rows.append(
-            f"  warning: gamma={config.gamma:g} is below {FP32_GAMMA:g}. In float32, rounding then "
-            "changes M by up to a percent, or more if Σ is nearly singular; use a larger gamma, or "
-            "the library (optim.ActivationPreconditioner) with float64 weights"
-        )
     return "\n".join(["settings (all others at their defaults, see config.json):", *rows])
 
 

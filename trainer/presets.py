@@ -1,7 +1,8 @@
-"""Adjust a setting of an earlier source that a later source makes impossible or pointless.
+"""Adjust or refuse settings that other settings make impossible or pointless.
 
 `python train.py config/demo.py --max_steps=20` shortens the preset's warmup. Of two settings that
-contradict each other in one source, neither is adjusted; `TrainConfig` refuses them.
+contradict each other in one source, neither is adjusted; `TrainConfig` refuses them. Settings of
+DoPr without DoPr are refused if they were typed; those of a preset have no effect.
 """
 
 import math
@@ -10,6 +11,11 @@ from typing import Any
 
 from trainer.settings import FIELDS
 
+DOPR_KEYS = (  # arguments of DoPr's preconditioner that have no effect with dopr=false
+    *("gamma", "sigma_beta", "refresh_every", "collect_every", "token_stride", "exponent"),
+    *("inverse", "trace_normalized", "fresh_mean", "block_diagonal", "embeddings"),
+)
+FP32_GAMMA = 1e-4  # the smallest damping for which DoPr needs no weights in float64
 Adjustment = tuple[str, Any, str]  # a setting's name, its new value, and the reason
 
 
@@ -23,6 +29,28 @@ def adjustments(values: dict[str, Any], rank: Callable[[str], int]) -> Iterator[
     for key, is_moot, cause, new, reason in _rules(values):
         if is_moot and rank(key) < rank(cause):
             yield key, new, f"{cause}={values[cause]} {reason}"
+
+
+def dopr_problems(values: dict[str, Any], typed: set[str]) -> list[str]:
+    """List typed settings of DoPr without DoPr, or a damping that is too small for float32.
+
+    Args:
+        values: all settings.
+        typed: the names of the settings that the command line gives.
+    """
+    if not values["dopr"]:
+        return [
+            f"{key}={values[key]}: has no effect without DoPr; add --dopr=true"
+            for key in (*DOPR_KEYS, "include", "exclude")
+            if key in typed
+        ]
+    if not 0 <= values["gamma"] < FP32_GAMMA:  # optim.dopr.settings refuses a negative one
+        return []
+    return [
+        f"gamma={values['gamma']:g}: must be at least {FP32_GAMMA:g}, because weights are float32 "
+        "here, and rounding then changes M by up to a percent, or more if Σ is nearly singular; "
+        "use a larger gamma, or the library (optim.ActivationPreconditioner) with float64 weights"
+    ]
 
 
 def _rules(v: dict[str, Any]) -> Iterator[tuple[str, bool, str, Any, str]]:

@@ -22,10 +22,11 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint of this step, unless the loss of the weights is known not to be finite.
 
-    A failure to write is a warning unless this is the last save. All processes must call this.
+    A failure to write is a warning if an earlier checkpoint of the run exists and this is not the
+    last save. All processes must call this.
 
     Raises:
-        CheckpointError: the last checkpoint could not be written.
+        CheckpointError: the first or the last checkpoint could not be written.
         TrainingDiverged: a tensor, or the loss after the last step, is not finite.
     """
     is_done = state.step == config.max_steps
@@ -44,7 +45,7 @@ def save_checkpoint(
     try:
         state.save(root, parallel, keep=config.keep_checkpoints, is_sharded=is_sharded, **files)
     except CheckpointError as error:
-        if stop or is_done:
+        if stop or is_done or state.saved_step < 0:  # none written, and none resumed
             raise
         log.say(f"WARNING: {error}; training goes on")
 
@@ -65,5 +66,8 @@ def diverged(state: TrainState, root: Path, what: str) -> TrainingDiverged:
                 load_checkpoint(path)
             except CheckpointError:
                 continue
-            return TrainingDiverged(f"{what}; resume {path} with a smaller lr, in a new out_dir")
-    return TrainingDiverged(f"{what}; start again with a smaller lr, in a new out_dir")
+            return TrainingDiverged(
+                f"{what}; the newest checkpoint from before that is {path}. Start from it with "
+                f"--resume={path} --lr=<smaller> --out_dir=<new>"
+            )
+    return TrainingDiverged(f"{what}; start again with --lr=<smaller> --out_dir=<new>")

@@ -26,7 +26,8 @@ class TrainConfig:
     compile: bool = False  # torch.compile the model
     backend: Literal["auto", "torch", "triton"] = "auto"  # of DoPr and muon; auto: triton on a GPU
     # -- processes started by torchrun
-    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"  # replicate | shard | replicate shards
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"  # ddp replicates, fsdp shards,
+    # hsdp shards within groups and replicates between them
     shard_size: int | None = None  # hsdp: number of processes that hold one copy of the weights
     timeout_s: int = 600  # seconds that a process waits for the others before the run fails
     # -- data

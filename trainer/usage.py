@@ -8,6 +8,11 @@ from typing import Literal, get_args, get_origin
 
 from trainer.settings import FIELDS
 
+DECLARATION = re.compile(
+    r"^    (?:# (-- .*)|(\w+): ([^#\n]+?)(?:  # (.*(?:\n    # (?!-- ).*)*))?)$", re.MULTILINE
+)
+NEW_LINE = "\n    # "  # of a comment that continues
+
 
 def print_help(usage: str) -> None:
     """Print the usage and all settings. It is no error if the reader, `head` say, stops early."""
@@ -22,9 +27,11 @@ def help_text(usage: str) -> str:
     source = Path(__file__).with_name("settings.py").read_text(encoding="utf-8")
     source = source.partition("class TrainConfig:")[2].partition("def ")[0]
     lines = [usage.strip(), ""]
-    for match in re.finditer(r"^    (?:# (-- .*)|(\w+): ([^#\n]+?)(?:  # (.*))?)$", source, re.M):
-        section, key, _, comment = match.groups()
-        lines.append(section or f"  --{key}={_choices(key)}  {comment or ''}")
+    for match in re.finditer(
+        r"^    (?:# (-- .*)|(\w+): ([^#\n]+?)(?:  # (.*(?:\n    # (?!-- ).*)*))?)$", source, re.M
+    ):
+        section, key, _, comment = match.groups("")
+        lines.append(section or f"  --{key}={_choices(key)}  {comment.replace(NEW_LINE, ' ')}")
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -32,4 +39,4 @@ def _choices(key: str) -> str:
     kind, default = FIELDS[key].type, FIELDS[key].default
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind)) + f" [{default}]"
-    return f"{getattr(kind, '__name__', kind)} [{'' if default is None else default}]"
+    return f"{getattr(kind, '__name__', kind)} [{'none' if default is None else default}]"

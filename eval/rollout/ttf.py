@@ -20,7 +20,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from eval.command import at_least, command_parser, output_folder, reported_errors
+from eval.command import (
+    DEVICES,
+    at_least,
+    command_parser,
+    output_folder,
+    pick_device,
+    reported_errors,
+)
 from eval.rollout.metrics import Grade
 from eval.rollout.policy import GPTPredictor, SharedPredictor
 from eval.rollout.record import (
@@ -33,7 +40,6 @@ from eval.rollout.record import (
 from eval.rollout.tasks import Task, TaskError, task_of
 from eval.rollout.tasks.task import TaskBase
 from eval.run import Run, run_of
-from eval.sample import pick_device
 from eval.summary import read_metrics
 from model import GPT, eval_mode
 from trainer.checkpoint.read import Checkpoint, CheckpointError, candidates, open_checkpoint
@@ -188,7 +194,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     add("--episodes", type=int, default=512, help="rollouts per checkpoint")
     add("--seed", type=int, default=0, help="seed of the episodes; compare models at equal seeds")
     add("--batch_size", type=int, default=512, help="episodes that go through the model at once")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("--device", choices=DEVICES, default="auto")
     add("--ema", action="store_true", help="grade the averaged weights")
     return parser, parser.parse_args(argv)
 

@@ -66,7 +66,9 @@ def test_pystdlib_prepares_itself(folder, named, monkeypatch):
 def test_a_misspelt_name_gives_the_nearest():
     with pytest.raises(DataError, match="did you mean 'openwebtext'"):
         open_dataset("openwebtxt")
-    with pytest.raises(DataError, match=r"'zzz': neither a folder nor one of .*pystdlib"):
+    with pytest.raises(
+        DataError, match=r"'zzz': neither a folder nor one of .*pystdlib.*task:NAME"
+    ):
         open_dataset("zzz")
 
 

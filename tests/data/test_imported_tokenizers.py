@@ -116,3 +116,12 @@ def test_other_kinds_of_tokenizers_are_refused(tmp_path, model, problem):
     path = save(library_tokenizer(), tmp_path / "tokenizer.json", **model)
     with pytest.raises(DataError, match=rf"tokenizer\.json: .*{problem}"):
         Tokenizer.load(path)
+
+
+def test_a_folder_is_refused_with_the_file_to_name_or_the_way_to_get_it(tmp_path):
+    for name in (tmp_path, tmp_path / "tokenizer.json"):
+        with pytest.raises(ValueError, match=r"tokenizer\.json.*save_pretrained"):
+            named_tokenizer(str(name))
+    save(library_tokenizer(), tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"is a folder; use .*tokenizer\.json$"):
+        named_tokenizer(str(tmp_path))

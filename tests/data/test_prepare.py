@@ -1,5 +1,6 @@
 """Preparation turns documents into a dataset, and can be killed and continued."""
 
+import errno
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+import data.preparation
 import data.text.prepare
 from data.corpus import Corpus
 from data.dataset import DataError, open_dataset
@@ -161,6 +163,37 @@ def test_an_empty_split_is_refused_and_can_be_prepared_again(fraction, split, tm
         prepare(corpus_of(DOCUMENTS), out=tmp_path, **{**SETTINGS, "val_fraction": fraction})
     prepare(corpus_of(DOCUMENTS), out=tmp_path, **SETTINGS)
     assert open_dataset(tmp_path).split(split).n_tokens > 0
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
+def test_the_val_fraction_that_is_suggested_for_few_documents_works(fraction, tmp_path):
+    few = corpus_of(DOCUMENTS[:3])
+    with pytest.raises(DataError, match="--val_fraction=") as caught:
+        prepare(few, out=tmp_path, **{**SETTINGS, "val_fraction": fraction})
+    suggested = float(str(caught.value).rpartition("--val_fraction=")[2])
+    prepare(few, out=tmp_path, **{**SETTINGS, "val_fraction": suggested})
+
+
+def test_equal_documents_cannot_be_split_and_no_val_fraction_is_suggested(tmp_path):
+    with pytest.raises(DataError, match="two documents with different texts") as caught:
+        prepare(corpus_of(["same text"] * 60), out=tmp_path, **SETTINGS)
+    assert "--val_fraction" not in str(caught.value)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EFBIG])
+def test_a_full_disk_stops_the_preparation_which_continues_later(code, tmp_path, monkeypatch):
+    def full(path, documents, real=data.preparation.write_shard):
+        if "000002" in path.name:
+            raise OSError(code, os.strerror(code), str(path))
+        return real(path, documents)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(data.preparation, "write_shard", full)
+        with pytest.raises(DataError, match=r"000002\.bin: .*continues where it stopped"):
+            prepare(corpus_of(DOCUMENTS), out=tmp_path / "a", **SETTINGS)
+    for name in "ab":
+        prepare(corpus_of(DOCUMENTS), out=tmp_path / name, **SETTINGS)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
 BAD_SETTINGS = {

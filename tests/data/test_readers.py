@@ -1,7 +1,9 @@
 """Files of every format are read; bad rows are skipped, and damaged files are named."""
 
+import bz2
 import gzip
 import json
+import lzma
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,7 +12,7 @@ import pytest
 from data.readers import Skipped, documents_in, read_text
 from data.shards import DataError
 
-TEXTS = ["first\nwith two lines", "", "second é", *[f"document {i}" for i in range(20)]]
+TEXTS = ["first\nwith two lines", "second é", *[f"document {i}" for i in range(20)]]
 SEPARATOR = {"csv": ",", "tsv": "\t"}
 
 
@@ -67,8 +69,8 @@ def test_json_lines_may_begin_with_a_byte_order_mark(tmp_path):
 
 def test_every_value_of_a_csv_file_is_text(tmp_path):
     path = tmp_path / "a.csv"
-    path.write_text("id,text\n1,NA\n2,null\n3,12\n4,\n", encoding="utf-8")
-    assert list(documents_in(path, "text")) == ["NA", "null", "12", ""]
+    path.write_text("id,text\n1,NA\n2,null\n3,12\n", encoding="utf-8")
+    assert list(documents_in(path, "text")) == ["NA", "null", "12"]
 
 
 def test_other_columns_do_not_matter(tmp_path):
@@ -158,5 +160,37 @@ def test_a_text_that_is_not_utf8_or_empty_is_refused_with_its_place(tmp_path):
     with pytest.raises(DataError, match="a, byte 2: not UTF-8"):
         read_text(tmp_path / "a")
     (tmp_path / "a").write_bytes(b"")
-    with pytest.raises(DataError, match="a: is empty"):
+    with pytest.raises(DataError, match="a: empty text"):
         read_text(tmp_path / "a")
+
+
+def test_a_line_that_is_not_json_is_reported_as_such_with_the_reason(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"text": \n', encoding="utf-8")
+    _, broken = documents_in(path, "text")
+    assert (broken.where, broken.reason) == (f"{path}, line 2", "not JSON")
+    assert "EOF while parsing" in str(broken)
+    path.write_text('{"text": \n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"line 1 is not JSON \(EOF while parsing"):
+        list(documents_in(path, "text"))
+
+
+@pytest.mark.parametrize("empty", ["", " \n\t"])
+def test_empty_rows_and_files_are_skipped_and_counted(tmp_path, empty):
+    table = [{"text": "a"}, {"text": empty}]
+    (tmp_path / "a.json").write_text(json.dumps(table), encoding="utf-8")
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "a.parquet")
+    (tmp_path / "a.txt").write_text(empty, encoding="utf-8")
+    for name in ("a.json", "a.parquet", "a.txt"):
+        *_, last = documents_in(tmp_path / name, "text")
+        assert last.reason == "empty text"
+        assert name in last.where
+
+
+@pytest.mark.parametrize(("name", "compress"), [("xz", lzma.compress), ("bzip2", bz2.compress)])
+def test_a_compression_that_is_not_read_is_named(tmp_path, name, compress):
+    path = tmp_path / "a.jsonl.x"
+    path.write_bytes(compress(b"one"))
+    with pytest.raises(DataError, match=f"compressed with {name}.*gzip and zstd"):
+        read_text(path)
+    assert name in next(documents_in(path, "text")).reason

@@ -9,7 +9,7 @@ import torch
 
 import train
 from data.tokenizer import byte_tokenizer
-from eval.command import command_parser
+from eval.command import command_parser, pick_device
 from eval.generate import Sampling, generate
 from eval.hf import export_hf
 from eval.run import load_run
@@ -112,6 +112,27 @@ def test_the_command_prints_the_prompt_with_its_completions(out_dir, capsys):
     assert samples[0] == samples[1]
     assert samples[0].startswith("alph")
     assert len(samples[0]) > 4
+
+
+def test_initial_weights_are_announced_in_one_line(out_dir, dataset, tmp_path, capsys):
+    out = tmp_path / "diverged"
+    changes = {"lr": 1e30, "warmup_steps": 0, "max_steps": 1}
+    assert train.main(argv(dataset, out, **changes)) == train.EXIT_DIVERGED
+    for folder, n_lines in ((out, 1), (out_dir, 0)):
+        capsys.readouterr()
+        main([str(folder), "--max_new_tokens=3"])
+        note = capsys.readouterr().err
+        assert note.count("\n") == note.count("initial weights") == n_lines
+
+
+@pytest.mark.parametrize("name", ["cuda", "mps"])
+def test_a_device_is_accepted_where_torch_has_it(monkeypatch, name):
+    module = {"cuda": torch.cuda, "mps": torch.backends.mps}[name]
+    monkeypatch.setattr(module, "is_available", lambda: True)
+    assert pick_device(name) == name
+    monkeypatch.setattr(module, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=f"device={name}: torch finds no"):
+        pick_device(name)
 
 
 def test_a_temperature_of_zero_on_the_command_line_is_greedy(out_dir, capsys):

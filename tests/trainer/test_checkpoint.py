@@ -65,12 +65,19 @@ def test_the_newest_good_checkpoint_is_found_behind_a_damaged_one(tmp_path):
     assert found is not None
     assert found.step == 1
     assert "train.pt has 0 bytes" in warnings[0]
+    assert "trying the previous one" in warnings[0]
 
 
 def test_it_is_an_error_if_every_checkpoint_is_damaged(tmp_path):
-    (save(tmp_path, 1) / "train.pt").write_bytes(b"")
-    with pytest.raises(ck.CheckpointError, match="no usable checkpoint"):
-        ck.newest_good(tmp_path, lambda text: None)
+    for step in (1, 2):
+        (save(tmp_path, step) / "train.pt").write_bytes(b"")
+    warnings = []
+    with pytest.raises(ck.CheckpointError, match="no older checkpoint is left") as caught:
+        ck.newest_good(tmp_path, warnings.append)
+    assert "step-00000001" in str(caught.value)
+    assert "Start again" not in str(caught.value)  # the caller may only want to sample
+    assert "step-00000002" not in str(caught.value)  # each is reported once
+    assert ["step-00000002" in each for each in warnings] == [True]
 
 
 def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(tmp_path):

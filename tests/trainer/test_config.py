@@ -31,6 +31,7 @@ def test_command_line_beats_later_files_beat_earlier_files_beat_defaults(tmp_pat
     ("argument", "key", "value"),
     [
         ("--max_steps=1e3", "max_steps", 1000),
+        ("--seed=1_000", "seed", 1000),
         ("--lr=1", "lr", 1.0),
         ("--compile=true", "compile", True),
         ("--bias=False", "bias", False),
@@ -92,6 +93,8 @@ def test_help_lists_every_setting_with_its_comment(capsys):
     assert caught.value.code == 0
     assert all(f"--{key}=" in text for key in FIELDS)
     assert "of the AdamW beside muon and adamuon" in text
+    assert "--sigma_beta=float | None [none]  decay" in text
+    assert "fsdp shards, hsdp shards within groups" in text  # a comment of two lines
 
 
 def test_a_name_of_an_earlier_release_is_accepted_with_a_warning(tmp_path, capsys):
@@ -201,10 +204,35 @@ def test_dopr_on_an_embedding_that_is_also_the_head_is_refused(extra, is_refused
         load_config(arguments)
 
 
-@pytest.mark.parametrize(("gamma", "is_warned"), [(1e-6, True), (0, True), (1e-4, False)])
-def test_a_gamma_too_small_for_float32_is_warned_about(gamma, is_warned):
-    text = describe(*load_config(["--dopr=true", f"--gamma={gamma}"]))
-    assert ("float64" in text) == is_warned
+@pytest.mark.parametrize("gamma", ["0", "9.9e-5"])
+def test_a_gamma_too_small_for_float32_is_refused_with_dopr_only(tmp_path, gamma):
+    preset = write(tmp_path / "preset.py", f"gamma = {gamma}; dopr = True")
+    with pytest.raises(ConfigError, match=r"gamma=.*float64"):
+        load_config([preset])
+    load_config([preset, "--dopr=false"])
+    load_config([preset, "--gamma=1e-4"])
+
+
+@pytest.mark.parametrize("typed", ["--gamma=0.3", "--refresh_every=10", "--exclude=lm_head"])
+def test_a_typed_setting_of_dopr_without_dopr_is_refused(typed):
+    with pytest.raises(ConfigError, match=f"{typed[2:]}: has no effect.*--dopr=true"):
+        load_config([typed])
+    with pytest.raises(ConfigError, match="add --dopr=true"):
+        load_config(["config/demo.py", "--dopr=false", typed])
+    load_config([typed, "--dopr=true"])
+    load_config(["config/demo.py", "--dopr=false"])
+
+
+@pytest.mark.parametrize("key", ["seed", "max_steps"])
+def test_a_whole_number_is_parsed_exactly(key):
+    with pytest.raises(ConfigError, match=f"{key}=9007199254740993:"):
+        load_config([f"--{key}=9007199254740993"])
+
+
+@pytest.mark.parametrize("argument", ["-lr=3", "lr=3"])
+def test_a_setting_without_its_dashes_is_answered_with_what_to_write(argument):
+    with pytest.raises(ConfigError, match=r"write --lr=3$"):
+        load_config([argument])
 
 
 def test_help_is_printed_in_any_locale_and_to_a_closed_pipe():

@@ -19,7 +19,11 @@ ADJUSTED = [  # settings of a preset, what the user types, what becomes of it
     ("", "--max_steps=20", {"warmup_steps": 2}),
     ("optimizer = 'muon'; aux_lr = 1e-3", "--optimizer=adamw", {"aux_lr": None}),
     ("batch_size = 16; micro_batch_size = 16", "--batch_size=12", {"micro_batch_size": 12}),
-    ("refresh_every = 10; collect_every = 10", "--refresh_every=4", {"collect_every": 2}),
+    (
+        "dopr = True; refresh_every = 10; collect_every = 10",
+        "--refresh_every=4",
+        {"collect_every": 2},
+    ),
     ("mup = True; wd_scaling = 'sqrt'", "--mup=false", {"wd_scaling": "independent"}),
     ("parallel = 'hsdp'; shard_size = 2", "--parallel=ddp", {"shard_size": None}),
 ]

@@ -110,26 +110,22 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def newest_good(root: Path, warn: Callable[[str], None] = print) -> Checkpoint | None:
-    """Load the newest checkpoint that is not damaged, and warn about those that are.
+    """Load the newest checkpoint that is not damaged, and warn about newer ones, which are.
 
     Returns None if there are no checkpoints.
 
     Raises:
-        CheckpointError: there are checkpoints, but all are damaged.
+        CheckpointError: there are checkpoints, but all are damaged. The message is about the
+            oldest one; `warn` was called for the others.
     """
-    reasons = []
-    for path in candidates(root):
+    paths = candidates(root)
+    for path in paths:
         try:
             return load_checkpoint(path)
         except CheckpointError as error:
-            reasons.append(str(error))
+            if path == paths[-1]:
+                raise CheckpointError(f"{error}; no older checkpoint is left in {root}") from error
             warn(f"warning: {error}; trying the previous one")
-    if reasons:
-        raise CheckpointError(
-            f"no usable checkpoint under {root}: "
-            + "; ".join(reasons)
-            + ". Start again in a new out_dir."
-        )
     return None
 
 

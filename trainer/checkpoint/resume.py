@@ -57,7 +57,13 @@ def _find_checkpoint(config: TrainConfig, dataset: Dataset) -> Checkpoint | None
                 f"resume=never, but {root} holds a run; choose another out_dir or resume=auto"
             )
         return None
-    found = newest_good(root) if config.resume == "auto" else open_checkpoint(Path(config.resume))
+    if config.resume == "auto":
+        try:
+            found = newest_good(root)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}. Start again in a new out_dir") from error
+    else:
+        found = open_checkpoint(Path(config.resume))
     if found is None:
         return None
     if found.path.resolve().parent != root.resolve() and candidates(root):
