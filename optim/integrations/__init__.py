@@ -1,1 +1,1 @@
-"""Use the preconditioner in other libraries' trainers. Each module imports its library."""
+"""Use the preconditioner in other trainers. The module of a trainer imports its library."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from ..dopr.preconditioner import ActivationPreconditioner
+from .callback import AttachedInTraining
 
 UNSUPPORTED = {  # strategy, as the class is called in `lightning` and in `pytorch_lightning`
     "DeepSpeedStrategy": "has its own optimizer step: use DDPStrategy or ModelParallelStrategy",
@@ -15,14 +15,16 @@ UNSUPPORTED = {  # strategy, as the class is called in `lightning` and in `pytor
 }
 
 
-class DoprCallback(Callback):
+class DoprCallback(AttachedInTraining, Callback):
     """Precondition every step of a Lightning Trainer, and keep the state in its checkpoints.
 
         trainer = Trainer(callbacks=[DoprCallback(gamma=0.1)], gradient_clip_val=1.0)
 
     Works with automatic and manual optimization. A step clips the raw gradient, then preconditions.
-    `preconditioner` exists from `on_fit_start` on. Every call of `trainer.fit()` constructs a new
-    one, and loads its state if `ckpt_path` is given.
+    Every call of `trainer.fit()` constructs a new preconditioner in `on_fit_start`, loads its state
+    if `ckpt_path` is given, and detaches it in `teardown`, or when it raises in a single process.
+    `preconditioner` is None before and after. `summary()`, `report()` and the state for
+    `trainer.save_checkpoint()` remain. If one of several processes raised, call `detach()`.
 
     Args:
         gamma, settings: see `ActivationPreconditioner`.
@@ -31,40 +33,51 @@ class DoprCallback(Callback):
             state, or the training uses fp16, DeepSpeed, FSDP1 or XLA.
     """
 
-    preconditioner: ActivationPreconditioner | None = None
-
-    def __init__(self, *, gamma: float, **settings: Any) -> None:
-        self._settings = {"gamma": gamma, **settings}
-        self._loaded: dict[str, Any] | None = None  # read from the checkpoint of this `fit`
+    _state: dict[str, Any] | None = None  # of the checkpoint until training starts; at the end
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        check_supported(trainer)
-        if self.preconditioner is not None:
-            self.preconditioner.detach()
-        self.preconditioner = self._loaded = None
+        if stage == "fit":
+            check_supported(trainer)
+            self.detach()
+            self._state = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        preconditioner = ActivationPreconditioner(pl_module, **self._settings)
-        self.preconditioner = preconditioner.attach(*trainer.optimizers)
-        if self._loaded is not None:
-            self.preconditioner.load_state_dict(self._loaded)
+        self._attach(pl_module, trainer.optimizers, self._state)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.ckpt_path is not None and self._loaded is None:
+        if trainer.ckpt_path is not None and self._state is None:
             raise ValueError(
                 f"{trainer.ckpt_path} has no state of DoprCallback: resume from a checkpoint that "
                 "was saved with it, or load only the weights of this one"
             )
-        self._loaded = None
+        self._state = None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._end()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        if trainer.world_size == 1:  # the other processes may not have raised, nor save a state
+            self._end()
+
+    def _end(self) -> None:
+        """Detach, and keep the state for checkpoints that are saved later."""
+        if self.preconditioner is not None:
+            try:
+                self._state = self.preconditioner.state_dict()
+            finally:
+                self.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.preconditioner is None else self.preconditioner.state_dict()
+        if self.preconditioner is None:
+            return self._state or {}
+        return self.preconditioner.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state now, or in `on_fit_start` if the strategy restores before that."""
-        self._loaded = state_dict
+        self._state = state_dict
         if self.preconditioner is not None:
             self.preconditioner.load_state_dict(state_dict)
 

@@ -48,18 +48,22 @@ def data() -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [regression(step, n=16) for step in range(BATCHES)]
 
 
+def module(library=lightning.pytorch, manual: bool = False):
+    return type("Model", (Regression, library.LightningModule), {})(manual)
+
+
 def fitted(
-    folder, *, library=lightning.pytorch, manual=False, ckpt_path=None, callbacks=None, **changes
+    folder, *, library=lightning.pytorch, model=None, manual=False, ckpt_path=None, **changes
 ):
     """Fit a model on the batches and return it with its trainer."""
-    callbacks = [DoprCallback(**SETTINGS)] if callbacks is None else callbacks
     settings = {
+        "callbacks": [DoprCallback(**SETTINGS)],
         **{"default_root_dir": folder, "accelerator": "cpu", "devices": 1, "max_epochs": 1},
         **{"logger": False, "enable_progress_bar": False, "enable_model_summary": False},
         "enable_checkpointing": False,
     }
-    trainer = library.Trainer(**settings | changes, callbacks=callbacks)
-    model = type("Model", (Regression, library.LightningModule), {})(manual)
+    trainer = library.Trainer(**settings | changes)
+    model = model or module(library, manual)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice about workers and loggers
         trainer.fit(model, DataLoader(data(), batch_size=None), ckpt_path=ckpt_path)
@@ -112,11 +116,45 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, manual):
 
 def test_a_second_fit_starts_with_new_statistics(tmp_path):
     callback = DoprCallback(**SETTINGS)
-    fitted(tmp_path, callbacks=[callback])
-    first = callback.preconditioner
-    fitted(tmp_path, callbacks=[callback], max_steps=1)
-    assert callback.preconditioner is not first
-    assert {layer["step"] for layer in callback.preconditioner.state_dict().values()} == {1}
+    for max_steps in (2, 1):
+        fitted(tmp_path, callbacks=[callback], max_steps=max_steps)
+        assert f"steps: {max_steps}," in callback.summary()
+        assert {layer["step"] for layer in callback.state_dict().values()} == {max_steps}
+
+
+def test_the_end_of_a_fit_detaches_and_keeps_the_report(tmp_path):
+    callback = DoprCallback(**SETTINGS)
+    model, _ = fitted(tmp_path, callbacks=[callback])
+    assert callback.preconditioner is None
+    assert [row["covered"] for row in callback.report()] == [True, True]
+    again = ActivationPreconditioner(model, **SETTINGS)
+    assert [row["name"] for row in again.report()] == [row["name"] for row in callback.report()]
+
+
+class Fails(lightning.pytorch.Callback):
+    def on_train_batch_end(self, trainer, *args) -> None:
+        if trainer.global_step == 2:
+            raise KeyError("of the user")
+
+
+def test_a_fit_that_raises_detaches_after_its_checkpoint_has_the_state(tmp_path):
+    model = module()
+    saves = lightning.pytorch.callbacks.OnExceptionCheckpoint(tmp_path)
+    callbacks = [DoprCallback(**SETTINGS), Fails(), saves]
+    with pytest.raises(KeyError, match="of the user"):
+        fitted(tmp_path, model=model, callbacks=callbacks, enable_checkpointing=True)
+    saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=False)["callbacks"]
+    assert {layer["step"] for layer in saved["DoprCallback"].values()} == {2}
+    fitted(tmp_path, model=model, max_steps=1)
+
+
+def test_a_fit_that_cannot_load_its_state_detaches(tmp_path):
+    model, trainer = fitted(tmp_path, max_steps=1)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    other = DoprCallback(gamma=0.1, block_diagonal=2)
+    with pytest.raises(ValueError, match="does not fit"):
+        fitted(tmp_path, model=model, callbacks=[other], ckpt_path=tmp_path / "one.ckpt")
+    fitted(tmp_path, model=model, max_epochs=2, ckpt_path=tmp_path / "one.ckpt")
 
 
 def test_a_checkpoint_without_a_state_is_refused(tmp_path):

@@ -60,5 +60,5 @@ def test_a_block_of_the_page_runs(section, steps, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = names_of(section)
     exec(block.replace("from dopr", "from optim"), names)
-    preconditioner = names.get("preconditioner") or names["callback"].preconditioner
-    assert {layer["step"] for layer in preconditioner.state_dict().values()} == {steps}
+    attached = names["callback" if "callback" in names else "preconditioner"]
+    assert f"steps: {steps}," in attached.summary()

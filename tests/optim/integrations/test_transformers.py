@@ -5,6 +5,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 from accelerate.utils import DistributedType
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from optim import ActivationPreconditioner
 from optim.integrations.transformers import DoprCallback, check_supported
@@ -21,7 +22,7 @@ from tests.optim.integrations.tiny import LENGTH, assert_equal, examples, gpt2, 
 SETTINGS = {"gamma": 0.1, "refresh_every": 2, "sigma_beta": 0.9}  # state that outlives a step
 
 
-def trainer(folder, *, data=None, callbacks=None, **changes):
+def trainer(folder, *, model=None, data=None, callbacks=None, **changes):
     arguments = {
         **{"output_dir": str(folder), "use_cpu": True, "report_to": [], "disable_tqdm": True},
         **{"max_steps": 6, "save_steps": 3, "logging_steps": 1, "learning_rate": 1e-2},
@@ -30,7 +31,8 @@ def trainer(folder, *, data=None, callbacks=None, **changes):
     data = data or examples()
     callbacks = [DoprCallback(**SETTINGS)] if callbacks is None else callbacks
     arguments = TrainingArguments(**arguments | changes)
-    return Trainer(gpt2(), arguments, train_dataset=data, eval_dataset=data, callbacks=callbacks)
+    model = model or gpt2()
+    return Trainer(model, arguments, train_dataset=data, eval_dataset=data, callbacks=callbacks)
 
 
 @pytest.fixture(scope="module")
@@ -91,19 +93,18 @@ def test_other_runs_resume_exactly_too(tmp_path, changes):
     again = trainer(tmp_path, max_steps=4, save_strategy="no", **changes)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_equal(weights(again.model), weights(run.model))
-    assert steps(callback_of(run)) == steps(callback_of(again)) == {4}
-
-
-def steps(callback: DoprCallback) -> set[int]:
-    return {layer["step"] for layer in callback.preconditioner.state_dict().values()}
+    assert "steps: 4," in callback_of(run).summary()
+    assert "steps: 4," in callback_of(again).summary()
 
 
 def test_tokens_that_no_loss_scores_are_not_counted(tmp_path):
     callback = DoprCallback(gamma=0.1, refresh_every=4)
-    changes = {"data": examples(padded=True), "max_steps": 2, "save_strategy": "no"}
+    changes = {"data": examples(padded=True), "max_steps": 2, "save_steps": 2}
     trainer(tmp_path, callbacks=[callback], **changes).train()
-    state = callback.preconditioner.state_dict()["transformer.h.0.mlp.c_proj"]
-    assert state["count"] == 4 * (LENGTH // 2 - 1)  # of the step after the first refresh
+    state = torch.load(tmp_path / "checkpoint-2" / "dopr.pt")["preconditioner"]
+    assert state["transformer.h.0.mlp.c_proj"]["count"] == 4 * (
+        LENGTH // 2 - 1
+    )  # of the step after the first refresh
 
 
 def test_the_best_model_is_loaded_at_the_end(tmp_path):
@@ -116,11 +117,39 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
 
 def test_a_second_call_of_train_starts_with_new_statistics(tmp_path):
     run = trainer(tmp_path, max_steps=2, save_strategy="no")
-    run.train()
-    first = callback_of(run).preconditioner
-    run.train()
-    assert callback_of(run).preconditioner is not first
-    assert steps(callback_of(run)) == {2}
+    for _ in range(2):
+        run.train()
+        assert "steps: 2," in callback_of(run).summary()
+
+
+def test_the_end_of_training_detaches_and_keeps_the_report(six_steps):
+    callback = callback_of(six_steps)
+    assert callback.preconditioner is None
+    again = ActivationPreconditioner(six_steps.model, **SETTINGS)
+    assert [row["name"] for row in again.report()] == [row["name"] for row in callback.report()]
+    assert any(row["covered"] for row in callback.report())
+    again.detach()
+
+
+class Fails(TrainerCallback):
+    def on_step_end(self, *args, **kwargs) -> None:
+        raise KeyError("of the user")
+
+
+def test_after_training_that_raised_detach_frees_the_model(tmp_path):
+    model, callback, changes = gpt2(), DoprCallback(**SETTINGS), {"max_steps": 1}
+    with pytest.raises(KeyError, match="of the user"):
+        trainer(tmp_path, model=model, callbacks=[callback, Fails()], **changes).train()
+    callback.detach()
+    trainer(tmp_path, model=model, **changes).train()
+
+
+def test_training_that_cannot_load_its_state_detaches(six_steps, tmp_path):
+    model, other = gpt2(), DoprCallback(gamma=0.1, block_diagonal=4)
+    with pytest.raises(ValueError, match="does not fit"):
+        resumed(six_steps, tmp_path, model=model, callbacks=[other])
+    trainer(tmp_path, model=model).train(resume_from_checkpoint=True)
+    assert_equal(weights(model), weights(six_steps.model))
 
 
 def test_a_checkpoint_in_another_folder_is_named_in_the_arguments(six_steps, tmp_path):
@@ -133,11 +162,41 @@ def test_a_checkpoint_in_another_folder_is_named_in_the_arguments(six_steps, tmp
     assert_equal(weights(run.model), weights(six_steps.model))
 
 
-def test_the_state_of_another_run_is_refused(six_steps, tmp_path):
-    other = trainer(tmp_path, max_steps=3, learning_rate=1e-3)
+def test_true_in_the_arguments_means_the_last_checkpoint(six_steps, tmp_path):
+    run = resumed(six_steps, tmp_path, resume_from_checkpoint=True)
+    assert_equal(weights(run.model), weights(six_steps.model))
+
+
+@pytest.mark.parametrize("logging", [{}, {"logging_strategy": "no"}], ids=["logged", "not logged"])
+def test_the_state_of_another_run_is_refused(tmp_path, logging):
+    changes = {"max_steps": 2, "save_steps": 1, **logging}
+    trainer(tmp_path / "one", **changes).train()
+    other = trainer(tmp_path / "two", learning_rate=1e-3, **changes)
     other.train()
-    with pytest.raises(ValueError, match="not the checkpoint from which training resumes"):
-        other.train(resume_from_checkpoint=f"{six_steps.args.output_dir}/checkpoint-3")
+    with pytest.raises(ValueError, match="not of the checkpoint from which training resumes"):
+        other.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-1"))
+
+
+def test_the_state_of_another_step_is_refused(tmp_path):
+    changes = {"max_steps": 2, "save_steps": 1, "logging_strategy": "no"}
+    trainer(tmp_path, **changes).train()
+    run = trainer(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2"), **changes)
+    with pytest.raises(ValueError, match="not of the checkpoint from which training resumes"):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_a_callback_that_the_trainer_restores_resumes_exactly(tmp_path):
+    # In JSON, settings of NumPy and sets become plain numbers and lists.
+    settings = {**SETTINGS, "refresh_every": np.int64(2), "exclude": {"lm_head"}}
+    whole = trainer(tmp_path, callbacks=[DoprCallback(**settings)])
+    whole.train()
+    changes = {"restore_callback_states_from_checkpoint": True, "save_strategy": "no"}
+    given = DoprCallback(**settings)
+    again = trainer(tmp_path, callbacks=[given], **changes)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert callback_of(again) is not given
+    assert "steps: 6," in callback_of(again).summary()
+    assert_equal(weights(again.model), weights(whole.model))
 
 
 def test_a_checkpoint_without_a_state_is_refused(tmp_path):

@@ -31,7 +31,7 @@ def test_a_resumed_run_with_an_adapter_ends_with_the_same_weights(tmp_path):
     callback = DoprCallback(gamma=0.1, refresh_every=4, collect_every=2)
     whole = trainer(tmp_path, callback)
     whole.train()
-    covered = [row["name"] for row in callback.preconditioner.report() if row["covered"]]
+    covered = [row["name"] for row in callback.report() if row["covered"]]
     assert ["lora_A" in covered[0], "lora_B" in covered[1], len(covered)] == [True, True, 2]
     again = trainer(tmp_path, DoprCallback(gamma=0.1, refresh_every=4, collect_every=2))
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
