@@ -46,9 +46,9 @@ class Census:
         if fingerprint in self._seen:
             return
         self._raise(self.lost())
-        self._warn(self._new(), f"trained without preconditioning: they are new. {CURE}")
+        self._warn(self._new(), f"new, and trained without preconditioning. {CURE}")
         frozen = [layer.covered.full_name for layer in _frozen(stepped)]
-        self._warn(frozen, "covered, but frozen now. They are preconditioned when unfrozen")
+        self._warn(frozen, "covered, but frozen now")
         self._seen.add(fingerprint)
 
     def check_before_attaching(self) -> None:
@@ -134,7 +134,7 @@ class Census:
         """Log the weights that no earlier warning named."""
         if new := [name for name in names if name not in self._warned]:
             self._warned |= {*new}
-            log.warning("the model changed: these weights are %s: %s", what, ", ".join(new))
+            log.warning("the model changed: %s: %s", ", ".join(new), what)
 
     def _fingerprint(self) -> int:
         return hash(

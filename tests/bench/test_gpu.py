@@ -23,8 +23,6 @@ from tests.kernels.interpreter import needs_interpreter
 TOLERANCE = {"gram": 1e-5, "inverse": 2e-3, "apply": 1e-4, "orthogonalize": 0.1}
 
 
-one_worker = pytest.mark.xdist_group("bench_gpu")  # of pytest-xdist, so that stages run once
-
 HOLDS_LOCK = """
 import pathlib, time, filelock
 lock = filelock.FileLock(r"{0}/lock")
@@ -45,7 +43,7 @@ def results(tmp_path_factory):
 
 
 @needs_interpreter
-@one_worker
+@pytest.mark.slow
 def test_a_result_records_its_environment(results):
     for result in results.values():
         assert {"device", "torch", "triton", "git"} <= result["environment"].keys()
@@ -53,7 +51,7 @@ def test_a_result_records_its_environment(results):
 
 
 @needs_interpreter
-@one_worker
+@pytest.mark.slow
 def test_all_contenders_compute_the_same_result(results):
     rows = results["kernels"]["rows"]
     assert len(rows) == 7
@@ -65,7 +63,7 @@ def test_all_contenders_compute_the_same_result(results):
 
 
 @needs_interpreter
-@one_worker
+@pytest.mark.slow
 def test_tile_configurations_agree_with_the_default(results):
     rows = results["tiles"]["rows"]
     assert [row["case"].split()[0] for row in rows] == ["gram", "apply", "symmetric"]
@@ -77,7 +75,7 @@ def test_tile_configurations_agree_with_the_default(results):
 
 
 @needs_interpreter
-@one_worker
+@pytest.mark.slow
 def test_a_padded_head_has_the_gradient_of_the_plain_head(results):
     (row,) = results["head"]["rows"]
     assert list(row["ratio"]) == ["as it is", "whole tiles", "128 ids"]
@@ -86,7 +84,7 @@ def test_a_padded_head_has_the_gradient_of_the_plain_head(results):
 
 
 @needs_interpreter
-@one_worker
+@pytest.mark.slow
 def test_steps_are_timed_in_every_mode(results):
     rows = [row for name, result in results.items() if "step" in name for row in result["rows"]]
     settings = [tuple(row[key] for key in ("optimizer", "backend", "inverse")) for row in rows]
