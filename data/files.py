@@ -22,8 +22,11 @@ def user_path(text: str | Path) -> Path:
 
     Raises ValueError if it is empty, holds a null character or names an unknown user.
     """
-    if not str(text).strip() or "\0" in str(text):
-        raise ValueError(f"path {str(text)!r}: expected the name of a file or a folder")
+    is_empty = not str(text).strip()
+    if is_empty or "\0" in str(text):
+        reason = "the path is empty" if is_empty else "it holds a null character"
+        expected = "expected the name of a file or a folder"
+        raise ValueError(f"path {str(text)!r}: {expected}, but {reason}")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:

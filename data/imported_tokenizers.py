@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from data.files import user_path
-from data.schema import OpenSchema, parse_json
+from data.schema import OpenSchema, listed, parse_json
 from data.shards import DataError
 from data.tokenizer import END_OF_TEXT, MAX_VOCAB, Tokenizer, byte_tokenizer, gpt2_tokenizer
 
@@ -192,8 +192,8 @@ def nanogpt_tokenizer(path: Path) -> Tokenizer:
             raise ValueError("'itos' does not hold different single characters")
         return Tokenizer("char", r"(?s:.)", ranks)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        raise DataError(f"{path}: {problem['loc']}: {problem['msg']}; not nanoGPT's") from None
+        problems = listed(error, with_values=False)
+        raise DataError(f"{path}: {problems}; not nanoGPT's") from None
     except (
         pickle.UnpicklingError,
         ValueError,

@@ -37,11 +37,18 @@ def read_json(path: Path, schema: type[S], error: type[Exception] = DataError) -
         error: the file cannot be read, is not JSON or does not fit. The message names the file and
             every key at fault.
     """
+    return read_checked_json(path, schema, error)[0]
+
+
+def read_checked_json(
+    path: Path, schema: type[S], error: type[Exception] = DataError
+) -> tuple[S, Any]:
+    """Do what `read_json` does; return also the JSON itself, with keys that `schema` lacks."""
     try:
         content = Path(path).read_bytes()
     except OSError as problem:
         raise error(f"{path}: cannot be read ({problem.strerror})") from None
-    return parse_json(content, str(path), schema, error)
+    return checked_json(content, str(path), schema, error)
 
 
 def parse_json(
@@ -52,22 +59,31 @@ def parse_json(
     Raises:
         error: the content is not JSON, is nested too deeply, repeats a key or does not fit.
     """
+    return checked_json(content, where, schema, error)[0]
+
+
+def checked_json(
+    content: str | bytes, where: str, schema: type[S], error: type[Exception] = DataError
+) -> tuple[S, Any]:
+    """Do what `parse_json` does; return also the JSON itself, with keys that `schema` lacks."""
     try:
-        model = schema.model_validate_json(content)
-        json.loads(content, object_pairs_hook=_refuse_repeated_keys)
+        return (
+            schema.model_validate_json(content),
+            json.loads(content, object_pairs_hook=_with_unique_keys),
+        )
     except ValidationError as problem:
-        raise error(f"{where}: {_listed(problem)}") from None
+        raise error(f"{where}: {listed(problem)}") from None
     except ValueError as problem:
         raise error(f"{where}: {problem}") from None
-    return model
 
 
-def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> None:
+def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Raise ValueError if an object has a key twice, of which pydantic takes the last."""
     keys = [key for key, _ in pairs]
     if len(set(keys)) < len(keys):
         repeated = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"key {repeated!r:.60} is there twice")
+    return dict(pairs)
 
 
 def read_json_lines(
@@ -83,13 +99,13 @@ def read_json_lines(
         raise error(f"{path}: cannot be read ({problem.strerror})") from None
 
 
-def _listed(error: ValidationError) -> str:
-    """Return the problems in one line, each with its key and the value found."""
+def listed(error: ValidationError, *, with_values: bool = True) -> str:
+    """Return the problems in one line, each with its key and, if wanted, the value found."""
     problems = []
-    for each in error.errors(include_url=False, include_context=False):
+    for each in error.errors(include_url=False, include_context=False, include_input=with_values):
         key = ".".join(map(str, each["loc"]))
-        is_known = each["type"] in ("missing", "json_invalid")
-        is_whole = each["type"] == "value_error" and isinstance(each["input"], dict)
+        is_known = not with_values or each["type"] in ("missing", "json_invalid")
+        is_whole = each["type"] == "value_error" and isinstance(each.get("input"), dict)
         found = "" if is_known or is_whole else f" (found {each['input']!r:.60})"
         problems.append(f"{key}: {each['msg']}{found}" if key else f"{each['msg']}{found}")
     more = f"; and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""

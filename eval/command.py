@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from data.files import user_path
+
 DEVICES = ("auto", "cpu", "cuda", "mps")  # choices of an option --device; see pick_device
 
 
@@ -74,24 +76,19 @@ def pick_device(name: str) -> str:
     Raises:
         ValueError: "cuda" or "mps" was requested, but torch finds no such device.
     """
-    import torch  # slow
+    from trainer.machine import device_of, missing_device  # imports torch, which is slow
 
-    has_cuda = torch.cuda.is_available()
-    if name == "auto":
-        return "cuda" if has_cuda else "cpu"
-    if {"cuda": has_cuda, "mps": torch.backends.mps.is_available()}.get(name, True):
-        return name
-    raise ValueError(f"device={name}: torch finds no {name.upper()} device here; use cpu or auto")
+    if problem := missing_device(name):
+        raise ValueError(problem)
+    return device_of(name).type
 
 
 def path_argument(text: str | Path) -> Path:
     """Return a path with `~` expanded. Raises ArgumentError if it is empty or has no such user."""
-    if not str(text).strip():
-        raise ArgumentError("the path is empty")
     try:
-        return Path(text).expanduser()
-    except RuntimeError as error:  # no such user
-        raise ArgumentError(f"{text}: {error}") from None
+        return user_path(text)
+    except ValueError as error:
+        raise ArgumentError(str(error)) from None
 
 
 def output_file(text: str | Path) -> Path:

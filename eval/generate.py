@@ -149,7 +149,7 @@ def _generate(
     T, length = model.config.block_size, max(map(len, prompts)) + uniforms.size(1)
     starts, tokens = [0] * len(prompts), []  # where each row's context begins; (B,) each
     hidden, cache = _read_rows(model, prompts, min(length, T))
-    for u in uniforms.to(wide_device(hidden)).unbind(1):
+    for u in uniforms.to(wide_device(hidden.device)).unbind(1):
         lengths = [len(row) + len(tokens) - s for row, s in zip(prompts, starts, strict=True)]
         if max(lengths) > T:
             starts = [
@@ -195,21 +195,22 @@ def _check_prompts(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens:
     require(claims)
 
 
-def wide_device(x: Tensor) -> torch.device:
-    """Return the device for float64 numbers beside `x`: its own, or the CPU, as MPS has none."""
-    return torch.device("cpu") if x.device.type == "mps" else x.device
+def wide_device(device: str | torch.device) -> torch.device:
+    """Return the device for float64 numbers beside this one: the same, or the CPU for MPS."""
+    device = torch.device(device)
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, how: Sampling) -> Tensor:
     """Draw the next tokens (B,) from logits (B, V) by inverting the cumulative distribution.
 
     Args:
-        uniforms: (B,) float64 in [0, 1), on `wide_device(logits)`. Two models that get the same
-            numbers are compared with common random numbers.
+        uniforms: (B,) float64 in [0, 1), on `wide_device(logits.device)`. Two models that get the
+            same numbers are compared with common random numbers.
     """
     if how.greedy or how.temperature == 0:
         return logits.argmax(dim=-1)
-    values, ids = logits.float().to(wide_device(logits)) / how.temperature, None
+    values, ids = logits.float().to(wide_device(logits.device)) / how.temperature, None
     V = logits.size(-1)
     if how.top_k is not None or how.top_p is not None:
         values, ids = values.topk(min(how.top_k or V, V), dim=-1)  # likeliest first

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eval.generate import wide_device
 from model import IGNORE, eval_mode
 
 
@@ -49,7 +50,7 @@ def evaluate(
     Raises:
         ValueError: no target is scored.
     """
-    wide = "cpu" if torch.device(device).type == "mps" else device  # MPS has no float64
+    wide = wide_device(device)
     nats = torch.zeros((), dtype=torch.float64, device=wide)
     n_tokens, n_bytes = torch.zeros((2,), dtype=torch.int64, device=device)
     sizes = torch.as_tensor(token_bytes, dtype=torch.int64, device=device)

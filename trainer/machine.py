@@ -20,13 +20,21 @@ def device_of(setting: str) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def missing_device(setting: str) -> str:
+    """Return an error message if torch does not find the device that `device` names, or ""."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if has.get(setting, True):
+        return ""
+    name = setting.upper()
+    return f"device={setting}: torch finds no {name} device here; use device=cpu or auto"
+
+
 def machine_problems(settings: dict[str, Any]) -> list[str]:
     """List what the settings ask of this machine that it does not have."""
     if problems := environment_problems():
         return problems
     problems = settings_problems(settings) if settings["dopr"] else []
-    if settings["device"] == "cuda" and not torch.cuda.is_available():
-        problems.append("device=cuda: torch finds no CUDA device here; use device=cpu or auto")
+    problems += filter(None, [missing_device(settings["device"])])
     if settings["device"] == "mps":
         problems += _mps_problems(settings)
     n_processes, n_cuda = environment_number("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
@@ -43,9 +51,8 @@ def machine_problems(settings: dict[str, Any]) -> list[str]:
 def _mps_problems(settings: dict[str, Any]) -> list[str]:
     """List what the settings ask of a GPU of Apple that it does not have."""
     problems = []
-    if not torch.backends.mps.is_available():
-        problems.append("device=mps: torch finds no MPS device here; use device=cpu or auto")
-    elif settings["dtype"] == "bfloat16" and not torch.backends.mps.is_macos_or_newer(14, 0):
+    is_bfloat16 = settings["dtype"] == "bfloat16" and torch.backends.mps.is_available()
+    if is_bfloat16 and not torch.backends.mps.is_macos_or_newer(14, 0):
         problems.append("dtype=bfloat16: needs macOS 14 with device=mps; use dtype=float32")
     if settings["dopr"]:
         problems.append("device=mps: DoPr needs float64, which MPS does not have; use device=cpu")

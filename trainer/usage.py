@@ -27,9 +27,7 @@ def help_text(usage: str) -> str:
     source = Path(__file__).with_name("settings.py").read_text(encoding="utf-8")
     source = source.partition("class TrainConfig:")[2].partition("def ")[0]
     lines = [usage.strip(), ""]
-    for match in re.finditer(
-        r"^    (?:# (-- .*)|(\w+): ([^#\n]+?)(?:  # (.*(?:\n    # (?!-- ).*)*))?)$", source, re.M
-    ):
+    for match in DECLARATION.finditer(source):
         section, key, _, comment = match.groups("")
         lines.append(section or f"  --{key}={_choices(key)}  {comment.replace(NEW_LINE, ' ')}")
     return "\n".join(line.rstrip() for line in lines)

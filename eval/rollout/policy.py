@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from eval.generate import KVCache, next_logits
+from eval.generate import KVCache, next_logits, wide_device
 from model import GPT
 from trainer.parallel import Parallel
 
@@ -60,8 +60,7 @@ class GPTPredictor(Predictor):
         rows = tokens.to(device).split(self.batch_size)
         pairs = zip(rows, self._caches, strict=True)
         logits = [next_logits(self.model, ids, cache)[:, -1] for ids, cache in pairs]  # (b, V) each
-        wide = "cpu" if device.type == "mps" else device  # MPS has no float64
-        return torch.cat(logits).to(wide).log_softmax(-1, dtype=torch.float64)
+        return torch.cat(logits).to(wide_device(device)).log_softmax(-1, dtype=torch.float64)
 
 
 class SharedPredictor(Predictor):

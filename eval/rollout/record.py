@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import model_validator
 
 from data.files import write_atomic
-from data.schema import OpenSchema, read_json
+from data.schema import OpenSchema, read_checked_json
 from eval.rollout.metrics import Grade
 from eval.rollout.tasks.task import TaskBase
 from trainer.presets import DOPR_KEYS
@@ -66,10 +66,9 @@ def read_record(path: Path) -> dict[str, Any]:
         ValueError: the file is damaged; the message names it.
     """
     try:
-        read_json(path, Record, ValueError)
+        return read_checked_json(path, Record, ValueError)[1]
     except ValueError as error:
         raise ValueError(f"{error}; delete the file to grade the checkpoint again") from None
-    return json.loads(path.read_bytes())
 
 
 def make_record(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -22,14 +22,14 @@ class FormedGrads:
     because DDP itself replaces gradients.
     """
 
-    def __init__(self, layers: Sequence[Layer], is_paused: Tensor) -> None:
+    def __init__(self, is_paused: Tensor) -> None:
         self._is_paused = is_paused
         # The gradient, and whether its tokens were added to Σ.
         self._formed: dict[Layer, tuple[TensorWeakRef, bool]] = {}
-        self._has_warned = n_processes() > 1
-        self.hooks: list[RemovableHandle] = [self._watch(layer) for layer in layers]
+        self._has_warned = False
 
-    def _watch(self, layer: Layer) -> RemovableHandle:
+    def watch(self, layer: Layer) -> RemovableHandle:
+        """Record every gradient of a layer's weight until the returned hook is removed."""
         # The weight holds the hook, so the hook must not hold what holds the weight.
         owner, watched = weakref.ref(self), weakref.ref(layer)
 
@@ -49,7 +49,7 @@ class FormedGrads:
         self._formed[layer] = TensorWeakRef(grad), bool(is_counted) and not grad.requires_grad
 
     def _warn(self, layer: Layer) -> None:
-        if not self._has_warned:
+        if not self._has_warned and n_processes() == 1:
             log.warning(
                 "%s: a gradient was removed before a step. If you added it up elsewhere, ignore "
                 "this. If you threw it away, its tokens are still in Σ: run such a backward inside "

@@ -133,7 +133,7 @@ class ActivationPreconditioner:
         self._sums_before_step: list[tuple[Tensor, ...]] = []
         self._collective = Collective()
         self._preconditioned_grads = PreconditionedGrads()
-        self._formed_grads = FormedGrads([], self._is_paused)
+        self._formed_grads = FormedGrads(self._is_paused)
         self._census = Census(model, selection, self.layers)
         for layer in self.layers:
             install(layer.covered.module, layer.capture)
@@ -177,9 +177,10 @@ class ActivationPreconditioner:
             layer.capture.rank, layer.capture.size = self._collective.rank, self._collective.size
         self._remove_hooks()
         self._registered_params = RegisteredParams(plain, self._weights())
-        around = call_around_steps(plain, self._before_step, self._after_step)
-        self._formed_grads = FormedGrads(self.layers, self._is_paused)
-        self._hooks = [*around, *self._formed_grads.hooks]
+        self._hooks = [
+            *call_around_steps(plain, self._before_step, self._after_step),
+            *map(self._formed_grads.watch, self.layers),
+        ]
         return self
 
     def detach(self) -> None:
@@ -187,9 +188,9 @@ class ActivationPreconditioner:
         self._remove_hooks()
         for layer in self.layers:
             remove(layer.covered.module)
-        self.layers = []
+        self._formed_grads.clear(self.layers)
         self._census.forget()
-        self._formed_grads = FormedGrads([], self._is_paused)
+        self.layers = []
 
     def _remove_hooks(self) -> None:
         for hook in self._hooks:

@@ -36,7 +36,6 @@ def load_state(
     for layer in layers:
         layer.load_state_dict(state[layer.name], with_sums=collective.rank == 0)
     for layer, new in recomputed:
-        layer.mean_eigenvalue = layer.statistics_in(state[layer.name]).mean_eigenvalue
         layer.set_inverse_root(new)
 
 

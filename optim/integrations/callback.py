@@ -8,6 +8,12 @@ from typing import Any
 from ..dopr.preconditioner import ActivationPreconditioner
 
 
+def refuse(problems: Sequence[str]) -> None:
+    """Raise ValueError if there are reasons why DoPr cannot precondition this training."""
+    if problems:
+        raise ValueError("DoPr does not support this training: " + "; ".join(problems))
+
+
 class AttachedInTraining:
     """Attach a preconditioner when training begins, and detach it when training ends."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from .callback import AttachedInTraining
+from .callback import AttachedInTraining, refuse
 
 UNSUPPORTED = {  # strategy, as the class is called in `lightning` and in `pytorch_lightning`
     "DeepSpeedStrategy": "has its own optimizer step: use DDPStrategy or ModelParallelStrategy",
@@ -88,5 +88,4 @@ def check_supported(trainer: Trainer) -> None:
     problems = [f"{name} {cure}" for name, cure in UNSUPPORTED.items() if name in names]
     if str(trainer.precision).startswith("16"):
         problems.append(f"precision={trainer.precision!r}: use 'bf16-mixed' or '32-true'")
-    if problems:
-        raise ValueError("DoPr does not support this training: " + "; ".join(problems))
+    refuse(problems)

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .callback import AttachedInTraining
+from .callback import AttachedInTraining, refuse
 
 STATE_FILE = "dopr.pt"
 UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
@@ -140,5 +140,4 @@ def check_supported(args: TrainingArguments, accelerator: AcceleratorState) -> N
         problems.append("FSDP1 flattens the weights: set fsdp_config={'fsdp_version': 2}")
     if args.n_gpu > 1:
         problems.append("nn.DataParallel copies the model: start the script with torchrun")
-    if problems:
-        raise ValueError("DoPr does not support this training: " + "; ".join(problems))
+    refuse(problems)

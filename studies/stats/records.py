@@ -4,7 +4,6 @@ A record is one graded model, see eval/rollout/record.py. A study writes its rec
 the committed results hold the same lines compressed with xz.
 """
 
-import json
 import lzma
 import math
 from collections import defaultdict
@@ -15,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, model_validator
 
-from data.schema import OpenSchema, parse_json, read_json
+from data.schema import OpenSchema, checked_json, read_checked_json
 from data.shards import DataError
 
 Record = dict[str, Any]
@@ -104,10 +103,9 @@ def read_object(
     Raises `error`, which ends with `advice`, if the file cannot be read or does not fit.
     """
     try:
-        read_json(path, schema)
+        return read_checked_json(path, schema)[1]
     except DataError as problem:
         raise error(f"{problem}; {advice}") from None
-    return json.loads(path.read_bytes())
 
 
 def read_records(path: Path, schema: type[BaseModel] = StudyRecord) -> list[Record]:
@@ -124,12 +122,13 @@ def read_records(path: Path, schema: type[BaseModel] = StudyRecord) -> list[Reco
     except (OSError, lzma.LZMAError) as error:
         raise AnalysisError(f"{found}: cannot be read ({error})") from None
     try:
-        for number, line in enumerate(lines, start=1):
-            parse_json(line, f"{found}, line {number}", schema)
+        return [
+            checked_json(line, f"{found}, line {number}", schema)[1]
+            for number, line in enumerate(lines, start=1)
+        ]
     except DataError as problem:
         advice = "delete this line, and run the command that wrote it again"
         raise AnalysisError(f"{problem}; {advice}") from None
-    return [*map(json.loads, lines)]
 
 
 def load_records(folders: Iterable[Path]) -> list[Record]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from data.schema import OpenSchema, Schema, parse_json
+from data.schema import OpenSchema, Schema, checked_json, listed, parse_json
 from model import GPTConfig
 from trainer.config import coerce
 from trainer.settings import FIELDS, ConfigError
@@ -94,8 +94,7 @@ def parse_manifest(content: bytes) -> tuple[dict[str, Any], str]:
         raise CheckpointError(
             f"it has schema {found.schema_}, but this version reads schema {SCHEMA}"
         )
-    checked = parse_json(content, "manifest.json", Manifest, CheckpointError)
-    manifest = json.loads(content)
+    checked, manifest = checked_json(content, "manifest.json", Manifest, CheckpointError)
     del manifest["sha256"]
     if checked.sha256 != manifest_digest(manifest):
         raise CheckpointError("manifest.json has a wrong sha256")
@@ -126,9 +125,8 @@ def check_train_tree(tree: Any) -> None:
         for layer in (tree["dopr"] or {}).values():
             LayerNumbers.model_validate(layer)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"train.pt: {where}: {first['msg']}") from None
+        problems = listed(error, with_values=False)  # the values hold tensors
+        raise CheckpointError(f"train.pt: {problems}") from None
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:

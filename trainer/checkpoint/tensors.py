@@ -4,8 +4,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 
 from model import GPT, GPTConfig
 from trainer.checkpoint.sharded import StoredTensor, read_all
@@ -53,7 +54,7 @@ def weight_problems(weights: Mapping[str, Any], config: GPTConfig) -> list[str]:
             return [f"{key} {problem}"]
     if config.n_layer > len(weights):
         return [f"there are {len(weights)} tensors for {config.n_layer} layers"]
-    with torch.device("meta"):
+    with torch.device("meta"), _NoRandomNumbers():
         own = GPT(config).state_dict()
     problems = [f"missing {key}" for key in sorted(own.keys() - weights.keys())]
     problems += [f"unexpected {key}" for key in sorted(weights.keys() - own.keys())]
@@ -61,6 +62,15 @@ def weight_problems(weights: Mapping[str, Any], config: GPTConfig) -> list[str]:
         problem = tensor_problem(weights[key], own[key].shape, torch.float32)
         problems += [f"{key} {problem}"] if problem else []
     return problems
+
+
+class _NoRandomNumbers(TorchFunctionMode):
+    """Leave out `normal_`, for which the meta device imports torch's compiler, in two seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.normal_, nn.init.normal_):
+            return None
+        return func(*args, **(kwargs or {}))
 
 
 def optimizer_problems(
