@@ -43,6 +43,7 @@ def build_optimizers(
     eps: float,
     momentum: float,
     aux_lr: float | None = None,
+    embedding_lr: float | None = None,
     nesterov: bool = True,
     adjust_lr: AdjustLR = "match_rms_adamw",
     ns_coefficients: NSCoefficients = "polar_express",
@@ -69,6 +70,8 @@ def build_optimizers(
     Args:
         aux_lr: learning rate of the AdamW beside muon and adamuon. Defaults to AUX_LR, whatever
             `lr` is. Must be None for other optimizers.
+        embedding_lr: learning rate of the embeddings; a tied one is also the output head. Defaults
+            to that of the optimizer that holds them.
         beta1, beta2: for AdamW.
         eps: for AdamW and adamuon.
         momentum: for sgd, signum, muon and adamuon.
@@ -99,10 +102,11 @@ def build_optimizers(
         "adamuon": {"eps": eps, **matrix},
     }
     main, aux = _split_params(model, optimizer)
-    groups = _param_groups(main, lr, weight_decay)
+    groups = _param_groups(main, lr, embedding_lr, weight_decay)
     optimizers = [CLASSES[optimizer](groups, **settings[optimizer])]
     if aux:
-        groups = _param_groups(aux, AUX_LR if aux_lr is None else aux_lr, weight_decay)
+        lr = AUX_LR if aux_lr is None else aux_lr
+        groups = _param_groups(aux, lr, embedding_lr, weight_decay)
         optimizers.append(torch.optim.AdamW(groups, **adamw))
     for built in optimizers:
         scale_to_width(built, width_mult, wd_scaling, dopr=dopr)
@@ -131,22 +135,21 @@ def _split_params(model: nn.Module, optimizer: str) -> tuple[list[ParamRole], li
     return matrices, [param for param in params if param.role != "matrix"]
 
 
-def _param_groups(params: list[ParamRole], lr: float, weight_decay: float) -> list[dict[str, Any]]:
+def _param_groups(
+    params: list[ParamRole], lr: float, embedding_lr: float | None, weight_decay: float
+) -> list[dict[str, Any]]:
     """Return one param group per role and `qkv_blocks`, in the order of first appearance."""
     members: dict[tuple[Role, int], list[tuple[str, Tensor]]] = defaultdict(list)
     for each in params:
         members[each.role, each.qkv_blocks].append((each.name, each.param))
-    return [
-        {
-            "params": named_params,
-            "role": role,
-            "qkv_blocks": qkv_blocks,
-            "lr": lr,
-            "base_lr": lr,
-            "weight_decay": weight_decay if role in DECAYED_ROLES else 0.0,
-        }
-        for (role, qkv_blocks), named_params in members.items()
-    ]
+    groups = []
+    for (role, qkv_blocks), named_params in members.items():
+        own_lr = embedding_lr if role == "embedding" and embedding_lr is not None else lr
+        group = {"params": named_params, "role": role, "qkv_blocks": qkv_blocks}
+        group |= {"lr": own_lr, "base_lr": own_lr}
+        group["weight_decay"] = weight_decay if role in DECAYED_ROLES else 0.0
+        groups.append(group)
+    return groups
 
 
 def describe_groups(optimizers: Iterable[torch.optim.Optimizer]) -> str:

@@ -1,10 +1,12 @@
 """Compare `fresh_mean` with exact mode, fast mode and no DoPr on validation loss.
 
-    python -m studies.fresh_mean --out studies/results/fresh_mean.json [--optimizers adamw,muon]
+    python -m studies.fresh_mean --out FILE --optimizers adamw,muon
+    python -m studies.fresh_mean --out FILE --optimizers adamw --setups embedding-lr,tokens-512
 
 docs/log/2026-11-29-fresh-mean.md contains the protocol. The model and the data are those of
 studies/optimizer_table.py; the seeds are new. Each mode is tuned on one seed and measured on five
-others, and so is the optimizer without DoPr at each mode's rate. Finished runs are not repeated.
+others, and so is the optimizer without DoPr at each mode's rate. Finished runs are not repeated,
+and the rows of earlier commands in FILE are kept.
 """
 
 import json
@@ -17,6 +19,7 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 
+from data.files import write_atomic
 from eval.command import command_parser
 from eval.tables import markdown
 from studies.optimizer_table import AUX_LR, EXACT, FAST, MODEL, RATES, RUN, run, summary, sweep
@@ -28,18 +31,41 @@ MODES: dict[str, dict[str, Any]] = {
     "fast": FAST,
     "fresh mean": FAST | {"fresh_mean": True},
 }
+
+
+def _steps(n: int, sequences: int) -> dict[str, int]:
+    """Return the settings of n steps, with the same number of validation tokens for all sizes."""
+    lengths = {"max_steps": n, "warmup_steps": n // 10, "eval_every": n, "save_every": n}
+    sizes = {"batch_size": sequences, "micro_batch_size": min(sequences, 32)}
+    return lengths | sizes | {"eval_batches": RUN["eval_batches"] * RUN["batch_size"] // sequences}
+
+
+SETUPS: dict[str, dict[str, Any]] = {  # what they change, for all modes
+    "plain": {},
+    "embedding-lr": {"embedding_lr": 4e-3},  # tied, so it is also the output head
+    "tokens-512": _steps(1600, 8),
+    "tokens-8192": _steps(100, 128),
+    "width-128": {"n_embd": 128},
+    "width-256": {"n_embd": 256},
+}
 TUNING_SEED, FRESH_SEEDS = 10, (11, 12, 13, 14, 15)
 
 
-def measure(variant: tuple[str, str]) -> dict[str, Any]:
-    """Return the row of one optimizer and mode: its sweep, and its losses at the best rate."""
-    optimizer, mode = variant
-    losses = sweep(optimizer, MODES[mode], seed=TUNING_SEED)
+def measure(variant: tuple[str, str, str]) -> dict[str, Any]:
+    """Return a row: the sweep of a (setup, optimizer, mode), and its losses at the best rate."""
+    setup, optimizer, mode = variant
+    shared, own = SETUPS[setup], SETUPS[setup] | MODES[mode]
+    losses = sweep(optimizer, own, seed=TUNING_SEED)
     lr = best_rate(losses)
-    fresh = [run(optimizer, lr, seed, **MODES[mode]) for seed in FRESH_SEEDS]
-    base = [run(optimizer, lr, seed) for seed in FRESH_SEEDS]
-    row = {"optimizer": optimizer, "mode": mode, "lr": lr, "sweep": losses, **summary(fresh)}
-    return row | {"base_at_this_lr": base}
+    fresh = [run(optimizer, lr, seed, **own) for seed in FRESH_SEEDS]
+    base = [run(optimizer, lr, seed, **shared) for seed in FRESH_SEEDS]
+    row = {"setup": setup, "optimizer": optimizer, "mode": mode, "lr": lr, "sweep": losses}
+    return row | summary(fresh) | {"base_at_this_lr": base}
+
+
+def key_of(row: dict[str, Any]) -> tuple[str, str, str]:
+    """Return (setup, optimizer, mode) of a row."""
+    return row["setup"], row["optimizer"], row["mode"]
 
 
 def difference(losses: list[float], reference: list[float]) -> str:
@@ -52,15 +78,16 @@ def difference(losses: list[float], reference: list[float]) -> str:
 
 def table_of(rows: list[dict[str, Any]]) -> str:
     """Return the table of the log: each mode against the base, and the other modes against it."""
-    losses = {(row["optimizer"], row["mode"]): row["losses"] for row in rows}
+    losses = {key_of(row): row["losses"] for row in rows}
     cells = []
     for row in rows:
-        own, optimizer = row["losses"], row["optimizer"]
-        against = [losses[optimizer, "base"], row["base_at_this_lr"], losses[optimizer, "fast"]]
+        own, (setup, optimizer, mode) = row["losses"], key_of(row)
+        against = [losses[setup, optimizer, "base"], row["base_at_this_lr"]]
+        against.append(losses[setup, optimizer, "fast"])
         shown = [difference(own, each) if each != own else "" for each in against]
         mean = f"{row['mean']:.3f} ± {row['sd']:.3f}"
-        cells.append((optimizer, row["mode"], f"{row['lr']:g}", mean, *shown))
-    header = ("", "", "lr", "val loss, mean ± sd", "minus base", "minus base at this lr")
+        cells.append((setup, optimizer, mode, f"{row['lr']:g}", mean, *shown))
+    header = ("setup", "", "", "lr", "val loss, mean ± sd", "minus base", "minus base at this lr")
     return markdown((*header, "minus fast"), cells)
 
 
@@ -68,19 +95,25 @@ def main() -> None:
     parser = command_parser("studies.fresh_mean", __doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--optimizers", default="adamw,muon", help="comma-separated")
+    parser.add_argument("--setups", default="plain", help=f"of {', '.join(SETUPS)}")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
     arguments = parser.parse_args()
-    optimizers = arguments.optimizers.split(",")
-    if unknown := {*optimizers} - RATES.keys():
-        parser.error(f"--optimizers: {', '.join(sorted(unknown))}: must be of {', '.join(RATES)}")
-    variants = [(optimizer, mode) for optimizer in optimizers for mode in MODES]
+    optimizers, setups = arguments.optimizers.split(","), arguments.setups.split(",")
+    for flag, given, known in (("optimizers", optimizers, RATES), ("setups", setups, SETUPS)):
+        if unknown := {*given} - known.keys():
+            parser.error(f"--{flag}: {', '.join(sorted(unknown))}: must be of {', '.join(known)}")
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    if arguments.out.exists():
+        rows = {key_of(row): row for row in json.loads(arguments.out.read_text())["rows"]}
+    variants = [(setup, name, mode) for setup in setups for name in optimizers for mode in MODES]
     context = get_context("spawn")
     with ProcessPoolExecutor(arguments.workers, context, torch.set_num_threads, (1,)) as pool:
-        rows = list(tqdm(pool.map(measure, variants), total=len(variants)))
-    result = {"model": MODEL, "run": RUN, "aux_lr": AUX_LR, "modes": MODES, "rows": rows}
-    result |= {"tuning_seed": TUNING_SEED, "fresh_seeds": FRESH_SEEDS}
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(table_of(rows))
+        found = pool.map(measure, variants)
+        rows |= {key_of(row): row for row in tqdm(found, total=len(variants))}
+    result = {"model": MODEL, "run": RUN, "aux_lr": AUX_LR, "modes": MODES, "setups": SETUPS}
+    result |= {"tuning_seed": TUNING_SEED, "fresh_seeds": FRESH_SEEDS, "rows": [*rows.values()]}
+    write_atomic(arguments.out, json.dumps(result, indent=2) + "\n")
+    print(table_of([*rows.values()]))
 
 
 if __name__ == "__main__":

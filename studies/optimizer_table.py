@@ -61,7 +61,9 @@ def run(optimizer: str, lr: float, seed: int, **changes: Any) -> float:
     settings = MODEL | RUN | {"optimizer": optimizer, "lr": lr, "seed": seed} | changes
     if optimizer in ("muon", "adamuon"):
         settings["aux_lr"] = AUX_LR
-    varied = {key: value for key, value in settings.items() if key not in MODEL | RUN}
+    varied = {
+        key: settings[key] for key in (settings.keys() - (MODEL | RUN).keys()) | changes.keys()
+    }
     out = RUNS / "_".join(f"{key}={value}" for key, value in sorted(varied.items()))
     command = ["train.py", f"--out_dir={out}", "--device=cpu"]
     command += [f"--{key}={value}" for key, value in settings.items()]
@@ -75,11 +77,13 @@ def run(optimizer: str, lr: float, seed: int, **changes: Any) -> float:
     return math.inf if loss is None else loss
 
 
-def sweep(optimizer: str, dopr: dict[str, Any], *, seed: int = TUNING_SEED) -> dict[float, float]:
+def sweep(
+    optimizer: str, changes: dict[str, Any], *, seed: int = TUNING_SEED
+) -> dict[float, float]:
     """Return {learning rate: loss on the tuning seed}, with the best rate inside the grid."""
-    losses = {lr: run(optimizer, lr, seed, **dopr) for lr in RATES[optimizer]}
+    losses = {lr: run(optimizer, lr, seed, **changes) for lr in RATES[optimizer]}
     while lr := further_rate(losses):
-        losses[lr] = run(optimizer, lr, seed, **dopr)
+        losses[lr] = run(optimizer, lr, seed, **changes)
     return dict(sorted(losses.items()))
 
 

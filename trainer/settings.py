@@ -53,6 +53,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "sgd", "signum", "muon", "adamuon"] = "adamw"
     lr: float = 6e-4
     aux_lr: float | None = None  # of the AdamW beside muon and adamuon; none: 6e-4
+    embedding_lr: float | None = None  # none: that of the optimizer that holds the embeddings
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -173,7 +174,7 @@ def _range_problems(config: TrainConfig) -> list[str]:
         for key, value in vars(config).items()
         if isinstance(value, float) and math.isinf(value)
     ]
-    for key in ("lr", "aux_lr"):
+    for key in ("lr", "aux_lr", "embedding_lr"):
         value = getattr(config, key)
         if value is not None and not 0 < value < float("inf"):
             problems.append(f"{key}={value}: must be positive and finite")

@@ -79,6 +79,16 @@ def test_learning_rates(aux_lr, expected):
     assert {(g["lr"], g["base_lr"]) for g in aux.param_groups} == {(expected, expected)}
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_learning_rate_of_the_embeddings_changes_no_other(name):
+    groups = [g for each in build(gpt(), name) for g in each.param_groups]
+    changed = [g for each in build(gpt(), name, embedding_lr=0.3) for g in each.param_groups]
+    for old, new in zip(groups, changed, strict=True):
+        expected = 0.3 if old["role"] == "embedding" else old["lr"]
+        assert (new["lr"], new["base_lr"]) == (expected, expected)
+        assert new["param_names"] == old["param_names"]
+
+
 def test_settings_reach_the_optimizers():
     changes = {"nesterov": False, "ns_coefficients": "quintic", "ns_dtype": "float32"}
     for name, own in (("muon", {"adjust_lr": "unit_rms_norm"}), ("adamuon", {"eps": 1e-6})):

@@ -1,9 +1,11 @@
 """The table of the study of `fresh_mean` pairs the losses by seed."""
 
+import json
+
 import pytest
 
-from studies import fresh_mean
-from studies.fresh_mean import MODES, difference, main, measure, table_of
+from studies import fresh_mean, optimizer_table
+from studies.fresh_mean import MODES, RUN, SETUPS, difference, main, measure, table_of
 
 
 def test_a_difference_is_paired_and_has_a_t_interval():
@@ -20,16 +22,42 @@ def test_every_mode_is_tuned_on_one_seed_and_measured_on_others(monkeypatch):
 
     monkeypatch.setattr(fresh_mean, "run", run)
     monkeypatch.setattr(fresh_mean, "sweep", lambda *_, seed: {1.0: 5.0, 2.0: 4.0, 4.0: seed})
-    rows = [measure(("adamw", mode)) for mode in MODES]
+    rows = [measure(("plain", "adamw", mode)) for mode in MODES]
     assert {lr for lr, *_ in calls} == {2.0}
     assert {seed for _, seed, _ in calls} == {11, 12, 13, 14, 15}
     table = table_of(rows)
     assert table.count("-1.000 ± 0.000") == 3  # fresh mean against both bases and fast mode
 
 
-def test_an_unknown_optimizer_is_refused(tmp_path):
+def test_a_setup_changes_all_modes_and_the_folder_of_the_run(monkeypatch, tmp_path):
+    commands = []
+
+    def train_in(folder, command):
+        commands.append((folder.name, command))
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [{"kind": "val", "loss": 4.0}, {"event": "end", "reason": "finished", "kind": "run"}]
+        (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        return True
+
+    monkeypatch.setattr(optimizer_table, "RUNS", tmp_path)
+    monkeypatch.setattr(optimizer_table, "train_in", train_in)
+    measure(("width-128", "adamw", "fast"))
+    assert all("--n_embd=128" in command for _, command in commands)
+    assert all("n_embd=128" in name for name, _ in commands)
+    assert {"--dopr=True" in command for _, command in commands} == {True, False}
+
+
+@pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS)
+def test_a_setup_changes_no_number_of_tokens(setup):
+    own = RUN | setup
+    for key in ("max_steps", "eval_batches"):
+        assert own[key] * own["batch_size"] == RUN[key] * RUN["batch_size"]
+
+
+@pytest.mark.parametrize("option", ["--optimizers=adam", "--setups=width-3"])
+def test_an_unknown_name_is_refused(tmp_path, option):
     with pytest.raises(SystemExit):
-        main_with(["--out", str(tmp_path / "x.json"), "--optimizers", "adam"])
+        main_with(["--out", str(tmp_path / "x.json"), option])
 
 
 def main_with(argv):

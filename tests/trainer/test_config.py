@@ -51,7 +51,7 @@ def test_values_are_coerced_to_the_declared_type(argument, key, value):
     [
         *("--max_steps=1.5", "--lr=fast", "--compile=1", "--bias=yes", "--schedule=cos"),
         *("--seed=nan", "--seed=4294967296", "--lr=nan", "--lr=inf", "--lr=0", "--dropout=1"),
-        *("--n_layer=0", "--aux_lr=0.1", "--sigma_beta=x"),
+        *("--n_layer=0", "--aux_lr=0.1", "--embedding_lr=0", "--sigma_beta=x"),
     ],
 )
 def test_a_value_of_the_wrong_type_or_range_is_refused_by_name(argument):
