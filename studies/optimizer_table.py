@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from eval.command import command_parser
 from eval.tables import markdown
+from optim.build import MATRIX_OPTIMIZERS
 from studies.sweep.study import best_rate, further_rate
 from studies.sweep.trial import train_in
 
@@ -58,21 +59,33 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 def run(optimizer: str, lr: float, seed: int, **changes: Any) -> float:
     """Return the final validation loss of one training run; infinite if it diverged."""
-    settings = MODEL | RUN | {"optimizer": optimizer, "lr": lr, "seed": seed} | changes
-    if optimizer in ("muon", "adamuon"):
-        settings["aux_lr"] = AUX_LR
+    settings = settings_of(optimizer, lr, seed, changes)
     varied = {
         key: settings[key] for key in (settings.keys() - (MODEL | RUN).keys()) | changes.keys()
     }
     out = RUNS / "_".join(f"{key}={value}" for key, value in sorted(varied.items()))
-    command = ["train.py", f"--out_dir={out}", "--device=cpu"]
-    command += [f"--{key}={value}" for key, value in settings.items()]
     metrics = out / "metrics.jsonl"
     finished = '"event": "end", "reason": "finished"'
-    has_finished = metrics.exists() and finished in metrics.read_text()
-    if not has_finished and not train_in(out, command):
-        return math.inf
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    if metrics.exists() and finished in metrics.read_text():
+        return final_loss(out)
+    return final_loss(out) if train_in(out, command_of(settings, out)) else math.inf
+
+
+def settings_of(optimizer: str, lr: float, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of train.py for one run."""
+    aux = {"aux_lr": AUX_LR} if optimizer in MATRIX_OPTIMIZERS else {}
+    return MODEL | RUN | {"optimizer": optimizer, "lr": lr, "seed": seed} | aux | changes
+
+
+def command_of(settings: dict[str, Any], out: Path) -> list[str]:
+    """Return the words of the command that trains in the folder `out`."""
+    words = [f"--{key}={value}" for key, value in settings.items()]
+    return ["train.py", f"--out_dir={out}", "--device=cpu", *words]
+
+
+def final_loss(out: Path) -> float:
+    """Return the last validation loss of a finished run; infinite if it is not finite."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     loss = [row["loss"] for row in rows if row["kind"] == "val"][-1]
     return math.inf if loss is None else loss
 
