@@ -76,9 +76,12 @@ def _gram_variants() -> Iterator[KernelVariant]:
         config = kernels.CONFIGS[precision]
         types = {"z_ptr": f"*{name}:16", "partial_ptr": "*fp32:16", "offset_ptr": "*i64:16"}
         types |= _sizes("n:1 T:1 per_sequence:1 stride:1 chunk row_stride b")
-        yield _variant(
-            *("gram", name, kernels.partial_kernel, types, {"PRECISION": precision}, config)
-        )
+        constants = {"PRECISION": precision}
+        with_columns = types | {"columns_ptr": "*fp32:16"}
+        without = constants | {"columns_ptr": None}
+        kernel = kernels.partial_kernel
+        yield _variant("gram", name, kernel, types, without, config)
+        yield _variant("gram", f"{name} + columns", kernel, with_columns, constants, config)
     for config in kernels.CONFIGS.values():
         pointers = ("S_ptr", "partial_ptr", "beta_ptr", "alpha_ptr")
         types = dict.fromkeys(pointers, "*fp32:16") | _sizes("splits:1 b block_stride row_stride")

@@ -3,7 +3,8 @@
 The reference is `gram_` in gram.py. The first kernel sums each split of the sampled tokens into its
 own copy of every lower tile. In the second kernel, one program per element adds the copies in a
 fixed order, updates the element of S, and writes it to both sides of the diagonal. The result is
-therefore bitwise reproducible and exactly symmetric. Neither kernel reads the upper triangle.
+therefore bitwise reproducible and exactly symmetric. Neither kernel reads the upper triangle. The
+programs of diagonal tiles also sum z itself where `column_sums` are wanted.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def gram_(
     alpha: float | Tensor = 1.0,
     stride: int = 1,
     offset: int | Tensor = 0,
+    column_sums: Tensor | None = None,  # (blocks·b,) fp32, updated in place
     config: TileConfig | None = None,
 ) -> int:  # count
     """Update S <- β S + α Σ z zᵀ in place over the sampled tokens and return their number.
@@ -53,7 +55,7 @@ def gram_(
         ValueError: like the reference, the dtype of S or z is not supported, or the tensors are not
             on a supported GPU.
     """
-    check_gram(S, z, stride)
+    check_gram(S, z, stride, column_sums)
     _check_dtypes(S, z)
     check_runs("gram_", z)
     rows = z.detach().reshape(-1, z.shape[-1])  # (B T, d)
@@ -71,8 +73,13 @@ def gram_(
     else:
         offset = torch.full((), offset, dtype=torch.int64, device=z.device)
     with torch.cuda.device_of(z):
-        partial = _partials(rows, S.shape, (n, T, per_sequence, stride), offset, precision, config)
+        partial, columns = _partials(
+            *(rows, S.shape, (n, T, per_sequence, stride), offset, precision, config),
+            has_columns=column_sums is not None,
+        )
         _reduce(S, partial, scalars(beta, 1, S), scalars(alpha, 1, S), config)
+        if column_sums is not None and columns is not None:
+            column_sums += columns.sum(0)
     return n
 
 
@@ -89,20 +96,23 @@ def _partials(
     offset: Tensor,  # () int64
     precision: str,
     config: TileConfig,
-) -> Tensor:  # (splits, blocks, tiles, tile, tile)
-    """Return the sum of each split for each tile of the lower triangles."""
+    *,
+    has_columns: bool,
+) -> tuple[Tensor, Tensor | None]:  # (splits, blocks, tiles, tile, tile), (splits, blocks·b)
+    """Return the sums of each split: of each tile of the lower triangles, and of z if wanted."""
     blocks, b, _ = shape
     tile, depth, num_warps, num_stages = config
     tiles = n_lower_tiles(b, tile)
     chunk = split_rows(sampling[0], tiles * blocks, depth)
     splits = triton.cdiv(sampling[0], chunk)
     partial = rows.new_empty((splits, blocks, tiles, tile, tile), dtype=torch.float32)
+    columns = partial.new_empty((splits, blocks * b)) if has_columns else None
     partial_kernel[(tiles, blocks, splits)](
-        *(rows, partial, offset, *sampling, chunk, rows.stride(0), b),
+        *(rows, partial, columns, offset, *sampling, chunk, rows.stride(0), b),
         **{"TILE": tile, "DEPTH": depth, "PRECISION": precision},
         **{"num_warps": num_warps, "num_stages": num_stages},
     )
-    return partial
+    return partial, columns
 
 
 def _reduce(S: Tensor, partial: Tensor, beta: Tensor, alpha: Tensor, config: TileConfig) -> None:
@@ -119,6 +129,7 @@ def _reduce(S: Tensor, partial: Tensor, beta: Tensor, alpha: Tensor, config: Til
 def partial_kernel(
     z_ptr,  # (B T, blocks·b), with stride row_stride between rows
     partial_ptr,  # (splits, blocks, tiles, TILE, TILE)
+    columns_ptr,  # (splits, blocks·b), or None
     offset_ptr,  # () int64
     n,  # number of sampled tokens
     T,  # tokens per sequence
@@ -131,7 +142,10 @@ def partial_kernel(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute partial[split, block, (i, j)] = Σ z_i z_jᵀ over the tokens of one split, i >= j."""
+    """Compute partial[split, block, (i, j)] = Σ z_i z_jᵀ over the tokens of one split, i >= j.
+
+    Unless `columns_ptr` is None, also compute columns[split, block, i] = Σ z_i.
+    """
     tile, block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i, j = lower_tile(tile)
     within = tl.arange(0, TILE)
@@ -140,6 +154,7 @@ def partial_kernel(
     first = tl.where(first < 0, first + T, first).to(tl.int32)
     z_ptr += block * b
     acc = tl.zeros((TILE, TILE), tl.float32)
+    columns = tl.zeros((TILE,), tl.float32)
     end = tl.minimum(n, (split + 1) * chunk)
     for start in range(split * chunk, end, DEPTH):
         k = start + tl.arange(0, DEPTH)
@@ -153,6 +168,11 @@ def partial_kernel(
             z_ptr + row[:, None] + column_j, mask=(k < end)[:, None] & (column_j < b), other=0.0
         )
         acc = multiply_add(z_i, z_j, acc, PRECISION)
+        if columns_ptr is not None:
+            columns += tl.sum(z_i.to(tl.float32), axis=1)
+    if columns_ptr is not None:
+        columns_ptr += (split * tl.num_programs(1) + block) * b
+        tl.store(columns_ptr + column_i, columns, mask=(column_i < b) & (i == j))
     program = (split * tl.num_programs(1) + block) * tl.num_programs(0) + tile
     target = within[:, None] * TILE + within
     tl.store(partial_ptr + program.to(tl.int64) * (TILE * TILE) + target, acc)

@@ -139,6 +139,18 @@ def test_it_is_beta_s_plus_alpha_times_the_sum(beta, alpha):
     assert torch.equal(S, S.mT)
 
 
+@pytest.mark.parametrize("stride", [1, 3])
+def test_column_sums_grow_by_the_sum_over_the_sampled_rows(stride):
+    z, sums = torch.randn(4, 7, 6), torch.ones(6)
+    S = torch.zeros(2, 3, 3)
+    one_hot = torch.eye(28).reshape(4, 7, 28)
+    weights, _ = gram(one_hot, stride=stride, offset=2)  # its diagonal marks the sampled rows
+    gram_(S, z, stride=stride, offset=2, column_sums=sums)
+    expected = 1 + weights[0].diagonal() @ z.reshape(28, 6)
+    torch.testing.assert_close(sums, expected)
+    assert torch.equal(S, gram(z, blocks=2, stride=stride, offset=2)[0])
+
+
 def test_mirror_never_reads_the_upper_triangle_and_works_in_place():
     Y = torch.randn(2, 5, 5)
     spoiled = Y.where(torch.ones(5, 5).tril().bool(), torch.nan)
@@ -157,6 +169,10 @@ def test_mirror_never_reads_the_upper_triangle_and_works_in_place():
         (
             lambda: gram_(torch.ones(1, 4, 4), torch.ones(9, 4, device="meta")),
             "expected S and z on one device",
+        ),
+        (
+            lambda: gram_(torch.ones(1, 4, 4), torch.ones(9, 4), column_sums=torch.ones(5)),
+            r"expected column_sums of shape \(4,\)",
         ),
     ],
 )

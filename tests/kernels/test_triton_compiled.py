@@ -10,7 +10,13 @@ from bench.kernel_report import SHARED_LIMIT, SHARED_RESERVED, usage, variants  
 
 VARIANTS = {variant.name: variant for variant in variants()}
 TENSOR_CORES = [name for name in VARIANTS if "ieee" not in name and "reduce" not in name]
-SOME = ["gram bf16", "gram_reduce 128", "symmetric bf16x3 + C", "apply tf32x3"]
+SOME = [
+    "gram bf16",
+    "gram bf16 + columns",
+    "gram_reduce 128",
+    "symmetric bf16x3 + C",
+    "apply tf32x3",
+]
 
 
 def check(use, arch):

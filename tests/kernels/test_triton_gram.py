@@ -75,12 +75,34 @@ def test_integer_valued_inputs_give_the_exact_sum():
     assert torch.equal(S, expected)
 
 
+@pytest.mark.parametrize(("b", "blocks"), [(40, 1), (5, 3), (33, 2), (128, 1)])
+@pytest.mark.parametrize("stride", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_column_sums_are_those_of_the_reference_and_change_no_bit_of_s(
+    b, blocks, stride, dtype, monkeypatch
+):
+    monkeypatch.setattr(triton_gram, "SPLIT_ROWS", 16)
+    z = randn(3, 17, b * blocks, dtype=dtype)
+    own = randn(b * blocks, seed=2)
+    expected = own.clone()
+    sampling = {"stride": stride, "offset": 4}
+    S, *_ = both(z, blocks, column_sums=own, **sampling)
+    assert torch.equal(S, both(z, blocks, **sampling)[0])
+    own = randn(b * blocks, seed=2)
+    triton_gram.gram_(torch.zeros_like(S), z, column_sums=own, config=SMALL, **sampling)
+    gram.gram_(torch.zeros_like(S), z, column_sums=expected, **sampling)
+    torch.testing.assert_close(own, expected, atol=5e-6, rtol=1e-5)
+
+
 def test_nothing_outside_s_and_z_is_read_or_written():
     z, _ = guarded(randn(2, 11, 23))
     S, buffer = guarded(torch.zeros(1, 23, 23, device=DEVICE), guard=7.0)
-    triton_gram.gram_(S, z, beta=0.5, stride=2, config=SMALL)
+    sums, sums_buffer = guarded(torch.zeros(1, 23, device=DEVICE), guard=7.0)
+    triton_gram.gram_(S, z, beta=0.5, stride=2, column_sums=sums[0], config=SMALL)
     assert S.isfinite().all()
+    assert sums.isfinite().all()
     assert is_intact(buffer, guard=7.0)  # NaN would not reveal a row that is read and written back
+    assert is_intact(sums_buffer, guard=7.0)
 
 
 def test_rows_and_columns_may_lie_apart():
@@ -121,9 +143,10 @@ def test_an_input_that_is_not_finite_shows(value):
         (lambda S, z: (S.double(), z), "float64"),
         (lambda S, z: (S, z[:, :7]), r"\(8, 7\)"),
         (lambda S, z: (S, z[0]), r"\(8,\)"),
+        (lambda S, z: (S, z, z), r"column_sums of shape \(8,\)"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(bad, message):
-    S, z = bad(torch.zeros(1, 8, 8, device=DEVICE), randn(8, 8))
+    S, z, *sums = bad(torch.zeros(1, 8, 8, device=DEVICE), randn(8, 8))
     with pytest.raises(ValueError, match=message):
-        triton_gram.gram_(S, z)
+        triton_gram.gram_(S, z, column_sums=sums[0] if sums else None)
