@@ -13,17 +13,13 @@ import json
 import math
 import statistics
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-
-import torch
-from tqdm import tqdm
 
 from eval.command import command_parser
 from eval.tables import markdown
 from optim.build import MATRIX_OPTIMIZERS
+from studies.pool import map_in_pool
 from studies.sweep.study import best_rate, further_rate
 from studies.sweep.trial import train_in
 
@@ -137,15 +133,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
     arguments = parser.parse_args()
-    context = get_context("spawn")
-    with ProcessPoolExecutor(arguments.workers, context, torch.set_num_threads, (1,)) as pool:
-        variants = [(optimizer, mode) for optimizer in RATES for mode in MODES]
-        table = list(tqdm(pool.map(headline, variants), total=len(variants), desc="headline"))
-        best = {row["name"]: row["lr"] for row in table}
-        tasks = [
-            (base, best[f"dopr-{base}"], name) for name in CHANGES for base in ("adamw", "muon")
-        ]
-        changes = list(tqdm(pool.map(change, tasks), total=len(tasks), desc="ablations"))
+    variants = [(optimizer, mode) for optimizer in RATES for mode in MODES]
+    table = map_in_pool(headline, variants, arguments.workers, "headline")
+    best = {row["name"]: row["lr"] for row in table}
+    tasks = [(base, best[f"dopr-{base}"], name) for name in CHANGES for base in ("adamw", "muon")]
+    changes = map_in_pool(change, tasks, arguments.workers, "ablations")
     result = {"model": MODEL, "run": RUN, "aux_lr": AUX_LR, "modes": MODES}
     result |= {"fresh_seeds": FRESH_SEEDS, "ablation_seeds": ABLATION_SEEDS}
     result |= {"table": table, "ablations": changes}

@@ -1,7 +1,7 @@
 """Compare `fresh_mean` with exact mode, fast mode and no DoPr on validation loss.
 
-    python -m studies.fresh_mean --out FILE --optimizers adamw,muon
-    python -m studies.fresh_mean --out FILE --optimizers adamw --setups embedding-lr,tokens-512
+    python -m studies.fresh_mean.comparison --out FILE --optimizers adamw,muon
+    python -m studies.fresh_mean.comparison --out FILE --optimizers adamw --setups embedding-lr
 
 docs/log/2026-11-29-fresh-mean.md contains the protocol. The model and the data are those of
 studies/optimizer_table.py; the seeds are new. Each mode is tuned on one seed and measured on five
@@ -10,19 +10,16 @@ and the rows of earlier commands in FILE are kept.
 """
 
 import json
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
 from scipy import stats
-from tqdm import tqdm
 
 from data.files import write_atomic
 from eval.command import command_parser
 from eval.tables import markdown
 from studies.optimizer_table import AUX_LR, EXACT, FAST, MODEL, RATES, RUN, run, summary, sweep
+from studies.pool import map_in_pool
 from studies.sweep.study import best_rate
 
 MODES: dict[str, dict[str, Any]] = {
@@ -92,7 +89,7 @@ def table_of(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = command_parser("studies.fresh_mean", __doc__)
+    parser = command_parser("studies.fresh_mean.comparison", __doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--optimizers", default="adamw,muon", help="comma-separated")
     parser.add_argument("--setups", default="plain", help=f"of {', '.join(SETUPS)}")
@@ -106,10 +103,7 @@ def main() -> None:
     if arguments.out.exists():
         rows = {key_of(row): row for row in json.loads(arguments.out.read_text())["rows"]}
     variants = [(setup, name, mode) for setup in setups for name in optimizers for mode in MODES]
-    context = get_context("spawn")
-    with ProcessPoolExecutor(arguments.workers, context, torch.set_num_threads, (1,)) as pool:
-        found = pool.map(measure, variants)
-        rows |= {key_of(row): row for row in tqdm(found, total=len(variants))}
+    rows |= {key_of(row): row for row in map_in_pool(measure, variants, arguments.workers)}
     result = {"model": MODEL, "run": RUN, "aux_lr": AUX_LR, "modes": MODES, "setups": SETUPS}
     result |= {"tuning_seed": TUNING_SEED, "fresh_seeds": FRESH_SEEDS, "rows": [*rows.values()]}
     write_atomic(arguments.out, json.dumps(result, indent=2) + "\n")

@@ -1,8 +1,8 @@
 """Find out why the mean of a layer's inputs must be fresh: train with one part of DoPr at a time.
 
-    python -m studies.mean_direction.experiment --out studies/results/mean_direction.json
+    python -m studies.fresh_mean.why --out studies/results/fresh_mean_why.json
 
-docs/mean_direction.md contains the questions and the answers. The model, the data and AdamW are
+docs/log/2026-11-29-why-fresh-mean.md contains the protocol. The model, the data and AdamW are
 those of studies/optimizer_table.py. Each rule of interventions.py is tuned on one seed and runs on
 three others at its best rate. The angles use the best rate of exact mode. Finished runs are not
 repeated.
@@ -10,24 +10,20 @@ repeated.
 
 import json
 import math
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-
-import torch
-from tqdm import tqdm
 
 from data.files import write_atomic
 from eval.command import command_parser
 from eval.tables import markdown
-from studies.mean_direction.interventions import GAMMA, RULES, Intervention
+from studies.fresh_mean.interventions import GAMMA, RULES, Intervention
 from studies.optimizer_table import KEY, MODEL, ROOT, RUN, command_of, final_loss, settings_of
+from studies.pool import map_in_pool
 from studies.sweep.study import best_rate, further_rate
 from studies.sweep.trial import train_in
 
-RUNS = ROOT / "out" / f"mean_direction-{KEY}"
+RUNS = ROOT / "out" / f"fresh_mean_why-{KEY}"
 TUNING_SEED, FRESH_SEEDS = 20, (21, 22, 23)
 ROTATED = tuple(rule for rule in RULES if rule.startswith("rotated"))
 TUNED = tuple(rule for rule in RULES if rule not in ROTATED)
@@ -76,16 +72,14 @@ def table_of(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = command_parser("studies.mean_direction.experiment", __doc__)
+    parser = command_parser("studies.fresh_mean.why", __doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
     arguments = parser.parse_args()
-    context = get_context("spawn")
-    with ProcessPoolExecutor(arguments.workers, context, torch.set_num_threads, (1,)) as pool:
-        rows = list(tqdm(pool.map(measure_rule, TUNED), total=len(TUNED), desc="rules"))
-        exact = next(row for row in rows if row["rule"] == "exact")
-        at_rate = partial(row_of, lr=exact["lr"])
-        rows += tqdm(pool.map(at_rate, ROTATED), total=len(ROTATED), desc="angles")
+    rows = map_in_pool(measure_rule, TUNED, arguments.workers, "rules")
+    exact = next(row for row in rows if row["rule"] == "exact")
+    at_rate = partial(row_of, lr=exact["lr"])
+    rows += map_in_pool(at_rate, ROTATED, arguments.workers, "angles")
     result = {"model": MODEL, "run": RUN, "gamma": GAMMA, "rows": rows}
     result |= {"tuning_seed": TUNING_SEED, "fresh_seeds": FRESH_SEEDS}
     write_atomic(arguments.out, json.dumps(result) + "\n")

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from studies import fresh_mean, optimizer_table
-from studies.fresh_mean import MODES, RUN, SETUPS, difference, main, measure, table_of
+from studies import optimizer_table
+from studies.fresh_mean import comparison
+from studies.fresh_mean.comparison import MODES, RUN, SETUPS, difference, main, measure, table_of
 
 
 def test_a_difference_is_paired_and_has_a_t_interval():
@@ -20,8 +21,8 @@ def test_every_mode_is_tuned_on_one_seed_and_measured_on_others(monkeypatch):
         calls.append((lr, seed, dopr))
         return 4.0 + seed / 100 - ("fresh_mean" in dopr)
 
-    monkeypatch.setattr(fresh_mean, "run", run)
-    monkeypatch.setattr(fresh_mean, "sweep", lambda *_, seed: {1.0: 5.0, 2.0: 4.0, 4.0: seed})
+    monkeypatch.setattr(comparison, "run", run)
+    monkeypatch.setattr(comparison, "sweep", lambda *_, seed: {1.0: 5.0, 2.0: 4.0, 4.0: seed})
     rows = [measure(("plain", "adamw", mode)) for mode in MODES]
     assert {lr for lr, *_ in calls} == {2.0}
     assert {seed for _, seed, _ in calls} == {11, 12, 13, 14, 15}

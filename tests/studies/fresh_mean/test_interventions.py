@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from optim import ActivationPreconditioner
-from studies.mean_direction.interventions import RULES, Intervention, Moments, measure, rotated
+from studies.fresh_mean.interventions import RULES, Intervention, Moments, measure, rotated
 
 
 def train(rule=None, steps=3, **settings):

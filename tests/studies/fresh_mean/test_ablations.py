@@ -1,0 +1,30 @@
+"""The ablations change what their names say, at the rate that the comparison found."""
+
+import pytest
+
+from studies.fresh_mean import ablations
+from studies.fresh_mean.ablations import CHANGES, measure, rate_of, table_of
+from trainer.config import load_config
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_a_valid_setting_and_changes_something(monkeypatch, change):
+    found = {}
+
+    def run(optimizer, lr, seed, **settings):
+        words = [f"--{key}={value}" for key, value in settings.items()]
+        config, _ = load_config([*words, f"--optimizer={optimizer}", f"--lr={lr}"])
+        found[seed] = config
+        return 4.0 + seed
+
+    monkeypatch.setattr(ablations, "run", run)
+    row = measure(("adamw", rate_of("adamw"), change))
+    assert row["mean"] == 35
+    assert {config.lr for config in found.values()} == {0.016}
+    config = found[30]
+    for setting in change.split(", "):
+        if "=" in setting:
+            key, value = setting.split("=")
+            assert f"{getattr(config, key)}".lower() in (value, f"{value}.0")
+    assert config.fresh_mean == ("without" not in change)
+    assert "35.000 ± 1.000" in table_of([row])
