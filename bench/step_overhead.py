@@ -4,10 +4,10 @@
     python -m bench.step_overhead --preset gpt2 --rounds 3    # GPT-2 124M, 0.5M tokens a step: GPU
 
 Each optimizer trains alone and with DoPr in three modes: exact (a new Σ and P in every step),
-averaged (the setting that README.md recommends: Σ of every token, a new P every 10 steps) and fast
-(the same, but Σ of one token in several and in one step in 10, as in config/gpt2_dopr.py). The
-variants run in one process, on GPTs with the same weights and the same batch. They take turns; a
-turn has as many steps as lie between two refreshes of the fast mode, so it contains exactly one
+averaged (Σ of every token, a new P every 10 steps) and fast (as averaged, but Σ of one token in
+several and in one step in 10, as in config/gpt2_dopr.py); averaged and fast also with `fresh_mean`.
+The variants run in one process, on GPTs with the same weights and the same batch. They take turns;
+a turn has as many steps as lie between two refreshes of the fast mode, so it contains exactly one
 refresh. The result has the median over rounds of the mean step time, and its ratio to the optimizer
 alone. On a GPU it also has the peak memory of each variant in a round, including its weights and
 optimizer state.
@@ -57,7 +57,11 @@ def modes(preset: StepPreset, width: int, inverse: str) -> dict[str, dict[str, A
     averaged = exact | {"sigma_beta": 0.95, "refresh_every": every}
     fast = averaged | {"collect_every": every, "token_stride": preset.token_stride}
     fast |= {"block_diagonal": width}
-    return {"base": None, "exact": exact, "averaged": averaged, "fast": fast}
+    fresh = {"fresh_mean": True}
+    return {
+        **{"base": None, "exact": exact, "averaged": averaged, "fast": fast},
+        **{"averaged, fresh mean": averaged | fresh, "fast, fresh mean": fast | fresh},
+    }
 
 
 class StepVariant:
