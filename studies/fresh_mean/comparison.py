@@ -18,7 +18,18 @@ from scipy import stats
 from data.files import write_atomic
 from eval.command import command_parser
 from eval.tables import markdown
-from studies.optimizer_table import AUX_LR, EXACT, FAST, MODEL, RATES, RUN, run, summary, sweep
+from studies.optimizer_table import (
+    AUX_LR,
+    EXACT,
+    FAST,
+    MODEL,
+    RATES,
+    ROOT,
+    RUN,
+    run,
+    summary,
+    sweep,
+)
 from studies.pool import map_in_pool
 from studies.sweep.study import best_rate
 
@@ -45,6 +56,7 @@ SETUPS: dict[str, dict[str, Any]] = {  # what they change, for all modes
     "width-128": {"n_embd": 128},
     "width-256": {"n_embd": 256},
 }
+RESULTS = ROOT / "studies" / "results" / "fresh_mean.json"
 TUNING_SEED, FRESH_SEEDS = 10, (11, 12, 13, 14, 15)
 
 
@@ -63,6 +75,12 @@ def measure(variant: tuple[str, str, str]) -> dict[str, Any]:
 def key_of(row: dict[str, Any]) -> tuple[str, str, str]:
     """Return (setup, optimizer, mode) of a row."""
     return row["setup"], row["optimizer"], row["mode"]
+
+
+def row_in(optimizer: str, mode: str, setup: str = "plain") -> dict[str, Any]:
+    """Return the committed row of an optimizer, mode and setup."""
+    rows = json.loads(RESULTS.read_text())["rows"]
+    return next(row for row in rows if key_of(row) == (setup, optimizer, mode))
 
 
 def difference(losses: list[float], reference: list[float]) -> str:
