@@ -13,8 +13,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
 from data.files import write_atomic
 from eval.command import command_parser
 from eval.tables import markdown
@@ -31,6 +29,7 @@ from studies.optimizer_table import (
     sweep,
 )
 from studies.pool import map_in_pool
+from studies.stats.seeds import over_seeds
 from studies.sweep.study import best_rate
 
 MODES: dict[str, dict[str, Any]] = {
@@ -85,10 +84,8 @@ def row_in(optimizer: str, mode: str, setup: str = "plain") -> dict[str, Any]:
 
 def difference(losses: list[float], reference: list[float]) -> str:
     """Return the mean paired difference with its 95 % t-interval."""
-    pairs = [a - b for a, b in zip(losses, reference, strict=True)]
-    mean = sum(pairs) / len(pairs)
-    half = stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(pairs)
-    return f"{mean:+.3f} ± {half:.3f}"
+    found = over_seeds([a - b for a, b in zip(losses, reference, strict=True)])
+    return f"{found.mean:+.3f} ± {found.hi - found.mean:.3f}"
 
 
 def table_of(rows: list[dict[str, Any]]) -> str:

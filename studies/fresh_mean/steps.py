@@ -12,14 +12,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
 from data.files import write_atomic
 from eval.command import command_parser
 from eval.tables import markdown
 from studies.fresh_mean.comparison import FRESH_SEEDS, MODES, row_in
 from studies.optimizer_table import RUN, run
 from studies.pool import map_in_pool
+from studies.stats.seeds import over_seeds
 
 LENGTHS = (100, 200, 300, 400)
 
@@ -59,12 +58,9 @@ def row_of(optimizer: str, target: list[float], losses: dict[int, list[float]]) 
     row = {"optimizer": optimizer, "base": target, "losses": losses, "steps": steps}
     if math.inf in steps:
         return row | {"ratio": None, "interval": None}
-    logs = [math.log(each / RUN["max_steps"]) for each in steps]
-    mean, half = sum(logs) / len(logs), stats.t.ppf(0.975, len(logs) - 1) * stats.sem(logs)
-    return row | {
-        "ratio": math.exp(mean),
-        "interval": [math.exp(mean - half), math.exp(mean + half)],
-    }
+    found = over_seeds([math.log(each / RUN["max_steps"]) for each in steps])
+    interval = [math.exp(found.lo), math.exp(found.hi)]
+    return row | {"ratio": math.exp(found.mean), "interval": interval}
 
 
 def table_of(rows: list[dict[str, Any]]) -> str:

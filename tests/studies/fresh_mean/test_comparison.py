@@ -11,7 +11,7 @@ from studies.fresh_mean.comparison import MODES, RUN, SETUPS, difference, main, 
 
 def test_a_difference_is_paired_and_has_a_t_interval():
     assert difference([1.0, 2.0, 3.0], [2.0, 3.0, 4.0]) == "-1.000 ± 0.000"
-    assert difference([1.0, 2.0], [0.0, 0.0]) == "+1.500 ± 6.353"  # 12.706 times 0.5
+    assert difference([1.0, 2.0, 3.0], [0.0, 0.0, 0.0]) == "+2.000 ± 2.484"  # 4.303 / √3
 
 
 def test_every_mode_is_tuned_on_one_seed_and_measured_on_others(monkeypatch):
