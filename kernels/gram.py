@@ -101,8 +101,8 @@ def accumulate_gram(
     if column_sums_only:
         return
     sums = None if column_sums is None else column_sums.new_zeros(z.shape[-1])  # over the sample
-    sampling = {"stride": stride, "offset": first, "column_sums": sums}
-    n = _choose_gram(backend, S, z)(S, z, beta=1.0, alpha=1.0, **sampling)
+    gram = _choose_gram(backend, S, z)
+    n = gram(S, z, stride=stride, offset=first, column_sums=sums)
     if is_masked is not None:
         n = (~_sample(is_masked[..., None], stride, first)).sum()
     if column_sums is not None:
