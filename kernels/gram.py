@@ -76,8 +76,8 @@ def accumulate_gram(
     Tokens whose row of `grad_y`, the gradient of the layer's output, is zero add nothing and are
     not counted. None counts all tokens.
 
-    If given, `column_sums` grows by (Σ z, number of tokens): row 0 over all counted tokens, row 1
-    over those that S samples. With `column_sums_only`, only row 0 changes.
+    If given, both rows of `column_sums` grow by (Σ z, number of tokens) over the same tokens. With
+    `column_sums_only`, its row 0 grows, and nothing else changes.
 
     See `gram_` for S, z, `stride` and `offset`. With `size` processes, each passing a batch of the
     same size, rank r continues the sequence numbers of rank r - 1.
@@ -90,34 +90,28 @@ def accumulate_gram(
         return
     n_sequences = z.shape[:-2].numel()
     first = offset + rank * n_sequences if rank else offset
-    if stride > 1 and grad_y is not None and column_sums is None:  # mask only what is sampled
-        z, grad_y = (_sample(each, stride, first)[None] for each in (z, grad_y))
+    if stride > 1 and (grad_y is not None or column_sums_only):  # read only what is sampled
+        z = _sample(z, stride, first)[None]
+        grad_y = None if grad_y is None else _sample(grad_y, stride, first)[None]
         stride = 1
     is_masked = None if grad_y is None else _masked_tokens(grad_y)
     if is_masked is not None:
         z = z.masked_fill(is_masked[..., None], 0)
-    if column_sums is not None and (column_sums_only or stride > 1):
-        _add_all(column_sums[0], z, is_masked)
-    if column_sums_only:
-        return
-    sums = None if column_sums is None else column_sums.new_zeros(z.shape[-1])  # over the sample
-    gram = _choose_gram(backend, S, z)
-    n = gram(S, z, stride=stride, offset=first, column_sums=sums)
+    n = z.shape[:-1].numel()
+    sums = None if column_sums is None else column_sums.new_zeros(z.shape[-1])
+    if not column_sums_only:
+        n = _choose_gram(backend, S, z)(S, z, stride=stride, offset=first, column_sums=sums)
+    elif sums is not None:
+        sums += z.flatten(0, -2).sum(0, dtype=sums.dtype)
     if is_masked is not None:
-        n = (~_sample(is_masked[..., None], stride, first)).sum()
+        n = (~is_masked).sum()
     if column_sums is not None:
-        rows = column_sums if stride == 1 else column_sums[1:]
+        rows = column_sums[:1] if column_sums_only else column_sums  # (1 or 2, d + 1)
         rows[:, :-1] += sums
         rows[:, -1] += n
-    count += n
-    offset += size * n_sequences
-
-
-def _add_all(total: Tensor, z: Tensor, is_masked: Tensor | None) -> None:
-    """Add Σ z and the number of tokens to `total` (d + 1,); masked tokens are zero."""
-    rows = z.reshape(-1, z.shape[-1])  # (n, d)
-    total[:-1] += rows.sum(0, dtype=total.dtype)
-    total[-1] += len(rows) if is_masked is None else (~is_masked).sum()
+    if not column_sums_only:
+        count += n
+        offset += size * n_sequences
 
 
 def _masked_tokens(grad_y: Tensor) -> Tensor | None:  # (..., T, d_out) -> (..., T) bool

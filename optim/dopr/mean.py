@@ -60,7 +60,7 @@ def correct_for_mean(M: Tensor, P: Tensor, mean: Tensor, scale: Tensor | float) 
 def update_means(
     layers: Iterable[Layer], due: Iterable[Layer], collective: Collective
 ) -> dict[Layer, Tensor]:
-    """Set μ of each layer to the mean over the tokens of this step, in all processes.
+    """Set μ of each layer to the mean over the sampled tokens of this step, in all processes.
 
     A layer without tokens, or with tokens that are not finite, keeps its μ. All processes must pass
     the same layers.

@@ -77,6 +77,7 @@ class ActivationPreconditioner:
             wte.weight)): this second use is not detected.
         fresh_mean: with refresh_every > 1, use the mean of z of the current step in every step, and
             only the centred covariance of the last refresh (optim/dopr/mean.py). Needs exponent 1.
+            The mean samples tokens like Σ, but in every step.
         count_masked: also count tokens whose output gradient is exactly zero, such as padding and
             masked prompts. They add nothing to G, and by default nothing to Σ.
         backend: "auto", "torch" or "triton", for Σ, Newton-Schulz and G P; see kernels/dispatch.py.
