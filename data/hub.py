@@ -56,11 +56,21 @@ def hub_corpus(path: str, *, subset: str | None = None, column: str = "text") ->
     return Corpus(source={"hub": path, "subset": subset, "column": column}, documents=documents)
 
 
-def _require_hub(path: str) -> None:
+def is_offline() -> bool:
+    """Return whether HF_HUB_OFFLINE forbids connections, by the rule of huggingface_hub."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def silent_endpoint() -> str | None:
+    """Return the address of the Hugging Face hub if it does not answer, else None."""
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+    return None if is_reachable(endpoint) else endpoint
+
+
+def _require_hub(path: str) -> None:
+    if is_offline():
         reason = "HF_HUB_OFFLINE forbids it; unset that variable"
-    elif not is_reachable(endpoint):
+    elif endpoint := silent_endpoint():
         reason = f"{endpoint} does not answer; connect this machine"
     else:
         return

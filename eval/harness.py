@@ -22,7 +22,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from data.files import is_reachable, sha256_of, write_atomic
+from data.files import sha256_of, write_atomic
+from data.hub import is_offline, silent_endpoint
 from data.schema import OpenSchema, read_json_lines
 from eval.command import (
     DEVICES,
@@ -149,8 +150,7 @@ def hub_manager(tasks: Sequence[str]) -> Any:
 
     Raises ValueError at once, and not late, if the hub cannot be reached or a task is unknown.
     """
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    if not os.environ.get("HF_HUB_OFFLINE") and not is_reachable(endpoint):
+    if not is_offline() and (endpoint := silent_endpoint()):
         raise ValueError(
             f"{endpoint} does not answer: put {', '.join(task.file for task in LOCAL.values())} "
             "into a folder and pass it as --data, or set HF_HUB_OFFLINE=1 to use cached downloads"

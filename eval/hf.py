@@ -7,6 +7,9 @@ writes a folder that `AutoModelForCausalLM.from_pretrained(DIR)` and `AutoTokeni
 
 import json
 import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +18,36 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data.files import fsync
 from data.imported_tokenizers import HFTokenizer, byte_letters
 from data.tokenizer import END_OF_TEXT, Tokenizer
-from eval.command import command_parser
+from eval.command import command_parser, output_folder, reported_errors
 from eval.hf_import import TRANSPOSED, HFConfig
 from eval.mup_export import folded_weights
+from eval.run import load_run
 from model import GPT, GPTConfig
 
+WEIGHTS = "model.safetensors"
 BYTE_LETTERS = {byte: letter for letter, byte in byte_letters().items()}
 
 
-def export_hf(model: GPT, tokenizer: Tokenizer, directory: str | Path) -> None:
+def export_hf(
+    model: GPT, tokenizer: Tokenizer, directory: str | Path, *, overwrite: bool = False
+) -> None:
     """Write the model and its tokenizer as a Hugging Face folder with the same logits and ids.
 
     The result is a standard GPT-2: the multipliers of muP are folded into the weights. Hugging
     Face's GPT-2 always has biases, so a model without biases gets zeros. The exported tokenizer
     reads "<|endoftext|>" in a text as ordinary text, like `data.tokenizer.Tokenizer`.
 
+    The files are written to a temporary folder in `directory` and moved when all are complete, so
+    that an export that fails leaves an earlier one intact.
+
+    Args:
+        overwrite: replace an earlier export in `directory`; its other files are kept.
     Raises:
-        ValueError: the model has fewer ids than the tokenizer, or `directory` contains a run.
+        ValueError: the model has fewer ids than the tokenizer, `directory` contains a run, or it is
+            not empty and `overwrite` is False.
         ImportError: the package `tokenizers` is not installed.
         OSError: a file could not be written.
     """
@@ -43,8 +57,7 @@ def export_hf(model: GPT, tokenizer: Tokenizer, directory: str | Path) -> None:
             f"{tokenizer.n_vocab}; export a model with its own tokenizer"
         )
     directory = Path(directory)
-    if (directory / "checkpoints").exists() or (directory / "manifest.json").exists():
-        raise ValueError(f"{directory} contains a run; export to another folder")
+    check_target(directory, overwrite=overwrite)
     texts = {
         "tokenizer_config.json": _to_json(_tokenizer_config(model.config)),
         "config.json": _to_json(_model_config(model.config, tokenizer.eot)),
@@ -54,15 +67,39 @@ def export_hf(model: GPT, tokenizer: Tokenizer, directory: str | Path) -> None:
     if not is_theirs:
         texts["tokenizer.json"] = _tokenizer_json(tokenizer)
     directory.mkdir(parents=True, exist_ok=True)
-    if is_theirs:
-        tokenizer.save(directory / "tokenizer.json")
-    for name, text in texts.items():
-        (directory / name).write_text(text, encoding="utf-8")
-    path = directory / "model.safetensors"
-    try:
-        save_file(_hf_weights(model), path, metadata={"format": "pt"})
-    except SafetensorError as error:  # for example a full disk
-        raise OSError(f"{path} could not be written: {error}") from error
+    with _moved_when_complete(directory) as partial:
+        if is_theirs:
+            tokenizer.save(partial / "tokenizer.json")
+        for name, text in texts.items():
+            (partial / name).write_text(text, encoding="utf-8")
+        try:
+            save_file(_hf_weights(model), partial / WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:  # for example a full disk
+            raise OSError(f"{directory / WEIGHTS} could not be written: {error}") from error
+
+
+def check_target(directory: Path, *, overwrite: bool) -> None:
+    """Raise ValueError if `directory` contains a run, or files and `overwrite` is False."""
+    if (directory / "checkpoints").exists() or (directory / "manifest.json").exists():
+        raise ValueError(f"{directory} contains a run; export to another folder")
+    if not overwrite and directory.is_dir() and any(directory.iterdir()):
+        raise ValueError(
+            f"{directory} is not empty; export to another folder, or replace an earlier export "
+            "with `python -m eval.hf export ... --overwrite`"
+        )
+
+
+@contextmanager
+def _moved_when_complete(directory: Path) -> Iterator[Path]:
+    """Create a temporary folder in `directory`; without an error, move its files up."""
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".export-") as name:
+        yield Path(name)
+        files = [*Path(name).iterdir()]
+        for path in files:
+            fsync(path)
+        for path in files:
+            path.replace(directory / path.name)
+    fsync(directory)
 
 
 def _hf_weights(model: GPT) -> dict[str, Tensor]:
@@ -147,17 +184,23 @@ def _to_json(content: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run `python -m eval.convert RUN DIR --to hf`, under the name that says what it does."""
-    from eval.convert import main as convert
-
     parser = command_parser("eval.hf", __doc__)
     parser.add_argument("command", choices=["export"])
-    parser.add_argument("run", help="a run's out_dir or a checkpoint's folder")
-    parser.add_argument("directory", help="the folder to write")
+    parser.add_argument("run", type=Path, help="a run's out_dir or a checkpoint's folder")
+    parser.add_argument("directory", type=output_folder, help="the folder to write")
     parser.add_argument("--ema", action="store_true", help="export the averaged weights")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an earlier export in the folder, whose other files are kept",
+    )
     arguments = parser.parse_args(argv)
-    flags = ["--ema"] if arguments.ema else []
-    convert([arguments.run, arguments.directory, "--to", "hf", *flags])
+    source, target, overwrite = arguments.run, arguments.directory, arguments.overwrite
+    with reported_errors(parser):
+        check_target(target, overwrite=overwrite)  # before the weights are loaded
+        run = load_run(source, ema=arguments.ema)
+        export_hf(run.model, run.tokenizer, target, overwrite=overwrite)
+        print(f"step {run.step} of {source} exported to {target}")
 
 
 if __name__ == "__main__":

@@ -127,10 +127,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     )
     add("--num_samples", type=int, default=1, help="samples per prompt")
     add("--max_new_tokens", type=int, help="length limit; default: until block_size is full")
-    add("--temperature", type=float, default=1.0, help="divides the logits; 0 is greedy")
+    add("--temperature", type=float, help="divides the logits; 0 is greedy; default: 1")
     add("--top_k", type=int, help="sample from the k likeliest tokens only")
     add("--top_p", type=float, help="sample from the fewest likeliest tokens with this total mass")
-    add("--greedy", action="store_true", help="always take the likeliest token")
+    add("--greedy", action="store_true", help="take the likeliest token; not with the three above")
     add("--seed", type=int, default=1337, help="seed of the random numbers")
     add("--device", choices=DEVICES, default="auto")
     add("--batch_size", type=int, default=16, help="samples that are generated at once")
@@ -142,14 +142,20 @@ def check(arguments: argparse.Namespace) -> Sampling:
     """Validate the command line and return its sampling settings.
 
     Raises:
-        ValueError: an option is out of range.
+        ValueError: an option is out of range, or has no effect because of --greedy.
     """
     counts = ("num_samples", "batch_size", "max_new_tokens")
     at_least(1, **{key: getattr(arguments, key) for key in counts})
     if not 0 <= arguments.seed < 2**63:
         raise ValueError(f"--seed={arguments.seed}: must be in [0, 2^63)")
-    sampling = ("temperature", "top_k", "top_p", "greedy")
-    return Sampling(**{key: getattr(arguments, key) for key in sampling})
+    found = {key: getattr(arguments, key) for key in ("temperature", "top_k", "top_p")}
+    given = {key: value for key, value in found.items() if value is not None}
+    if arguments.greedy and given:
+        listed = ", ".join(f"--{key}={value:g}" for key, value in given.items())
+        raise ValueError(
+            f"{listed}: no effect with --greedy, which takes the likeliest token; leave out either"
+        )
+    return Sampling(greedy=arguments.greedy, **given)
 
 
 def samples(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:

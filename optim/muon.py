@@ -183,7 +183,7 @@ class MatrixOptimizer(DecoupledOptimizer):
 
     def check_choice(self, group: dict[str, Any], key: str, choices: Any) -> None:
         """Raise ValueError unless group[key] is one of `choices`."""
-        if group[key] not in choices:
+        if not (isinstance(group[key], str) and group[key] in choices):
             raise ValueError(
                 f"{type(self).__name__}: {key}={group[key]!r}: must be one of {', '.join(choices)}"
             )

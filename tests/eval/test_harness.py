@@ -133,8 +133,9 @@ def test_without_the_harness_the_remedy_is_named(monkeypatch):
         adapter.harness()
 
 
-def test_without_a_network_and_data_it_fails_at_once(monkeypatch):
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+@pytest.mark.parametrize("offline", ["", "0"])
+def test_without_a_network_and_data_it_fails_at_once(monkeypatch, offline):
+    monkeypatch.setenv("HF_HUB_OFFLINE", offline)  # neither value forbids connections
     monkeypatch.setenv(
         "HF_ENDPOINT", "http://127.0.0.1:9"
     )  # the discard port, where no server answers

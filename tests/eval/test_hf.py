@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import train
@@ -45,6 +46,10 @@ def hf_gpt2(folder, **changes):
             parameter.add_(torch.randn_like(parameter) / 10)
     model.save_pretrained(folder)
     return model
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 X = torch.randint(257, (3, 16), generator=torch.Generator().manual_seed(0))
@@ -298,6 +303,49 @@ def test_the_command_exports_a_run(dataset, tmp_path, capsys):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     with torch.no_grad():
         torch.testing.assert_close(theirs(X).logits, ours(X)[0], rtol=0, atol=ATOL)
+
+
+def test_a_folder_with_files_is_refused_before_the_run_is_loaded(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", "no-run", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path} is not empty")
+    assert "--overwrite" in error
+    assert error.count("\n") == 1
+
+
+def test_overwrite_replaces_an_earlier_export_and_keeps_other_files(dataset, tmp_path):
+    assert train.main(argv(dataset, tmp_path / "run", max_steps=4)) == 0
+    export_hf(gpt(), byte_tokenizer(), tmp_path / "hf")
+    (tmp_path / "hf/notes.txt").write_text("mine")
+    main(["export", str(tmp_path / "run"), str(tmp_path / "hf"), "--overwrite"])
+    main(["export", str(tmp_path / "run"), str(tmp_path / "new")])
+    new = files_of(tmp_path / "new")
+    assert files_of(tmp_path / "hf") == new | {"notes.txt": b"mine"}
+
+
+def test_an_export_that_fails_leaves_the_earlier_one_intact(tmp_path, monkeypatch):
+    export_hf(gpt(), byte_tokenizer(), tmp_path)
+    before = files_of(tmp_path)
+
+    def fill_the_disk(weights, path, **rest):
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("eval.hf.save_file", fill_the_disk)
+    model = gpt(n_embd=16)
+    with pytest.raises(OSError, match=r"model.safetensors could not be written: No space left"):
+        export_hf(model, byte_tokenizer(), tmp_path, overwrite=True)
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("mark", ["checkpoints", "manifest.json"])
+def test_overwrite_does_not_write_into_a_run(tmp_path, mark):
+    (tmp_path / mark).mkdir()
+    with pytest.raises(ValueError, match="contains a run"):
+        export_hf(gpt(), byte_tokenizer(), tmp_path, overwrite=True)
+    assert [*tmp_path.iterdir()] == [tmp_path / mark]
 
 
 def test_a_run_that_is_not_there_is_one_line_and_exit_code_2(tmp_path, capsys):

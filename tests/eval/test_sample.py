@@ -185,6 +185,10 @@ BAD_LINES = {
     "out/none": [],
     "--batch_size=0: must be at least 1": ["--batch_size=0"],
     "--seed=-1: must be in": ["--seed=-1"],
+    "--temperature=2: no effect with --greedy": ["--greedy", "--temperature=2"],
+    "--temperature=1, --top_k=5, --top_p=0.9: no effect": [
+        *("--greedy", "--top_p=0.9", "--top_k=5", "--temperature=1")
+    ],
     "top_p=0.0: must be in (0, 1]": ["--top_p=0"],
     "prompt 1 has 16 tokens and block_size is 16": ["--prompt=0123456789abcdef"],
     "no averaged weights": ["--ema"],

@@ -105,3 +105,8 @@ def test_eps_must_be_positive_and_finite(eps):
 def test_only_matrices_are_accepted():
     with pytest.raises(ValueError, match="AdaMuon only supports 2D parameters; gain is"):
         AdaMuon([("gain", torch.nn.Parameter(torch.ones(2)))])
+
+
+def test_a_table_of_coefficients_is_refused_by_its_name():
+    with pytest.raises(ValueError, match=r"AdaMuon: ns_coefficients=.*: must be one of"):
+        AdaMuon([torch.nn.Parameter(torch.ones(2, 2))], ns_coefficients=[[3.0, -4.0, 2.0]])

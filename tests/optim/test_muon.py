@@ -160,6 +160,10 @@ def test_lr_mult_scales_the_update_and_not_the_decay():
             "adjust_lr='match_rmsprop': must be one of match_rms_adamw, unit_rms_norm",
         ),
         ({"ns_coefficients": "cubic"}, "ns_coefficients='cubic'"),
+        (
+            {"ns_coefficients": [(3.0, -4.0, 2.0)]},
+            r"ns_coefficients=\[\(3.0, .*\)\]: must be one of polar_express, quintic",
+        ),
         ({"ns_dtype": "float16"}, "ns_dtype='float16': must be one of bfloat16, float32"),
         ({"ns_steps": 0}, "ns_steps=0: must be an integer, at least 1"),
         ({"momentum": 1.0}, "Muon: momentum=1.0"),
