@@ -7,7 +7,7 @@ Collectives and bytes come from the code that trains (bench/scale/plan.py), and 
 real runs. Times follow from the numbers in bench/scale/hardware.py, each of which has an option.
 The GPUs share a model's batch, but each gets at least --tokens_per_gpu. Exact mode computes P every
 step. Fast mode has the settings of config/gpt2_dopr.py: it computes P every 10 steps from one token
-in 8, in blocks as wide as the model.
+in 8, in blocks as wide as the model. Fresh mean is fast mode with fresh_mean=True.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from bench.scale.figure import draw
 from bench.scale.hardware import HARDWARE, NUMBERS, Hardware
 from bench.scale.measured import comparison
 from bench.scale.plan import Placement
-from bench.scale.shapes import EXACT, FAST, SHAPES, DoprMode, ModelShape
+from bench.scale.shapes import MODES, SHAPES, DoprMode, ModelShape
 from bench.scale.step import StepEstimate, estimate
 from bench.scale.tables import details, overview, sensitivity
 from eval.command import command_parser
@@ -118,7 +118,7 @@ def estimates(arguments: argparse.Namespace, hardware: Hardware) -> list[StepEst
 
 
 def modes(arguments: argparse.Namespace) -> list[DoprMode]:
-    return [mode._replace(inverse=arguments.inverse) for mode in (EXACT, FAST)]
+    return [mode._replace(inverse=arguments.inverse) for mode in MODES]
 
 
 def report(arguments: argparse.Namespace, hardware: Hardware) -> None:
@@ -127,7 +127,8 @@ def report(arguments: argparse.Namespace, hardware: Hardware) -> None:
     shown = [size for size in SHOWN if size in arguments.gpus] or sorted(arguments.gpus)
     for base in arguments.bases:
         base_rows = [row for row in rows if row.base == base]
-        print(f"\nDoPr-{base} on {hardware.name}: exact / fast, in % of the step without DoPr;")
+        names = " / ".join(mode.name for mode in MODES)
+        print(f"\nDoPr-{base} on {hardware.name}: {names}, in % of the step without DoPr;")
         print("x: does not fit in memory with DoPr, -: does not fit even without DoPr\n")
         print(overview(base_rows, shown))
         print()

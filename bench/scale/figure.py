@@ -15,7 +15,7 @@ COLOURS = (
     "#7fb52c",
     "#d9a400",
 )  # from small to large models, based on viridis
-LINES = {"exact": DASHES[1], "fast": DASHES[2]}
+LINES = {"exact": DASHES[1], "fast": DASHES[2], "fresh mean": DASHES[0]}
 TITLES = {"ddp": "DDP", "fsdp": "FSDP2", "hsdp": "HSDP, 8 GPUs a copy"}
 TICKS = (1, 8, 64, 512, 4096)
 
@@ -38,7 +38,7 @@ def draw(estimates: list[StepEstimate]) -> Figure:
             ax.set_xlabel("GPUs")
         for ax in grid[:, 0]:
             ax.set_ylabel("DoPr adds,\n% of the step without it")
-        options = {"loc": "outside upper left", "ncols": 8, "columnspacing": 1.4, "borderpad": 0}
+        options = {"loc": "outside upper left", "ncols": 9, "columnspacing": 1.4, "borderpad": 0}
         figure.legend(handles=legend_handles(colours), **options)
     return figure
 

@@ -74,7 +74,7 @@ def dopr_bytes(shape: ModelShape, mode: DoprMode, placement: Placement) -> dict[
     )
     chunk = max(largest, min(busiest, CHUNK_BYTES))
     return {
-        "Σ, sums, P, U": sum(layer.n_bytes for layer in covered),
+        "Σ, sums, P, U, μ": sum(layer.n_bytes for layer in covered),
         "refresh": sigma + messages + WORKSPACE * chunk,  # `sigma` is for a second P of each layer
     }
 
@@ -87,6 +87,6 @@ def peaks(base: dict[str, float], dopr: dict[str, float]) -> tuple[float, float]
     always = base["weights, gradients, state"]
     backward = always + base["activations"] + base["gathered weights"]
     step = always + base["Muon's matrices"]
-    kept = dopr["Σ, sums, P, U"]
+    kept = dopr["Σ, sums, P, U, μ"]
     with_dopr = max(backward + kept, step + kept, always + kept + dopr["refresh"])
     return max(backward, step), with_dopr

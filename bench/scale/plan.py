@@ -116,6 +116,19 @@ def refresh_calls(shape: ModelShape, mode: DoprMode, placement: Placement) -> Re
     )
 
 
+def mean_calls(
+    shape: ModelShape, mode: DoprMode, placement: Placement, *, is_due: bool
+) -> list[CollectiveCall]:
+    """Return the collective of `update_means`, for a step with a refresh (`is_due`) or without one.
+
+    Each layer sends Σ z and the number of tokens of the step. If it is due, it also sends those of
+    the tokens in its Σ. Without `fresh_mean`, nothing is sent.
+    """
+    sums = [layer.capture.column_sums for layer in layers(shape, mode)]  # (2, d + 1) each
+    n_bytes = sum(each[: 1 + is_due].nbytes for each in sums if each is not None)
+    return [CollectiveCall("all_reduce", n_bytes)] if n_bytes and placement.size > 1 else []
+
+
 def packed_bytes(covered: Iterable[Layer]) -> int:
     """Return the bytes of one triangle of each Σ."""
     return sum(packed_numel(layer.sigma.shape) * layer.sigma.element_size() for layer in covered)

@@ -55,12 +55,13 @@ class DoprMode(NamedTuple):
     collect_every: int = 1
     token_stride: int = 1
     blocks_of_width: bool = False  # whether Σ has blocks as wide as the model, or is dense
+    fresh_mean: bool = False  # whether every step uses the mean of its own inputs
     inverse: str = "cholesky"
     gamma: float = 0.1
 
     def settings(self, width: int) -> dict[str, Any]:
         """Return the keyword arguments of ActivationPreconditioner."""
-        keys = ("refresh_every", "collect_every", "token_stride", "inverse", "gamma")
+        keys = ("refresh_every", "collect_every", "token_stride", "fresh_mean", "inverse", "gamma")
         return {key: getattr(self, key) for key in keys} | {
             "block_diagonal": width if self.blocks_of_width else None,
             "sigma_beta": 0.95 if self.refresh_every > 1 else None,
@@ -69,6 +70,8 @@ class DoprMode(NamedTuple):
 
 EXACT = DoprMode("exact")
 FAST = DoprMode("fast", 10, 10, 8, blocks_of_width=True)  # config/gpt2_dopr.py
+FRESH_MEAN = FAST._replace(name="fresh mean", fresh_mean=True)
+MODES = (EXACT, FAST, FRESH_MEAN)
 
 
 def meta_gpt(shape: ModelShape) -> GPT:
@@ -83,7 +86,7 @@ gpt = lru_cache(meta_gpt)
 
 @lru_cache
 def layers(shape: ModelShape, mode: DoprMode) -> list[Layer]:
-    """Return the layers that DoPr covers, with Σ, P and U on the meta device.
+    """Return the layers that DoPr covers, with Σ, P, U and μ on the meta device.
 
     They belong to a model of their own, so that `gpt(shape)` has no hooks.
     """

@@ -4,28 +4,27 @@ The model overlaps what the code overlaps. FSDP2 gathers and scatters weights du
 backward of other transformer blocks. DDP reduces gradients during the last backward. In a refresh,
 sums of z zᵀ travel while layers whose sums have arrived are inverted. Nothing else overlaps: the
 sums start after the backward, P is sent after the last inversion, and then follow G P and the base
-optimizer.
+optimizer. With `fresh_mean`, the sums of z of all layers travel before everything else.
 """
 
 from dataclasses import dataclass
 
 from bench.scale import memory, work
 from bench.scale.hardware import Hardware
-from bench.scale.network import broadcasts, seconds, total
+from bench.scale.network import seconds, total
 from bench.scale.plan import (
     CollectiveCall,
     Placement,
     gradient_calls,
-    layers_by_owner,
+    mean_calls,
     micro_batch_calls,
     muon_calls,
     refresh_calls,
     sent_bytes,
 )
-from bench.scale.shapes import DoprMode, ModelShape, layers
+from bench.scale.refresh import refresh_seconds
+from bench.scale.shapes import DoprMode, ModelShape
 from bench.scale.work import Batch
-from optim.dopr.layer import Layer
-from optim.dopr.refresh import chunks
 
 
 @dataclass(frozen=True)
@@ -89,10 +88,8 @@ def estimate(
     base_s_of_dopr = base_seconds(shape, placement, base, dopr_batch, hardware)
     dopr_s = dopr_seconds(shape, placement, mode, dopr_batch, hardware)
     dopr_s["smaller micro-batches"] = sum(base_s_of_dopr.values()) - sum(base_s.values())
-    refresh = refresh_calls(shape, mode, placement)
-    refresh_sent = sum(sent_bytes(call, placement) for call in refresh.calls) if refresh else 0.0
-    sent, sent_of_dopr = (
-        sum(sent_bytes(call, placement) for call in base_calls(shape, placement, base, each))
+    sent, sent_with_dopr = (
+        total_sent(base_calls(shape, placement, base, each), placement)
         for each in (batch, dopr_batch)
     )
     return StepEstimate(
@@ -103,7 +100,7 @@ def estimate(
         base_s=base_s,
         dopr_s=dopr_s,
         base_sent=sent,
-        dopr_sent=refresh_sent / mode.refresh_every + sent_of_dopr - sent,
+        dopr_sent=own_sent(shape, placement, mode) + sent_with_dopr - sent,
         base_bytes=base_bytes,
         dopr_bytes=dopr_bytes,
         fits="yes" if dopr_bytes <= room else "base" if base_bytes <= room else "no",
@@ -125,6 +122,23 @@ def base_calls(
     micro = batch.n_micro * micro_batch_calls(shape, placement)
     optimizer = muon_calls(shape, placement) if base == "muon" else []
     return micro + gradient_calls(shape, placement) + optimizer
+
+
+def total_sent(calls: list[CollectiveCall], placement: Placement) -> float:
+    return sum(sent_bytes(call, placement) for call in calls)
+
+
+def own_sent(shape: ModelShape, placement: Placement, mode: DoprMode) -> float:
+    """Return the bytes that DoPr itself sends, averaged over the steps between refreshes."""
+    refresh = refresh_calls(shape, mode, placement)
+    due = mean_calls(shape, mode, placement, is_due=True) + (refresh.calls if refresh else [])
+    not_due = mean_calls(shape, mode, placement, is_due=False)
+    return averaged(total_sent(due, placement), total_sent(not_due, placement), mode)
+
+
+def averaged(due: float, not_due: float, mode: DoprMode) -> float:
+    """Return the mean cost of a step, given that of a step with a refresh and without one."""
+    return not_due + (due - not_due) / mode.refresh_every
 
 
 def base_seconds(
@@ -172,54 +186,39 @@ def dopr_seconds(
     shape: ModelShape, placement: Placement, mode: DoprMode, batch: Batch, hardware: Hardware
 ) -> dict[str, float]:
     """Return the seconds that DoPr adds, by purpose, averaged over the steps between refreshes."""
-    gram = work.gram(shape, mode, batch, hardware)
-    with_gram = forward_backward_seconds(shape, placement, batch, hardware, gram)
-    without = forward_backward_seconds(shape, placement, batch, hardware)
+    collecting, not_collecting = (
+        statistics_seconds(shape, placement, mode, batch, hardware, is_collecting=is_collecting)
+        for is_collecting in (True, False)
+    )
     refresh = refresh_seconds(shape, placement, mode, hardware)
-    return {
-        "Σ z zᵀ": (with_gram - without) / mode.collect_every,
+    seconds_of = {
+        "Σ z zᵀ": (collecting - not_collecting) / mode.collect_every,
         **{name: value / mode.refresh_every for name, value in refresh.items()},
         "G P": work.apply(shape, mode, placement, hardware),
     }
-
-
-def refresh_seconds(
-    shape: ModelShape, placement: Placement, mode: DoprMode, hardware: Hardware
-) -> dict[str, float]:
-    """Return the seconds of a refresh: sums, inversions by the owners, and P to all processes."""
-    calls = refresh_calls(shape, mode, placement)
-    packing = work.repacking(shape, mode, placement, hardware)
-    if calls is None:
-        all_chunks = chunks(layers(shape, mode), lambda layer: (layer.sigma,))
-        inversions = sum(work.inverse(chunk, mode, hardware) for chunk in all_chunks)
-        return {"inverses": inversions, "packing": packing}
-    arrival, clock = {}, 0.0
-    for call, message in calls.sums:
-        clock += seconds(call, placement, hardware)
-        arrival |= dict.fromkeys(message, clock)
-    small_calls = [calls.counts_and_traces, calls.failures, *calls.norms]
-    finish = max(
-        inversion_end(owned, arrival, mode, hardware)
-        for owned in layers_by_owner(shape, mode, placement.size).values()
+    if not mode.fresh_mean:
+        return seconds_of
+    due, not_due = (
+        total(mean_calls(shape, mode, placement, is_due=is_due), placement, hardware)
+        for is_due in (True, False)
     )
-    return {
-        "sums of Σ": clock,
-        "inverses": finish - clock,
-        "P to all": broadcasts(calls.inverses, placement, hardware),
-        "packing": packing,
-        "agreement": total(small_calls, placement, hardware) + 3 * hardware.host_read,
+    return seconds_of | {
+        "Σ z": not_collecting,
+        "sums of z": averaged(due, not_due, mode),
+        "correction of M": work.correction(shape, mode, placement, hardware),
     }
 
 
-def inversion_end(
-    owned: list[Layer], arrival: dict[Layer, float], mode: DoprMode, hardware: Hardware
+def statistics_seconds(
+    shape: ModelShape,
+    placement: Placement,
+    mode: DoprMode,
+    batch: Batch,
+    hardware: Hardware,
+    *,
+    is_collecting: bool,
 ) -> float:
-    """Return the time at which a process has inverted its layers.
-
-    It inverts each chunk of layers as soon as all sums of the chunk have arrived.
-    """
-    clock = 0.0
-    for chunk in chunks(owned, lambda layer: (layer.sigma,)):
-        clock = max(clock, *(arrival[layer] for layer in chunk))
-        clock += work.inverse(chunk, mode, hardware)
-    return clock
+    """Return the seconds that statistics add to forward and backward of one step."""
+    extra = work.statistics(shape, mode, batch, hardware, is_collecting=is_collecting)
+    with_extra = forward_backward_seconds(shape, placement, batch, hardware, extra)
+    return with_extra - forward_backward_seconds(shape, placement, batch, hardware)

@@ -4,17 +4,18 @@ from dataclasses import replace
 
 from bench.scale.hardware import Hardware
 from bench.scale.plan import Placement
-from bench.scale.shapes import SHAPES, DoprMode
+from bench.scale.shapes import MODES, SHAPES, DoprMode
 from bench.scale.step import StepEstimate, estimate
 from eval.tables import markdown
 
-# The points of the sensitivity table: model, placement, GPUs, mode (0: exact, 1: fast).
+# The points of the sensitivity table: model, placement, GPUs, mode (the index of one of MODES).
 POINTS = (
     ("124M", "ddp", 8, 0),
     ("124M", "ddp", 8, 1),
+    ("124M", "ddp", 8, 2),
     ("1.5B", "fsdp", 64, 0),
     ("1.5B", "fsdp", 64, 1),
-    ("6.7B", "hsdp", 512, 1),
+    ("1.5B", "fsdp", 64, 2),
 )
 KNOBS = {  # row of the sensitivity table: fields of Hardware
     "network bandwidth": ("network",),
@@ -36,14 +37,14 @@ def percent(share: float) -> str:
 
 
 def overview(estimates: list[StepEstimate], sizes: list[int]) -> str:
-    """Tabulate the percentage that DoPr adds (exact / fast) by model, placement and GPUs."""
+    """Tabulate the percentage that DoPr adds in each of MODES by model, placement and GPUs."""
     cells = {(e.shape, e.placement.parallel, e.placement.size, e.mode): e for e in estimates}
     rows = []
     for shape, parallel in dict.fromkeys((e.shape, e.placement.parallel) for e in estimates):
         row = [f"{shape} {parallel}"]
         for size in sizes:
-            pair = [cells.get((shape, parallel, size, mode)) for mode in ("exact", "fast")]
-            row.append(" / ".join(map(cell, pair)) if all(pair) else "")
+            found = [cells.get((shape, parallel, size, mode.name)) for mode in MODES]
+            row.append(" / ".join(map(cell, found)) if all(found) else "")
         rows.append(row)
     return markdown(["% of a step", *(f"{size} GPU{'s' * (size > 1)}" for size in sizes)], rows)
 

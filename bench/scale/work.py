@@ -18,8 +18,16 @@ NS_STEPS = 5  # of Muon
 # Bytes of memory traffic, counted by reading the code.
 PACK = 40  # per element of a packed triangle: read and written by index, with the indices made
 SIGMA = 24  # per element of Σ: gram / count, the average, a cleared sum
+CENTRED = 16  # per element of Σ with a fresh mean: μ μᵀ made, subtracted
 APPLY_G = 24  # per element of G: stacked, multiplied, normed, written back
 APPLY_P = 12  # per element of P: stacked
+CORRECT_M = 12  # per element of M: M μ, and M updated in place
+CORRECT_P = 4  # per element of P: P μ
+# The same per element of z or grad_y, in bf16, in a backward on a GPU.
+MASK_GRAD_Y = 4  # its largest and its smallest element
+MASK_Z = 4  # a copy with zeros for masked tokens
+SAMPLE = 4  # a copy of the sample
+SUM_Z = 2  # read
 ADAMW, MUON, CLIP = 28, 40, 12  # per weight: state, gradient and weight, read and written
 
 
@@ -69,6 +77,29 @@ def orthogonalization(shape: ModelShape, placement: Placement, hardware: Hardwar
 # -- DoPr
 
 
+def statistics(
+    shape: ModelShape, mode: DoprMode, batch: Batch, hardware: Hardware, *, is_collecting: bool
+) -> float:
+    """Return the time of the statistics in the backwards of a step, which may add to Σ or not."""
+    n_bytes = batch.tokens * token_bytes(shape, mode, is_collecting=is_collecting)
+    return passes(n_bytes, hardware) + is_collecting * gram(shape, mode, batch, hardware)
+
+
+def token_bytes(shape: ModelShape, mode: DoprMode, *, is_collecting: bool) -> float:
+    """Return the memory traffic of `accumulate_gram` for each token, without the sum of z zᵀ.
+
+    It copies the sampled tokens, finds the masked ones and sets their z to zero. With `fresh_mean`
+    it does so in every step, and sums z; where it collects, the kernel that sums z zᵀ does that.
+    """
+    if not (is_collecting or mode.fresh_mean):
+        return 0.0
+    d_in = sum(layer.covered.d_in for layer in layers(shape, mode))
+    d_out = sum(layer.covered.weight.shape[0] for layer in layers(shape, mode))
+    masking = MASK_Z * d_in + MASK_GRAD_Y * d_out
+    sampling = SAMPLE * (d_in + d_out) * (mode.token_stride > 1)
+    return (sampling + masking + SUM_Z * d_in * (not is_collecting)) / mode.token_stride
+
+
 def gram(shape: ModelShape, mode: DoprMode, batch: Batch, hardware: Hardware) -> float:
     """Return the time to sum z zᵀ in a step that collects statistics.
 
@@ -88,6 +119,17 @@ def apply(shape: ModelShape, mode: DoprMode, placement: Placement, hardware: Har
         flops += 2 * rows * layer.P.numel()
         n_bytes += APPLY_G * rows * layer.covered.d_in + APPLY_P * layer.P.numel()
     return flops / (hardware.tf32 / 3 * hardware.apply_fraction) + passes(n_bytes, hardware)
+
+
+def correction(
+    shape: ModelShape, mode: DoprMode, placement: Placement, hardware: Hardware
+) -> float:
+    """Return the time to correct the rows of M of one GPU for the mean, with `fresh_mean`."""
+    n_bytes = 0.0
+    for layer in layers(shape, mode):
+        rows = ceil(layer.covered.weight.shape[0] / placement.shards)
+        n_bytes += CORRECT_M * rows * layer.covered.d_in + CORRECT_P * layer.P.numel()
+    return passes(n_bytes, hardware)
 
 
 def inverse(chunk: list[Layer], mode: DoprMode, hardware: Hardware) -> float:
@@ -112,13 +154,14 @@ def _inverse(layer: Layer, mode: DoprMode, hardware: Hardware) -> float:
 def repacking(shape: ModelShape, mode: DoprMode, placement: Placement, hardware: Hardware) -> float:
     """Return the time to pack and unpack triangles and to average Σ, in the busiest process."""
     numel = sum(layer.sigma.numel() for layer in layers(shape, mode))
+    averaging = (SIGMA + CENTRED * mode.fresh_mean) * numel
     if placement.size == 1:
-        return passes(SIGMA * numel, hardware)
+        return passes(averaging, hardware)
     owned_numel = max(  # of a process that unpacks its Σ once more and packs its P
         sum(layer.sigma.numel() for layer in owned)
         for owned in layers_by_owner(shape, mode, placement.size).values()
     )
-    return passes(SIGMA * numel + PACK / 2 * (3 * numel + 2 * owned_numel), hardware)
+    return passes(averaging + PACK / 2 * (3 * numel + 2 * owned_numel), hardware)
 
 
 def passes(n_bytes: float, hardware: Hardware) -> float:

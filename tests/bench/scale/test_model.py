@@ -10,8 +10,9 @@ from bench.scale import network, work
 from bench.scale.hardware import HARDWARE
 from bench.scale.memory import dopr_bytes
 from bench.scale.plan import CollectiveCall, Placement, refresh_calls, sent_bytes
-from bench.scale.shapes import EXACT, FAST, SHAPES, ModelShape, gpt, layers
-from bench.scale.step import estimate, refresh_seconds
+from bench.scale.refresh import refresh_seconds
+from bench.scale.shapes import EXACT, FAST, FRESH_MEAN, MODES, SHAPES, ModelShape, gpt, layers
+from bench.scale.step import estimate
 from model import GPT
 from optim import ActivationPreconditioner
 
@@ -64,6 +65,49 @@ def test_the_flops_equal_the_closed_forms():
     assert work.gram(SMALL, FAST, batch, hardware) == 2**13 * 7 * L * D**2
 
 
+def test_the_bytes_of_the_statistics_equal_the_closed_forms():
+    inputs, outputs = 7 * L * D, 9 * L * D  # features of z and of grad_y
+    masking = 4 * (inputs + outputs)  # z copied, and grad_y read twice, in bf16
+    sampling = 4 * (inputs + outputs)  # both copied
+    found = {
+        (mode.name, mode.token_stride, is_collecting): work.token_bytes(
+            SMALL, mode, is_collecting=is_collecting
+        )
+        for mode in (*MODES, FRESH_MEAN._replace(token_stride=1))
+        for is_collecting in (True, False)
+    }
+    assert found == {
+        ("exact", 1, True): masking,
+        ("exact", 1, False): 0,
+        ("fast", 8, True): (sampling + masking) / 8,
+        ("fast", 8, False): 0,
+        ("fresh mean", 8, True): (sampling + masking) / 8,  # the kernel of z zᵀ sums z
+        ("fresh mean", 8, False): (sampling + masking + 2 * inputs) / 8,
+        ("fresh mean", 1, True): masking,
+        ("fresh mean", 1, False): masking + 2 * inputs,
+    }
+
+
+def test_a_fresh_mean_corrects_the_rows_of_a_gpu():
+    hardware = replace(H100, memory_rate=1, memory_fraction=1)
+    whole, shared = (
+        work.correction(SMALL, FRESH_MEAN, placement, hardware)
+        for placement in (Placement("ddp", 8), Placement("fsdp", 8))
+    )
+    m_bytes, p_bytes = 12 * 12 * L * D**2, 4 * 7 * L * D**2
+    assert whole == m_bytes + p_bytes
+    assert shared == m_bytes / 8 + p_bytes
+
+
+def test_a_fresh_mean_adds_a_sum_of_z_in_every_step_and_a_second_one_in_a_refresh():
+    fast, fresh_mean = (step_of(Placement("ddp", 8), mode) for mode in (FAST, FRESH_MEAN))
+    sent = 2 * 7 / 8 * 4 * L * (7 * D + 4) * (1 + 1 / 10)
+    assert fresh_mean.dopr_sent - fast.dopr_sent == pytest.approx(sent)
+    held = 4 * L * (7 * D + 2 * (7 * D + 4))  # the means and both rows of sums
+    assert fresh_mean.dopr_bytes - fast.dopr_bytes == held
+    assert fresh_mean.dopr_s.keys() - fast.dopr_s.keys() == {"Σ z", "sums of z", "correction of M"}
+
+
 def test_inverses_are_shared_by_owners():
     hardware = replace(H100, **FREE, fp64=1, cholesky_fraction=1, cholesky_half=0)
     whole = refresh_seconds(SMALL, Placement("ddp", 1), EXACT, hardware)["inverses"]
@@ -72,11 +116,11 @@ def test_inverses_are_shared_by_owners():
     assert shared == pytest.approx(7 / 3 * 2 * 64 * D**3)  # 12 wide layers on 8 GPUs: some have two
 
 
-@pytest.mark.parametrize("mode", [EXACT, FAST, EXACT._replace(inverse="newton_schulz")])
+@pytest.mark.parametrize("mode", [*MODES, EXACT._replace(inverse="newton_schulz")])
 def test_the_memory_between_steps_equals_that_of_a_real_preconditioner(mode):
     shape = ModelShape("small", 2, 2, 128, 8, 64, 16, vocab_size=41)
     real = ActivationPreconditioner(GPT(gpt(shape).config), **mode.settings(128))
-    held = dopr_bytes(shape, mode, Placement("ddp", 1))["Σ, sums, P, U"]
+    held = dopr_bytes(shape, mode, Placement("ddp", 1))["Σ, sums, P, U, μ"]
     assert held == sum(row["bytes"] for row in real.report() if row["covered"])
     assert all(layer.sigma.device == torch.device("meta") for layer in layers(shape, mode))
 
@@ -95,6 +139,7 @@ def test_one_gpu_sends_nothing():
     one = step_of(Placement("ddp", 1))
     assert one.base_sent == one.dopr_sent == one.base_s["weights, gradients"] == 0
     assert {"sums of Σ", "P to all", "agreement"}.isdisjoint(one.dopr_s)
+    assert step_of(Placement("ddp", 1), FRESH_MEAN).dopr_s["sums of z"] == 0
 
 
 def test_sharded_rows_are_multiplied_on_their_own_gpus():

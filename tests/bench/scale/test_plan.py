@@ -8,6 +8,7 @@ import pytest
 from bench.scale.plan import (
     Placement,
     gradient_calls,
+    mean_calls,
     micro_batch_calls,
     muon_calls,
     refresh_calls,
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.xdist_group("gang")  # all tests share one gang of proc
 TINY = ModelShape("tiny", 2, 2, 20, 8, 64, 16, vocab_size=41)  # 3 cannot share its rows evenly
 WIDE = ModelShape("wide", 1, 2, 128, 8, 64, 16, vocab_size=41)  # wide enough to be deflated
 LAZY = DoprMode("lazy", 3, 3, 2, blocks_of_width=True)
+LAZY_MEAN = LAZY._replace(name="lazy, fresh mean", fresh_mean=True)
 DEFLATED = DoprMode("deflated", inverse="newton_schulz")
 PLACEMENTS = {
     "ddp": Placement("ddp", 2),
@@ -58,6 +60,28 @@ def test_blocks_of_sigma_are_sent_only_by_a_refresh(gang, n):
     *_, end = counted(gang, TINY, placement, "adamw", LAZY, n)
     expected = refresh_calls(TINY, LAZY, placement).calls if n == 4 else []
     assert end == planned(expected, placement)
+
+
+@pytest.mark.parametrize("n", [3, 4])
+@pytest.mark.parametrize("how", PLACEMENTS)
+def test_a_fresh_mean_is_sent_in_every_step(gang, how, n):
+    placement, is_due = PLACEMENTS[how], n == 4
+    first, _, end = counted(gang, TINY, placement, "adamw", LAZY_MEAN, n)
+    assert Counter(first) == Counter(planned(micro_batch_calls(TINY, placement), placement))
+    means = mean_calls(TINY, LAZY_MEAN, placement, is_due=is_due)
+    (sums_of_z,) = planned(means, placement)
+    d, n_layer = TINY.n_embd, TINY.n_layer
+    rows = 2 if is_due else 1  # also the sums over the tokens in Σ
+    assert sums_of_z == ("all_reduce", rows * 4 * n_layer * (7 * d + 4), placement.size)
+    refresh = refresh_calls(TINY, LAZY_MEAN, placement).calls if is_due else []
+    assert end == planned(means + refresh, placement)
+
+
+def test_muon_sends_a_fresh_mean_before_its_matrices(gang):
+    placement = PLACEMENTS["fsdp"]
+    *_, end = counted(gang, TINY, placement, "muon", LAZY_MEAN, 2)
+    means = mean_calls(TINY, LAZY_MEAN, placement, is_due=False)
+    assert end == planned(means + muon_calls(TINY, placement), placement)
 
 
 def test_the_deflation_basis_is_sent_with_its_inverse(gang):
