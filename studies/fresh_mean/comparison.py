@@ -10,6 +10,7 @@ and the rows of earlier commands in FILE are kept.
 """
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,9 @@ def table_of(rows: list[dict[str, Any]]) -> str:
     cells = []
     for row in rows:
         own, (setup, optimizer, mode) = row["losses"], key_of(row)
-        against = [losses[setup, optimizer, "base"], row["base_at_this_lr"]]
-        against.append(losses[setup, optimizer, "fast"])
-        shown = [difference(own, each) if each != own else "" for each in against]
+        base, fast = (losses.get((setup, optimizer, other)) for other in ("base", "fast"))
+        against = [base, row["base_at_this_lr"], fast]
+        shown = [difference(own, each) if each and each != own else "" for each in against]
         mean = f"{row['mean']:.3f} ± {row['sd']:.3f}"
         cells.append((setup, optimizer, mode, f"{row['lr']:g}", mean, *shown))
     header = ("setup", "", "", "lr", "val loss, mean ± sd", "minus base", "minus base at this lr")
@@ -108,16 +109,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--optimizers", default="adamw,muon", help="comma-separated")
     parser.add_argument("--setups", default="plain", help=f"of {', '.join(SETUPS)}")
+    parser.add_argument("--modes", default=",".join(MODES), help="comma-separated")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
     arguments = parser.parse_args()
-    optimizers, setups = arguments.optimizers.split(","), arguments.setups.split(",")
-    for flag, given, known in (("optimizers", optimizers, RATES), ("setups", setups, SETUPS)):
-        if unknown := {*given} - known.keys():
+    known_names = {"optimizers": RATES, "setups": SETUPS, "modes": MODES}
+    chosen = {flag: getattr(arguments, flag).split(",") for flag in known_names}
+    for flag, known in known_names.items():
+        if unknown := {*chosen[flag]} - known.keys():
             parser.error(f"--{flag}: {', '.join(sorted(unknown))}: must be of {', '.join(known)}")
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     if arguments.out.exists():
         rows = {key_of(row): row for row in json.loads(arguments.out.read_text())["rows"]}
-    variants = [(setup, name, mode) for setup in setups for name in optimizers for mode in MODES]
+    variants = list(product(chosen["setups"], chosen["optimizers"], chosen["modes"]))
     rows |= {key_of(row): row for row in map_in_pool(measure, variants, arguments.workers)}
     result = {"model": MODEL, "run": RUN, "aux_lr": AUX_LR, "modes": MODES, "setups": SETUPS}
     result |= {"tuning_seed": TUNING_SEED, "fresh_seeds": FRESH_SEEDS, "rows": [*rows.values()]}

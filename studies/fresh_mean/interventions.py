@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 GAMMA = 0.1
-EVERY = 10  # steps between two refreshes of the older mean, and between two measurements
+EVERY, BETA = 10, 0.95  # as in fast mode: steps between two refreshes, average over refreshes
 
 
 @dataclass
@@ -31,6 +31,8 @@ class Moments:
     C: Tensor  # (d, d) float64
     previous_mean: Tensor  # of the step before; in the first step, `mean`
     refreshed_mean: Tensor  # of the last step whose number is a multiple of EVERY
+    averaged_mean: Tensor  # average over those steps
+    averaged_covariance: Tensor
 
     @property
     def mean_eigenvalue(self) -> Tensor:  # m
@@ -64,6 +66,8 @@ RULES: dict[str, Rule] = {
     "stale mean": lambda G, z: z.whiten(G, z.previous_mean),
     "no mean": lambda G, z: z.whiten(G, torch.zeros_like(z.mean)),
     "mean alone": lambda G, z: z.whiten(G, z.mean, torch.eye(len(z.C)) * z.C.trace() / len(z.C)),
+    "averaged C": lambda G, z: z.whiten(G, z.mean, z.averaged_covariance),
+    "averaged mean": lambda G, z: z.whiten(G, z.averaged_mean),
     "mean removed": lambda G, z: _without(G, z.mean),
     "stale mean removed": lambda G, z: _without(G, z.previous_mean),
     **{f"rotated {a:g}": lambda G, z, a=a: z.whiten(G, rotated(z.mean, a)) for a in (1, 3, 10, 30)},
@@ -116,10 +120,20 @@ class Intervention:
     def _new_moments(self, layer: nn.Linear, z: Tensor) -> Moments:  # z (n, d)
         mean = z.double().mean(0)
         S = (z.mT @ z).double() / len(z)
+        C = S - torch.outer(mean, mean)
         old = self._moments.get(layer)
-        refreshed = mean if old is None or self._step % EVERY == 0 else old.refreshed_mean
-        previous = mean if old is None else old.mean
-        return Moments(mean, S - torch.outer(mean, mean), previous, refreshed)
+        if old is None:
+            return Moments(mean, C, mean, mean, mean, C)
+        older = old.refreshed_mean, old.averaged_mean, old.averaged_covariance
+        if self._step % EVERY == 0:
+            n = self._step // EVERY + 1  # refreshes
+            weight = (1 - BETA) / (1 - BETA**n)  # corrects the bias of the average
+            older = (
+                mean,
+                old.averaged_mean.lerp(mean, weight),
+                old.averaged_covariance.lerp(C, weight),
+            )
+        return Moments(mean, C, old.mean, *older)
 
 
 def measure(G: Tensor, z: Moments) -> dict[str, float]:

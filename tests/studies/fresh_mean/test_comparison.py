@@ -55,7 +55,7 @@ def test_a_setup_changes_no_number_of_tokens(setup):
         assert own[key] * own["batch_size"] == RUN[key] * RUN["batch_size"]
 
 
-@pytest.mark.parametrize("option", ["--optimizers=adam", "--setups=width-3"])
+@pytest.mark.parametrize("option", ["--optimizers=adam", "--setups=width-3", "--modes=slow"])
 def test_an_unknown_name_is_refused(tmp_path, option):
     with pytest.raises(SystemExit):
         main_with(["--out", str(tmp_path / "x.json"), option])

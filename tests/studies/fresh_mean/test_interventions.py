@@ -33,8 +33,8 @@ def test_a_rule_is_the_preconditioner(rule, settings):
 def moments(d=6):
     torch.manual_seed(0)
     A = torch.randn(d, d, dtype=torch.float64)
-    mean, other, third = torch.randn(3, d, dtype=torch.float64)
-    return Moments(mean, A @ A.mT, other, third)
+    mean, *others = torch.randn(4, d, dtype=torch.float64)
+    return Moments(mean, A @ A.mT, *others, averaged_covariance=A.mT @ A)
 
 
 def test_the_rules_keep_what_they_say():

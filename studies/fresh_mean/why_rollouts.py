@@ -1,0 +1,96 @@
+"""Train with one part of DoPr at a time on `pdfa`, and grade the rollouts.
+
+    python -m studies.fresh_mean.why_rollouts --out studies/results/fresh_mean_why_pdfa.json
+
+On text a fresh mean is better than an averaged one, on `pdfa` it is the other way round. The rules
+are those of interventions.py, and the task, the model and the tuning those of the rollout study:
+the rate is chosen by the validation loss on seeds 0 and 1, and seeds 300 to 307 are reported.
+"""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from data.files import write_atomic
+from eval.command import command_parser
+from eval.rollout.tasks import parse_task
+from eval.tables import markdown
+from studies.fresh_mean.interventions import RULES, Intervention
+from studies.optimizer_table import ROOT
+from studies.pool import map_in_pool
+from studies.stats.records import log_error, primary, val_loss
+from studies.stats.seeds import over_seeds
+from studies.sweep.reference import STUDY_TASKS
+from studies.sweep.study import GRIDS, best_rate, further_rate
+from studies.sweep.trial import TrainTrial
+
+RUNS = ROOT / "out" / "fresh_mean_why_pdfa"
+TUNING_SEEDS, FRESH_SEEDS = (0, 1), range(300, 308)
+STEPS, TOKENS, EPISODES = 500, 1024, 512
+TESTED = ("base", "exact", "stale mean", "averaged C", "averaged mean", "no mean", "mean removed")
+
+
+def run(rule: str, lr: float, seed: int) -> dict[str, Any]:
+    """Return the validation loss of a run, its rollout error, and the logarithm of the error."""
+    task = replace(parse_task("pdfa", STUDY_TASKS), instance=seed)
+    folder = RUNS / f"{rule.replace(' ', '-')}_lr={lr:g}_seed={seed}"
+    if (folder / "result.json").exists():
+        return json.loads((folder / "result.json").read_text())
+    sizes = TrainTrial.sizes(task, STEPS, TOKENS)
+    settings = {"optimizer": "adamw", "max_steps": STEPS} | sizes
+    trial = TrainTrial(folder, task, rule, "adamw", "fresh", lr, seed, settings, EPISODES)
+    with Intervention(RULES[rule]):
+        record = trial.make()
+    found = {"loss": val_loss(record), "error": primary(record), "log_error": log_error(record)}
+    write_atomic(folder / "result.json", json.dumps(found))
+    return found
+
+
+def measure(rule: str) -> dict[str, Any]:
+    """Return the row of one rule: its sweep and its fresh runs."""
+
+    def tuning_loss(lr: float) -> float:
+        loss = fmean(run(rule, lr, seed)["loss"] for seed in TUNING_SEEDS)
+        return math.inf if math.isnan(loss) else loss
+
+    losses = {lr: tuning_loss(lr) for lr in GRIDS["adamw"]}
+    while lr := further_rate(losses):
+        losses[lr] = tuning_loss(lr)
+    lr = best_rate(losses)
+    return {
+        "rule": rule,
+        "lr": lr,
+        "sweep": losses,
+        "runs": [run(rule, lr, s) for s in FRESH_SEEDS],
+    }
+
+
+def table_of(rows: list[dict[str, Any]]) -> str:
+    """Return a table with the ratio of each rule's rollout error to the base's, by seed."""
+    base = next(row["runs"] for row in rows if row["rule"] == "base")
+    cells = []
+    for row in rows:
+        pairs = zip(row["runs"], base, strict=True)
+        found = over_seeds([own["log_error"] - other["log_error"] for own, other in pairs])
+        mean, lo, hi = map(math.exp, (found.mean, found.lo, found.hi))
+        ratio = f"{mean:.2f} [{lo:.2f}, {hi:.2f}]" if row["rule"] != "base" else ""
+        means = [fmean(run[key] for run in row["runs"]) for key in ("loss", "error")]
+        cells.append((row["rule"], f"{row['lr']:g}", f"{means[0]:.4f}", f"{means[1]:.1f}", ratio))
+    return markdown(("rule", "lr", "val loss", "rollout error", "/ base"), cells)
+
+
+def main() -> None:
+    parser = command_parser("studies.fresh_mean.why_rollouts", __doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
+    arguments = parser.parse_args()
+    rows = map_in_pool(measure, TESTED, arguments.workers)
+    write_atomic(arguments.out, json.dumps({"seeds": [*FRESH_SEEDS], "rows": rows}) + "\n")
+    print(table_of(rows))
+
+
+if __name__ == "__main__":
+    main()
