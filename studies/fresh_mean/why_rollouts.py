@@ -28,6 +28,7 @@ from studies.sweep.study import GRIDS, best_rate, further_rate
 from studies.sweep.trial import TrainTrial
 
 RUNS = ROOT / "out" / "fresh_mean_why_pdfa"
+TASK = "pdfa"
 TUNING_SEEDS, FRESH_SEEDS = (0, 1), range(300, 308)
 STEPS, TOKENS, EPISODES = 500, 1024, 512
 TESTED = ("base", "exact", "stale mean", "averaged C", "averaged mean", "no mean", "mean removed")
@@ -35,7 +36,7 @@ TESTED = ("base", "exact", "stale mean", "averaged C", "averaged mean", "no mean
 
 def run(rule: str, lr: float, seed: int) -> dict[str, Any]:
     """Return the validation loss of a run, its rollout error, and the logarithm of the error."""
-    task = replace(parse_task("pdfa", STUDY_TASKS), instance=seed)
+    task = replace(parse_task(TASK, STUDY_TASKS), instance=seed)
     folder = RUNS / f"{rule.replace(' ', '-')}_lr={lr:g}_seed={seed}"
     if (folder / "result.json").exists():
         return json.loads((folder / "result.json").read_text())
