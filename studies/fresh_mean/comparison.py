@@ -1,7 +1,7 @@
 """Compare `fresh_mean` with exact mode, fast mode and no DoPr on validation loss.
 
     python -m studies.fresh_mean.comparison --out FILE --optimizers adamw,muon
-    python -m studies.fresh_mean.comparison --out FILE --optimizers adamw --setups embedding-lr
+    python -m studies.fresh_mean.comparison --out FILE --optimizers adamw --setups embedding-lr-0.004
 
 docs/log/2026-11-29-fresh-mean.md contains the protocol. The model and the data are those of
 studies/optimizer_table.py; the seeds are new. Each mode is tuned on one seed and measured on five
@@ -50,7 +50,9 @@ def _steps(n: int, sequences: int) -> dict[str, int]:
 
 SETUPS: dict[str, dict[str, Any]] = {  # what they change, for all modes
     "plain": {},
-    "embedding-lr": {"embedding_lr": 4e-3},  # tied, so it is also the output head
+    **{  # of the tied embedding, which is also the output head
+        f"embedding-lr-{lr:g}": {"embedding_lr": lr} for lr in (4e-3, 8e-3, 1.6e-2)
+    },
     "tokens-512": _steps(1600, 8),
     "tokens-8192": _steps(100, 128),
     "width-128": {"n_embd": 128},
