@@ -1,7 +1,7 @@
 """Compare `fresh_mean` with exact mode, fast mode and no DoPr on validation loss.
 
     python -m studies.fresh_mean.comparison --out FILE --optimizers adamw,muon
-    python -m studies.fresh_mean.comparison --out FILE --optimizers adamw --setups embedding-lr-0.004
+    python -m studies.fresh_mean.comparison --out FILE --optimizers adamw --setups width-128
 
 docs/log/2026-11-29-fresh-mean.md contains the protocol. The model and the data are those of
 studies/optimizer_table.py; the seeds are new. Each mode is tuned on one seed and measured on five
