@@ -26,7 +26,7 @@ from studies.report.style import COLOURS, GREY, INK, STYLE, logarithmic, save_pn
 RESULTS = ROOT / "studies" / "results" / "fresh_mean_why.json"
 BLUE, RED = COLOURS["adamw"], COLOURS["muon"]
 LABELS = {  # rule: its label in the figure, and its colour
-    "base": ("AdamW", INK),
+    "base": ("AdamW, at this rate", INK),
     "exact": ("exact mode", BLUE),
     "averaged C": ("fresh mean, averaged C", BLUE),
     "mean alone": ("mean alone, no C", BLUE),
@@ -48,7 +48,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     with rc_context(STYLE):
         figure = Figure(figsize=(9.6, 3.1), layout="constrained")
         left, middle, right = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
-        _losses(left, by_rule)
+        _losses(left, rows)
         measured = by_rule["exact"]["measured"]
         threshold = [
             each | {"threshold": math.degrees(1 / each["suppression"])} for each in measured
@@ -63,13 +63,15 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
         return figure
 
 
-def _losses(ax: Axes, rows: dict[str, dict[str, Any]]) -> None:
-    """Draw one line of points per rule."""
-    for y, (rule, (_, colour)) in enumerate(LABELS.items()):
-        losses = [loss for loss in rows[rule]["losses"] if math.isfinite(loss)]
+def _losses(ax: Axes, rows: list[dict[str, Any]]) -> None:
+    """Draw one line of points per rule. The first row is AdamW at its own rate."""
+    order = [rows[0], *sorted(rows[1:], key=lambda row: [*LABELS].index(row["rule"]))]
+    labels = ["AdamW, at its own rate", *(label for label, _ in LABELS.values())]
+    for y, row in enumerate(order):
+        losses, colour = row["losses"], LABELS[row["rule"]][1]
         ax.plot(losses, [y] * len(losses), "o", color=colour, ms=4)
         ax.plot(np.mean(losses), y, "|", color=colour, ms=13)
-    ax.set_yticks(range(len(LABELS)), [label for label, _ in LABELS.values()])
+    ax.set_yticks(range(len(order)), labels)
     ax.invert_yaxis()
     ax.set_xlabel("validation loss")
 

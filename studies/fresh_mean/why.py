@@ -2,15 +2,14 @@
 
     python -m studies.fresh_mean.why --out studies/results/fresh_mean_why.json
 
-docs/log/2026-11-29-why-fresh-mean.md contains the protocol. The model, the data and AdamW are
-those of studies/optimizer_table.py. Each rule of interventions.py is tuned on one seed and runs on
-three others at its best rate. The angles use the best rate of exact mode. Finished runs are not
-repeated.
+docs/log/2026-11-29-why-fresh-mean.md contains the protocol. The model, the data and AdamW are those
+of studies/optimizer_table.py. Every rule of interventions.py runs at the rate that comparison.py
+found for exact mode and for fresh mean, and AdamW without DoPr also at its own. Finished runs are
+not repeated.
 """
 
 import json
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,11 @@ from eval.tables import markdown
 from studies.fresh_mean.interventions import GAMMA, RULES, Intervention
 from studies.optimizer_table import KEY, MODEL, ROOT, RUN, command_of, final_loss, settings_of
 from studies.pool import map_in_pool
-from studies.sweep.study import best_rate, further_rate
 from studies.sweep.trial import train_in
 
 RUNS = ROOT / "out" / f"fresh_mean_why-{KEY}"
-TUNING_SEED, FRESH_SEEDS = 20, (21, 22)
-ROTATED = tuple(rule for rule in RULES if rule.startswith("rotated"))
-TUNED = tuple(rule for rule in RULES if rule not in ROTATED)
-RATES = (8e-3, 1.6e-2, 3.2e-2)  # the first grid; it grows while the best rate is at its edge
+LR, BASE_LR = 1.6e-2, 4e-3
+SEEDS = (21, 22)
 
 
 def run(rule: str, lr: float, seed: int) -> dict[str, Any]:
@@ -44,31 +40,20 @@ def run(rule: str, lr: float, seed: int) -> dict[str, Any]:
     return found
 
 
-def measure_rule(rule: str) -> dict[str, Any]:
-    """Return the row of one rule: its losses by rate on the tuning seed, and the fresh seeds."""
-    losses = {lr: run(rule, lr, TUNING_SEED)["loss"] for lr in RATES}
-    while lr := further_rate(losses):
-        losses[lr] = run(rule, lr, TUNING_SEED)["loss"]
-    return row_of(rule, best_rate(losses)) | {"sweep": dict(sorted(losses.items()))}
-
-
-def row_of(rule: str, lr: float) -> dict[str, Any]:
-    """Return the losses of a rule on the fresh seeds, and the mean measurements of the first."""
-    found = [run(rule, lr, seed) for seed in FRESH_SEEDS]
-    return {
-        "rule": rule,
-        "lr": lr,
-        "losses": [each["loss"] for each in found],
-        "measured": found[0]["measured"],
-    }
+def measure(task: tuple[str, float]) -> dict[str, Any]:
+    """Return the losses of a rule at a rate, and the measurements on the first seed."""
+    rule, lr = task
+    found = [run(rule, lr, seed) for seed in SEEDS]
+    losses = [each["loss"] for each in found]
+    return {"rule": rule, "lr": lr, "losses": losses, "measured": found[0]["measured"]}
 
 
 def table_of(rows: list[dict[str, Any]]) -> str:
-    """Return a table with one row per rule."""
+    """Return a table with one row per rule and rate."""
     cells = [
         (row["rule"], f"{row['lr']:g}", *(f"{loss:.3f}" for loss in row["losses"])) for row in rows
     ]
-    return markdown(("rule", "lr", *(f"seed {seed}" for seed in FRESH_SEEDS)), cells)
+    return markdown(("rule", "lr", *(f"seed {seed}" for seed in SEEDS)), cells)
 
 
 def main() -> None:
@@ -76,12 +61,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
     arguments = parser.parse_args()
-    rows = map_in_pool(measure_rule, TUNED, arguments.workers, "rules")
-    exact = next(row for row in rows if row["rule"] == "exact")
-    at_rate = partial(row_of, lr=exact["lr"])
-    rows += map_in_pool(at_rate, ROTATED, arguments.workers, "angles")
-    result = {"model": MODEL, "run": RUN, "gamma": GAMMA, "rows": rows}
-    result |= {"tuning_seed": TUNING_SEED, "fresh_seeds": FRESH_SEEDS}
+    tasks = [("base", BASE_LR), *((rule, LR) for rule in RULES)]
+    rows = map_in_pool(measure, tasks, arguments.workers)
+    result = {"model": MODEL, "run": RUN, "gamma": GAMMA, "seeds": SEEDS, "rows": rows}
     write_atomic(arguments.out, json.dumps(result) + "\n")
     print(table_of(rows))
 
