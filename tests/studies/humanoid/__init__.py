@@ -1,0 +1,6 @@
+"""Tests of the study of the humanoid. They are skipped without its simulator."""
+
+import pytest
+
+for library in ("gymnasium", "mujoco"):
+    pytest.importorskip(library, reason=f"{library} is not installed")
