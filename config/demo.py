@@ -17,7 +17,8 @@ save_every = 150
 
 optimizer = "adamw"
 lr = 4e-3
-dopr = True  # fast mode, the recommended setting
+dopr = True  # fast mode with a fresh mean, recommended for text (docs/fresh_mean.md)
 gamma = 0.1
 sigma_beta = 0.95
 refresh_every = 10
+fresh_mean = True

@@ -14,8 +14,7 @@ lr = 2e-3  # with adjust_lr = match_rms_adamw
 aux_lr = 6e-4
 weight_decay = 0.1
 eval_batches = 20  # 10M tokens
-# DoPr in fast mode. For exact mode, remove the lines after gamma. A step then takes a third longer
-# (estimate of bench/scale_model.py). It was better in some small runs, not in all (docs/log).
+# DoPr in fast mode with a fresh mean (docs/fresh_mean.md); exact mode: without the last six lines
 dopr = True
 gamma = 0.1
 sigma_beta = 0.95
@@ -23,3 +22,4 @@ refresh_every = 10
 collect_every = 10
 token_stride = 8
 block_diagonal = 768
+fresh_mean = True

@@ -69,8 +69,8 @@ class DoprMode(NamedTuple):
 
 
 EXACT = DoprMode("exact")
-FAST = DoprMode("fast", 10, 10, 8, blocks_of_width=True)  # config/gpt2_dopr.py
-FRESH_MEAN = FAST._replace(name="fresh mean", fresh_mean=True)
+FAST = DoprMode("fast", 10, 10, 8, blocks_of_width=True)
+FRESH_MEAN = FAST._replace(name="fresh mean", fresh_mean=True)  # config/gpt2_dopr.py
 MODES = (EXACT, FAST, FRESH_MEAN)
 
 
