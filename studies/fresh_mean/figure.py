@@ -2,10 +2,10 @@
 
     python -m studies.fresh_mean.figure [--out docs/fresh_mean.png]
 
-Left, the final validation loss of each rule, one point per seed. Middle, the angle between the
-means of consecutive steps and of a refresh, and the angle 1/s at which an old mean lets twice as
-much of the gradient along the mean pass. Right, how much more passes. Lines are medians over the
-layers of a run in exact mode, and bands hold all layers.
+Left, the final validation loss of each rule, one point per seed. Middle, the angle between the mean
+of a step and that of one or nine steps before, and the angle 1/s beyond which an old mean does not
+suppress. Right, how much more of the gradient along the mean passes because the mean is old. Lines
+are medians over the layers of a run in exact mode, and bands hold all layers.
 """
 
 import json
@@ -53,11 +53,12 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
         threshold = [
             each | {"threshold": math.degrees(1 / each["suppression"])} for each in measured
         ]
-        _over_steps(
-            middle, threshold, {"turn": "1 step", "turn_10": "≤ 10 steps"}, "angle, degrees"
-        )
+        _over_steps(middle, threshold, {"turn": "1 step", "turn_10": "9 steps"}, "degrees")
         _line(middle, threshold, "threshold", INK, "1/s")
-        _over_steps(right, measured, {"leak": "1 step", "leak_10": "≤ 10 steps"}, "passes, times")
+        _over_steps(right, measured, {"leak": "1 step", "leak_10": "9 steps"}, "times as much")
+        left.set_title("One part of DoPr at a time")
+        middle.set_title("Angle between means")
+        right.set_title("What an old mean lets through")
         for ax in (middle, right):
             ax.legend(fontsize=7)
         return figure
