@@ -5,7 +5,8 @@ variant, base, lr, seed, steps, tokens   the training; `variant` is compared wit
 role                                     tuning | fresh | control | single (not part of a study) |
                                          reference (not a trained model; lr is 0)
 val_loss                                 nats per scored token; null if the run diverged
-grade                                    see eval/rollout/metrics.py; null if the run diverged
+grade                                    see eval/rollout/metrics.py; null if the run diverged;
+                                         `stride`: steps between two points of its curves, if not 1
 command, environment, seconds, settings  how to reproduce the model, and where it was trained
 """
 

@@ -28,6 +28,7 @@ MEANING = {  # of the references in studies/sweep/reference.py
     "greedy": "its likeliest token",
     "uniform": "every token equally likely",
     "zero": "the policy that never acts",
+    "expert": "which was cloned",
 }
 
 

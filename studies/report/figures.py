@@ -26,13 +26,22 @@ from studies.report.style import (
 )
 from studies.stats.analysis import seed_curves, sweeps
 from studies.stats.matched import fit_curve
-from studies.stats.records import Record, is_finished, is_reported, primary, teacher_forced
+from studies.stats.records import (
+    RETURN,
+    Record,
+    is_finished,
+    is_reported,
+    primary,
+    return_without_error,
+    teacher_forced,
+)
 
 CURVES = {  # curve of a grade: label of its axis
     "B": "B(l), accumulated error\n({error})",
     "G": "G(l), feedback gap\n({error} per step)",
     "C": "C(l), accumulated\nKL(model ‖ oracle) ({error})",
     "survival": "S(l), share of episodes\nthat still go on",
+    "action_error": "squared error of an action\non own states",
 }
 ON_DATA = {"B": "A", "survival": "data_survival"}  # the same curves on the data's contexts
 MIN_POINTS = 3  # the fewest points of a scatter plot
@@ -61,7 +70,7 @@ def validation(records: list[Record]) -> Figure | None:
         _dots(ax, [r for r in own if is_reported(r)], look, mec="white", mew=0.6)
     x, y = fit_curve(records)
     if len(x):
-        ax.plot(x, _as_metric(y, records[0]), color=INK, lw=1.1, label="fit")
+        ax.plot(x, _as_metric(y, runs[0]), color=INK, lw=1.1, label="fit")
     log_if_wide(ax, "x", map(teacher_forced, runs))
     log_if_wide(ax, "y", map(primary, runs))
     has_oracle = "val_kl" in runs[0]["grade"]["metrics"]
@@ -76,6 +85,8 @@ def _as_metric(error: np.ndarray, record: Record) -> np.ndarray:
     """Convert the fitted rollout error to the primary metric."""
     if record["primary"].startswith("log10_"):
         return np.log10(error)
+    if record["primary"] == RETURN:
+        return return_without_error(record) * (1 - error)
     return 1 - error if record["higher_is_better"] else error
 
 
@@ -107,23 +118,24 @@ def curves(records: list[Record]) -> Figure | None:
         return None
     shown = {name: look for name, look in looks(finished).items() if name in found[names[0]]}
     figure, axes = panels(names, shown.values())
+    stride = finished[0]["grade"].get("stride", 1)  # steps between two points
+    thin = {n: _bands(finished, ON_DATA[n], like=n) if n in ON_DATA else {} for n in names}
     for name in names:
-        thin = _bands(finished, ON_DATA[name], like=name) if name in ON_DATA else {}
         for variant, look in shown.items():
             if variant in found[name]:
-                _draw_band(axes[name, look.base], *found[name][variant], look=look)
-            if variant in thin:
-                _line(axes[name, look.base], thin[variant][0], look, lw=0.7)
-        last = [float(mean[-1]) for mean, _, _ in found[name].values()]
+                _draw_band(axes[name, look.base], *found[name][variant], look=look, stride=stride)
+            if variant in thin[name]:
+                _line(axes[name, look.base], thin[name][variant][0], look, lw=0.7, stride=stride)
+        last = [_last(mean) for mean, _, _ in found[name].values()]
         ax = axes[name, next(iter(shown.values())).base]  # all columns share its scale
         log_if_wide(ax, "y", last)
         if ax.get_yscale() == "log":
             drawn = np.concatenate([mean for mean, _, _ in found[name].values()])
-            ax.set_ylim(bottom=max(FLOOR * min(last), 0.5 * drawn[drawn > 0].min()))
+            ax.set_ylim(bottom=max(FLOOR * np.nanmin(last), 0.5 * drawn[drawn > 0].min()))
     unit = error_unit(finished[0]["grade"]["metrics"])
     label(axes, "rollout step l", {name: CURVES[name].format(error=unit) for name in names})
     thin_key = Line2D([], [], color=INK, lw=0.7, label="thin: on the data's contexts")
-    more = [thin_key] if {*names} & ON_DATA.keys() else []
+    more = [thin_key] if any(thin.values()) else []
     legend_on_top(figure, mode_keys(shown.values(), by="dashes") + more)
     return figure
 
@@ -136,13 +148,19 @@ def _bands(records: list[Record], name: str, like: str | None = None) -> dict:
     like: name of the curve whose ends decide. Defaults to `name`.
     """
     found = seed_curves(records, name)
-    ends = {mean[-1] for mean, _, _ in seed_curves(records, like or name).values()}
+    ends = {_last(mean) for mean, _, _ in seed_curves(records, like or name).values()}
     if not ends or min(ends) <= 0 or max(ends) < MAX_RATIO * min(ends):
         return found
     logs = seed_curves([_logarithm(record, name) for record in records], name)
     bands = {variant: tuple(10**each for each in band) for variant, band in logs.items()}
     empty = {v: (mean, mean * math.nan, mean * math.nan) for v, (mean, _, _) in found.items()}
-    return {v: band if band[0][-1] > 0 else empty[v] for v, band in bands.items()}
+    return {v: band if _last(band[0]) > 0 else empty[v] for v, band in bands.items()}
+
+
+def _last(curve: np.ndarray) -> float:
+    """Return the last value that is not NaN: there is none after the end of all episodes."""
+    known = curve[~np.isnan(curve)]
+    return float(known[-1]) if len(known) else math.nan
 
 
 def _logarithm(record: Record, name: str) -> Record:
@@ -154,15 +172,18 @@ def _logarithm(record: Record, name: str) -> Record:
     return record | {"grade": {"curves": {name: logs}}}
 
 
-def _line(ax: Axes, values: np.ndarray, look: Look, lw: float) -> None:
-    steps = np.arange(1, len(values) + 1)
+def _line(ax: Axes, values: np.ndarray, look: Look, lw: float, stride: int) -> None:
+    steps = stride * np.arange(1, len(values) + 1)
     ax.plot(steps, values, color=look.colour, lw=lw, ls=look.dashes, label=look.mode)
 
 
-def _draw_band(ax: Axes, mean: np.ndarray, lo: np.ndarray, hi: np.ndarray, *, look: Look) -> None:
-    _line(ax, mean, look, lw=1.6)
+def _draw_band(
+    ax: Axes, mean: np.ndarray, lo: np.ndarray, hi: np.ndarray, *, look: Look, stride: int
+) -> None:
+    _line(ax, mean, look, lw=1.6, stride=stride)
     if np.isfinite(lo).any():
-        ax.fill_between(np.arange(1, len(mean) + 1), lo, hi, color=look.colour, alpha=0.14, lw=0)
+        steps = stride * np.arange(1, len(mean) + 1)
+        ax.fill_between(steps, lo, hi, color=look.colour, alpha=0.14, lw=0)
 
 
 def learning_rates(records: list[Record]) -> Figure | None:

@@ -5,6 +5,7 @@ from collections.abc import Container
 
 from eval.rollout.intervals import MIN_SEEDS, Estimate
 from studies.stats.analysis import Compared
+from studies.stats.records import RETURN
 
 Cell = tuple[str, str]  # a number, and "± 0.12" or empty
 MINUS = "\u2212"
@@ -37,6 +38,13 @@ def metric_label(name: str, error: str = "nats") -> str:
 def error_unit(metrics: Container[str]) -> str:
     """Return the unit of rollout errors: nats, or squared action error on lds."""
     return "squared action error" if "deviation" in metrics else "nats"
+
+
+def error_formula(metric: str, *, higher_is_better: bool) -> str:
+    """Return how the rollout error follows from a metric that should be high, or ""."""
+    if metric == RETURN:
+        return "1 − return / expert’s return"
+    return f"1 − {metric_label(metric)}" if higher_is_better else ""
 
 
 def number(value: float, digits: int | None = None) -> str:

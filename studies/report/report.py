@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from studies.report import details
 from studies.report.figures import draw
-from studies.report.format import metric_label
+from studies.report.format import error_formula, metric_label
 from studies.report.leaderboard import BAR
 from studies.report.sections import Section, make_sections
 from studies.report.source import Source, read
@@ -76,6 +76,7 @@ def _content(section: Section, source: Source, out: Path) -> dict[str, Any]:
     return {
         "about": section,
         "metric": metric_label(section.metric),
+        "error": error_formula(section.metric, higher_is_better=section.higher_is_better),
         "seeds": sorted({r["seed"] for r in section.records if r["role"] != "tuning"}),
         "colours": {look.base: look.colour for look in looks(section.records).values()},
         "figures": _figures(section, out),

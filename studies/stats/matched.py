@@ -13,6 +13,7 @@ from scipy import stats
 
 from eval.rollout.intervals import LEVEL, MIN_SEEDS, Estimate, bootstrap_weights
 from studies.stats.records import (
+    RETURN,
     Record,
     by_variant,
     half_an_episode,
@@ -23,7 +24,7 @@ from studies.stats.records import (
 
 MAX_DEGREE = 2
 SINGULAR = 1e-12  # relative eigenvalue below which a resample's x counts as constant
-SHARES = ("failure", "success", "survival")  # metrics between 0 and 1
+SHARES = ("failure", "success", "survival", RETURN)  # metrics whose error is between 0 and 1
 Point = tuple[float, float]  # log teacher-forced error, log (odds of) rollout error
 
 
@@ -96,7 +97,7 @@ def fit_curve(records: Iterable[Record]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def is_share(record: Record) -> bool:
-    """Whether the metric that ranks is a share of the episodes."""
+    """Whether the error of the metric that ranks is a share: of the episodes or of a return."""
     return record["primary"] in SHARES
 
 

@@ -19,6 +19,7 @@ from data.shards import DataError
 
 Record = dict[str, Any]
 RECORDS = "records.jsonl"  # in a study's folder
+RETURN = "return"  # a primary metric that is no share of 1
 
 
 class AnalysisError(ValueError):
@@ -76,6 +77,8 @@ class StudyRecord(OpenSchema):
     def _has_primary(self) -> "StudyRecord":
         if self.grade and self.primary not in self.grade.metrics:
             raise ValueError(f"the grade has no metric {self.primary!r}, which ranks")
+        if self.grade and self.primary == RETURN and "shortfall" not in self.grade.metrics:
+            raise ValueError("the grade has no metric 'shortfall', the error of a return")
         return self
 
 
@@ -212,16 +215,25 @@ def log_error(record: Record) -> float:
     """Return the logarithm of the rollout error; NaN if the run diverged.
 
     Differences of it are logarithms of ratios. The error of a metric that should be high is its
-    complement. A metric whose name begins with log10_ is a logarithm already. No error in n
-    episodes counts as half an error in n + 1.
+    complement; that of a return is its shortfall (studies/humanoid/task.py). A metric whose name
+    begins with log10_ is a logarithm already. No error in n episodes counts as half an error in
+    n + 1, and so does a smaller shortfall.
     """
     value = primary(record)
     if record["primary"].startswith("log10_"):
         return value * math.log(10)
+    if record["primary"] == RETURN and math.isfinite(value):
+        shortfall = record["grade"]["metrics"]["shortfall"]["mean"]
+        return math.log(max(shortfall, half_an_episode(record)))
     error = 1 - value if record["higher_is_better"] else value
     if error == 0:
         error = half_an_episode(record)
     return math.log(error) if error > 0 else math.nan
+
+
+def return_without_error(record: Record) -> float:
+    """Return the return at which the shortfall is 0, that of the expert."""
+    return primary(record) / (1 - record["grade"]["metrics"]["shortfall"]["mean"])
 
 
 def half_an_episode(record: Record) -> float:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from data.shards import DataError
-from eval.command import command_parser
+from eval.command import at_least, command_parser
 from eval.rollout.tasks import parse_task
 from studies.report.summary_text import below_leaderboard, on_matched
 from studies.report.tables import leaderboard_text, matched_text
@@ -24,7 +24,8 @@ from studies.stats.matched import matched_validation, quantity
 from studies.stats.records import Record
 from studies.sweep.reference import STUDY_TASKS
 from studies.sweep.run_cache import TrialError
-from studies.sweep.study import DEFAULT_GRID, GRIDS, Study, compare, trial_type
+from studies.sweep.study import DEFAULT_GRID, GRIDS, Study, compare
+from studies.sweep.trial_types import trial_type
 
 
 def summary(records: list[Record]) -> str:
@@ -51,7 +52,7 @@ def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]
     add("--tuning_seeds", type=int, default=2, help="number of seeds of a learning-rate sweep")
     add("--steps", type=int, default=500, help="optimizer steps of a run")
     add("--tokens_per_step", type=int, default=1024, help="rounded to whole documents")
-    add("--episodes", type=int, default=512, help="graded rollouts of each run")
+    add("--episodes", type=int, help="graded rollouts of each run; default: 512, 20 on humanoid")
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other settings of train.py")
     add("--workers", type=int, default=2, help="runs at a time, each in a process with one thread")
     add("--out", type=Path, help="folder of the results; default: out/compare/TASK-STEPS")
@@ -63,9 +64,8 @@ def study_of(arguments: argparse.Namespace) -> Study:
 
     Raises ValueError or DataError, before any work, if it cannot be run.
     """
-    for key in ("seeds", "tuning_seeds", "steps", "tokens_per_step", "episodes", "workers"):
-        if getattr(arguments, key) < 1:
-            raise ValueError(f"--{key}={getattr(arguments, key)}: must be at least 1")
+    counts = ("seeds", "tuning_seeds", "steps", "tokens_per_step", "episodes", "workers")
+    at_least(1, **{key: getattr(arguments, key) for key in counts})
     task = parse_task(arguments.task, STUDY_TASKS)
     kind = trial_type(task)
     names = arguments.optimizers.split(",")
@@ -79,7 +79,7 @@ def study_of(arguments: argparse.Namespace) -> Study:
         steps=arguments.steps,
         tuning_seeds=arguments.tuning_seeds,
         fresh_seeds=arguments.seeds,
-        n=arguments.episodes,
+        n=arguments.episodes or task.default_episodes,
         settings=kind.sizes(task, arguments.steps, arguments.tokens_per_step)
         | kind.parse_changes(arguments.set),
     )

@@ -24,35 +24,20 @@ from eval.command import command_parser
 from eval.rollout.record import make_record
 from eval.rollout.tasks import TaskError, parse_task
 from eval.rollout.tasks.lds import Array, Lds, grade_policy
-from optim.build import build_optimizers
-from optim.dopr.preconditioner import ActivationPreconditioner
 from optim.schedule import lr_scale
+from studies.sweep.optimizers import build, step
 from studies.sweep.trial import Trial, model_settings
-from studies.sweep.variants import Variant, parse_variant
+from studies.sweep.variants import Variant, parse_dopr_variant
 from trainer.metrics import environment
-from trainer.settings import FIELDS
 
 BATCH_SIZE = 64
 ACTION_NOISE = 0.03  # standard deviation of the noise in each demonstrated action
 DOPR_NUMBERS = {"gamma", "sigma_beta", "refresh_every", "collect_every", "exponent"}
-NUMBERS: dict[str, Any] = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "momentum": 0.95}
 
 
 def parse_lds_variant(name: str) -> Variant:
-    """Return the variant with that name.
-
-    Raises ValueError if it changes a setting that this task does not have: only the settings of
-    DoPr can be changed.
-    """
-    variant = parse_variant(name)
-    settings = dict(variant.settings)
-    known = DOPR_NUMBERS if settings["dopr"] else set()
-    if unknown := sorted(settings.keys() - known - {"optimizer", "dopr"}):
-        raise ValueError(
-            f"optimizer {name!r}: task lds has no setting {', '.join(unknown)} here; "
-            f"only {', '.join(sorted(DOPR_NUMBERS))} of DoPr can be changed"
-        )
-    return variant
+    """Return the variant with that name. Raises ValueError as `parse_dopr_variant`."""
+    return parse_dopr_variant(name, Lds.name, DOPR_NUMBERS)
 
 
 class LdsTrial(Trial):
@@ -111,28 +96,18 @@ def train_policy(
     """Return the policy K (m, n) after training; NaN if the loss became infinite or NaN.
 
     Args:
-        optimizer: a name that `optim.build` knows. It has the defaults of train.py, but no weight
-            decay.
+        optimizer, lr, dopr: see studies.sweep.optimizers.build.
         seed: seed of the weights and of the demonstrations, the same for all optimizers.
-        dopr: settings of ActivationPreconditioner. Without any, the gradients are not
-            preconditioned. gamma defaults to that of train.py.
     """
     model = _policy(lds, seed)
-    optimizers = build_optimizers(model, optimizer=optimizer, lr=lr, weight_decay=0.0, **NUMBERS)
-    if dopr:
-        settings: dict[str, Any] = {"gamma": FIELDS["gamma"].default, **dopr}
-        ActivationPreconditioner(model, **settings).attach(*optimizers)
-    for step, (states, actions) in enumerate(_demonstrations(lds, seed, steps)):
+    optimizers = build(model, optimizer, lr, dopr)
+    for i, (states, actions) in enumerate(_demonstrations(lds, seed, steps)):
         loss = (model(states) - actions).square().sum(1).mean()
         if not loss.isfinite():
             return np.full_like(lds.expert, np.nan)
         loss.backward()
-        scale = lr_scale(step, schedule="cosine", warmup_steps=0, max_steps=steps, min_lr_ratio=0)
-        for each in optimizers:
-            for group in each.param_groups:
-                group["lr"] = group["base_lr"] * scale
-            each.step()
-            each.zero_grad()
+        scale = lr_scale(i, schedule="cosine", warmup_steps=0, max_steps=steps, min_lr_ratio=0)
+        step(optimizers, scale)
     with torch.no_grad():
         return model(torch.eye(lds.states, dtype=torch.float64)).T.numpy()
 

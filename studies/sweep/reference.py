@@ -5,7 +5,8 @@
 oracle      the source itself; its rollouts are the data's
 greedy      always the source's likeliest token: no imitation, but no accidents either
 uniform     every token equally likely, whatever came before
-zero        on lds, where a model is a matrix: the policy that never acts
+zero        on lds and humanoid, whose models are policies: the policy that never acts
+expert      on humanoid: the expert that is cloned
 """
 
 import math
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.command import command_parser
+from eval.command import at_least, command_parser
 from eval.rollout.environment import Environment
 from eval.rollout.metrics import Grade
 from eval.rollout.policy import Predictor
@@ -27,11 +28,13 @@ from eval.rollout.record import make_record
 from eval.rollout.tasks import TASKS, TaskError, parse_task
 from eval.rollout.tasks.lds import Lds, grade_policy
 from eval.rollout.tasks.task import OracleTask, TaskBase
+from studies.humanoid.task import Humanoid
 from studies.sweep.trial import Trial
 from trainer.metrics import environment
 
-STUDY_TASKS: dict[str, Any] = TASKS | {Lds.name: Lds}
+STUDY_TASKS: dict[str, Any] = TASKS | {each.name: each for each in (Lds, Humanoid)}
 ORACLE_REFERENCES = ("oracle", "greedy", "uniform")
+POLICY_REFERENCES = ("expert", "zero")
 
 
 class OraclePredictor(Predictor):
@@ -90,13 +93,21 @@ class UniformPredictor(Predictor):
 def references_of(task: TaskBase) -> dict[str, Callable[[int, int], Grade]]:
     """Return {name: function of the number of episodes and their seed that grades the reference}.
 
-    The result is empty if the task has no oracle.
+    The result is empty if the task has neither an oracle nor an expert.
     """
     if isinstance(task, Lds):
         return {"zero": lambda n, seed: grade_policy(task, np.zeros_like(task.expert))}
+    if isinstance(task, Humanoid):
+        return {name: partial(_grade_humanoid, task, name) for name in POLICY_REFERENCES}
     if isinstance(task, OracleTask):
         return {name: partial(_grade_with_oracle, task, name) for name in ORACLE_REFERENCES}
     return {}
+
+
+def _grade_humanoid(task: Humanoid, name: str, n: int, seed: int) -> Grade:
+    from studies.humanoid.grading import grade_reference  # requires gymnasium and MuJoCo
+
+    return grade_reference(task, name, n, seed)
 
 
 def _grade_with_oracle(task: OracleTask, name: str, n: int, seed: int) -> Grade:
@@ -116,7 +127,7 @@ class ReferenceTrial(Trial):
     def make(self) -> dict[str, Any]:
         grade = references_of(self.task)[self.variant](self.n, self.grading_seed)
         sizes = {"batch_size": 0, "block_size": 0}
-        loss = grade.metrics.get("val_loss") or grade.metrics["val_ce"]  # the first is of lds
+        loss = grade.metrics.get("val_loss") or grade.metrics["val_ce"]  # the first is of policies
         return make_record(
             self.task,
             {"optimizer": self.base, "dopr": False, "lr": 0.0, "seed": self.seed, **sizes},
@@ -136,19 +147,18 @@ def command_of(spec: str, *, n: int, seed: int) -> str:
 def main(argv: list[str]) -> None:
     parser = command_parser("studies.sweep.reference", __doc__)
     parser.add_argument("task", help=f"{', '.join(STUDY_TASKS)}; NAME,knob=value,...")
-    parser.add_argument("--episodes", type=int, default=512)
+    parser.add_argument("--episodes", type=int, help="default: as in studies.sweep.compare")
     parser.add_argument("--seed", type=int, default=0, help="seed of the episodes")
     arguments = parser.parse_args(argv)
     try:
-        if arguments.episodes < 1:
-            raise ValueError(f"--episodes={arguments.episodes}: must be at least 1")
+        at_least(1, episodes=arguments.episodes)
         task = parse_task(arguments.task, STUDY_TASKS)
         if not (references := references_of(task)):
             raise ValueError(f"task {task.name}: it has no oracle, so it has no references")
     except (TaskError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
     for name, grade in references.items():
-        means = grade(arguments.episodes, arguments.seed).means()
+        means = grade(arguments.episodes or task.default_episodes, arguments.seed).means()
         print(f"{name}  " + "  ".join(f"{metric} {value:.6g}" for metric, value in means.items()))
 
 

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from data.files import write_atomic
-from eval.rollout.tasks.lds import Lds
-from eval.rollout.tasks.task import TaskBase
 from optim.build import MATRIX_OPTIMIZERS
 from studies.stats.records import (
     RECORDS,
@@ -28,11 +26,11 @@ from studies.stats.records import (
     read_records,
     val_loss,
 )
-from studies.sweep.lds import LdsTrial
 from studies.sweep.reference import ReferenceTrial, references_of
 from studies.sweep.results import unite
 from studies.sweep.runner import Runner
-from studies.sweep.trial import TrainTrial, Trial, run_folder, run_trial
+from studies.sweep.trial import Trial, run_folder, run_trial
+from studies.sweep.trial_types import trial_type
 from studies.sweep.variants import Variant
 
 FRESH = 200  # the first fresh seed; tuning seeds are 0, 1, ...
@@ -50,11 +48,6 @@ AUX_LR = 4e-3  # of the AdamW beside matrix optimizers, with and without DoPr
 
 class SweepError(RuntimeError):
     """A sweep found no best learning rate. This is a result, which concerns one variant only."""
-
-
-def trial_type(task: TaskBase) -> type[TrainTrial] | type[LdsTrial]:
-    """Return the kind of trial that trains models for a task."""
-    return LdsTrial if isinstance(task, Lds) else TrainTrial
 
 
 @dataclass(frozen=True)
@@ -75,6 +68,11 @@ class Study:
         """The fresh seeds, which are reported."""
         return range(FRESH, FRESH + self.fresh_seeds)
 
+    @property
+    def has_instances(self) -> bool:
+        """Whether a seed draws an instance of the task."""
+        return hasattr(self.task, "instance")
+
     def trial(
         self, variant: Variant, role: str, lr: float, seed: int, kind: type[Trial] | None = None
     ) -> Trial:
@@ -85,10 +83,9 @@ class Study:
         kind = kind or trial_type(self.task)
         has_aux = variant.optimizer in MATRIX_OPTIMIZERS and "aux_lr" not in self.settings
         aux = {"aux_lr": AUX_LR} if has_aux and kind.has_aux_lr else {}
-        has_instances = hasattr(self.task, "instance")
         return kind(
             folder=run_folder(self.out, variant.name, lr, seed),
-            task=replace(self.task, instance=seed) if has_instances else self.task,
+            task=replace(self.task, instance=seed) if self.has_instances else self.task,
             variant=variant.name,
             base=variant.base,
             role=role,
@@ -99,11 +96,15 @@ class Study:
         )
 
     def references(self) -> list[Trial]:
-        """Return the task's references on the instances of the fresh seeds."""
+        """Return the task's references on the instances of the fresh seeds.
+
+        A task without instances has one run of each: no seed would change it.
+        """
+        seeds = self.seeds if self.has_instances else self.seeds[:1]
         return [
             self.trial(Variant(name, name, ()), "reference", 0.0, seed, ReferenceTrial)
             for name in references_of(self.task)
-            for seed in self.seeds
+            for seed in seeds
         ]
 
     def controls(self, rates: dict[str, float]) -> list[Trial]:

@@ -166,7 +166,8 @@ def _cells(before: LeaderboardRow, after: TemperatureRow) -> tuple[str, ...]:
 def _records(study: Path) -> list[Record]:
     """Return the records of a study's transformers. Raises AnalysisError if there are none."""
     records = [record for record in load_records([study]) if record["role"] != "reference"]
-    if not any(record["role"] == "fresh" for record in records) or records[0]["task"] == "lds":
+    has_fresh = any(record["role"] == "fresh" for record in records)
+    if not has_fresh or records[0]["task"] in ("lds", "humanoid"):
         raise AnalysisError(
             f"{study}: not a study of sampled rollouts; make one with "
             "`python -m studies.sweep.compare`"

@@ -41,6 +41,7 @@ class TaskBase(ABC):
     name: ClassVar[str]
     primary: ClassVar[str]  # the metric that ranks models
     higher_is_better: ClassVar[bool] = False  # the direction of the ranking metric
+    default_episodes: ClassVar[int] = 512  # graded rollouts of a run, unless others are asked for
     # Raise this number when a change of the task's code changes its grades. Stored grades of older
     # versions are then computed again.
     grading_version: ClassVar[int] = 1

@@ -6,7 +6,13 @@ import math
 
 import pytest
 
-from studies.stats.records import AnalysisError, load_records, log_error, teacher_forced
+from studies.stats.records import (
+    AnalysisError,
+    load_records,
+    log_error,
+    return_without_error,
+    teacher_forced,
+)
 from tests.studies.records import record, write_lines, write_run
 
 ROWS = [record("adamw", seed, 1.0) for seed in range(3)]
@@ -40,6 +46,7 @@ def line(**changes):
 
 
 GRADE = ROWS[0]["grade"]
+RETURN = GRADE | {"metrics": {"return": GRADE["metrics"]["accumulated_kl"]}}
 
 
 @pytest.mark.parametrize(
@@ -51,6 +58,7 @@ GRADE = ROWS[0]["grade"]
         ("records.jsonl", line(seed="7"), "line 1: seed: .*integer"),
         ("records.jsonl", line(grade={}), "line 1: grade.metrics: Field required"),
         ("records.jsonl", line(primary="gap"), "line 1: .*the grade has no metric 'gap'"),
+        ("records.jsonl", line(primary="return", grade=RETURN), "line 1: .*metric 'shortfall'"),
         ("records.jsonl", line(grade=GRADE | {"curves": {"B": [1]}}), "line 1: grade.curves.B: "),
         ("records.jsonl", b"\xff\xfe", "line 1: Invalid JSON"),
         ("records.jsonl.xz", b"no", "cannot be read"),
@@ -76,6 +84,17 @@ def test_errors_are_logarithms_and_no_error_counts_as_half_an_episode():
     deviation["grade"]["metrics"]["log10_deviation"] = {"mean": 3.0}
     assert log_error(deviation) == pytest.approx(math.log(1000))
     assert math.isnan(log_error(record("adamw", 0, None)))
+
+
+@pytest.mark.parametrize(("shortfall", "error"), [(0.25, 0.25), (1.5, 1.5), (-0.01, 0.5 / 9)])
+def test_the_error_of_a_return_is_its_shortfall_and_at_least_half_an_episode(shortfall, error):
+    row = record("adamw", 0, 1500.0, primary="return", higher_is_better=True)
+    metrics = {"return": 1500.0, "shortfall": shortfall}
+    row["grade"]["metrics"] = {key: {"mean": value, "n": 8} for key, value in metrics.items()}
+    assert log_error(row) == pytest.approx(math.log(error))
+    assert return_without_error(row) == pytest.approx(1500 / (1 - shortfall))
+    lost = record("adamw", 0, None, primary="return", higher_is_better=True)
+    assert math.isnan(log_error(lost))
 
 
 def test_the_error_on_the_data_is_the_oracle_kl_if_the_task_has_an_oracle():

@@ -1,0 +1,102 @@
+"""Train a policy by behaviour cloning: least squares on the expert's states and actions."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from optim.schedule import lr_scale
+from studies.sweep.optimizers import build, step
+
+BATCH_SIZE = 128
+WARMUP_STEPS = 50
+N_HIDDEN = 3  # layers
+LOWEST_SCALE = 1e-3  # by which an observation is divided
+CLIP_INPUTS = 10.0  # the largest standardized input; forces of rare contacts reach thousands
+
+
+def spread(actions: np.ndarray) -> float:
+    """Return the standard deviation of all numbers in actions (n, 17)."""
+    return float(actions.astype(np.float64).std())
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How observations become inputs of the network, and its outputs actions."""
+
+    kept: np.ndarray  # (k,), the observations that vary in the demonstrations
+    mean: np.ndarray  # (k,)
+    scale: np.ndarray  # (k,)
+    action_scale: float
+
+    @classmethod
+    def of(cls, observations: np.ndarray, actions: np.ndarray) -> "Scaling":
+        """Return the scaling of demonstrations (steps, 348) and (steps, 17)."""
+        kept = np.flatnonzero(np.ptp(observations, axis=0) > 0)
+        x = observations[:, kept].astype(np.float64)
+        scale = np.maximum(x.std(0), LOWEST_SCALE)
+        return cls(kept, x.mean(0), scale, spread(actions))
+
+    def inputs(self, observations: np.ndarray) -> Tensor:  # (n, 348) -> (n, k)
+        x = (observations[:, self.kept].astype(np.float64) - self.mean) / self.scale
+        return torch.as_tensor(x.clip(-CLIP_INPUTS, CLIP_INPUTS), dtype=torch.float32)
+
+
+class Clone:
+    """A policy: a network of standardized observations."""
+
+    def __init__(self, scaling: Scaling, network: nn.Module) -> None:
+        self.scaling, self.network = scaling, network
+
+    @torch.no_grad()
+    def __call__(self, observations: np.ndarray) -> np.ndarray:  # (n, 348) -> (n, 17) float32
+        return self.network(self.scaling.inputs(observations)).numpy() * self.scaling.action_scale
+
+
+def make_network(n_inputs: int, n_outputs: int, width: int, seed: int) -> nn.Sequential:
+    """Return an MLP with N_HIDDEN hidden layers of GELU units and torch's initialisation."""
+    sizes = [n_inputs, *[width] * N_HIDDEN]
+    layers: list[nn.Module] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for d_in, d_out in pairwise(sizes):
+            layers += [nn.Linear(d_in, d_out), nn.GELU()]
+        return nn.Sequential(*layers, nn.Linear(width, n_outputs))
+
+
+def train_clone(
+    observations: np.ndarray,
+    actions: np.ndarray,
+    *,
+    width: int,
+    optimizer: str,
+    lr: float,
+    seed: int,
+    steps: int,
+    dopr: dict[str, Any],
+) -> Clone | None:
+    """Return the policy after training; None if the loss became infinite or NaN.
+
+    Args:
+        observations, actions: of the expert, (n, 348) and (n, 17).
+        optimizer, lr, dopr: see studies.sweep.optimizers.build.
+        seed: seed of the weights and of the batches, the same for all optimizers.
+    """
+    scaling = Scaling.of(observations, actions)
+    x = scaling.inputs(observations)  # (n, k)
+    y = torch.as_tensor(actions / scaling.action_scale, dtype=torch.float32)  # (n, 17)
+    network = make_network(x.shape[1], y.shape[1], width, seed)
+    optimizers = build(network, optimizer, lr, dopr)
+    generator = torch.Generator().manual_seed(seed)
+    schedule = {"schedule": "cosine", "warmup_steps": min(WARMUP_STEPS, steps // 10)}
+    for i in range(steps):
+        batch = torch.randint(len(x), (BATCH_SIZE,), generator=generator)
+        loss = (network(x[batch]) - y[batch]).square().mean()
+        if not loss.isfinite():
+            return None
+        loss.backward()
+        step(optimizers, lr_scale(i, max_steps=steps, min_lr_ratio=0, **schedule))
+    return Clone(scaling, network)

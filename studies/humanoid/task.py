@@ -1,0 +1,66 @@
+"""The task `humanoid`: clone an expert of Humanoid-v5 from a few of its episodes.
+
+The policies see the states of the expert in training and their own states in a rollout, where their
+errors feed back. Policies are ranked by their mean return. The rollout error, whose logarithm the
+studies compare, is the shortfall,
+
+    shortfall = 1 - return / return of the expert,
+
+the part of the expert's return that is missing. It is at least half an episode of n + 1, as for
+every task: one fall in n episodes can cost up to 1 / n, so a smaller error cannot be told from 0.
+
+A seed draws the weights and the batches. It draws neither the demonstrations nor the first states
+of the rollouts, which are the same for all runs.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import ClassVar
+
+from eval.rollout.tasks.task import TaskBase, TaskError
+from studies.humanoid.expert import FOLDER
+
+STAND = "stand"
+
+
+def experts() -> tuple[str, ...]:
+    """Return the names of the experts: the committed walking ones, and the standing one."""
+    return *sorted(path.stem for path in FOLDER.glob("*.npz")), STAND
+
+
+@dataclass(frozen=True, kw_only=True)
+class Humanoid(TaskBase):
+    """The expert, its demonstrations, and the size of the policies that imitate it.
+
+    Raises TaskError if gymnasium or MuJoCo is missing.
+    """
+
+    expert: str = "walk-0"
+    demonstrations: int = 10  # episodes of the expert
+    length: int = 1000  # steps of a demonstration that are used, from its beginning
+    width: int = 128  # of the three hidden layers
+
+    name: ClassVar[str] = "humanoid"
+    primary: ClassVar[str] = "return"
+    higher_is_better: ClassVar[bool] = True
+    default_episodes: ClassVar[int] = 20
+
+    def claims(self) -> dict[str, bool]:
+        known = experts()
+        return {
+            f"expert={self.expert}: must be one of {', '.join(known)}": self.expert in known,
+            f"length={self.length}: must be at most 1000": self.length <= 1000,
+        } | self.at_least(demonstrations=1, length=1, width=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            import studies.humanoid.simulator  # noqa: F401
+        except ImportError as error:
+            raise TaskError(f"task {self.name}: {error}") from None
+
+    def expert_hash(self) -> str:
+        """Return a hash of the expert's weights; "" for the standing expert, which has none."""
+        if self.expert == STAND:
+            return ""
+        return hashlib.sha256((FOLDER / f"{self.expert}.npz").read_bytes()).hexdigest()[:12]

@@ -1,0 +1,38 @@
+"""Build and step the optimizers of a variant, for models that train.py does not train."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from optim.build import build_optimizers
+from optim.dopr.preconditioner import ActivationPreconditioner
+from trainer.settings import FIELDS
+
+NUMBERS: dict[str, Any] = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "momentum": 0.95}
+
+
+def build(
+    model: nn.Module, optimizer: str, lr: float, dopr: dict[str, Any]
+) -> list[torch.optim.Optimizer]:
+    """Return the optimizers of a model, without weight decay.
+
+    Args:
+        optimizer: a name that `optim.build` knows. It has the defaults of train.py.
+        dopr: settings of ActivationPreconditioner. Without any, the gradients are not
+            preconditioned. gamma defaults to that of train.py.
+    """
+    optimizers = build_optimizers(model, optimizer=optimizer, lr=lr, weight_decay=0.0, **NUMBERS)
+    if dopr:
+        settings: dict[str, Any] = {"gamma": FIELDS["gamma"].default, **dopr}
+        ActivationPreconditioner(model, **settings).attach(*optimizers)
+    return optimizers
+
+
+def step(optimizers: list[torch.optim.Optimizer], scale: float) -> None:
+    """Step at `scale` times the learning rates, and clear the gradients."""
+    for each in optimizers:
+        for group in each.param_groups:
+            group["lr"] = group["base_lr"] * scale
+        each.step()
+        each.zero_grad()

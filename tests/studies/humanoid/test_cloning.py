@@ -1,0 +1,74 @@
+"""Clones learn with every optimizer, and depend on the seed and the settings alone."""
+
+import numpy as np
+import pytest
+import torch
+
+from optim.build import OPTIMIZERS
+from studies.humanoid.cloning import CLIP_INPUTS, Scaling, train_clone
+
+RATES = {"sgd": 0.03, "adamw": 0.003, "signum": 0.005, "muon": 0.02, "adamuon": 0.02}
+CONSTANT = 3  # a dimension of the observations that does not vary
+FAST = {"refresh_every": 4, "sigma_beta": 0.95}
+
+
+@pytest.fixture(scope="module")
+def data():
+    random = np.random.default_rng(0)
+    x = random.standard_normal((400, 12)) * np.geomspace(1, 100, 12) + 5
+    x[:, CONSTANT] = 1.5
+    actions = 0.1 * np.tanh((x - 5) / np.geomspace(1, 100, 12)) @ random.standard_normal((12, 3))
+    return x.astype(np.float32), actions.astype(np.float32)
+
+
+def clone(data, optimizer="adamw", *, seed=0, steps=20, lr=None, dopr=None):
+    found = train_clone(
+        *data,
+        width=16,
+        optimizer=optimizer,
+        lr=lr or RATES[optimizer],
+        seed=seed,
+        steps=steps,
+        dopr=dopr or {},
+    )
+    return found and found(data[0])
+
+
+@pytest.mark.parametrize("dopr", [{}, {"refresh_every": 1}], ids=["base", "dopr"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_reduces_the_error(data, optimizer, dopr):
+    error = np.square(clone(data, optimizer, steps=100, dopr=dopr) - data[1]).mean()
+    assert error < 0.5 * data[1].var()
+
+
+def test_the_seed_fixes_the_clone_and_the_global_random_state_is_kept(data):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = clone(data, dopr=FAST)
+    assert torch.get_rng_state().equal(before)
+    np.testing.assert_array_equal(clone(data, dopr=FAST), first)
+    assert np.any(clone(data, seed=1, dopr=FAST) != first)
+
+
+def test_dopr_and_each_of_its_settings_change_the_clone(data):
+    settings = [{}, FAST, FAST | {"fresh_mean": True}, FAST | {"include": ["0"]}]
+    found = [clone(data, dopr=each) for each in settings]
+    for i, own in enumerate(found):
+        assert all(np.any(own != other) for other in found[:i])
+
+
+def test_a_clone_whose_loss_is_not_finite_is_none(data):
+    assert clone(data, "sgd", lr=1e6) is None
+
+
+def test_constant_observations_are_dropped_and_the_others_standardized(data):
+    scaling = Scaling.of(*data)
+    changed = data[0].copy()
+    changed[:, CONSTANT] = 100.0
+    assert scaling.inputs(changed).equal(scaling.inputs(data[0]))
+    assert scaling.inputs(1e6 * data[0]).abs().max() == CLIP_INPUTS
+    inputs = scaling.inputs(data[0])
+    assert inputs.shape == (400, 11)
+    torch.testing.assert_close(inputs.std(0, correction=0), torch.ones(11))
+    torch.testing.assert_close(inputs.mean(0), torch.zeros(11), atol=1e-5, rtol=0)
+    assert scaling.action_scale == pytest.approx(data[1].std())
