@@ -51,7 +51,7 @@ def _steps(n: int, sequences: int) -> dict[str, int]:
 SETUPS: dict[str, dict[str, Any]] = {  # what they change, for all modes
     "plain": {},
     **{  # of the tied embedding, which is also the output head
-        f"embedding-lr-{lr:g}": {"embedding_lr": lr} for lr in (4e-3, 1.6e-2, 3.2e-2)
+        f"embedding-lr-{lr:g}": {"embedding_lr": lr} for lr in (4e-3, 1.6e-2, 3.2e-2, 6.4e-2)
     },
     "tokens-512": _steps(1600, 8),
     "tokens-8192": _steps(100, 128),
