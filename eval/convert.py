@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from eval.command import command_parser, output_folder, reported_errors
-from eval.hf import export_hf
-from eval.run import load_run
+from eval.hf import export_run
 from trainer.checkpoint.read import Checkpoint, CheckpointError, candidates, open_checkpoint
 from trainer.checkpoint.sharded import read_all
 from trainer.checkpoint.write import save_checkpoint, save_sharded
@@ -53,9 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.ema and to != "hf":
             raise ValueError(f"--ema has no effect with --to {to}, which writes both weights")
         if to == "hf":
-            run = load_run(source, ema=arguments.ema)
-            export_hf(run.model, run.tokenizer, target)
-            print(f"step {run.step} of {source} exported to {target}")
+            export_run(source, target, ema=arguments.ema)
             return
         if candidates(target / "checkpoints"):
             raise CheckpointError(f"{target} already contains checkpoints; choose another folder")

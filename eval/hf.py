@@ -78,6 +78,17 @@ def export_hf(
             raise OSError(f"{directory / WEIGHTS} could not be written: {error}") from error
 
 
+def export_run(source: Path, target: Path, *, ema: bool, overwrite: bool = False) -> None:
+    """Export a run's newest checkpoint, or a checkpoint's folder, and print what was done.
+
+    Raises what `load_run` and `export_hf` raise.
+    """
+    check_target(target, overwrite=overwrite)  # before the weights are loaded
+    run = load_run(source, ema=ema)
+    export_hf(run.model, run.tokenizer, target, overwrite=overwrite)
+    print(f"step {run.step} of {source} exported to {target}")
+
+
 def check_target(directory: Path, *, overwrite: bool) -> None:
     """Raise ValueError if `directory` contains a run, or files and `overwrite` is False."""
     if (directory / "checkpoints").exists() or (directory / "manifest.json").exists():
@@ -195,12 +206,10 @@ def main(argv: list[str] | None = None) -> None:
         help="replace an earlier export in the folder, whose other files are kept",
     )
     arguments = parser.parse_args(argv)
-    source, target, overwrite = arguments.run, arguments.directory, arguments.overwrite
     with reported_errors(parser):
-        check_target(target, overwrite=overwrite)  # before the weights are loaded
-        run = load_run(source, ema=arguments.ema)
-        export_hf(run.model, run.tokenizer, target, overwrite=overwrite)
-        print(f"step {run.step} of {source} exported to {target}")
+        export_run(
+            *(arguments.run, arguments.directory), ema=arguments.ema, overwrite=arguments.overwrite
+        )
 
 
 if __name__ == "__main__":

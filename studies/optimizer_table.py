@@ -16,11 +16,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from eval.command import command_parser
 from eval.tables import markdown
 from optim.build import MATRIX_OPTIMIZERS
-from studies.pool import map_in_pool
-from studies.sweep.study import best_rate, further_rate
+from studies.pool import map_in_pool, pool_parser
+from studies.sweep.study import best_rate, search_rates
 from studies.sweep.trial import train_in
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,10 +89,7 @@ def sweep(
     optimizer: str, changes: dict[str, Any], *, seed: int = TUNING_SEED
 ) -> dict[float, float]:
     """Return {learning rate: loss on the tuning seed}, with the best rate inside the grid."""
-    losses = {lr: run(optimizer, lr, seed, **changes) for lr in RATES[optimizer]}
-    while lr := further_rate(losses):
-        losses[lr] = run(optimizer, lr, seed, **changes)
-    return dict(sorted(losses.items()))
+    return search_rates(lambda lr: run(optimizer, lr, seed, **changes), RATES[optimizer])
 
 
 def headline(variant: tuple[str, str]) -> dict[str, Any]:
@@ -129,9 +125,7 @@ def table_of(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = command_parser("studies.optimizer_table", __doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
+    parser = pool_parser("studies.optimizer_table", __doc__)
     arguments = parser.parse_args()
     variants = [(optimizer, mode) for optimizer in RATES for mode in MODES]
     table = map_in_pool(headline, variants, arguments.workers, "headline")

@@ -1,15 +1,27 @@
 """Call a function for every task in a pool of processes with one thread each."""
 
+import argparse
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from tqdm import tqdm
 
+from eval.command import command_parser
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+
+
+def pool_parser(module: str, about: str | None) -> argparse.ArgumentParser:
+    """Return a parser of the options that all studies in a pool have: --out and --workers."""
+    parser = command_parser(module, about)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
+    return parser
 
 
 def map_in_pool(

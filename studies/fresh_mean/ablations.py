@@ -7,15 +7,14 @@ unchanged mode, so a change that would need another rate looks worse than it is.
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 from data.files import write_atomic
-from eval.command import command_parser
+from eval.command import reported_errors
 from eval.tables import markdown
-from studies.fresh_mean.comparison import MODES, row_in
+from studies.fresh_mean.comparison import MODES, tuned_rates
 from studies.optimizer_table import run, summary
-from studies.pool import map_in_pool
+from studies.pool import map_in_pool, pool_parser
 
 SEEDS = (30, 31)
 NO_MEAN = {"fresh_mean": False}
@@ -50,14 +49,12 @@ def table_of(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = command_parser("studies.fresh_mean.ablations", __doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = pool_parser("studies.fresh_mean.ablations", __doc__)
     parser.add_argument("--optimizers", default="adamw,muon", help="comma-separated")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
     arguments = parser.parse_args()
-    optimizers = arguments.optimizers.split(",")
-    rates = {name: row_in(name, "fresh mean")["lr"] for name in optimizers}
-    tasks = [(name, rates[name], change) for change in CHANGES for name in optimizers]
+    with reported_errors(parser):
+        rates = tuned_rates(arguments.optimizers)
+    tasks = [(name, rates[name], change) for change in CHANGES for name in rates]
     rows = map_in_pool(measure, tasks, arguments.workers)
     write_atomic(arguments.out, json.dumps({"seeds": SEEDS, "rows": rows}, indent=2) + "\n")
     print(table_of(rows))

@@ -11,11 +11,9 @@ and the rows of earlier commands in FILE are kept.
 
 import json
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from data.files import write_atomic
-from eval.command import command_parser
 from eval.tables import markdown
 from studies.optimizer_table import (
     AUX_LR,
@@ -29,7 +27,7 @@ from studies.optimizer_table import (
     summary,
     sweep,
 )
-from studies.pool import map_in_pool
+from studies.pool import map_in_pool, pool_parser
 from studies.stats.seeds import over_seeds
 from studies.sweep.study import best_rate
 
@@ -65,13 +63,30 @@ TUNING_SEED, FRESH_SEEDS = 10, (11, 12, 13, 14, 15)
 def measure(variant: tuple[str, str, str]) -> dict[str, Any]:
     """Return a row: the sweep of a (setup, optimizer, mode), and its losses at the best rate."""
     setup, optimizer, mode = variant
-    shared, own = SETUPS[setup], SETUPS[setup] | MODES[mode]
-    losses = sweep(optimizer, own, seed=TUNING_SEED)
+    settings = SETUPS[setup] | MODES[mode]
+    losses = sweep(optimizer, settings, seed=TUNING_SEED)
     lr = best_rate(losses)
-    fresh = [run(optimizer, lr, seed, **own) for seed in FRESH_SEEDS]
-    base = [run(optimizer, lr, seed, **shared) for seed in FRESH_SEEDS]
+    fresh = [run(optimizer, lr, seed, **settings) for seed in FRESH_SEEDS]
     row = {"setup": setup, "optimizer": optimizer, "mode": mode, "lr": lr, "sweep": losses}
-    return row | summary(fresh) | {"base_at_this_lr": base}
+    return row | summary(fresh)
+
+
+def base_losses(at: tuple[str, str, float]) -> list[float]:
+    """Return the losses without DoPr of a setup and optimizer at a rate, on the fresh seeds."""
+    setup, optimizer, lr = at
+    return [run(optimizer, lr, seed, **SETUPS[setup]) for seed in FRESH_SEEDS]
+
+
+def rows_of(variants: list[tuple[str, str, str]], workers: int) -> list[dict[str, Any]]:
+    """Return the rows of all variants, with the losses of the base at their rates.
+
+    These come last and once for each rate, because modes may share them.
+    """
+    rows = map_in_pool(measure, variants, workers, "modes")
+    places = [(row["setup"], row["optimizer"], row["lr"]) for row in rows]
+    distinct = list(dict.fromkeys(places))
+    found = dict(zip(distinct, map_in_pool(base_losses, distinct, workers, "bases"), strict=True))
+    return [row | {"base_at_this_lr": found[at]} for row, at in zip(rows, places, strict=True)]
 
 
 def key_of(row: dict[str, Any]) -> tuple[str, str, str]:
@@ -80,9 +95,18 @@ def key_of(row: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def row_in(optimizer: str, mode: str, setup: str = "plain") -> dict[str, Any]:
-    """Return the committed row of an optimizer, mode and setup."""
-    rows = json.loads(RESULTS.read_text())["rows"]
-    return next(row for row in rows if key_of(row) == (setup, optimizer, mode))
+    """Return the committed row of an optimizer, mode and setup. Raises ValueError without one."""
+    for row in json.loads(RESULTS.read_text())["rows"]:
+        if key_of(row) == (setup, optimizer, mode):
+            return row
+    raise ValueError(
+        f"{optimizer}: {RESULTS.name} has no {mode} of it; run studies.fresh_mean.comparison first"
+    )
+
+
+def tuned_rates(optimizers: str) -> dict[str, float]:
+    """Return {optimizer: rate of fresh mean} of a comma-separated list."""
+    return {name: row_in(name, "fresh mean")["lr"] for name in optimizers.split(",")}
 
 
 def difference(losses: list[float], reference: list[float]) -> str:
@@ -107,12 +131,10 @@ def table_of(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = command_parser("studies.fresh_mean.comparison", __doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = pool_parser("studies.fresh_mean.comparison", __doc__)
     parser.add_argument("--optimizers", default="adamw,muon", help="comma-separated")
     parser.add_argument("--setups", default="plain", help=f"of {', '.join(SETUPS)}")
     parser.add_argument("--modes", default=",".join(MODES), help="comma-separated")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
     arguments = parser.parse_args()
     known_names = {"optimizers": RATES, "setups": SETUPS, "modes": MODES}
     chosen = {flag: getattr(arguments, flag).split(",") for flag in known_names}
@@ -123,7 +145,7 @@ def main() -> None:
     if arguments.out.exists():
         rows = {key_of(row): row for row in json.loads(arguments.out.read_text())["rows"]}
     variants = list(product(chosen["setups"], chosen["optimizers"], chosen["modes"]))
-    rows |= {key_of(row): row for row in map_in_pool(measure, variants, arguments.workers)}
+    rows |= {key_of(row): row for row in rows_of(variants, arguments.workers)}
     result = {"model": MODEL, "run": RUN, "aux_lr": AUX_LR, "modes": MODES, "setups": SETUPS}
     result |= {"tuning_seed": TUNING_SEED, "fresh_seeds": FRESH_SEEDS, "rows": [*rows.values()]}
     write_atomic(arguments.out, json.dumps(result, indent=2) + "\n")

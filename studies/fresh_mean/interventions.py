@@ -8,9 +8,12 @@ rule "exact" is DoPr's exact mode, which a test checks.
     M = m G (C + μ μᵀ + γ m I)^-1
 """
 
+import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from data.files import write_atomic
 
 GAMMA = 0.1
 EVERY, BETA = 10, 0.95  # as in fast mode: steps between two refreshes, average over refreshes
@@ -165,3 +170,20 @@ def _degrees(a: Tensor, b: Tensor) -> float:
     """Return the angle between two vectors, exact also where it is small."""
     a, b = a / a.norm(), b / b.norm()
     return math.degrees(2 * math.asin(min(1.0, float((a - b).norm()) / 2)))
+
+
+def folder_of(runs: Path, rule: str, lr: float, seed: int) -> Path:
+    """Return the folder of one run."""
+    return runs / f"{rule.replace(' ', '-')}_lr={lr:g}_seed={seed}"
+
+
+def kept(folder: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Return the result of a finished run; otherwise make it in an empty folder, and keep it.
+
+    A run that was stopped begins again, because a checkpoint holds no moments of earlier steps.
+    """
+    path = folder / "result.json"
+    if not path.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        write_atomic(path, json.dumps(make(folder)))
+    return json.loads(path.read_text())

@@ -9,15 +9,14 @@ comparison.py. Between the lengths, the loss is interpolated against the logarit
 import json
 import math
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from data.files import write_atomic
-from eval.command import command_parser
+from eval.command import reported_errors
 from eval.tables import markdown
-from studies.fresh_mean.comparison import FRESH_SEEDS, MODES, row_in
+from studies.fresh_mean.comparison import FRESH_SEEDS, MODES, row_in, tuned_rates
 from studies.optimizer_table import RUN, run
-from studies.pool import map_in_pool
+from studies.pool import map_in_pool, pool_parser
 from studies.stats.seeds import over_seeds
 
 LENGTHS = (100, 200, 300, 400)
@@ -75,17 +74,15 @@ def table_of(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = command_parser("studies.fresh_mean.steps", __doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = pool_parser("studies.fresh_mean.steps", __doc__)
     parser.add_argument("--optimizers", default="adamw,muon", help="comma-separated")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
     arguments = parser.parse_args()
-    optimizers = arguments.optimizers.split(",")
-    rates = {name: row_in(name, "fresh mean")["lr"] for name in optimizers}
-    tasks = [(name, rates[name], n) for name in optimizers for n in LENGTHS]
+    with reported_errors(parser):
+        rates = tuned_rates(arguments.optimizers)
+    tasks = [(name, rates[name], n) for name in rates for n in LENGTHS]
     found = dict(zip(tasks, map_in_pool(losses_of, tasks, arguments.workers), strict=True))
     rows = []
-    for name in optimizers:
+    for name in rates:
         losses = {n: found[name, rates[name], n] for n in LENGTHS}
         rows.append(row_of(name, row_in(name, "base")["losses"], losses))
     write_atomic(arguments.out, json.dumps({"lengths": LENGTHS, "rows": rows}, indent=2) + "\n")

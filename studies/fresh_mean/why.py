@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from data.files import write_atomic
-from eval.command import command_parser
 from eval.tables import markdown
-from studies.fresh_mean.interventions import GAMMA, RULES, Intervention
+from studies.fresh_mean.interventions import GAMMA, RULES, Intervention, folder_of, kept
 from studies.optimizer_table import KEY, MODEL, ROOT, RUN, command_of, final_loss, settings_of
-from studies.pool import map_in_pool
+from studies.pool import map_in_pool, pool_parser
 from studies.sweep.trial import train_in
 
 RUNS = ROOT / "out" / f"fresh_mean_why-{KEY}"
@@ -29,16 +28,15 @@ MEASURED = ("base", "exact")  # rules whose measurements are kept
 
 def run(rule: str, lr: float, seed: int) -> dict[str, Any]:
     """Return the loss and the measurements of one training run; an infinite loss if it diverged."""
-    out = RUNS / f"{rule.replace(' ', '-')}_lr={lr:g}_seed={seed}"
-    result = out / "result.json"
-    if result.exists():
-        return json.loads(result.read_text())
-    with Intervention(RULES[rule]) as intervention:
-        has_finished = train_in(out, command_of(settings_of("adamw", lr, seed, {}), out))
-    loss = final_loss(out) if has_finished else math.inf
-    found = {"loss": loss, "measured": intervention.measured}
-    write_atomic(result, json.dumps(found))
-    return found
+
+    def make(folder: Path) -> dict[str, Any]:
+        command = command_of(settings_of("adamw", lr, seed, {}), folder)
+        with Intervention(RULES[rule]) as intervention:
+            has_finished = train_in(folder, command)
+        loss = final_loss(folder) if has_finished else math.inf
+        return {"loss": loss, "measured": intervention.measured}
+
+    return kept(folder_of(RUNS, rule, lr, seed), make)
 
 
 def measure(task: tuple[str, float]) -> dict[str, Any]:
@@ -58,9 +56,7 @@ def table_of(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = command_parser("studies.fresh_mean.why", __doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
+    parser = pool_parser("studies.fresh_mean.why", __doc__)
     arguments = parser.parse_args()
     tasks = [("base", BASE_LR), *((rule, LR) for rule in RULES)]
     rows = map_in_pool(measure, tasks, arguments.workers)

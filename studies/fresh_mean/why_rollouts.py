@@ -15,39 +15,37 @@ from statistics import fmean
 from typing import Any
 
 from data.files import write_atomic
-from eval.command import command_parser
 from eval.rollout.tasks import parse_task
 from eval.tables import markdown
-from studies.fresh_mean.interventions import RULES, Intervention
+from studies.fresh_mean.interventions import RULES, Intervention, folder_of, kept
 from studies.optimizer_table import ROOT
-from studies.pool import map_in_pool
+from studies.pool import map_in_pool, pool_parser
 from studies.stats.records import log_error, primary, val_loss
 from studies.stats.seeds import over_seeds
 from studies.sweep.reference import STUDY_TASKS
-from studies.sweep.study import GRIDS, best_rate, further_rate
+from studies.sweep.study import GRIDS, best_rate, search_rates
 from studies.sweep.trial import TrainTrial
 
-RUNS = ROOT / "out" / "fresh_mean_why_pdfa"
 TASK = "pdfa"
 TUNING_SEEDS, FRESH_SEEDS = (0, 1), range(300, 308)
 STEPS, TOKENS, EPISODES = 500, 1024, 512
+RUNS = ROOT / "out" / f"fresh_mean_why_{TASK}-{STEPS}-{TOKENS}-{EPISODES}"
 TESTED = ("base", "exact", "stale mean", "averaged C", "averaged mean", "no mean", "mean removed")
 
 
 def run(rule: str, lr: float, seed: int) -> dict[str, Any]:
     """Return the validation loss of a run, its rollout error, and the logarithm of the error."""
     task = replace(parse_task(TASK, STUDY_TASKS), instance=seed)
-    folder = RUNS / f"{rule.replace(' ', '-')}_lr={lr:g}_seed={seed}"
-    if (folder / "result.json").exists():
-        return json.loads((folder / "result.json").read_text())
     sizes = TrainTrial.sizes(task, STEPS, TOKENS)
     settings = {"optimizer": "adamw", "max_steps": STEPS} | sizes
-    trial = TrainTrial(folder, task, rule, "adamw", "fresh", lr, seed, settings, EPISODES)
-    with Intervention(RULES[rule]):
-        record = trial.make()
-    found = {"loss": val_loss(record), "error": primary(record), "log_error": log_error(record)}
-    write_atomic(folder / "result.json", json.dumps(found))
-    return found
+
+    def make(folder: Path) -> dict[str, Any]:
+        trial = TrainTrial(folder, task, rule, "adamw", "fresh", lr, seed, settings, EPISODES)
+        with Intervention(RULES[rule]):
+            record = trial.make()
+        return {"loss": val_loss(record), "error": primary(record), "log_error": log_error(record)}
+
+    return kept(folder_of(RUNS, rule, lr, seed), make)
 
 
 def measure(rule: str) -> dict[str, Any]:
@@ -57,9 +55,7 @@ def measure(rule: str) -> dict[str, Any]:
         loss = fmean(run(rule, lr, seed)["loss"] for seed in TUNING_SEEDS)
         return math.inf if math.isnan(loss) else loss
 
-    losses = {lr: tuning_loss(lr) for lr in GRIDS["adamw"]}
-    while lr := further_rate(losses):
-        losses[lr] = tuning_loss(lr)
+    losses = search_rates(tuning_loss, GRIDS["adamw"])
     lr = best_rate(losses)
     return {
         "rule": rule,
@@ -84,9 +80,7 @@ def table_of(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = command_parser("studies.fresh_mean.why_rollouts", __doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
+    parser = pool_parser("studies.fresh_mean.why_rollouts", __doc__)
     arguments = parser.parse_args()
     rows = map_in_pool(measure, TESTED, arguments.workers)
     write_atomic(arguments.out, json.dumps({"seeds": [*FRESH_SEEDS], "rows": rows}) + "\n")

@@ -8,7 +8,6 @@ for the task and grading.py for the metrics. Requires pip install '.[humanoid]'.
 
 import shlex
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from eval.rollout.tasks import parse_task
 from eval.rollout.ttf import grading_version
 from studies.humanoid.cloning import BATCH_SIZE, train_clone
 from studies.humanoid.task import Humanoid
-from studies.sweep.trial import Trial, model_settings
+from studies.sweep.policy_trial import PolicyTrial
 from studies.sweep.variants import Variant, parse_dopr_variant
 from trainer.metrics import environment
 from trainer.presets import DOPR_KEYS
@@ -28,31 +27,20 @@ from trainer.presets import DOPR_KEYS
 LAYERS = ("include", "exclude")  # a layer of the network: 0, 2, 4 or 6
 
 
-class HumanoidTrial(Trial):
+class HumanoidTrial(PolicyTrial):
     """A clone, trained and graded in this process without train.py.
 
     The biases, which muon and adamuon leave to AdamW, have the default rate of optim.build.
     """
 
+    task_name = Humanoid.name
+
     @staticmethod
     def parse_variant(name: str) -> Variant:
         return parse_dopr_variant(name, Humanoid.name, {*DOPR_KEYS, *LAYERS})
 
-    @staticmethod
-    def parse_changes(pairs: Iterable[str]) -> dict[str, str]:
-        """Raise ValueError if --set is given: the settings of train.py do not apply."""
-        if list(pairs):
-            raise ValueError("--set: task humanoid has no such settings; see `optimizer+gamma=0.1`")
-        return {}
-
-    @staticmethod
-    def sizes(task: Any, steps: int, tokens_per_step: int) -> dict[str, Any]:
-        return {}
-
     def model_identity(self) -> dict[str, Any]:
-        model_settings([*self.command, "--warmup_steps=0"])  # check the values
-        names = {"spec": self.task.spec, "expert": self.task.expert_hash()}
-        return {**self.settings, "lr": self.lr, "seed": self.seed, **names}
+        return super().model_identity() | {"expert": self.task.expert_hash()}
 
     def make(self) -> dict[str, Any]:
         from studies.humanoid.grading import STRIDE

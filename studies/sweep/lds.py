@@ -13,7 +13,6 @@ import argparse
 import math
 import shlex
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from eval.rollout.tasks import TaskError, parse_task
 from eval.rollout.tasks.lds import Array, Lds, grade_policy
 from optim.schedule import lr_scale
 from studies.sweep.optimizers import build, step
-from studies.sweep.trial import Trial, model_settings
+from studies.sweep.policy_trial import PolicyTrial
 from studies.sweep.variants import Variant, parse_dopr_variant
 from trainer.metrics import environment
 
@@ -40,25 +39,11 @@ def parse_lds_variant(name: str) -> Variant:
     return parse_dopr_variant(name, Lds.name, DOPR_NUMBERS)
 
 
-class LdsTrial(Trial):
+class LdsTrial(PolicyTrial):
     """A linear policy, trained and graded in this process without train.py."""
 
+    task_name = Lds.name
     parse_variant = staticmethod(parse_lds_variant)
-
-    @staticmethod
-    def parse_changes(pairs: Iterable[str]) -> dict[str, str]:
-        """Raise ValueError if --set is given: the settings of train.py do not apply."""
-        if list(pairs):
-            raise ValueError("--set: task lds has no such settings; see `optimizer+gamma=0.1`")
-        return {}
-
-    @staticmethod
-    def sizes(task: Any, steps: int, tokens_per_step: int) -> dict[str, Any]:
-        return {}
-
-    def model_identity(self) -> dict[str, Any]:
-        model_settings([*self.command, "--warmup_steps=0"])  # check the values
-        return {**self.settings, "lr": self.lr, "seed": self.seed, "spec": self.task.spec}
 
     def make(self) -> dict[str, Any]:
         steps = self.settings["max_steps"]

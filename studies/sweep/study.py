@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -197,6 +197,14 @@ def further_rate(losses: dict[float, float]) -> float | None:
     if low < best < high and not all_diverged:
         return None
     return low / 2 if best == low or all_diverged else high * 2
+
+
+def search_rates(loss_of: Callable[[float], float], rates: Iterable[float]) -> dict[float, float]:
+    """Return {rate: loss} in increasing order, with the best rate inside the grid."""
+    losses = {lr: loss_of(lr) for lr in rates}
+    while lr := further_rate(losses):
+        losses[lr] = loss_of(lr)
+    return dict(sorted(losses.items()))
 
 
 def sweep(study: Study, variant: Variant, run: Callable[[list[Trial]], list[Record]]) -> float:

@@ -5,7 +5,14 @@ import torch
 from torch import nn
 
 from optim import ActivationPreconditioner
-from studies.fresh_mean.interventions import RULES, Intervention, Moments, measure, rotated
+from studies.fresh_mean.interventions import (
+    RULES,
+    Intervention,
+    Moments,
+    kept,
+    measure,
+    rotated,
+)
 
 
 def train(rule=None, steps=3, **settings):
@@ -83,3 +90,15 @@ def test_every_layer_is_measured_in_every_tenth_step():
         assert row["suppression"] > 1
         assert row["leak"] > 1
         assert row["turn_10"] > 0
+
+
+def test_a_finished_run_is_kept_and_a_stopped_one_begins_again(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text("of a stopped run")
+
+    def make(own):
+        assert not own.exists()
+        return {"loss": 1.5}
+
+    assert kept(folder, make) == kept(folder, lambda own: {}) == {"loss": 1.5}
