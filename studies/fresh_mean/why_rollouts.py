@@ -23,8 +23,8 @@ from studies.pool import map_in_pool, pool_parser
 from studies.stats.records import log_error, primary, val_loss
 from studies.stats.seeds import over_seeds
 from studies.sweep.reference import STUDY_TASKS
-from studies.sweep.study import GRIDS, best_rate, search_rates
-from studies.sweep.trial import TrainTrial
+from studies.sweep.study import best_rate, search_rates
+from studies.sweep.trial import GRIDS, TrainTrial
 
 TASK = "pdfa"
 TUNING_SEEDS, FRESH_SEEDS = (0, 1), range(300, 308)

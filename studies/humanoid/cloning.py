@@ -1,12 +1,13 @@
 """Train a policy by behaviour cloning: least squares on the expert's states and actions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from optim.schedule import lr_scale
 from studies.sweep.optimizers import build, step
@@ -15,6 +16,7 @@ BATCH_SIZE = 128
 WARMUP_STEPS = 50
 N_HIDDEN = 3  # layers
 LOWEST_SCALE = 1e-3  # by which an observation is divided
+LOWEST_EIGENVALUE = 1e-6  # of a whitened covariance, as a share of its largest
 CLIP_INPUTS = 10.0  # the largest standardized input; forces of rare contacts reach thousands
 
 
@@ -31,18 +33,31 @@ class Scaling:
     mean: np.ndarray  # (k,)
     scale: np.ndarray  # (k,)
     action_scale: float
+    whiten: np.ndarray | None = None  # (k, k), symmetric; applied after standardization
 
     @classmethod
-    def of(cls, observations: np.ndarray, actions: np.ndarray) -> "Scaling":
-        """Return the scaling of demonstrations (steps, 348) and (steps, 17)."""
+    def of(cls, observations: np.ndarray, actions: np.ndarray, whitening: float = 0.0) -> "Scaling":
+        """Return the scaling of demonstrations (steps, 348) and (steps, 17).
+
+        With whitening a > 0, standardized inputs with the second moment C, whose mean eigenvalue is
+        m, are multiplied by (a C / m + (1 - a) I)^(-1/2).
+        """
         kept = np.flatnonzero(np.ptp(observations, axis=0) > 0)
         x = observations[:, kept].astype(np.float64)
         scale = np.maximum(x.std(0), LOWEST_SCALE)
-        return cls(kept, x.mean(0), scale, spread(actions))
+        plain = cls(kept, x.mean(0), scale, spread(actions))
+        if not whitening:
+            return plain
+        z = plain.inputs(observations).double().numpy()  # (steps, k)
+        values, vectors = np.linalg.eigh(z.T @ z / len(z))
+        mixed = whitening * values.clip(0) / values.mean() + 1 - whitening  # (k,)
+        floor = LOWEST_EIGENVALUE * mixed.max()
+        return replace(plain, whiten=(vectors / np.sqrt(mixed.clip(floor))) @ vectors.T)
 
     def inputs(self, observations: np.ndarray) -> Tensor:  # (n, 348) -> (n, k)
         x = (observations[:, self.kept].astype(np.float64) - self.mean) / self.scale
-        return torch.as_tensor(x.clip(-CLIP_INPUTS, CLIP_INPUTS), dtype=torch.float32)
+        x = x.clip(-CLIP_INPUTS, CLIP_INPUTS)
+        return torch.as_tensor(x if self.whiten is None else x @ self.whiten, dtype=torch.float32)
 
 
 class Clone:
@@ -77,6 +92,8 @@ def train_clone(
     seed: int,
     steps: int,
     dopr: dict[str, Any],
+    whitening: float = 0.0,
+    ema_decay: float = 0.0,
 ) -> Clone | None:
     """Return the policy after training; None if the loss became infinite or NaN.
 
@@ -84,12 +101,15 @@ def train_clone(
         observations, actions: of the expert, (n, 348) and (n, 17).
         optimizer, lr, dopr: see studies.sweep.optimizers.build.
         seed: seed of the weights and of the batches, the same for all optimizers.
+        whitening: of the inputs, see Scaling.of.
+        ema_decay: above 0, the policy has an exponential moving average of the weights.
     """
-    scaling = Scaling.of(observations, actions)
+    scaling = Scaling.of(observations, actions, whitening)
     x = scaling.inputs(observations)  # (n, k)
     y = torch.as_tensor(actions / scaling.action_scale, dtype=torch.float32)  # (n, 17)
     network = make_network(x.shape[1], y.shape[1], width, seed)
     optimizers = build(network, optimizer, lr, dopr)
+    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
     generator = torch.Generator().manual_seed(seed)
     schedule = {"schedule": "cosine", "warmup_steps": min(WARMUP_STEPS, steps // 10)}
     for i in range(steps):
@@ -99,4 +119,6 @@ def train_clone(
             return None
         loss.backward()
         step(optimizers, lr_scale(i, max_steps=steps, min_lr_ratio=0, **schedule))
-    return Clone(scaling, network)
+        if ema_decay:
+            average.update_parameters(network)
+    return Clone(scaling, average.module if ema_decay else network)

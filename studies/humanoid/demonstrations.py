@@ -30,7 +30,7 @@ VERSION = 1  # raise it when a change of the code changes the demonstrations
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """Steps of noise-free episodes of the expert, one episode after the other."""
+    """Steps of episodes of the expert, one after the other; those for validation have no noise."""
 
     observations: np.ndarray  # (steps, 348) float32
     actions: np.ndarray  # (steps, 17) float32
@@ -66,7 +66,7 @@ def demonstrations_of(task: Humanoid) -> Demonstrations:
 def _fingerprint(task: Humanoid) -> str:
     """Return a hash of what determines the demonstrations."""
     versions = [VERSION, mujoco.__version__, gymnasium.__version__]
-    sizes = [task.demonstrations, task.length, N_VALIDATION]
+    sizes = [task.demonstrations, task.length, N_VALIDATION, task.noise]
     content = json.dumps([task.expert, task.expert_hash(), sizes, versions])
     return f"{task.expert}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
@@ -74,7 +74,7 @@ def _fingerprint(task: Humanoid) -> str:
 def _make(task: Humanoid) -> dict[str, np.ndarray]:
     """Run the expert. Return the arrays of a file."""
     expert: Callable = expert_policy(task.expert)
-    training = rollout(expert, task.demonstrations, TRAINING_SEED)
+    training = rollout(expert, task.demonstrations, TRAINING_SEED, task.noise)
     validation = rollout(expert, N_VALIDATION, VALIDATION_SEED)
     observations, actions, _ = _joined(training, task.length)
     val_observations, val_actions, val_lengths = _joined(validation, task.length)

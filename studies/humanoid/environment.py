@@ -26,10 +26,13 @@ class Episodes:
         return float(np.mean(self.lengths < LIMIT_STEPS))
 
 
-def rollout(policy: Policy, n: int, seed: int) -> Episodes:
+def rollout(policy: Policy, n: int, seed: int, noise: float = 0.0) -> Episodes:
     """Run n episodes in lockstep, so that the policy sees all running episodes at once.
 
     The first states depend on `seed` and on the number of the episode alone.
+
+    noise: standard deviation of Gaussian noise that is added to each action when it is executed.
+        The episodes hold the actions without it.
     """
     environments = [gymnasium.make("Humanoid-v5", disable_env_checker=True) for _ in range(n)]
     starts = np.random.SeedSequence(seed).generate_state(n)
@@ -37,6 +40,7 @@ def rollout(policy: Policy, n: int, seed: int) -> Episodes:
         environment.reset(seed=int(start))[0]
         for environment, start in zip(environments, starts, strict=True)
     ]
+    draws = [np.random.default_rng([seed, i]) for i in range(n)]
     returns = np.zeros(n)
     observations, actions = [[] for _ in range(n)], [[] for _ in range(n)]
     running = list(range(n))
@@ -45,7 +49,8 @@ def rollout(policy: Policy, n: int, seed: int) -> Episodes:
         chosen = policy(seen).astype(np.float32)  # (running, 17)
         ended = set()
         for i, observation, action in zip(running, seen, chosen, strict=True):
-            states[i], reward, terminated, truncated, _ = environments[i].step(action)
+            executed = action + noise * draws[i].standard_normal(action.shape) if noise else action
+            states[i], reward, terminated, truncated, _ = environments[i].step(executed)
             returns[i] += float(reward)
             observations[i].append(observation)
             actions[i].append(action)

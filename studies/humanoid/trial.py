@@ -8,7 +8,7 @@ for the task and grading.py for the metrics. Requires pip install '.[humanoid]'.
 
 import shlex
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -25,6 +25,7 @@ from trainer.metrics import environment
 from trainer.presets import DOPR_KEYS
 
 LAYERS = ("include", "exclude")  # a layer of the network: 0, 2, 4 or 6
+AVERAGE = "ema_decay"
 
 
 class HumanoidTrial(PolicyTrial):
@@ -34,10 +35,17 @@ class HumanoidTrial(PolicyTrial):
     """
 
     task_name = Humanoid.name
+    grids: ClassVar = {
+        "adamw": (5e-4, 1e-3, 2e-3),
+        "sgd": (0.05, 0.1, 0.2),
+        "signum": (5e-5, 1e-4, 2e-4),
+        "muon": (1e-3, 2e-3, 4e-3),
+        "adamuon": (1e-3, 2e-3, 4e-3),
+    }
 
     @staticmethod
     def parse_variant(name: str) -> Variant:
-        return parse_dopr_variant(name, Humanoid.name, {*DOPR_KEYS, *LAYERS})
+        return parse_dopr_variant(name, Humanoid.name, {*DOPR_KEYS, *LAYERS}, AVERAGE)
 
     def model_identity(self) -> dict[str, Any]:
         return super().model_identity() | {"expert": self.task.expert_hash()}
@@ -84,6 +92,8 @@ def train_and_grade(
         seed=seed,
         steps=settings["max_steps"],
         dopr=dopr,
+        whitening=task.whitening,
+        ema_decay=settings.get(AVERAGE, 0.0),
     )
     return clone and grade_policy(task, clone, n, grading_seed, data)
 

@@ -24,7 +24,8 @@ from studies.stats.matched import matched_validation, quantity
 from studies.stats.records import Record
 from studies.sweep.reference import STUDY_TASKS
 from studies.sweep.run_cache import TrialError
-from studies.sweep.study import DEFAULT_GRID, GRIDS, Study, compare
+from studies.sweep.study import Study, compare
+from studies.sweep.trial import DEFAULT_GRID
 from studies.sweep.trial_types import trial_type
 
 
@@ -95,9 +96,9 @@ def notes(study: Study) -> str:
     rates = ", ".join(f"{lr:g}" for lr in DEFAULT_GRID)
     optimizers = dict.fromkeys(variant.optimizer for variant in study.variants)
     lines = [
-        f"{name}: not in GRIDS of studies/sweep/study.py, so its sweep begins with {rates}"
+        f"{name}: has no grid of its own, so its sweep begins with {rates}"
         for name in optimizers
-        if name not in GRIDS
+        if name not in trial_type(study.task).grids
     ]
     names = {variant.name for variant in study.variants}
     lines += [

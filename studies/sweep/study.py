@@ -34,14 +34,6 @@ from studies.sweep.trial_types import trial_type
 from studies.sweep.variants import Variant
 
 FRESH = 200  # the first fresh seed; tuning seeds are 0, 1, ...
-GRIDS = {  # the first learning rates of a sweep
-    "adamw": (2e-3, 4e-3, 8e-3),
-    "sgd": (0.1, 0.2, 0.4),
-    "signum": (5e-4, 1e-3, 2e-3),
-    "muon": (8e-3, 1.6e-2, 3.2e-2),
-    "adamuon": (8e-3, 1.6e-2, 3.2e-2),
-}
-DEFAULT_GRID = (5e-4, 1e-3, 2e-3)  # of other optimizers: a factor of 2 around 1e-3
 MAX_RATES = 16  # the most rates of a sweep
 AUX_LR = 4e-3  # of the AdamW beside matrix optimizers, with and without DoPr
 
@@ -94,6 +86,10 @@ class Study:
             settings={"max_steps": self.steps} | self.settings | aux | dict(variant.settings),
             n=self.n,
         )
+
+    def first_rates(self, variant: Variant) -> tuple[float, ...]:
+        """Return the rates that the sweep of a variant begins with."""
+        return trial_type(self.task).first_rates(variant.optimizer)
 
     def references(self) -> list[Trial]:
         """Return the task's references on the instances of the fresh seeds.
@@ -164,7 +160,7 @@ class Study:
         """Raise ValueError if a variant cannot be trained with these settings."""
         for variant in self.variants:
             try:
-                self.trial(variant, "tuning", first_rates(variant.optimizer)[0], 0).asked()
+                self.trial(variant, "tuning", self.first_rates(variant)[0], 0).asked()
             except ValueError as error:
                 raise ValueError(f"{variant.name}: {error}") from error
 
@@ -175,11 +171,6 @@ def _line(record: Record) -> str:
         f"val loss {val_loss(record):.4f}  {record['primary']} {primary(record):.4f}  "
         f"{record['seconds']:.1f} s"
     )
-
-
-def first_rates(optimizer: str) -> tuple[float, ...]:
-    """Return the rates that a sweep begins with."""
-    return GRIDS.get(optimizer, DEFAULT_GRID)
 
 
 def best_rate(losses: dict[float, float]) -> float:
@@ -214,7 +205,7 @@ def sweep(study: Study, variant: Variant, run: Callable[[list[Trial]], list[Reco
     Raises SweepError if MAX_RATES rates do not contain a best one.
     """
     losses: dict[float, float] = {}
-    rates = list(first_rates(variant.optimizer))
+    rates = list(study.first_rates(variant))
     while len(losses) < MAX_RATES:
         for lr in rates:
             seeds = range(study.tuning_seeds)

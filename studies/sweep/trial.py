@@ -30,6 +30,15 @@ from studies.sweep.variants import STUDY_SETTINGS, parse_changes, parse_variant
 from trainer.checkpoint.read import candidates
 from trainer.config import load_config
 
+GRIDS = {  # the first learning rates of a sweep
+    "adamw": (2e-3, 4e-3, 8e-3),
+    "sgd": (0.1, 0.2, 0.4),
+    "signum": (5e-4, 1e-3, 2e-3),
+    "muon": (8e-3, 1.6e-2, 3.2e-2),
+    "adamuon": (8e-3, 1.6e-2, 3.2e-2),
+}
+DEFAULT_GRID = (5e-4, 1e-3, 2e-3)  # of other optimizers: a factor of 2 around 1e-3
+
 
 @dataclass(frozen=True)
 class Trial(ABC):
@@ -50,11 +59,17 @@ class Trial(ABC):
     n: int  # episodes
     grading_seed: int = 0
 
+    grids: ClassVar[dict[str, tuple[float, ...]]] = GRIDS
     has_aux_lr: ClassVar[bool] = False  # whether matrix optimizers train beside an AdamW
 
     @abstractmethod
     def model_identity(self) -> dict[str, Any]:
         """Return the settings that determine the model. Raises ConfigError if they are invalid."""
+
+    @classmethod
+    def first_rates(cls, optimizer: str) -> tuple[float, ...]:
+        """Return the learning rates that a sweep begins with."""
+        return cls.grids.get(optimizer, DEFAULT_GRID)
 
     @abstractmethod
     def make(self) -> dict[str, Any]:

@@ -62,19 +62,20 @@ def parse_variant(name: str) -> Variant:
     return Variant(name, optimizer, tuple(settings.items()))
 
 
-def parse_dopr_variant(name: str, task: str, known: set[str]) -> Variant:
+def parse_dopr_variant(name: str, task: str, known: set[str], *others: str) -> Variant:
     """Return the variant with that name, for a task whose models train.py does not train.
 
     Raises ValueError if it changes a setting that the task does not have: only the settings of DoPr
-    in `known` can be changed.
+    in `known` can be changed, and the `others`.
     """
     variant = parse_variant(name)
     settings = dict(variant.settings)
     can_change = known if settings["dopr"] else set()
-    if unknown := sorted(settings.keys() - can_change - {"optimizer", "dopr"}):
+    if unknown := sorted(settings.keys() - can_change - {"optimizer", "dopr", *others}):
         raise ValueError(
             f"optimizer {name!r}: task {task} has no setting {', '.join(unknown)} here; "
             f"only {', '.join(sorted(known))} of DoPr can be changed"
+            + (f", and {', '.join(others)}" if others else "")
         )
     return variant
 

@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import sqrtm
 
 from optim.build import OPTIMIZERS
+from studies.humanoid import cloning
 from studies.humanoid.cloning import CLIP_INPUTS, Scaling, train_clone
+from studies.sweep.optimizers import step
 
 RATES = {"sgd": 0.03, "adamw": 0.003, "signum": 0.005, "muon": 0.02, "adamuon": 0.02}
 CONSTANT = 3  # a dimension of the observations that does not vary
@@ -21,7 +24,7 @@ def data():
     return x.astype(np.float32), actions.astype(np.float32)
 
 
-def clone(data, optimizer="adamw", *, seed=0, steps=20, lr=None, dopr=None):
+def clone(data, optimizer="adamw", *, seed=0, steps=20, lr=None, dopr=None, **others):
     found = train_clone(
         *data,
         width=16,
@@ -30,6 +33,7 @@ def clone(data, optimizer="adamw", *, seed=0, steps=20, lr=None, dopr=None):
         seed=seed,
         steps=steps,
         dopr=dopr or {},
+        **others,
     )
     return found and found(data[0])
 
@@ -72,3 +76,41 @@ def test_constant_observations_are_dropped_and_the_others_standardized(data):
     torch.testing.assert_close(inputs.std(0, correction=0), torch.ones(11))
     torch.testing.assert_close(inputs.mean(0), torch.zeros(11), atol=1e-5, rtol=0)
     assert scaling.action_scale == pytest.approx(data[1].std())
+
+
+@pytest.mark.parametrize("whitening", [0.5, 0.9, 1.0])
+def test_whitening_mixes_the_covariance_with_the_identity(data, whitening):
+    plain, found = Scaling.of(*data), Scaling.of(*data, whitening)
+    x = plain.inputs(data[0]).double().numpy()
+    C = x.T @ x / len(x)
+    mixed = whitening * C * len(C) / np.trace(C) + (1 - whitening) * np.eye(len(C))
+    expected = x @ np.linalg.inv(sqrtm(mixed).real)
+    np.testing.assert_allclose(found.inputs(data[0]).numpy(), expected, rtol=1e-4, atol=1e-4)
+    if whitening == 1:
+        z = found.inputs(data[0]).double().numpy()
+        np.testing.assert_allclose(z.T @ z / len(z), np.eye(len(C)), atol=1e-4)
+
+
+def test_no_whitening_leaves_the_clone_as_it_was(data):
+    np.testing.assert_array_equal(clone(data, whitening=0.0), clone(data))
+    assert np.any(clone(data, whitening=0.5) != clone(data))
+
+
+def test_the_average_of_the_weights_is_graded(data, monkeypatch):
+    steps = []  # of the weights after each step, in float64
+
+    def recorded(optimizers, scale):
+        step(optimizers, scale)
+        weights = [p for group in optimizers[0].param_groups for p in group["params"]]
+        steps.append([p.detach().double().clone() for p in weights])
+
+    monkeypatch.setattr(cloning, "step", recorded)
+    options = {"width": 16, "optimizer": "adamw", "lr": 0.003, "seed": 0, "steps": 20, "dopr": {}}
+    found = train_clone(*data, **options, ema_decay=0.9)
+    expected = steps[0]
+    for weights in steps[1:]:
+        expected = [0.9 * a + 0.1 * w for a, w in zip(expected, weights, strict=True)]
+    sums = sorted(float(each.sum()) for each in expected)
+    own = sorted(float(p.detach().double().sum()) for p in found.network.parameters())
+    assert own == pytest.approx(sums, rel=1e-4, abs=1e-5)
+    assert np.any(found(data[0]) != clone(data, ema_decay=0.0))

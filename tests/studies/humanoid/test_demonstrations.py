@@ -1,5 +1,7 @@
 """Demonstrations are made once, and hold the beginnings of the expert's episodes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -15,7 +17,7 @@ def rollouts(monkeypatch, tmp_path):
     """Replace rollouts by random arrays, and return the list of those that were made."""
     made = []
 
-    def rollout(policy, n, seed):
+    def rollout(policy, n, seed, noise=0.0):
         random = np.random.default_rng(seed)
         lengths = np.arange(n) + 3
         parts = [[random.standard_normal((k, d)) for k in lengths] for d in (348, 17)]
@@ -35,9 +37,9 @@ def test_a_set_is_made_once_for_each_task_that_differs(rollouts):
     )
     demonstrations_of(Humanoid(demonstrations=2, width=8))  # the same demonstrations
     assert len(rollouts) == 2
-    for other in ({"demonstrations": 3}, {"length": 5}, {"expert": "walk-1"}):
+    for other in ({"demonstrations": 3}, {"length": 5}, {"expert": "walk-1"}, {"noise": 0.1}):
         demonstrations_of(Humanoid(**{"demonstrations": 2} | other))
-    assert len(rollouts) == 8
+    assert len(rollouts) == 10
 
 
 def test_a_set_holds_the_beginnings_of_episodes_from_two_seeds(rollouts):
@@ -58,3 +60,14 @@ def test_the_actions_are_those_of_the_expert_without_noise():
     expected = expert_policy(SMALL.expert)(data.observations)
     np.testing.assert_allclose(data.actions, expected, atol=1e-5)
     assert data.expert_return > 6000
+
+
+def test_noise_moves_the_states_of_training_and_leaves_the_rest():
+    plain, noisy = demonstrations_of(SMALL), demonstrations_of(replace(SMALL, noise=0.08))
+    expected = expert_policy(SMALL.expert)(noisy.observations)
+    np.testing.assert_allclose(noisy.actions, expected, atol=1e-5)  # not what was executed
+    np.testing.assert_array_equal(noisy.observations[0], plain.observations[0])
+    assert np.all(np.any(noisy.observations[1:] != plain.observations[1:], axis=1))
+    assert noisy.expert_return == plain.expert_return
+    for own, other in zip(noisy.val_observations, plain.val_observations, strict=True):
+        np.testing.assert_array_equal(own, other)

@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -57,6 +58,15 @@ def test_a_run_depends_on_its_settings_alone():
     assert len({first, fast, graded(refresh_every=10, sigma_beta=0.95, fresh_mean=True)}) == 3
 
 
+def test_a_study_can_average_the_weights_and_whiten_the_inputs(study, tmp_path):
+    variants = [HumanoidTrial.parse_variant(each) for each in ("adamw", "adamw+ema_decay=0.5")]
+    whitened = replace(study, out=tmp_path / "whitened", task=replace(SMALL, whitening=0.5))
+    trials = [replace(study, out=tmp_path).trial(each, "fresh", 2e-3, 0) for each in variants]
+    trials.append(whitened.trial(variants[0], "fresh", 2e-3, 0))
+    assert len({run_trial(each)["val_loss"] for each in trials}) == 3
+    assert trials[2].first_rates("adamw") == HumanoidTrial.grids["adamw"]
+
+
 def test_the_records_of_a_study_have_positive_errors_and_the_references(study, records):
     by_name = {each["variant"]: each for each in records if each["role"] != "tuning"}
     assert by_name.keys() == {"adamw", "fast-dopr-adamw", "expert", "zero"}
@@ -107,6 +117,7 @@ def test_the_command_of_a_record_repeats_its_run(study, records, capsys):
     [
         (["--task", "humanoid,expert=run"], "expert=run: must be one of walk-0"),
         (["--task", "humanoid,demonstration=1"], "did you mean 'demonstrations'"),
+        (["--task", "humanoid,noise=-1,whitening=2"], "noise=-1.0: must be from 0 to 1; whitening"),
         (["--task", "humanoid", "--set", "n_head=2"], "task humanoid has no such settings"),
         (["--task", "humanoid", "--optimizers", "adamw+beta1=0.8"], "task humanoid has no"),
         (["--task", "humanoid", "--optimizers", "dopr-adamw+gamma=-1"], "gamma=-1"),

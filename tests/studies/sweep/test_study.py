@@ -14,8 +14,8 @@ from studies.sweep.compare import main, notes, study_of
 from studies.sweep.compare import parse as parse_arguments
 from studies.sweep.results import unite
 from studies.sweep.run_cache import TrialError, differences, finished, read_record
-from studies.sweep.study import FRESH, GRIDS, SweepError, sweep
-from studies.sweep.trial import run_trial
+from studies.sweep.study import FRESH, SweepError, sweep
+from studies.sweep.trial import GRIDS, run_trial
 from studies.sweep.variants import parse_variant
 from tests.studies.records import read_lines, record
 
@@ -73,7 +73,7 @@ def test_an_optimizer_without_a_grid_is_named_and_swept_around_1e_3(tmp_path, mo
     found, tried = swept(tmp_path, lambda lr: abs(math.log2(lr / 4e-3)))
     assert found == 4e-3
     assert tried[::2] == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
-    assert notes(study(tmp_path)).startswith("adamw: not in GRIDS")
+    assert notes(study(tmp_path)).startswith("adamw: has no grid")
 
 
 def test_a_variant_without_its_base_is_named(tmp_path):

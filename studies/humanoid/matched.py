@@ -1,0 +1,169 @@
+"""Compare clones with and without DoPr at equal validation loss.
+
+    python -m studies.humanoid.matched --out FILE --optimizers adamw,muon --experts walk-0,walk-1
+
+Every optimizer trains for several numbers of steps, each with its own schedule and with a learning
+rate that is tuned on one seed by validation loss. On each fresh seed, the runs without DoPr give
+the return as a function of the logarithm of the validation loss, interpolated linearly. A run with
+DoPr is compared with that function at its own validation loss, and only inside the range of the
+runs without DoPr. Finished runs are not repeated, and the rows of earlier commands in FILE are
+kept.
+"""
+
+import json
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from data.files import write_atomic
+from eval.rollout.intervals import Estimate
+from eval.tables import markdown
+from studies.humanoid.grading import STRIDE
+from studies.humanoid.task import Humanoid
+from studies.optimizer_table import ROOT
+from studies.pool import map_in_pool, pool_parser
+from studies.stats.seeds import over_seeds
+from studies.sweep.study import Study, sweep
+from studies.sweep.trial import run_trial
+from studies.sweep.variants import parse_variant
+
+RUNS = ROOT / "out" / "humanoid_matched"
+STEPS = {False: (500, 1000, 2000, 4000, 8000), True: (500, 1000, 2000, 4000)}  # without, with DoPr
+DOPR = "fast-dopr-"
+FRESH_SEEDS = 8
+METRICS = (
+    *("val_loss", "return", "falls", "length"),
+    *(f"action_error_steps_{window}" for window in ("0-20", "20-40", "40-60")),
+)
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is trained: the expert, the name of the variant, and the number of steps."""
+
+    expert: str
+    variant: str
+    steps: int
+
+    def study(self, n: int) -> Study:
+        """Return the study of this variant alone, with n graded episodes of each run."""
+        return Study(
+            out=RUNS / f"{self.expert}-{self.steps}",
+            task=Humanoid(expert=self.expert),
+            variants=(parse_variant(self.variant),),
+            steps=self.steps,
+            tuning_seeds=1,
+            fresh_seeds=FRESH_SEEDS,
+            n=n,
+            settings={},
+        )
+
+
+def measure(setup: Setup) -> Row:
+    """Tune the rate, run the fresh seeds and return a row with the metrics of each seed."""
+    tuning, study = setup.study(1), setup.study(Humanoid.default_episodes)
+    variant = study.variants[0]
+    lr = sweep(tuning, variant, lambda trials: [run_trial(trial) for trial in trials])
+    trials = [study.trial(variant, "fresh", lr, seed) for seed in study.seeds]
+    grades = [run_trial(trial)["grade"] for trial in trials]
+    metrics = {key: [grade["metrics"][key]["mean"] for grade in grades] for key in METRICS}
+    survival = np.mean([grade["curves"]["survival"]["mean"] for grade in grades], axis=0)
+    names = {"expert": setup.expert, "variant": setup.variant, "steps": setup.steps, "lr": lr}
+    return names | metrics | {"survival": survival.round(4).tolist()}
+
+
+def key_of(row: Row) -> Setup:
+    return Setup(row["expert"], row["variant"], row["steps"])
+
+
+def difference(row: Row, bases: list[Row], key: str) -> list[float]:
+    """Return the metric `key` minus that of the base at equal validation loss, for each seed.
+
+    NaN where the validation loss lies outside the range of the base's runs.
+    """
+    found = []
+    for seed in range(FRESH_SEEDS):
+        points = sorted((np.log(base["val_loss"][seed]), base[key][seed]) for base in bases)
+        x, y = zip(*points, strict=True)
+        at_equal = np.interp(np.log(row["val_loss"][seed]), x, y, left=np.nan, right=np.nan)
+        found.append(row[key][seed] - float(at_equal))
+    return found
+
+
+def pooled(rows: list[Row], bases: list[Row], key: str) -> Estimate:
+    """Return the difference at equal validation loss, the mean over rows and then over seeds."""
+    differences = np.array([difference(row, bases, key) for row in rows])  # (rows, seeds)
+    counts = (~np.isnan(differences)).sum(0)
+    return over_seeds((np.nansum(differences, 0)[counts > 0] / counts[counts > 0]).tolist())
+
+
+def shown(estimate: Estimate, form: str) -> str:
+    return f"{estimate.mean:{form}} ± {estimate.hi - estimate.mean:{form.lstrip('+')}}"
+
+
+def table_of(rows: list[Row]) -> str:
+    """Return a line for every row; those with DoPr are compared at equal validation loss."""
+    cells = []
+    for row in rows:
+        name, bases = row["variant"].removeprefix(DOPR), []
+        if name != row["variant"]:
+            bases = [r for r in rows if (r["expert"], r["variant"]) == (row["expert"], name)]
+        means = f"{np.mean(row['val_loss']):.5f}", shown(over_seeds(row["return"]), ",.0f")
+        compared = ("", "")
+        if bases:
+            inside = int(np.isfinite(difference(row, bases, "return")).sum())
+            compared = str(inside), shown(pooled([row], bases, "return"), "+,.0f")
+        falls = f"{np.mean(row['falls']):.2f}"
+        cells.append(
+            (
+                row["expert"],
+                row["variant"],
+                row["steps"],
+                f"{row['lr']:g}",
+                *means,
+                falls,
+                *compared,
+            )
+        )
+    header = ("expert", "optimizer", "steps", "lr", "val loss", "return", "falls")
+    return markdown((*header, "seeds in range", "return minus base at equal loss"), cells)
+
+
+def pooled_lines(rows: list[Row]) -> list[str]:
+    """Return a line for every expert and optimizer: the difference over all numbers of steps."""
+    lines = []
+    for expert, name in dict.fromkeys((r["expert"], r["variant"]) for r in rows):
+        own = [r for r in rows if (r["expert"], r["variant"]) == (expert, DOPR + name)]
+        bases = [r for r in rows if (r["expert"], r["variant"]) == (expert, name)]
+        if own:
+            gained = shown(pooled(own, bases, "return"), "+,.0f")
+            falls = shown(pooled(own, bases, "falls"), "+.2f")
+            lines.append(f"{expert}, {DOPR}{name}: return {gained}, falls {falls}")
+    return lines
+
+
+def main() -> None:
+    parser = pool_parser("studies.humanoid.matched", __doc__)
+    parser.add_argument("--optimizers", default="adamw", help="comma-separated")
+    parser.add_argument("--experts", default="walk-0,walk-1,walk-2", help="comma-separated")
+    arguments = parser.parse_args()
+    rows: dict[Setup, Row] = {}
+    if arguments.out.exists():
+        rows = {key_of(row): row for row in json.loads(arguments.out.read_text())["rows"]}
+    names = arguments.optimizers.split(",")
+    setups = [
+        Setup(expert, prefix + name, steps)
+        for expert, name, prefix in product(arguments.experts.split(","), names, ("", DOPR))
+        for steps in STEPS[bool(prefix)]
+    ]
+    measured = map_in_pool(measure, setups, arguments.workers)
+    rows |= {key_of(row): row for row in measured}
+    write_atomic(arguments.out, json.dumps({"stride": STRIDE, "rows": [*rows.values()]}) + "\n")
+    print(table_of([*rows.values()]), *pooled_lines([*rows.values()]), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
