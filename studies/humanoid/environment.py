@@ -26,6 +26,11 @@ class Episodes:
         return float(np.mean(self.lengths < LIMIT_STEPS))
 
 
+def first_states(n: int, seed: int) -> list[int]:
+    """Return the seeds that draw the first states of n episodes."""
+    return [int(start) for start in np.random.SeedSequence(seed).generate_state(n)]
+
+
 def rollout(policy: Policy, n: int, seed: int, noise: float = 0.0) -> Episodes:
     """Run n episodes in lockstep, so that the policy sees all running episodes at once.
 
@@ -35,10 +40,9 @@ def rollout(policy: Policy, n: int, seed: int, noise: float = 0.0) -> Episodes:
         The episodes hold the actions without it.
     """
     environments = [gymnasium.make("Humanoid-v5", disable_env_checker=True) for _ in range(n)]
-    starts = np.random.SeedSequence(seed).generate_state(n)
     states = [
-        environment.reset(seed=int(start))[0]
-        for environment, start in zip(environments, starts, strict=True)
+        environment.reset(seed=start)[0]
+        for environment, start in zip(environments, first_states(n, seed), strict=True)
     ]
     draws = [np.random.default_rng([seed, i]) for i in range(n)]
     returns = np.zeros(n)

@@ -21,6 +21,7 @@ from data.files import write_atomic
 from eval.rollout.intervals import Estimate
 from eval.tables import markdown
 from studies.humanoid.grading import STRIDE
+from studies.humanoid.tables import shown
 from studies.humanoid.task import Humanoid
 from studies.optimizer_table import ROOT
 from studies.pool import map_in_pool, pool_parser
@@ -98,10 +99,6 @@ def pooled(rows: list[Row], bases: list[Row], key: str) -> Estimate:
     differences = np.array([difference(row, bases, key) for row in rows])  # (rows, seeds)
     counts = (~np.isnan(differences)).sum(0)
     return over_seeds((np.nansum(differences, 0)[counts > 0] / counts[counts > 0]).tolist())
-
-
-def shown(estimate: Estimate, form: str) -> str:
-    return f"{estimate.mean:{form}} ± {estimate.hi - estimate.mean:{form.lstrip('+')}}"
 
 
 def table_of(rows: list[Row]) -> str:

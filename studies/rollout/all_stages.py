@@ -25,7 +25,7 @@ CHANGES = (  # to the exact mode of DoPr, one at a time
     *("gamma=0.01", "gamma=1", "sigma_beta=0.95", "refresh_every=10", "exponent=2"),
     *("include=*.attn.*", "include=*.mlp.*"),
 )
-EPISODES = {"pdfa": 512, "ctrl": 1024, "nav": 1024, "lds": 1}
+EPISODES = {"pdfa": 512, "ctrl": 1024, "nav": 1024, "lds": 1, "humanoid": 20}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,46 @@
+"""Run the study of docs/humanoid.md: hours of CPU time; continues where it was stopped.
+
+    python -m studies.humanoid.all_stages                 everything, then the tables
+    python -m studies.humanoid.all_stages noise           the stages whose names begin like this
+
+A stage is one command of studies.sweep.compare, with a folder of its own under --out. The clones
+are those of the expert `walk-1`. The comparison at equal validation loss is a command of its own,
+studies.humanoid.matched.
+"""
+
+import sys
+
+from studies.humanoid.tables import table
+from studies.rollout.all_stages import RolloutStage
+from studies.stages import run_stages
+
+TASK = "humanoid,expert=walk-1"
+STEPS, SEEDS = 2000, 5
+PAIR = ("adamw", "fast-dopr-adamw")
+OPTIMIZERS = (
+    *PAIR,
+    *("dopr-adamw", "fast-dopr-adamw+fresh_mean=true"),
+    *("fast-dopr-adamw+include=0", "fast-dopr-adamw+exclude=0", "adamw+ema_decay=0.99"),
+    *("muon", "fast-dopr-muon", "dopr-muon", "fast-dopr-muon+fresh_mean=true"),
+    *("signum", "fast-dopr-signum", "adamuon", "fast-dopr-adamuon", "sgd", "fast-dopr-sgd"),
+)
+STAGES = (
+    RolloutStage("optimizers", TASK, STEPS, OPTIMIZERS),
+    RolloutStage("noise", f"{TASK},noise=0.08", STEPS, PAIR, SEEDS),
+    RolloutStage("whitening-0.5", f"{TASK},whitening=0.5", STEPS, PAIR, SEEDS),
+    RolloutStage("whitening-0.9", f"{TASK},whitening=0.9", STEPS, PAIR, SEEDS),
+    RolloutStage("demonstrations-20", f"{TASK},demonstrations=20", STEPS, PAIR, SEEDS),
+    RolloutStage("ten-times-the-steps", TASK, 10 * STEPS, PAIR[:1], SEEDS),
+)
+
+
+def main(argv: list[str]) -> None:
+    names = {"module": "studies.humanoid.all_stages", "about": __doc__}
+    out = run_stages(argv, STAGES, out="out/humanoid", **names)
+    for stage in STAGES:
+        if (out / stage.name / "records.jsonl").exists():
+            print(f"\n{stage.name}\n\n{table(out / stage.name)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,101 @@
+"""Print the returns of a study of clones, each optimizer against its base.
+
+    python -m studies.humanoid.tables studies/results/humanoid/optimizers
+
+Differences are paired over seeds, with 95 % t-intervals. The last column is the learning rate with
+the highest return on the tuning seeds, where that differs from the one with the lowest validation
+loss.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from eval.command import command_parser, reported_errors
+from eval.rollout.intervals import Estimate
+from eval.tables import markdown
+from studies.stats.records import (
+    Record,
+    by_variant,
+    grouped,
+    is_control,
+    is_reported,
+    load_records,
+    primary,
+    val_loss,
+)
+from studies.stats.seeds import over_seeds
+
+HEADER = ("", "lr", "val loss", "return", "falls", "minus base", "minus base at this lr")
+
+
+def shown(found: Estimate, form: str) -> str:
+    """Format a mean and half of its interval; a format like "+.0f" shows the sign of the mean."""
+    half = (found.hi - found.lo) / 2
+    return f"{found.mean:{form}} ± {half:{form.lstrip('+')}}" if found.n else ""
+
+
+def difference(own: list[Record], others: list[Record]) -> str:
+    """Return the mean paired difference of the returns; "" without pairs."""
+    returns = {record["seed"]: primary(record) for record in others}
+    pairs = [primary(each) - returns[each["seed"]] for each in own if each["seed"] in returns]
+    return shown(over_seeds(pairs), "+,.0f")
+
+
+def rate_of_rollouts(tuning: list[Record], chosen: float) -> str:
+    """Return the rate with the highest mean return; "" if it is the chosen one."""
+    returns = {
+        lr: np.mean(list(map(primary, runs)))
+        for lr, runs in grouped(tuning, lambda record: record["lr"]).items()
+    }
+    best = max(returns, key=lambda lr: np.nan_to_num(returns[lr], nan=-np.inf))
+    return "" if best == chosen else f"{best:g}"
+
+
+def table(folder: Path) -> str:
+    """Return the table of the study in a folder."""
+    records = load_records([folder])
+    fresh = by_variant(filter(is_reported, records))
+    tuning = by_variant(record for record in records if record["role"] == "tuning")
+    rows = []
+    for name, own in fresh.items():
+        lr, base = own[0]["lr"], own[0]["base"]
+        at_this_lr = [
+            record
+            for record in records
+            if record["variant"] == base
+            and record["lr"] == lr
+            and (is_control(record) or is_reported(record))
+        ]
+        rows.append(
+            (
+                f"`{name}`",
+                f"{lr:g}",
+                f"{np.mean(list(map(val_loss, own))):.5f}",
+                shown(over_seeds(list(map(primary, own))), ",.0f"),
+                f"{np.mean([each['grade']['metrics']['falls']['mean'] for each in own]):.2f}",
+                difference(own, fresh.get(base, [])) if name != base else "",
+                difference(own, at_this_lr) if name != base else "",
+                rate_of_rollouts(tuning[name], lr) if name in tuning else "",
+            )
+        )
+    return markdown((*HEADER, "lr of the best return"), rows)
+
+
+def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = command_parser("studies.humanoid.tables", __doc__)
+    parser.add_argument("folders", nargs="+", type=Path)
+    return parser, parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    parser, arguments = parse(argv)
+    with reported_errors(parser):
+        for folder in arguments.folders:
+            print(f"{folder.name}\n\n{table(folder)}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
