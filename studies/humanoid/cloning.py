@@ -1,5 +1,6 @@
 """Train a policy by behaviour cloning: least squares on the expert's states and actions."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -59,6 +60,9 @@ class Scaling:
         x = x.clip(-CLIP_INPUTS, CLIP_INPUTS)
         return torch.as_tensor(x if self.whiten is None else x @ self.whiten, dtype=torch.float32)
 
+    def targets(self, actions: np.ndarray) -> Tensor:  # (n, 17) -> (n, 17)
+        return torch.as_tensor(actions / self.action_scale, dtype=torch.float32)
+
 
 class Clone:
     """A policy: a network of standardized observations."""
@@ -94,6 +98,7 @@ def train_clone(
     dopr: dict[str, Any],
     whitening: float = 0.0,
     ema_decay: float = 0.0,
+    more: Mapping[int, Callable[[Clone], tuple[np.ndarray, np.ndarray]]] | None = None,
 ) -> Clone | None:
     """Return the policy after training; None if the loss became infinite or NaN.
 
@@ -103,16 +108,21 @@ def train_clone(
         seed: seed of the weights and of the batches, the same for all optimizers.
         whitening: of the inputs, see Scaling.of.
         ema_decay: above 0, the policy has an exponential moving average of the weights.
+        more: {step: function of the clone at that step, which returns further observations and
+            actions to train on}.
     """
     scaling = Scaling.of(observations, actions, whitening)
-    x = scaling.inputs(observations)  # (n, k)
-    y = torch.as_tensor(actions / scaling.action_scale, dtype=torch.float32)  # (n, 17)
+    x, y = scaling.inputs(observations), scaling.targets(actions)  # (n, k), (n, 17)
     network = make_network(x.shape[1], y.shape[1], width, seed)
     optimizers = build(network, optimizer, lr, dopr)
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
     generator = torch.Generator().manual_seed(seed)
     schedule = {"schedule": "cosine", "warmup_steps": min(WARMUP_STEPS, steps // 10)}
     for i in range(steps):
+        if more and i in more:
+            observations, actions = more[i](Clone(scaling, network))
+            x = torch.cat([x, scaling.inputs(observations)])
+            y = torch.cat([y, scaling.targets(actions)])
         batch = torch.randint(len(x), (BATCH_SIZE,), generator=generator)
         loss = (network(x[batch]) - y[batch]).square().mean()
         if not loss.isfinite():

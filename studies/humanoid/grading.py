@@ -21,7 +21,7 @@ from eval.rollout.intervals import bootstrap_weights
 from eval.rollout.metrics import Grade, curve, estimate
 from studies.humanoid.body import N_ACTIONS
 from studies.humanoid.cloning import spread
-from studies.humanoid.demonstrations import Demonstrations, demonstrations_of, expert_policy
+from studies.humanoid.demonstrations import demonstrations_of, expert_policy
 from studies.humanoid.environment import LIMIT_STEPS, Policy, rollout
 from studies.humanoid.task import Humanoid
 
@@ -30,14 +30,9 @@ WINDOWS = ((0, 20), (20, 40), (40, 60))  # steps
 STRIDE = 10  # steps between two points of a curve
 
 
-def grade_policy(
-    task: Humanoid, policy: Policy, n: int, seed: int, data: Demonstrations | None = None
-) -> Grade:
-    """Grade a policy on n episodes, whose first states depend on `seed` alone.
-
-    data: the demonstrations of the task, if they are loaded.
-    """
-    data, expert = data or demonstrations_of(task), expert_policy(task.expert)
+def grade_policy(task: Humanoid, policy: Policy, n: int, seed: int) -> Grade:
+    """Grade a policy on n episodes, whose first states depend on `seed` alone."""
+    data, expert = demonstrations_of(task), expert_policy(task.expert)
     episodes = rollout(policy, n, GRADING_SEED + seed)
     experts = [expert(states) for states in episodes.observations]
     scale = spread(data.actions)

@@ -101,30 +101,24 @@ def pooled(rows: list[Row], bases: list[Row], key: str) -> Estimate:
     return over_seeds((np.nansum(differences, 0)[counts > 0] / counts[counts > 0]).tolist())
 
 
+def bases_of(row: Row, rows: list[Row]) -> list[Row]:
+    """Return the rows of the same expert and optimizer without DoPr."""
+    name = row["variant"].removeprefix(DOPR)
+    return [each for each in rows if (each["expert"], each["variant"]) == (row["expert"], name)]
+
+
 def table_of(rows: list[Row]) -> str:
     """Return a line for every row; those with DoPr are compared at equal validation loss."""
     cells = []
     for row in rows:
-        name, bases = row["variant"].removeprefix(DOPR), []
-        if name != row["variant"]:
-            bases = [r for r in rows if (r["expert"], r["variant"]) == (row["expert"], name)]
-        means = f"{np.mean(row['val_loss']):.5f}", shown(over_seeds(row["return"]), ",.0f")
-        compared = ("", "")
-        if bases:
+        names = (row["expert"], f"`{row['variant']}`", f"{row['steps']:,}", f"{row['lr']:g}")
+        means = (f"{np.mean(row['val_loss']):.5f}", shown(over_seeds(row["return"]), ",.0f"))
+        falls, compared = f"{np.mean(row['falls']):.2f}", ()
+        if row["variant"].startswith(DOPR):
+            bases = bases_of(row, rows)
             inside = int(np.isfinite(difference(row, bases, "return")).sum())
-            compared = str(inside), shown(pooled([row], bases, "return"), "+,.0f")
-        falls = f"{np.mean(row['falls']):.2f}"
-        cells.append(
-            (
-                row["expert"],
-                row["variant"],
-                row["steps"],
-                f"{row['lr']:g}",
-                *means,
-                falls,
-                *compared,
-            )
-        )
+            compared = (str(inside), shown(pooled([row], bases, "return"), "+,.0f"))
+        cells.append((*names, *means, falls, *(compared or ("", ""))))
     header = ("expert", "optimizer", "steps", "lr", "val loss", "return", "falls")
     return markdown((*header, "seeds in range", "return minus base at equal loss"), cells)
 
@@ -132,13 +126,13 @@ def table_of(rows: list[Row]) -> str:
 def pooled_lines(rows: list[Row]) -> list[str]:
     """Return a line for every expert and optimizer: the difference over all numbers of steps."""
     lines = []
-    for expert, name in dict.fromkeys((r["expert"], r["variant"]) for r in rows):
-        own = [r for r in rows if (r["expert"], r["variant"]) == (expert, DOPR + name)]
-        bases = [r for r in rows if (r["expert"], r["variant"]) == (expert, name)]
-        if own:
+    for expert, name in dict.fromkeys((row["expert"], row["variant"]) for row in rows):
+        own = [row for row in rows if (row["expert"], row["variant"]) == (expert, name)]
+        if name.startswith(DOPR):
+            bases = bases_of(own[0], rows)
             gained = shown(pooled(own, bases, "return"), "+,.0f")
             falls = shown(pooled(own, bases, "falls"), "+.2f")
-            lines.append(f"{expert}, {DOPR}{name}: return {gained}, falls {falls}")
+            lines.append(f"{expert}, {name} at equal loss: return {gained}, falls {falls}")
     return lines
 
 

@@ -17,7 +17,7 @@ from eval.rollout.metrics import Grade
 from eval.rollout.record import make_record
 from eval.rollout.tasks import parse_task
 from eval.rollout.ttf import grading_version
-from studies.humanoid.cloning import BATCH_SIZE, train_clone
+from studies.humanoid.cloning import BATCH_SIZE, Clone, train_clone
 from studies.humanoid.task import Humanoid
 from studies.sweep.policy_trial import PolicyTrial
 from studies.sweep.variants import Variant, parse_dopr_variant
@@ -73,17 +73,16 @@ class HumanoidTrial(PolicyTrial):
         )
 
 
-def train_and_grade(
-    task: Humanoid, settings: dict[str, Any], lr: float, seed: int, n: int, grading_seed: int = 0
-) -> Grade | None:
-    """Train a clone with the settings of a variant, and grade it; None if it diverged."""
+def clone_of(
+    task: Humanoid, settings: dict[str, Any], lr: float, seed: int, more: Any = None
+) -> Clone | None:
+    """Train a clone with the settings of a variant; None if it diverged. more: see train_clone."""
     from studies.humanoid.demonstrations import demonstrations_of  # requires the simulator
-    from studies.humanoid.grading import grade_policy
 
     dopr = {key: settings[key] for key in DOPR_KEYS if key in settings}
     dopr |= {key: [settings[key]] for key in LAYERS if key in settings}
     data = demonstrations_of(task)
-    clone = train_clone(
+    return train_clone(
         data.observations,
         data.actions,
         width=task.width,
@@ -94,8 +93,18 @@ def train_and_grade(
         dopr=dopr,
         whitening=task.whitening,
         ema_decay=settings.get(AVERAGE, 0.0),
+        more=more,
     )
-    return clone and grade_policy(task, clone, n, grading_seed, data)
+
+
+def train_and_grade(
+    task: Humanoid, settings: dict[str, Any], lr: float, seed: int, n: int, grading_seed: int = 0
+) -> Grade | None:
+    """Train a clone with the settings of a variant, and grade it; None if it diverged."""
+    from studies.humanoid.grading import grade_policy  # requires the simulator
+
+    clone = clone_of(task, settings, lr, seed)
+    return clone and grade_policy(task, clone, n, grading_seed)
 
 
 def command_of(trial: HumanoidTrial) -> str:

@@ -114,3 +114,20 @@ def test_the_average_of_the_weights_is_graded(data, monkeypatch):
     own = sorted(float(p.detach().double().sum()) for p in found.network.parameters())
     assert own == pytest.approx(sums, rel=1e-4, abs=1e-5)
     assert np.any(found(data[0]) != clone(data, ema_decay=0.0))
+
+
+def test_further_data_are_trained_on_from_their_step_on(data):
+    """Data that come at the last step change nothing but the last batch, and others everything."""
+    seen = []
+
+    def more(found):
+        seen.append(found(data[0]))
+        return data[0], -data[1]
+
+    plain = clone(data)
+    np.testing.assert_array_equal(clone(data, more={20: more}), plain)  # after the last step
+    assert not seen
+    late, early = clone(data, more={19: more}), clone(data, more={1: more})
+    assert 0 < np.abs(late - plain).max() < np.abs(early - plain).max()
+    assert [np.abs(each - plain).max() > 0 for each in seen] == [True, True]
+    assert np.abs(early).mean() < 0.7 * np.abs(plain).mean()  # opposite actions in every state

@@ -1,0 +1,108 @@
+"""The comparison at equal validation loss interpolates the base on each seed, and not beyond it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from studies.humanoid import matched
+from studies.humanoid.matched import (
+    DOPR,
+    FRESH_SEEDS,
+    METRICS,
+    STEPS,
+    Setup,
+    difference,
+    main,
+    measure,
+    pooled,
+    pooled_lines,
+    table_of,
+)
+
+LOSSES = (1e-3, 1e-4, 1e-5)
+
+
+def row(variant, steps, loss, returns):
+    """Return a row whose metrics are `returns` on every seed, and 0 where nothing is given."""
+    values = {key: [0.0] * FRESH_SEEDS for key in METRICS}
+    values |= {"val_loss": np.broadcast_to(loss, FRESH_SEEDS).tolist()}
+    values |= {"return": np.broadcast_to(returns, FRESH_SEEDS).tolist()}
+    return {"expert": "walk-1", "variant": variant, "steps": steps, "lr": 1e-3} | values
+
+
+@pytest.fixture
+def bases():
+    """Return runs whose return grows by 1,000 with every factor of 10 of the loss, by the seed."""
+    seeds = np.arange(FRESH_SEEDS)
+    return [
+        row("adamw", steps, loss * (1 + seeds), 1000 * i + seeds)
+        for i, (steps, loss) in enumerate(zip((500, 1000, 2000), LOSSES, strict=True))
+    ]
+
+
+def test_the_base_is_interpolated_in_the_logarithm_of_the_loss_of_its_seed(bases):
+    seeds = np.arange(FRESH_SEEDS)
+    own = row(DOPR + "adamw", 500, 10**-4.5 * (1 + seeds), 1500 + seeds + 7)
+    np.testing.assert_allclose(difference(own, bases, "return"), 7)
+    at_a_run = row(DOPR + "adamw", 500, LOSSES[1] * (1 + seeds), 1000 + seeds)
+    np.testing.assert_allclose(difference(at_a_run, bases[::-1], "return"), 0, atol=1e-9)
+
+
+def test_nothing_is_extrapolated(bases):
+    seeds = np.arange(FRESH_SEEDS)
+    for loss in (0.9 * LOSSES[-1], 1.1 * LOSSES[0]):
+        own = row(DOPR + "adamw", 500, loss * (1 + seeds), 0)
+        assert np.isnan(difference(own, bases, "return")).all()
+    found = pooled([own], bases, "return")
+    assert found.n == 0
+    assert np.isnan(found.mean)
+
+
+def test_seeds_are_averaged_over_the_numbers_of_steps_in_range(bases):
+    seeds = np.arange(FRESH_SEEDS)
+    inside = row(DOPR + "adamw", 500, LOSSES[1] * (1 + seeds), 1000 + 2 * seeds)
+    partly = row(DOPR + "adamw", 1000, LOSSES[2] * (1 + seeds), 2000 + seeds + 4)
+    partly["val_loss"][0] = 1e-9
+    found = pooled([inside, partly], bases, "return")
+    expected = [0, *((seeds[1:] + 4) / 2)]
+    assert found.mean == pytest.approx(np.mean(expected))
+    assert found.n == FRESH_SEEDS
+    half = 2.3646 * np.std(expected, ddof=1) / np.sqrt(FRESH_SEEDS)  # t(7), 95 %
+    assert found.hi - found.mean == pytest.approx(half, rel=1e-3)
+    rows = [*bases, inside, partly]
+    assert f"{found.mean:+,.0f} ± " in pooled_lines(rows)[0]
+    assert "| 7 | +4 ± 0 |" in table_of(rows)
+
+
+def test_a_setup_is_tuned_on_one_episode_and_graded_on_the_fresh_seeds(monkeypatch):
+    seen = []
+
+    def run_trial(trial):
+        seen.append((trial.role, trial.n, trial.seed))
+        metrics = {key: {"mean": trial.seed} for key in METRICS}
+        grade = {"metrics": metrics, "curves": {"survival": {"mean": [1.0, 0.5]}}}
+        return {"val_loss": abs(np.log(trial.lr / 1e-3)), "grade": grade}
+
+    monkeypatch.setattr(matched, "run_trial", run_trial)
+    found = measure(Setup("walk-2", "adamw", 500))
+    assert found["lr"] == 1e-3
+    assert found["return"] == [200 + i for i in range(FRESH_SEEDS)]
+    assert found["survival"] == [1.0, 0.5]
+    assert {each for each in seen if each[0] == "tuning"} == {("tuning", 1, 0)}
+    assert [each[1:] for each in seen if each[0] == "fresh"] == [(20, s) for s in found["return"]]
+
+
+def test_rows_of_earlier_commands_are_kept(monkeypatch, tmp_path, capsys):
+    def measured(setup):
+        return row(setup.variant, setup.steps, 1 / setup.steps, 3) | {"expert": setup.expert}
+
+    monkeypatch.setattr(matched, "map_in_pool", lambda _, setups, __: [*map(measured, setups)])
+    file = tmp_path / "results.json"
+    for expert in ("walk-0", "walk-1"):
+        command = ["matched", "--out", str(file), "--experts", expert]
+        monkeypatch.setattr("sys.argv", command)
+        main()
+    rows = json.loads(file.read_text())["rows"]
+    assert len(rows) == 2 * (len(STEPS[False]) + len(STEPS[True]))
+    assert capsys.readouterr().out.count("at equal loss:") == 1 + 2

@@ -1,0 +1,68 @@
+"""Photographs show the humanoid where it is, on a transparent background."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from studies.humanoid.environment import rollout
+from studies.humanoid.expert import load_expert
+from studies.humanoid.figure import chosen_pair, median_index
+from studies.humanoid.matched import DOPR
+from studies.humanoid.strobe import film
+
+DRAW = """
+import numpy as np
+from studies.humanoid.strobe import PIXELS_PER_METRE, Camera, film, strobe
+from studies.humanoid.expert import load_expert
+try:
+    Camera()
+except RuntimeError as error:
+    print(error)
+    raise SystemExit(77)
+positions = film(load_expert("walk-1"), 2, 0, 1, 60)
+one, two = strobe(positions[:1], 1, 2.0), strobe(positions[[0, -1]], 1, 2.0)
+columns = np.flatnonzero(one[..., 3].any(0)) / PIXELS_PER_METRE - 0.5
+assert -0.4 < columns.min() < 0 < columns.max() < 0.6, columns  # metres from the torso
+rows = np.flatnonzero(one[..., 3].any(1)) / PIXELS_PER_METRE
+assert 1.3 < rows.max() - rows.min() < 1.7, rows  # it stands upright
+assert (two[one[..., 3] > 0][:, 3] == 255).all()
+assert two[..., 3].sum() > 1.3 * one[..., 3].sum()
+"""
+
+
+def test_a_film_repeats_an_episode_of_a_rollout():
+    """The policy sees one state instead of two, so that the last digits differ."""
+    expert = load_expert("walk-1")
+    heights = rollout(expert, 2, 0).observations[1][:20, 0]
+    np.testing.assert_allclose(film(expert, 2, 0, 1, 20)[:, 2], heights, atol=1e-3)
+
+
+def test_photographs_are_where_the_humanoid_is():
+    """In a process of its own, because MuJoCo chooses how to draw when it is imported."""
+    environment = {"MUJOCO_GL": "egl"} | os.environ
+    command = [sys.executable, "-c", DRAW]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode == 77:
+        assert "set MUJOCO_GL=egl" in done.stdout
+        pytest.skip(done.stdout)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_pair_has_the_shortest_base_whose_loss_is_not_higher():
+    def row(variant, steps, loss):
+        return {"variant": variant, "steps": steps, "val_loss": [loss, loss]}
+
+    own = row(DOPR + "adamw", 2000, 3e-4)
+    bases = [row("adamw", n, loss) for n, loss in ((8000, 1e-4), (2000, 5e-4), (4000, 3e-4))]
+    rows = [*bases, row(DOPR + "adamw", 500, 9e-4), own]
+    assert chosen_pair(rows) == (bases[2], own)
+    with pytest.raises(ValueError, match="no run without DoPr has a validation loss"):
+        chosen_pair([bases[1], own])
+
+
+@pytest.mark.parametrize(("values", "expected"), [([3, 1, 2], 2), ([4, 1, 3, 2], 3), ([5], 0)])
+def test_the_median_is_the_lower_one_of_two(values, expected):
+    assert median_index(values) == expected

@@ -1,0 +1,45 @@
+"""The table of returns pairs seeds, and says which rate the rollouts would have chosen."""
+
+import pytest
+
+from eval.rollout.record import write_records
+from studies.humanoid.tables import main, table
+from studies.stats.records import RECORDS
+from tests.studies.records import record
+
+
+def run(variant, seed, value, **changes):
+    """Return a record of a clone with a return."""
+    numbers = {key: {"mean": value, "lo": 0, "hi": 9, "n": 8} for key in ("return", "shortfall")}
+    numbers["falls"] = {"mean": 0.25, "lo": 0, "hi": 1, "n": 8}
+    grade = {"metrics": numbers, "curves": {}, "n_t": {}, "samples": []}
+    fields = {"grade": grade, "primary": "return", "higher_is_better": True, "val_loss": 0.002}
+    return record(variant, seed, value, **(fields | changes))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    records = [run("adamw", seed, 100.0 * seed) for seed in (1, 2, 3)]
+    records += [run("adamw", seed, 50.0, lr=0.02, role="control") for seed in (1, 2, 3)]
+    records += [run("dopr-adamw", seed, 100.0 * seed + 10 * seed, lr=0.02) for seed in (1, 2, 3)]
+    records += [
+        run("dopr-adamw", 0, value, lr=lr, role="tuning") for lr, value in ((0.01, 9), (0.02, 8))
+    ]
+    records += [run("adamw", 0, 5, lr=lr, role="tuning") for lr in (0.01,)]
+    write_records(tmp_path / "study" / RECORDS, records)
+    return tmp_path / "study"
+
+
+def test_returns_are_paired_by_seed_with_the_base_at_both_rates(folder):
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(folder).split("\n")]
+    adamw, dopr = lines[2:]
+    assert adamw == ["`adamw`", "0.01", "0.00200", "200 ± 248", "0.25", "", "", ""]
+    assert dopr[3:] == ["220 ± 273", "0.25", "+20 ± 25", "+170 ± 273", "0.01"]
+
+
+def test_the_command_names_the_folder(folder, capsys):
+    main([str(folder)])
+    assert capsys.readouterr().out.startswith("study\n\n| ")
+    with pytest.raises(SystemExit):
+        main([str(folder.parent)])
+    assert "contains neither records.jsonl nor ttf/" in capsys.readouterr().err
