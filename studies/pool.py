@@ -1,11 +1,12 @@
-"""Call a function for every task in a pool of processes with one thread each."""
+"""Call a function for every task in a pool of processes, and keep the rows of earlier commands."""
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -14,6 +15,8 @@ from eval.command import command_parser
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+Key = TypeVar("Key")
+Row = dict[str, Any]
 
 
 def pool_parser(module: str, about: str | None) -> argparse.ArgumentParser:
@@ -22,6 +25,13 @@ def pool_parser(module: str, about: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
     return parser
+
+
+def kept_rows(path: Path, key_of: Callable[[Row], Key]) -> dict[Key, Row]:
+    """Return {key: row} of the rows that earlier commands wrote to a JSON file; {} without one."""
+    if not path.exists():
+        return {}
+    return {key_of(row): row for row in json.loads(path.read_text())["rows"]}
 
 
 def map_in_pool(

@@ -27,7 +27,7 @@ from studies.optimizer_table import (
     summary,
     sweep,
 )
-from studies.pool import map_in_pool, pool_parser
+from studies.pool import kept_rows, map_in_pool, pool_parser
 from studies.stats.seeds import over_seeds
 from studies.sweep.study import best_rate
 
@@ -141,9 +141,7 @@ def main() -> None:
     for flag, known in known_names.items():
         if unknown := {*chosen[flag]} - known.keys():
             parser.error(f"--{flag}: {', '.join(sorted(unknown))}: must be of {', '.join(known)}")
-    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
-    if arguments.out.exists():
-        rows = {key_of(row): row for row in json.loads(arguments.out.read_text())["rows"]}
+    rows = kept_rows(arguments.out, key_of)
     variants = list(product(chosen["setups"], chosen["optimizers"], chosen["modes"]))
     rows |= {key_of(row): row for row in rows_of(variants, arguments.workers)}
     result = {"model": MODEL, "run": RUN, "aux_lr": AUX_LR, "modes": MODES, "setups": SETUPS}

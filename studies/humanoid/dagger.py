@@ -13,7 +13,6 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any
 
 import numpy as np
 
@@ -26,7 +25,7 @@ from studies.humanoid.grading import grade_policy
 from studies.humanoid.tables import shown
 from studies.humanoid.task import Humanoid
 from studies.humanoid.trial import HumanoidTrial, clone_of
-from studies.pool import map_in_pool, pool_parser
+from studies.pool import Row, kept_rows, map_in_pool, pool_parser
 from studies.stats.seeds import over_seeds
 from studies.sweep.study import FRESH, best_rate, search_rates
 
@@ -35,7 +34,6 @@ EPISODES = 5  # of the clone, after each round but the last
 FIRST_SEED = 1000  # of the first states of these episodes
 FRESH_SEEDS = range(FRESH, FRESH + 5)
 METRICS = ("val_loss", "return", "falls", "length")
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -117,9 +115,7 @@ def main() -> None:
     parser.add_argument("--optimizers", default="adamw,muon", help="comma-separated")
     parser.add_argument("--expert", default="walk-1")
     arguments = parser.parse_args()
-    rows: dict[Setup, Row] = {}
-    if arguments.out.exists():
-        rows = {key_of(row): row for row in json.loads(arguments.out.read_text())["rows"]}
+    rows = kept_rows(arguments.out, key_of)
     names = product(arguments.optimizers.split(","), ("", "fast-dopr-"), ("cloning", "DAgger"))
     setups = [Setup(arguments.expert, mode + name, method) for name, mode, method in names]
     rows |= {key_of(row): row for row in map_in_pool(measure, setups, arguments.workers)}

@@ -13,7 +13,6 @@ kept.
 import json
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import numpy as np
 
@@ -24,7 +23,7 @@ from studies.humanoid.grading import STRIDE
 from studies.humanoid.tables import shown
 from studies.humanoid.task import Humanoid
 from studies.optimizer_table import ROOT
-from studies.pool import map_in_pool, pool_parser
+from studies.pool import Row, kept_rows, map_in_pool, pool_parser
 from studies.stats.seeds import over_seeds
 from studies.sweep.study import Study, sweep
 from studies.sweep.trial import run_trial
@@ -38,7 +37,6 @@ METRICS = (
     *("val_loss", "return", "falls", "length"),
     *(f"action_error_steps_{window}" for window in ("0-20", "20-40", "40-60")),
 )
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -64,12 +62,17 @@ class Setup:
 
 
 def measure(setup: Setup) -> Row:
-    """Tune the rate, run the fresh seeds and return a row with the metrics of each seed."""
+    """Tune the rate, run the fresh seeds and return a row with the metrics of each seed.
+
+    Raises RuntimeError if a run diverges at the tuned rate.
+    """
     tuning, study = setup.study(1), setup.study(Humanoid.default_episodes)
     variant = study.variants[0]
     lr = sweep(tuning, variant, lambda trials: [run_trial(trial) for trial in trials])
     trials = [study.trial(variant, "fresh", lr, seed) for seed in study.seeds]
     grades = [run_trial(trial)["grade"] for trial in trials]
+    if None in grades:
+        raise RuntimeError(f"{setup}: a run diverged at the rate {lr:g}, which did not on seed 0")
     metrics = {key: [grade["metrics"][key]["mean"] for grade in grades] for key in METRICS}
     survival = np.mean([grade["curves"]["survival"]["mean"] for grade in grades], axis=0)
     names = {"expert": setup.expert, "variant": setup.variant, "steps": setup.steps, "lr": lr}
@@ -141,9 +144,7 @@ def main() -> None:
     parser.add_argument("--optimizers", default="adamw", help="comma-separated")
     parser.add_argument("--experts", default="walk-0,walk-1,walk-2", help="comma-separated")
     arguments = parser.parse_args()
-    rows: dict[Setup, Row] = {}
-    if arguments.out.exists():
-        rows = {key_of(row): row for row in json.loads(arguments.out.read_text())["rows"]}
+    rows = kept_rows(arguments.out, key_of)
     names = arguments.optimizers.split(",")
     setups = [
         Setup(expert, prefix + name, steps)
