@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 export PYTHONUNBUFFERED = 1
+OFFSCREEN := $(if $(filter Linux,$(shell uname)),MUJOCO_GL=$(or $(MUJOCO_GL),egl))
 DEMO   := out/demo/pdfa_adamw out/demo/pdfa out/demo/text_adamw out/demo/text
 
-.PHONY: setup setup-dev demo test test-full check bench kernel-report bench-gpu study width-study clean
+.PHONY: setup setup-dev demo test test-full check bench kernel-report bench-gpu study width-study humanoid clean
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), f"needs Python >= 3.10, found {sys.version}"'
@@ -55,6 +56,12 @@ study: setup           ## the rollout study of docs/results.md; hours of CPU, co
 
 width-study: setup     ## muP's coordinate checks and sweeps of docs/mup.md; two hours of a core, continues, too
 	$(PY) -m studies.mup.all_stages
+
+humanoid: setup-dev    ## a walking expert from nothing, clones by AdamW and DoPr-AdamW, docs/humanoid.png; minutes
+	OMP_NUM_THREADS=1 $(PY) -m studies.humanoid.train_expert --seed 0 --out out/humanoid/expert.npz
+	OMP_NUM_THREADS=1 $(PY) -m studies.humanoid.trial --task humanoid,expert=walk-1 --optimizer adamw --lr 4e-3
+	OMP_NUM_THREADS=1 $(PY) -m studies.humanoid.trial --task humanoid,expert=walk-1 --optimizer fast-dopr-adamw --lr 4e-3
+	$(OFFSCREEN) $(PY) -m studies.humanoid.figure studies/results/humanoid_matched.json --out out/humanoid/figure.png
 
 clean:
 	rm -rf out data/*/prepared
