@@ -26,13 +26,13 @@ from studies.humanoid.matched import DOPR, Row
 from studies.humanoid.strobe import HIGH, LOW, film, strobe
 from studies.humanoid.task import Humanoid
 from studies.humanoid.trial import HumanoidTrial, clone_of
-from studies.report.style import COLOURS, GREY, INK, STYLE, logarithmic, save_png
+from studies.report.style import COLOURS, GREY, STYLE, logarithmic, save_png
 from studies.sweep.study import FRESH
 
 STEPS = 2000  # of the clone with DoPr
 N = Humanoid.default_episodes
-BEFORE, AFTER, EVERY = 270, 80, 35  # steps before and after the fall, and between two photographs
-LENGTH = 6.5  # metres of a strip
+BEFORE, AFTER, EVERY = 310, 90, 31  # steps before and after the fall, and between photographs
+LENGTH = 9.6  # metres of a strip
 NAMES = {"adamw": "AdamW", "muon": "Muon"}
 
 
@@ -81,11 +81,12 @@ def draw(rows: list[Row], films: list[tuple[np.ndarray, int]]) -> Figure:
     """Draw the figure of one expert and one base. films: of the base, then of DoPr."""
     pair = chosen_pair(rows)
     with rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 7.4), layout="constrained")
-        strips = figure.subplot_mosaic("AA;BB;CD", height_ratios=(1, 1, 1.15))
+        figure = Figure(figsize=(9.6, 7.0), layout="constrained")
+        strips = figure.subplot_mosaic("AA;BB;CD", height_ratios=(1, 1, 1.25))
         start = max(0, min(films[0][1], LIMIT_STEPS) - BEFORE)
         for ax, row, (positions, _) in zip((strips["A"], strips["B"]), pair, films, strict=True):
             _strip(ax, positions[start : start + BEFORE + AFTER], row)
+        strips["B"].set_xlabel("metres")
         _survival(strips["C"], pair)
         _returns(strips["D"], rows)
         return figure
@@ -96,7 +97,7 @@ def _strip(ax: Axes, positions: np.ndarray, row: Row) -> None:
     picture = strobe(positions, EVERY, LENGTH)
     ax.imshow(picture, extent=(-0.5, LENGTH, LOW, HIGH), interpolation="antialiased")
     ax.axhline(0, color=GREY, lw=0.8, zorder=0)
-    ax.set(xlim=(-0.5, LENGTH), ylim=(LOW, HIGH), yticks=[], xlabel="metres")
+    ax.set(xlim=(-0.5, LENGTH), ylim=(LOW, HIGH), yticks=[])
     ax.grid(visible=False)
     ax.spines[["left", "bottom"]].set_visible(False)
     means = np.mean(row["val_loss"]), np.mean(row["return"]), np.mean(row["falls"])
@@ -124,9 +125,12 @@ def _returns(ax: Axes, rows: list[Row]) -> None:
         means = [(np.exp(np.log(r["val_loss"]).mean()), np.mean(r["return"])) for r in own]
         ax.plot(*zip(*means, strict=True), color=colour(own[0]))
         for row, (x, y) in zip(own, means, strict=True):
-            ax.annotate(f"{row['steps']:,}", (x, y), color=INK, fontsize=7)
-    logarithmic(ax, "x", (1, 2, 5))
-    ax.set(xlabel="validation loss", title="Return of every run, labels: steps")
+            ax.annotate(
+                f"{row['steps']:,} steps", (x, y), (5, 5), textcoords="offset points", fontsize=7
+            )
+    logarithmic(ax, "x", (1, 2, 3, 5))
+    ax.xaxis.set_major_formatter("{x:.4f}")
+    ax.set(xlabel="validation loss", title="Return of every run")
 
 
 def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
