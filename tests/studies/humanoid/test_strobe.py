@@ -9,8 +9,6 @@ import pytest
 
 from studies.humanoid.environment import rollout
 from studies.humanoid.expert import load_expert
-from studies.humanoid.figure import chosen_pair, median_index
-from studies.humanoid.matched import DOPR
 from studies.humanoid.strobe import film
 
 DRAW = """
@@ -49,20 +47,3 @@ def test_photographs_are_where_the_humanoid_is():
         assert "set MUJOCO_GL=egl" in done.stdout
         pytest.skip(done.stdout)
     assert done.returncode == 0, done.stderr
-
-
-def test_the_pair_has_the_shortest_base_whose_loss_is_not_higher():
-    def row(variant, steps, loss):
-        return {"variant": variant, "steps": steps, "val_loss": [loss, loss]}
-
-    own = row(DOPR + "adamw", 2000, 3e-4)
-    bases = [row("adamw", n, loss) for n, loss in ((8000, 1e-4), (2000, 5e-4), (4000, 3e-4))]
-    rows = [*bases, row(DOPR + "adamw", 500, 9e-4), own]
-    assert chosen_pair(rows) == (bases[2], own)
-    with pytest.raises(ValueError, match="no run without DoPr has a validation loss"):
-        chosen_pair([bases[1], own])
-
-
-@pytest.mark.parametrize(("values", "expected"), [([3, 1, 2], 2), ([4, 1, 3, 2], 3), ([5], 0)])
-def test_the_median_is_the_lower_one_of_two(values, expected):
-    assert median_index(values) == expected
