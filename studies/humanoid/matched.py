@@ -30,7 +30,10 @@ from studies.sweep.trial import run_trial
 from studies.sweep.variants import parse_variant
 
 RUNS = ROOT / "out" / "humanoid_matched"
-STEPS = {False: (500, 1000, 2000, 4000, 8000), True: (500, 1000, 2000, 4000)}  # without, with DoPr
+STEPS = {  # without and with DoPr
+    False: (500, 1000, 2000, 4000, 8000, 16_000),
+    True: (500, 1000, 2000, 4000),
+}
 DOPR = "fast-dopr-"
 FRESH_SEEDS = 8
 METRICS = (
