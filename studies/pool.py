@@ -1,12 +1,11 @@
-"""Call a function for every task in a pool of processes, and keep the rows of earlier commands."""
+"""Call a function for every task in a pool of processes with one thread each."""
 
 import argparse
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
@@ -15,8 +14,6 @@ from eval.command import command_parser
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-Key = TypeVar("Key")
-Row = dict[str, Any]
 
 
 def pool_parser(module: str, about: str | None) -> argparse.ArgumentParser:
@@ -27,17 +24,17 @@ def pool_parser(module: str, about: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def kept_rows(path: Path, key_of: Callable[[Row], Key]) -> dict[Key, Row]:
-    """Return {key: row} of the rows that earlier commands wrote to a JSON file; {} without one."""
-    if not path.exists():
-        return {}
-    return {key_of(row): row for row in json.loads(path.read_text())["rows"]}
+def iterate_in_pool(
+    function: Callable[[Task], Result], tasks: Sequence[Task], workers: int, about: str = ""
+) -> Iterator[Result]:
+    """Yield the results in the order of the tasks, and show progress."""
+    context = get_context("spawn")
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+        yield from tqdm(pool.map(function, tasks), total=len(tasks), desc=about)
 
 
 def map_in_pool(
     function: Callable[[Task], Result], tasks: Sequence[Task], workers: int, about: str = ""
 ) -> list[Result]:
     """Return the results in the order of the tasks, and show progress."""
-    context = get_context("spawn")
-    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
-        return list(tqdm(pool.map(function, tasks), total=len(tasks), desc=about))
+    return list(iterate_in_pool(function, tasks, workers, about))

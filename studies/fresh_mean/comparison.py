@@ -27,7 +27,8 @@ from studies.optimizer_table import (
     summary,
     sweep,
 )
-from studies.pool import kept_rows, map_in_pool, pool_parser
+from studies.pool import map_in_pool, pool_parser
+from studies.rows import load_rows
 from studies.stats.seeds import over_seeds
 from studies.sweep.study import best_rate
 
@@ -141,7 +142,7 @@ def main() -> None:
     for flag, known in known_names.items():
         if unknown := {*chosen[flag]} - known.keys():
             parser.error(f"--{flag}: {', '.join(sorted(unknown))}: must be of {', '.join(known)}")
-    rows = kept_rows(arguments.out, key_of)
+    rows = load_rows(arguments.out, key_of)
     variants = list(product(chosen["setups"], chosen["optimizers"], chosen["modes"]))
     rows |= {key_of(row): row for row in rows_of(variants, arguments.workers)}
     result = {"model": MODEL, "run": RUN, "aux_lr": AUX_LR, "modes": MODES, "setups": SETUPS}

@@ -17,7 +17,6 @@ BATCH_SIZE = 128
 WARMUP_STEPS = 50
 N_HIDDEN = 3  # layers
 LOWEST_SCALE = 1e-3  # by which an observation is divided
-LOWEST_EIGENVALUE = 1e-6  # of a whitened covariance, as a share of its largest
 CLIP_INPUTS = 10.0  # the largest standardized input; forces of rare contacts reach thousands
 
 
@@ -28,7 +27,7 @@ def spread(actions: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Scaling:
-    """How observations become inputs of the network, and its outputs actions."""
+    """Scale observations to inputs of the network, and its outputs to actions."""
 
     kept: np.ndarray  # (k,), the observations that vary in the demonstrations
     mean: np.ndarray  # (k,)
@@ -52,8 +51,7 @@ class Scaling:
         z = plain.inputs(observations).double().numpy()  # (steps, k)
         values, vectors = np.linalg.eigh(z.T @ z / len(z))
         mixed = whitening * values.clip(0) / values.mean() + 1 - whitening  # (k,)
-        floor = LOWEST_EIGENVALUE * mixed.max()
-        return replace(plain, whiten=(vectors / np.sqrt(mixed.clip(floor))) @ vectors.T)
+        return replace(plain, whiten=(vectors / np.sqrt(mixed)) @ vectors.T)
 
     def inputs(self, observations: np.ndarray) -> Tensor:  # (n, 348) -> (n, k)
         x = (observations[:, self.kept].astype(np.float64) - self.mean) / self.scale
@@ -98,7 +96,7 @@ def train_clone(
     dopr: dict[str, Any],
     whitening: float = 0.0,
     ema_decay: float = 0.0,
-    more: Mapping[int, Callable[[Clone], tuple[np.ndarray, np.ndarray]]] | None = None,
+    data_at_step: Mapping[int, Callable[[Clone], tuple[np.ndarray, np.ndarray]]] | None = None,
 ) -> Clone | None:
     """Return the policy after training; None if the loss became infinite or NaN.
 
@@ -108,19 +106,20 @@ def train_clone(
         seed: seed of the weights and of the batches, the same for all optimizers.
         whitening: of the inputs, see Scaling.of.
         ema_decay: above 0, the policy has an exponential moving average of the weights.
-        more: {step: function of the clone at that step, which returns further observations and
-            actions to train on}.
+        data_at_step: {step: function of the clone at that step}; each function returns further
+            observations and actions to train on.
     """
     scaling = Scaling.of(observations, actions, whitening)
     x, y = scaling.inputs(observations), scaling.targets(actions)  # (n, k), (n, 17)
     network = make_network(x.shape[1], y.shape[1], width, seed)
     optimizers = build(network, optimizer, lr, dopr)
-    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
+    average_of = get_ema_multi_avg_fn(ema_decay)
+    average = AveragedModel(network, multi_avg_fn=average_of) if ema_decay else None
     generator = torch.Generator().manual_seed(seed)
     schedule = {"schedule": "cosine", "warmup_steps": min(WARMUP_STEPS, steps // 10)}
     for i in range(steps):
-        if more and i in more:
-            observations, actions = more[i](Clone(scaling, network))
+        if data_at_step and i in data_at_step:
+            observations, actions = data_at_step[i](Clone(scaling, network))
             x = torch.cat([x, scaling.inputs(observations)])
             y = torch.cat([y, scaling.targets(actions)])
         batch = torch.randint(len(x), (BATCH_SIZE,), generator=generator)
@@ -129,6 +128,6 @@ def train_clone(
             return None
         loss.backward()
         step(optimizers, lr_scale(i, max_steps=steps, min_lr_ratio=0, **schedule))
-        if ema_decay:
+        if average:
             average.update_parameters(network)
-    return Clone(scaling, average.module if ema_decay else network)
+    return Clone(scaling, average.module if average else network)

@@ -6,26 +6,28 @@ DAgger trains in rounds. After each round but the last, the clone runs some epis
 says what it would have done in every state, and training goes on with these states in the data. All
 runs begin with the same demonstrations and have the same number of steps and one schedule. Rates
 are tuned by validation loss on a seed of their own, separately for each of the four combinations.
+That loss is measured on the expert's states, which DAgger does not aim at, and clones that fall
+early add fewer states: both are to the disadvantage of DAgger with a weak optimizer.
 The rows of earlier commands in FILE are kept.
 """
 
-import json
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 
 import numpy as np
 
-from data.files import write_atomic
+from eval.command import reported_errors
 from eval.tables import markdown
 from studies.humanoid.cloning import Clone
 from studies.humanoid.demonstrations import expert_policy
 from studies.humanoid.environment import rollout
 from studies.humanoid.grading import grade_policy
-from studies.humanoid.tables import shown
+from studies.humanoid.tables import with_half
 from studies.humanoid.task import Humanoid
 from studies.humanoid.trial import HumanoidTrial, clone_of
-from studies.pool import Row, kept_rows, map_in_pool, pool_parser
+from studies.pool import pool_parser
+from studies.rows import Row, add_rows
 from studies.stats.seeds import over_seeds
 from studies.sweep.study import FRESH, best_rate, search_rates
 
@@ -38,7 +40,7 @@ METRICS = ("val_loss", "return", "falls", "length")
 
 @dataclass(frozen=True)
 class Setup:
-    """What is trained, and how: the expert, the name of the variant, "cloning" or "DAgger"."""
+    """A row of the comparison: the expert, the variant, and the method (cloning or DAgger)."""
 
     expert: str
     variant: str
@@ -53,20 +55,20 @@ def own_states(
     return states, expert_policy(expert)(states).astype(np.float32)
 
 
-def trained(setup: Setup, lr: float, seed: int) -> Clone | None:
+def train(setup: Setup, lr: float, seed: int) -> Clone | None:
     """Return the clone of a run; None if it diverged."""
     settings = dict(HumanoidTrial.parse_variant(setup.variant).settings) | {"max_steps": STEPS}
-    more = {}
+    data_at_step = {}
     if setup.method == "DAgger":
         for i in range(1, ROUNDS):
             first = FIRST_SEED + ROUNDS * seed + i
-            more[i * STEPS // ROUNDS] = partial(own_states, expert=setup.expert, seed=first)
-    return clone_of(Humanoid(expert=setup.expert), settings, lr, seed, more)
+            data_at_step[i * STEPS // ROUNDS] = partial(own_states, expert=setup.expert, seed=first)
+    return clone_of(Humanoid(expert=setup.expert), settings, lr, seed, data_at_step)
 
 
-def graded(setup: Setup, lr: float, seed: int, n: int) -> dict[str, float]:
+def train_and_grade(setup: Setup, lr: float, seed: int, n: int) -> dict[str, float]:
     """Train and grade a run. Return its metrics; NaN if it diverged."""
-    clone = trained(setup, lr, seed)
+    clone = train(setup, lr, seed)
     if not clone:
         return dict.fromkeys(METRICS, float("nan"))
     means = grade_policy(Humanoid(expert=setup.expert), clone, n, 0).means()
@@ -77,16 +79,15 @@ def measure(setup: Setup) -> Row:
     """Tune the rate, run the fresh seeds and return a row with the metrics of each seed."""
 
     def loss_of(lr: float) -> float:
-        return float(np.nan_to_num(graded(setup, lr, 0, 1)["val_loss"], nan=np.inf))
+        return float(np.nan_to_num(train_and_grade(setup, lr, 0, 1)["val_loss"], nan=np.inf))
 
     optimizer = HumanoidTrial.parse_variant(setup.variant).optimizer
     losses = search_rates(loss_of, HumanoidTrial.first_rates(optimizer))
-    runs = [
-        graded(setup, best_rate(losses), seed, Humanoid.default_episodes) for seed in FRESH_SEEDS
-    ]
+    lr, n = best_rate(losses), Humanoid.default_episodes
+    runs = [train_and_grade(setup, lr, seed, n) for seed in FRESH_SEEDS]
     names = {"expert": setup.expert, "variant": setup.variant, "method": setup.method}
     metrics = {key: [run[key] for run in runs] for key in METRICS}
-    return names | {"lr": best_rate(losses), "sweep": losses} | metrics
+    return names | {"lr": lr, "sweep": losses} | metrics
 
 
 def key_of(row: Row) -> Setup:
@@ -101,8 +102,8 @@ def table_of(rows: list[Row]) -> str:
         cloning = Setup(setup.expert, setup.variant, "cloning")
         gain = ""
         if setup != cloning and cloning in returns:
-            gain = shown(over_seeds((returns[setup] - returns[cloning]).tolist()), "+,.0f")
-        mean = shown(over_seeds(row["return"]), ",.0f")
+            gain = with_half(over_seeds((returns[setup] - returns[cloning]).tolist()), "+,.0f")
+        mean = with_half(over_seeds(row["return"]), ",.0f")
         falls, loss = f"{np.mean(row['falls']):.2f}", f"{np.mean(row['val_loss']):.5f}"
         names = (setup.expert, f"`{setup.variant}`", setup.method, f"{row['lr']:g}")
         cells.append((*names, loss, mean, falls, gain))
@@ -115,13 +116,21 @@ def main() -> None:
     parser.add_argument("--optimizers", default="adamw,muon", help="comma-separated")
     parser.add_argument("--expert", default="walk-1")
     arguments = parser.parse_args()
-    rows = kept_rows(arguments.out, key_of)
     names = product(arguments.optimizers.split(","), ("", "fast-dopr-"), ("cloning", "DAgger"))
     setups = [Setup(arguments.expert, mode + name, method) for name, mode, method in names]
-    rows |= {key_of(row): row for row in map_in_pool(measure, setups, arguments.workers)}
-    protocol = {"steps": STEPS, "rounds": ROUNDS, "episodes": EPISODES, "seeds": [*FRESH_SEEDS]}
-    write_atomic(arguments.out, json.dumps(protocol | {"rows": [*rows.values()]}) + "\n")
-    print(table_of([*rows.values()]))
+    with reported_errors(parser):
+        for setup in setups:
+            Humanoid(expert=setup.expert)
+            HumanoidTrial.parse_variant(setup.variant)
+        rows = add_rows(
+            *(arguments.out, measure, setups, key_of),
+            workers=arguments.workers,
+            header={
+                **{"steps": STEPS, "rounds": ROUNDS},
+                **{"episodes": EPISODES, "seeds": [*FRESH_SEEDS]},
+            },
+        )
+        print(table_of(rows))
 
 
 if __name__ == "__main__":

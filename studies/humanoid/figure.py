@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eval.command import command_parser, reported_errors
-from studies.humanoid.environment import LIMIT_STEPS, rollout
+from studies.humanoid.environment import LIMIT_STEPS, first_states, rollout
 from studies.humanoid.grading import GRADING_SEED
 from studies.humanoid.matched import DOPR, Row
 from studies.humanoid.strobe import HIGH, LOW, film, strobe
@@ -63,7 +63,8 @@ def median_film(row: Row) -> tuple[np.ndarray, int]:
     assert clone, "the run of the results did not diverge"
     episodes = rollout(clone, N, GRADING_SEED)
     episode = median_index(episodes.returns)
-    positions = film(clone, N, GRADING_SEED, episode, LIMIT_STEPS + AFTER)
+    start, actions = first_states(N, GRADING_SEED)[episode], episodes.actions[episode]
+    positions = film(start, actions, clone, LIMIT_STEPS + AFTER)
     return positions, int(episodes.lengths[episode])
 
 

@@ -10,24 +10,24 @@ runs without DoPr. Finished runs are not repeated, and the rows of earlier comma
 kept.
 """
 
-import json
 from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 
-from data.files import write_atomic
+from eval.command import reported_errors
 from eval.rollout.intervals import Estimate
 from eval.tables import markdown
 from studies.humanoid.grading import STRIDE
-from studies.humanoid.tables import shown
+from studies.humanoid.tables import with_half
 from studies.humanoid.task import Humanoid
+from studies.humanoid.trial import HumanoidTrial
 from studies.optimizer_table import ROOT
-from studies.pool import Row, kept_rows, map_in_pool, pool_parser
+from studies.pool import pool_parser
+from studies.rows import Row, add_rows
 from studies.stats.seeds import over_seeds
 from studies.sweep.study import Study, sweep
 from studies.sweep.trial import run_trial
-from studies.sweep.variants import parse_variant
 
 RUNS = ROOT / "out" / "humanoid_matched"
 STEPS = {  # without and with DoPr
@@ -44,7 +44,7 @@ METRICS = (
 
 @dataclass(frozen=True)
 class Setup:
-    """What is trained: the expert, the name of the variant, and the number of steps."""
+    """A row of the comparison: the expert, the variant, and the number of steps."""
 
     expert: str
     variant: str
@@ -55,7 +55,7 @@ class Setup:
         return Study(
             out=RUNS / f"{self.expert}-{self.steps}",
             task=Humanoid(expert=self.expert),
-            variants=(parse_variant(self.variant),),
+            variants=(HumanoidTrial.parse_variant(self.variant),),
             steps=self.steps,
             tuning_seeds=1,
             fresh_seeds=FRESH_SEEDS,
@@ -101,7 +101,10 @@ def difference(row: Row, bases: list[Row], key: str) -> list[float]:
 
 
 def pooled(rows: list[Row], bases: list[Row], key: str) -> Estimate:
-    """Return the difference at equal validation loss, the mean over rows and then over seeds."""
+    """Return the difference at equal validation loss, the mean over rows and then over seeds.
+
+    A seed counts with those of its rows whose loss lies in the range of the base's runs.
+    """
     differences = np.array([difference(row, bases, key) for row in rows])  # (rows, seeds)
     counts = (~np.isnan(differences)).sum(0)
     return over_seeds((np.nansum(differences, 0)[counts > 0] / counts[counts > 0]).tolist())
@@ -118,12 +121,12 @@ def table_of(rows: list[Row]) -> str:
     cells = []
     for row in rows:
         names = (row["expert"], f"`{row['variant']}`", f"{row['steps']:,}", f"{row['lr']:g}")
-        means = (f"{np.mean(row['val_loss']):.5f}", shown(over_seeds(row["return"]), ",.0f"))
+        means = (f"{np.mean(row['val_loss']):.5f}", with_half(over_seeds(row["return"]), ",.0f"))
         falls, compared = f"{np.mean(row['falls']):.2f}", ()
         if row["variant"].startswith(DOPR):
             bases = bases_of(row, rows)
             inside = int(np.isfinite(difference(row, bases, "return")).sum())
-            compared = (str(inside), shown(pooled([row], bases, "return"), "+,.0f"))
+            compared = (str(inside), with_half(pooled([row], bases, "return"), "+,.0f"))
         cells.append((*names, *means, falls, *(compared or ("", ""))))
     header = ("expert", "optimizer", "steps", "lr", "val loss", "return", "falls")
     return markdown((*header, "seeds in range", "return minus base at equal loss"), cells)
@@ -136,9 +139,10 @@ def pooled_lines(rows: list[Row]) -> list[str]:
         own = [row for row in rows if (row["expert"], row["variant"]) == (expert, name)]
         if name.startswith(DOPR):
             bases = bases_of(own[0], rows)
-            gained = shown(pooled(own, bases, "return"), "+,.0f")
-            falls = shown(pooled(own, bases, "falls"), "+.2f")
-            lines.append(f"{expert}, {name} at equal loss: return {gained}, falls {falls}")
+            gained = with_half(pooled(own, bases, "return"), "+,.0f")
+            falls = with_half(pooled(own, bases, "falls"), "+.2f")
+            n = pooled(own, bases, "return").n
+            lines.append(f"{expert}, {name} at equal loss, {n} seeds: {gained}, falls {falls}")
     return lines
 
 
@@ -147,17 +151,21 @@ def main() -> None:
     parser.add_argument("--optimizers", default="adamw", help="comma-separated")
     parser.add_argument("--experts", default="walk-0,walk-1,walk-2", help="comma-separated")
     arguments = parser.parse_args()
-    rows = kept_rows(arguments.out, key_of)
-    names = arguments.optimizers.split(",")
+    names = product(arguments.experts.split(","), arguments.optimizers.split(","), ("", DOPR))
     setups = [
         Setup(expert, prefix + name, steps)
-        for expert, name, prefix in product(arguments.experts.split(","), names, ("", DOPR))
+        for expert, name, prefix in names
         for steps in STEPS[bool(prefix)]
     ]
-    measured = map_in_pool(measure, setups, arguments.workers)
-    rows |= {key_of(row): row for row in measured}
-    write_atomic(arguments.out, json.dumps({"stride": STRIDE, "rows": [*rows.values()]}) + "\n")
-    print(table_of([*rows.values()]), *pooled_lines([*rows.values()]), sep="\n")
+    with reported_errors(parser):
+        for setup in setups:
+            setup.study(1).check()
+        rows = add_rows(
+            *(arguments.out, measure, setups, key_of),
+            workers=arguments.workers,
+            header={"stride": STRIDE},
+        )
+        print(table_of(rows), *pooled_lines(rows), sep="\n")
 
 
 if __name__ == "__main__":

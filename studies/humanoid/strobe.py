@@ -6,7 +6,7 @@ from the start of Python. Neither needs a GPU.
 
 import numpy as np
 
-from studies.humanoid.environment import Policy, first_states
+from studies.humanoid.environment import Policy
 from studies.humanoid.simulator import HumanoidEnv, mujoco
 
 PIXELS_PER_METRE = 220
@@ -14,14 +14,19 @@ WIDTH, LOW, HIGH = 3.0, -0.1, 1.8  # metres around the torso, and above the floo
 FLOOR = 0  # its number among the shapes of the model
 
 
-def film(policy: Policy, n: int, seed: int, episode: int, steps: int) -> np.ndarray:
-    """Return the positions (steps, 24) in one episode of `rollout`, which a fall does not end."""
+def film(start: int, actions: np.ndarray, policy: Policy, steps: int) -> np.ndarray:
+    """Return the positions (steps, 24) in one episode of `rollout`, continued after a fall.
+
+    Args:
+        start: the seed of the first state, see `first_states`.
+        actions: (length, 17), of the episode. After them, the policy acts.
+    """
     environment = HumanoidEnv(terminate_when_unhealthy=False)
-    state = environment.reset(seed=first_states(n, seed)[episode])[0]
+    state = environment.reset(seed=start)[0]
     positions = []
-    for _ in range(steps):
+    for i in range(steps):
         positions.append(environment.data.qpos.copy())
-        action = policy(state[None].astype(np.float32))[0]
+        action = actions[i] if i < len(actions) else policy(state[None].astype(np.float32))[0]
         state = environment.step(action.astype(np.float32))[0]
     environment.close()
     return np.stack(positions)
@@ -69,7 +74,7 @@ class Camera:
 def strobe(positions: np.ndarray, every: int, length: float) -> np.ndarray:
     """Return one picture (height, width, 4) uint8 with every so many positions (steps, 24).
 
-    It shows the way from half a metre behind the start to `length` metres before it.
+    It covers half a metre behind the start and `length` metres ahead of it.
     """
     camera, behind = Camera(), 0.5
     height, width = (round(m * PIXELS_PER_METRE) for m in (HIGH - LOW, length + behind))

@@ -8,6 +8,7 @@ loss.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -28,20 +29,27 @@ from studies.stats.records import (
 )
 from studies.stats.seeds import over_seeds
 
-HEADER = ("", "lr", "val loss", "return", "falls", "minus base", "minus base at this lr")
+HEADER = ("", "lr", "val loss", "return", "falls")
+COMPARED = ("minus base", "minus base at this lr", "lr of the best return")
 
 
-def shown(found: Estimate, form: str) -> str:
-    """Format a mean and half of its interval; a format like "+.0f" shows the sign of the mean."""
+def with_half(found: Estimate, form: str) -> str:
+    """Format a mean and half of its interval, if it has one; "" without values.
+
+    form: of the mean; with "+", the mean has a sign.
+    """
+    if not found.n:
+        return ""
     half = (found.hi - found.lo) / 2
-    return f"{found.mean:{form}} ± {half:{form.lstrip('+')}}" if found.n else ""
+    interval = "" if math.isnan(half) else f" ± {half:{form.lstrip('+')}}"
+    return f"{found.mean:{form}}{interval}"
 
 
 def difference(own: list[Record], others: list[Record]) -> str:
     """Return the mean paired difference of the returns; "" without pairs."""
     returns = {record["seed"]: primary(record) for record in others}
     pairs = [primary(each) - returns[each["seed"]] for each in own if each["seed"] in returns]
-    return shown(over_seeds(pairs), "+,.0f")
+    return with_half(over_seeds(pairs), "+,.0f")
 
 
 def rate_of_rollouts(tuning: list[Record], chosen: float) -> str:
@@ -74,14 +82,14 @@ def table(folder: Path) -> str:
                 f"`{name}`",
                 f"{lr:g}",
                 f"{np.mean(list(map(val_loss, own))):.5f}",
-                shown(over_seeds(list(map(primary, own))), ",.0f"),
+                with_half(over_seeds(list(map(primary, own))), ",.0f"),
                 f"{np.mean([each['grade']['metrics']['falls']['mean'] for each in own]):.2f}",
                 difference(own, fresh.get(base, [])) if name != base else "",
                 difference(own, at_this_lr) if name != base else "",
                 rate_of_rollouts(tuning[name], lr) if name in tuning else "",
             )
         )
-    return markdown((*HEADER, "lr of the best return"), rows)
+    return markdown((*HEADER, *COMPARED), rows)
 
 
 def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:

@@ -39,8 +39,8 @@ class Humanoid(TaskBase):
     demonstrations: int = 10  # episodes of the expert
     length: int = 1000  # steps of a demonstration that are used, from its beginning
     width: int = 128  # of the three hidden layers
-    noise: float = 0.0  # standard deviation of what is added to an action when it is executed
-    whitening: float = 0.0  # of the inputs: 0 leaves them standardized, 1 whitens them, see Scaling
+    noise: float = 0.0  # standard deviation of Gaussian noise added to each executed action
+    whitening: float = 0.0  # of the inputs, below 1; 0 leaves them standardized, see Scaling
 
     name: ClassVar[str] = "humanoid"
     primary: ClassVar[str] = "return"
@@ -53,7 +53,7 @@ class Humanoid(TaskBase):
             f"expert={self.expert}: must be one of {', '.join(known)}": self.expert in known,
             f"length={self.length}: must be at most 1000": self.length <= 1000,
             f"noise={self.noise}: must be from 0 to 1": 0 <= self.noise <= 1,
-            f"whitening={self.whitening}: must be from 0 to 1": 0 <= self.whitening <= 1,
+            f"whitening={self.whitening}: must be at least 0 and below 1": 0 <= self.whitening < 1,
         } | self.at_least(demonstrations=1, length=1, width=1)
 
     def __post_init__(self) -> None:

@@ -74,9 +74,12 @@ class HumanoidTrial(PolicyTrial):
 
 
 def clone_of(
-    task: Humanoid, settings: dict[str, Any], lr: float, seed: int, more: Any = None
+    task: Humanoid, settings: dict[str, Any], lr: float, seed: int, data_at_step: Any = None
 ) -> Clone | None:
-    """Train a clone with the settings of a variant; None if it diverged. more: see train_clone."""
+    """Train a clone with the settings of a variant; None if it diverged.
+
+    data_at_step: see train_clone.
+    """
     from studies.humanoid.demonstrations import demonstrations_of  # requires the simulator
 
     dopr = {key: settings[key] for key in DOPR_KEYS if key in settings}
@@ -93,7 +96,7 @@ def clone_of(
         dopr=dopr,
         whitening=task.whitening,
         ema_decay=settings.get(AVERAGE, 0.0),
-        more=more,
+        data_at_step=data_at_step,
     )
 
 

@@ -5,7 +5,6 @@ import pytest
 
 from studies.humanoid import dagger
 from studies.humanoid.dagger import (
-    EPISODES,
     FRESH_SEEDS,
     METRICS,
     ROUNDS,
@@ -14,11 +13,12 @@ from studies.humanoid.dagger import (
     measure,
     own_states,
     table_of,
-    trained,
+    train,
 )
+from studies.humanoid.demonstrations import TRAINING_SEED, VALIDATION_SEED
 from studies.humanoid.environment import rollout
 from studies.humanoid.expert import load_expert
-from studies.humanoid.grading import never_acts
+from studies.humanoid.grading import GRADING_SEED, never_acts
 
 CLONING, DAGGER = (Setup("walk-1", "fast-dopr-adamw", method) for method in ("cloning", "DAgger"))
 
@@ -34,23 +34,23 @@ def test_the_states_are_the_clones_and_the_actions_the_experts():
 def test_the_rounds_have_equal_lengths_and_first_states_of_their_own(monkeypatch):
     seen = {}
     monkeypatch.setattr(dagger, "clone_of", lambda *arguments: arguments)
-    for seed in (0, 1):
-        task, settings, lr, own_seed, more = trained(DAGGER, 0.5, seed)
+    for seed in (0, *FRESH_SEEDS):
+        task, settings, lr, own_seed, more = train(DAGGER, 0.5, seed)
         assert (task.expert, settings["max_steps"], lr, own_seed) == ("walk-1", STEPS, 0.5, seed)
         assert list(more) == [STEPS // ROUNDS * i for i in range(1, ROUNDS)]
         seen |= {(seed, step): call.keywords["seed"] for step, call in more.items()}
     assert len(set(seen.values())) == len(seen)
-    assert min(seen.values()) > EPISODES  # not those of the demonstrations and of the grades
-    assert trained(CLONING, 0.5, 0)[-1] == {}
+    assert not {*seen.values()} & {TRAINING_SEED, VALIDATION_SEED, GRADING_SEED}
+    assert train(CLONING, 0.5, 0)[-1] == {}
 
 
 def test_every_combination_is_tuned_on_one_seed_and_measured_on_others(monkeypatch):
-    def graded(setup, lr, seed, n):
+    def train_and_grade(setup, lr, seed, n):
         assert (n == 1) == (seed == 0)
         value = 1000.0 * (setup.method == "DAgger") + 10 * seed
         return dict.fromkeys(METRICS, value) | {"val_loss": abs(np.log(lr / 4e-3)) + 1}
 
-    monkeypatch.setattr(dagger, "graded", graded)
+    monkeypatch.setattr(dagger, "train_and_grade", train_and_grade)
     rows = [measure(setup) for setup in (CLONING, DAGGER)]
     assert [row["lr"] for row in rows] == [4e-3, 4e-3]
     assert rows[0]["return"] == [10.0 * seed for seed in FRESH_SEEDS]
@@ -58,8 +58,8 @@ def test_every_combination_is_tuned_on_one_seed_and_measured_on_others(monkeypat
 
 
 def test_a_rate_that_diverges_is_not_chosen(monkeypatch):
-    def graded(setup, lr, seed, n):
+    def train_and_grade(setup, lr, seed, n):
         return dict.fromkeys(METRICS, float("nan") if lr > 1e-3 else 1 / lr)
 
-    monkeypatch.setattr(dagger, "graded", graded)
+    monkeypatch.setattr(dagger, "train_and_grade", train_and_grade)
     assert measure(CLONING)["lr"] == pytest.approx(1e-3)

@@ -4,11 +4,20 @@ import numpy as np
 import pytest
 
 from studies.humanoid import figure
-from studies.humanoid.all_stages import STAGES
-from studies.humanoid.figure import BEFORE, chosen_pair, draw, median_index
+from studies.humanoid.environment import Episodes, first_states
+from studies.humanoid.figure import (
+    AFTER,
+    BEFORE,
+    N,
+    chosen_pair,
+    draw,
+    median_film,
+    median_index,
+)
+from studies.humanoid.grading import GRADING_SEED
 from studies.humanoid.matched import DOPR
 from studies.humanoid.strobe import HIGH, LOW
-from studies.sweep.compare import notes, parse, study_of
+from studies.sweep.study import FRESH
 
 
 def row(variant, steps, loss, returns=(1000.0, 3000.0, 2000.0)):
@@ -49,9 +58,23 @@ def test_both_strips_begin_at_the_same_step_before_the_base_falls(monkeypatch):
     assert sum(len(line.get_xdata()) for line in returns.lines) == 2 * (3 + 1)  # runs and means
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
-def test_every_stage_is_a_command_that_compare_takes(stage, tmp_path):
-    study = study_of(parse(stage.argv(tmp_path, 1))[1])
-    assert (study.task.expert, study.n) == ("walk-1", 20)
-    assert notes(study) == ""
-    assert not any(tmp_path.iterdir())
+def test_the_film_is_of_the_median_episode_of_the_median_seed(monkeypatch):
+    seen = {}
+
+    def clone_of(task, settings, lr, seed):
+        seen["run"] = (task.expert, settings["optimizer"], settings["max_steps"], lr, seed)
+        return "the clone"
+
+    def rollout(policy, n, seed):
+        actions = [np.full((length, 17), length) for length in (9, 5, 7)]
+        return Episodes(np.array([9.0, 5.0, 7.0]), np.array([9, 5, 7]), [], actions)
+
+    def film(start, actions, policy, steps):
+        seen["film"] = (start, len(actions), policy, steps)
+
+    for name, function in (("clone_of", clone_of), ("rollout", rollout), ("film", film)):
+        monkeypatch.setattr(figure, name, function)
+    own = row(DOPR + "adamw", 2000, 3e-4) | {"expert": "walk-2", "lr": 0.25}
+    assert median_film(own)[1] == 7
+    assert seen["run"] == ("walk-2", "adamw", 2000, 0.25, FRESH + 2)
+    assert seen["film"] == (first_states(N, GRADING_SEED)[2], 7, "the clone", 1000 + AFTER)

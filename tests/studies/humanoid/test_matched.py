@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from studies import rows
 from studies.humanoid import matched
 from studies.humanoid.matched import (
     DOPR,
@@ -70,9 +71,9 @@ def test_seeds_are_averaged_over_the_numbers_of_steps_in_range(bases):
     assert found.n == FRESH_SEEDS
     half = 2.3646 * np.std(expected, ddof=1) / np.sqrt(FRESH_SEEDS)  # t(7), 95 %
     assert found.hi - found.mean == pytest.approx(half, rel=1e-3)
-    rows = [*bases, inside, partly]
-    assert f"{found.mean:+,.0f} ± " in pooled_lines(rows)[0]
-    assert "| 7 | +4 ± 0 |" in table_of(rows)
+    all_rows = [*bases, inside, partly]
+    assert f"{found.mean:+,.0f} ± " in pooled_lines(all_rows)[0]
+    assert "| 7 | +4 ± 0 |" in table_of(all_rows)
 
 
 def test_a_setup_is_tuned_on_one_episode_and_graded_on_the_fresh_seeds(monkeypatch):
@@ -97,12 +98,21 @@ def test_rows_of_earlier_commands_are_kept(monkeypatch, tmp_path, capsys):
     def measured(setup):
         return row(setup.variant, setup.steps, 1 / setup.steps, 3) | {"expert": setup.expert}
 
-    monkeypatch.setattr(matched, "map_in_pool", lambda _, setups, __: [*map(measured, setups)])
+    monkeypatch.setattr(rows, "iterate_in_pool", lambda _, setups, __: map(measured, setups))
     file = tmp_path / "results.json"
     for expert in ("walk-0", "walk-1"):
         command = ["matched", "--out", str(file), "--experts", expert]
         monkeypatch.setattr("sys.argv", command)
         main()
-    rows = json.loads(file.read_text())["rows"]
-    assert len(rows) == 2 * (len(STEPS[False]) + len(STEPS[True]))
-    assert capsys.readouterr().out.count("at equal loss:") == 1 + 2
+    found = json.loads(file.read_text())["rows"]
+    assert len(found) == 2 * (len(STEPS[False]) + len(STEPS[True]))
+    assert capsys.readouterr().out.count("at equal loss, 8 seeds:") == 1 + 2
+
+
+def test_a_setting_that_clones_do_not_have_is_refused_before_any_run(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(rows, "iterate_in_pool", None)
+    command = ["matched", "--out", str(tmp_path / "f.json"), "--optimizers", "adamw+beta1=0.8"]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "task humanoid has no setting beta1" in capsys.readouterr().err

@@ -117,7 +117,7 @@ def test_the_command_of_a_record_repeats_its_run(study, records, capsys):
     [
         (["--task", "humanoid,expert=run"], "expert=run: must be one of walk-0"),
         (["--task", "humanoid,demonstration=1"], "did you mean 'demonstrations'"),
-        (["--task", "humanoid,noise=-1,whitening=2"], "noise=-1.0: must be from 0 to 1; whitening"),
+        (["--task", "humanoid,noise=-1,whitening=1"], "noise=-1.0: must be from 0 to 1; whitening"),
         (["--task", "humanoid", "--set", "n_head=2"], "task humanoid has no such settings"),
         (["--task", "humanoid", "--optimizers", "adamw+beta1=0.8"], "task humanoid has no"),
         (["--task", "humanoid", "--optimizers", "dopr-adamw+gamma=-1"], "gamma=-1"),
