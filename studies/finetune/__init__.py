@@ -1,0 +1,1 @@
+"""Fine-tune Hugging Face models on questions with answers, with and without DoPr."""
