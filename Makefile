@@ -58,10 +58,11 @@ width-study: setup     ## muP's coordinate checks and sweeps of docs/mup.md; two
 	$(PY) -m studies.mup.all_stages
 
 humanoid: setup-dev    ## train an expert, clone another one by AdamW and DoPr-AdamW, draw the figure; minutes
-	OMP_NUM_THREADS=1 $(PY) -m studies.humanoid.train_expert --seed 0 --out out/humanoid/expert.npz
+	mkdir -p out/humanoid_demo
+	OMP_NUM_THREADS=1 $(PY) -m studies.humanoid.train_expert --seed 0 --out out/humanoid_demo/expert.npz
 	OMP_NUM_THREADS=1 $(PY) -m studies.humanoid.trial --task humanoid,expert=walk-1 --optimizer adamw --lr 4e-3
 	OMP_NUM_THREADS=1 $(PY) -m studies.humanoid.trial --task humanoid,expert=walk-1 --optimizer fast-dopr-adamw --lr 2e-3
-	$(OFFSCREEN) $(PY) -m studies.humanoid.figure studies/results/humanoid_matched.json --out out/humanoid/figure.png
+	$(OFFSCREEN) $(PY) -m studies.humanoid.figure studies/results/humanoid_matched.json --out out/humanoid_demo/figure.png
 
 clean:
 	rm -rf out data/*/prepared
