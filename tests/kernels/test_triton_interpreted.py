@@ -20,8 +20,17 @@ FILES = sorted(
 )
 
 
+SLOW = {"test_triton_deflation"}  # an option of Newton-Schulz that waits for a GPU
+
+
 @needs_interpreter
-@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in SLOW))
+        for path in FILES
+    ],
+)
 def test_a_kernel_is_right_in_the_interpreter(file):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_ADDOPTS", None)  # set for the outer run, which may use workers

@@ -63,7 +63,10 @@ def inductor(net):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("settings", [{}, {"refresh_every": 4, "collect_every": 2}])
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param({}, marks=pytest.mark.slow), {"refresh_every": 4, "collect_every": 2}],
+)
 def test_compiled_training_equals_eager_training(settings, device):
     settings = {**settings, "device": device}
     with torch.backends.cudnn.flags(
