@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from eval.rollout.intervals import Estimate
+from studies.stats.equal_loss import difference_at_equal, over_lengths
 from studies.stats.seeds import over_seeds
 
 Metrics = dict[str, float] | None  # None if the run diverged
@@ -33,23 +34,16 @@ def matched(
 
     own, base: for each seed, the metrics of runs with several numbers of steps.
     """
-    per_seed = []
-    for runs, reference in zip(own, base, strict=True):
-        found = [_above(run, reference, metric) for run in runs if run]
-        inside = [difference for difference in found if difference is not None]
-        if inside:
-            per_seed.append(float(np.mean(inside)))
-    return over_seeds(per_seed)
+    return over_lengths(
+        [_above(run, reference, metric) for run in runs if run]
+        for runs, reference in zip(own, base, strict=True)
+    )
 
 
-def _above(run: dict[str, float], base: Sequence[Metrics], metric: str) -> float | None:
-    """Return log metric minus that of the base at equal excess loss; None outside its range."""
-    points = sorted((math.log(b["excess"]), math.log(b[metric])) for b in base if b)
-    x = math.log(run["excess"])
-    if len(points) < 2 or not points[0][0] <= x <= points[-1][0]:
-        return None
-    xs, ys = zip(*points, strict=True)
-    return math.log(run[metric]) - float(np.interp(x, xs, ys))
+def _above(run: dict[str, float], base: Sequence[Metrics], metric: str) -> float:
+    """Return log metric minus that of the base at equal excess loss; NaN outside its range."""
+    points = [(math.log(b["excess"]), math.log(b[metric])) for b in base if b]
+    return difference_at_equal(math.log(run["excess"]), math.log(run[metric]), points)
 
 
 def as_ratio(estimate: Estimate) -> str:

@@ -13,6 +13,7 @@ import sys
 from studies.humanoid.tables import table
 from studies.rollout.all_stages import RolloutStage
 from studies.stages import run_stages
+from studies.stats.records import RECORDS
 
 TASK = "humanoid,expert=walk-1"
 STEPS, SEEDS = 2000, 5
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> None:
     names = {"module": "studies.humanoid.all_stages", "about": __doc__}
     out = run_stages(argv, STAGES, out="out/humanoid", **names)
     for stage in STAGES:
-        if (out / stage.name / "records.jsonl").exists():
+        if (out / stage.name / RECORDS).exists():
             print(f"\n{stage.name}\n\n{table(out / stage.name)}")
 
 

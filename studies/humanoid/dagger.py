@@ -23,6 +23,7 @@ from studies.humanoid.cloning import Clone
 from studies.humanoid.demonstrations import expert_policy
 from studies.humanoid.environment import rollout
 from studies.humanoid.grading import grade_policy
+from studies.humanoid.matched import DOPR
 from studies.humanoid.tables import with_half
 from studies.humanoid.task import Humanoid
 from studies.humanoid.trial import HumanoidTrial, clone_of
@@ -116,7 +117,7 @@ def main() -> None:
     parser.add_argument("--optimizers", default="adamw,muon", help="comma-separated")
     parser.add_argument("--expert", default="walk-1")
     arguments = parser.parse_args()
-    names = product(arguments.optimizers.split(","), ("", "fast-dopr-"), ("cloning", "DAgger"))
+    names = product(arguments.optimizers.split(","), ("", DOPR), ("cloning", "DAgger"))
     setups = [Setup(arguments.expert, mode + name, method) for name, mode, method in names]
     with reported_errors(parser):
         for setup in setups:

@@ -25,6 +25,7 @@ from studies.humanoid.trial import HumanoidTrial
 from studies.optimizer_table import ROOT
 from studies.pool import pool_parser
 from studies.rows import Row, add_rows
+from studies.stats.equal_loss import difference_at_equal, over_lengths
 from studies.stats.seeds import over_seeds
 from studies.sweep.study import Study, sweep
 from studies.sweep.trial import run_trial
@@ -91,13 +92,14 @@ def difference(row: Row, bases: list[Row], key: str) -> list[float]:
 
     NaN where the validation loss lies outside the range of the base's runs.
     """
-    found = []
-    for seed in range(FRESH_SEEDS):
-        points = sorted((np.log(base["val_loss"][seed]), base[key][seed]) for base in bases)
-        x, y = zip(*points, strict=True)
-        at_equal = np.interp(np.log(row["val_loss"][seed]), x, y, left=np.nan, right=np.nan)
-        found.append(row[key][seed] - float(at_equal))
-    return found
+    return [
+        difference_at_equal(
+            np.log(row["val_loss"][seed]),
+            row[key][seed],
+            [(np.log(base["val_loss"][seed]), base[key][seed]) for base in bases],
+        )
+        for seed in range(FRESH_SEEDS)
+    ]
 
 
 def pooled(rows: list[Row], bases: list[Row], key: str) -> Estimate:
@@ -105,9 +107,7 @@ def pooled(rows: list[Row], bases: list[Row], key: str) -> Estimate:
 
     A seed counts with those of its rows whose loss lies in the range of the base's runs.
     """
-    differences = np.array([difference(row, bases, key) for row in rows])  # (rows, seeds)
-    counts = (~np.isnan(differences)).sum(0)
-    return over_seeds((np.nansum(differences, 0)[counts > 0] / counts[counts > 0]).tolist())
+    return over_lengths(zip(*(difference(row, bases, key) for row in rows), strict=True))
 
 
 def bases_of(row: Row, rows: list[Row]) -> list[Row]:
@@ -139,10 +139,9 @@ def pooled_lines(rows: list[Row]) -> list[str]:
         own = [row for row in rows if (row["expert"], row["variant"]) == (expert, name)]
         if name.startswith(DOPR):
             bases = bases_of(own[0], rows)
-            gained = with_half(pooled(own, bases, "return"), "+,.0f")
-            falls = with_half(pooled(own, bases, "falls"), "+.2f")
-            n = pooled(own, bases, "return").n
-            lines.append(f"{expert}, {name} at equal loss, {n} seeds: {gained}, falls {falls}")
+            gain, falls = (pooled(own, bases, key) for key in ("return", "falls"))
+            shown = f"{with_half(gain, '+,.0f')}, falls {with_half(falls, '+.2f')}"
+            lines.append(f"{expert}, {name} at equal loss, {gain.n} seeds: {shown}")
     return lines
 
 

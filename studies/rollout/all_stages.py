@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from studies.humanoid.task import Humanoid
 from studies.report import __main__ as report
 from studies.stages import run_stages
 from studies.stats.records import RECORDS, stored
@@ -25,7 +26,10 @@ CHANGES = (  # to the exact mode of DoPr, one at a time
     *("gamma=0.01", "gamma=1", "sigma_beta=0.95", "refresh_every=10", "exponent=2"),
     *("include=*.attn.*", "include=*.mlp.*"),
 )
-EPISODES = {"pdfa": 512, "ctrl": 1024, "nav": 1024, "lds": 1, "humanoid": 20}
+EPISODES = {
+    **{"pdfa": 512, "ctrl": 1024, "nav": 1024, "lds": 1},
+    Humanoid.name: Humanoid.default_episodes,
+}
 
 
 @dataclass(frozen=True)
