@@ -4,7 +4,8 @@
 
 A validation loss is a mean over 1,000 steps, most of which look alike. Clones of equal loss could
 thus differ in the first steps, where an episode is decided. This trains runs of RESULTS.json again,
-on the first seeds, and prints their errors in the first steps of the validation episodes.
+on the first seeds, and prints their errors in the first steps of the validation episodes. A second
+table has the errors of all seeds on the clones' own states, which RESULTS.json holds.
 """
 
 import sys
@@ -50,14 +51,19 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     with reported_errors(parser):
         rows = load_rows(arguments.results, key_of)
-        cells = []
+        cells, own = [], []
         for pair in PAIRS:
             for variant, steps in zip(("adamw", f"{DOPR}adamw"), pair, strict=True):
                 setup = Setup(arguments.expert, variant, steps)
                 lr, seeds = rows[setup]["lr"], range(FRESH, FRESH + N_SEEDS)
                 means = np.mean([errors_of(setup, lr, seed) for seed in seeds], axis=0)
                 cells.append((f"`{variant}`", f"{steps:,}", *(f"{each:.5f}" for each in means)))
-        print(markdown(("", "steps", *(f"{start} to {end}" for start, end in PARTS)), cells))
+                errors = [np.mean(rows[setup][f"action_error_steps_{a}-{b}"]) for a, b in WINDOWS]
+                own.append((*cells[-1][:2], *(f"{each:.4f}" for each in errors)))
+        columns = [f"{start} to {end}" for start, end in PARTS]
+        print(markdown(("", "steps", *columns), cells))
+        print("\nOn their own states:\n")
+        print(markdown(("", "steps", *columns[: len(WINDOWS)]), own))
 
 
 if __name__ == "__main__":

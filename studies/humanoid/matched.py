@@ -7,7 +7,7 @@ rate that is tuned on one seed by validation loss. On each fresh seed, the runs 
 the return as a function of the logarithm of the validation loss, interpolated linearly. A run with
 DoPr is compared with that function at its own validation loss, and only inside the range of the
 runs without DoPr. Finished runs are not repeated, and the rows of earlier commands in FILE are
-kept.
+kept. With --show, nothing runs and the rows in FILE are printed.
 """
 
 from dataclasses import dataclass
@@ -149,6 +149,8 @@ def main() -> None:
     parser = pool_parser("studies.humanoid.matched", __doc__)
     parser.add_argument("--optimizers", default="adamw", help="comma-separated")
     parser.add_argument("--experts", default="walk-0,walk-1,walk-2", help="comma-separated")
+    parser.add_argument("--show", action="store_true", help="run nothing, print the rows of FILE")
+    parser.add_argument("--longest", type=int, help="print rows of at most so many steps")
     arguments = parser.parse_args()
     names = product(arguments.experts.split(","), arguments.optimizers.split(","), ("", DOPR))
     setups = [
@@ -160,10 +162,11 @@ def main() -> None:
         for setup in setups:
             setup.study(1).check()
         rows = add_rows(
-            *(arguments.out, measure, setups, key_of),
+            *(arguments.out, measure, [] if arguments.show else setups, key_of),
             workers=arguments.workers,
             header={"stride": STRIDE},
         )
+        rows = [row for row in rows if row["steps"] <= (arguments.longest or row["steps"])]
         print(table_of(rows), *pooled_lines(rows), sep="\n")
 
 

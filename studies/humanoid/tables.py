@@ -62,14 +62,17 @@ def rate_of_rollouts(tuning: list[Record], chosen: float) -> str:
     return "" if best == chosen else f"{best:g}"
 
 
-def table(folder: Path) -> str:
-    """Return the table of the study in a folder."""
+def table(folder: Path, reference: str | None = None) -> str:
+    """Return the table of the study in a folder.
+
+    reference: the optimizer to compare with; None compares each one with its base.
+    """
     records = load_records([folder])
     fresh = by_variant(filter(is_reported, records))
     tuning = by_variant(record for record in records if record["role"] == "tuning")
     rows = []
     for name, own in fresh.items():
-        lr, base = own[0]["lr"], own[0]["base"]
+        lr, base = own[0]["lr"], reference or own[0]["base"]
         at_this_lr = [
             record
             for record in records
@@ -95,6 +98,7 @@ def table(folder: Path) -> str:
 def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = command_parser("studies.humanoid.tables", __doc__)
     parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--base", help="compare all others with this one, not with their bases")
     return parser, parser.parse_args(argv)
 
 
@@ -102,7 +106,7 @@ def main(argv: list[str]) -> None:
     parser, arguments = parse(argv)
     with reported_errors(parser):
         for folder in arguments.folders:
-            print(f"{folder.name}\n\n{table(folder)}\n")
+            print(f"{folder.name}\n\n{table(folder, arguments.base)}\n")
 
 
 if __name__ == "__main__":

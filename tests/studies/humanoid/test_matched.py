@@ -116,3 +116,17 @@ def test_a_setting_that_clones_do_not_have_is_refused_before_any_run(monkeypatch
     with pytest.raises(SystemExit, match="2"):
         main()
     assert "task humanoid has no setting beta1" in capsys.readouterr().err
+
+
+def test_the_rows_of_a_file_can_be_shown_without_runs(bases, monkeypatch, tmp_path, capsys):
+    seeds = np.arange(FRESH_SEEDS)
+    own = row(DOPR + "adamw", 500, LOSSES[1] * (1 + seeds), 1000 + seeds + 9)
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({"rows": [*bases, own]}))
+    before = file.read_bytes()
+    for longest, shown in (("2000", ": +9 ± 0, "), ("500", "0 seeds: ,")):
+        command = ["matched", "--out", str(file), "--show", "--longest", longest]
+        monkeypatch.setattr("sys.argv", command)
+        main()
+        assert shown in capsys.readouterr().out
+    assert file.read_bytes() == before

@@ -37,6 +37,11 @@ def test_returns_are_paired_by_seed_with_the_base_at_both_rates(folder):
     assert dopr[3:] == ["220 ± 273", "0.25", "+20 ± 25", "+170 ± 273", "0.01"]
 
 
+def test_all_can_be_compared_with_one(folder):
+    adamw = table(folder, "dopr-adamw").split("\n")[2]
+    assert "| -20 ± 25 |" in adamw
+
+
 def test_the_command_names_the_folder(folder, capsys):
     main([str(folder)])
     assert capsys.readouterr().out.startswith("study\n\n| ")
