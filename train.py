@@ -37,6 +37,7 @@ from eval.rollout.ttf import check_fits
 from model import IGNORE
 from optim.build import MATRIX_OPTIMIZERS, describe_groups
 from optim.kernels.dispatch import describe_backend
+from optim.probe import seed_all
 from optim.schedule import lr_scale
 from trainer.build import SCHEDULE_KEYS, chosen, make_model, make_optimizers, make_preconditioner
 from trainer.checkpoint.read import CheckpointError
@@ -160,7 +161,7 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
                 raise
 
             # ---------------------------------------------------------------- one optimizer step
-            torch.manual_seed(dropout_seed(config.seed, state.step, parallel.rank))
+            torch.manual_seed(random_seed(config.seed, state.step, parallel.rank))
             n_scored = max(1, int(parallel.sum(count_scored(micro_batches))))  # over all ranks
             loss = torch.zeros((), device=device)
             for i, (x, y) in enumerate(micro_batches, start=1):  # (micro_batch_size, block_size)
@@ -179,6 +180,7 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
             scale = lr_scale(state.step, **chosen(config, SCHEDULE_KEYS))
             is_finite = bool(torch.isfinite(loss + grad_norm))
             if is_finite:
+                seed_all(random_seed(config.seed, state.step, rank=-1))  # the same on all ranks
                 for optimizer in optimizers:
                     for group in optimizer.param_groups:
                         group["lr"] = group["base_lr"] * scale
@@ -223,8 +225,8 @@ def count_scored(micro_batches: list[Batch]) -> Tensor:  # () int64
     return torch.stack([(y != IGNORE).sum() for _, y in micro_batches]).sum()
 
 
-def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """Return the seed for dropout, the only random op in a step; it differs between ranks."""
+def random_seed(seed: int, step: int, rank: int) -> int:
+    """Return the seed of a step: dropout has one for every rank, all optimizers that of rank -1."""
     return (seed * 1_000_003 + step + rank * 2_654_435_761) % 2**32
 
 

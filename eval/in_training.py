@@ -18,6 +18,7 @@ from eval.rollout.ttf import grade_model
 from model import GPT
 from trainer.checkpoint.read import load_into
 from trainer.checkpoint.state import TrainState
+from trainer.evaluation_weights import evaluation_weights
 from trainer.parallel import Parallel
 from trainer.settings import ConfigError, TrainConfig
 from trainer.signals import StopRequest
@@ -37,23 +38,24 @@ def validate(
     """
     row: dict[str, Any] = {}
     reads = [partial(batches.__getitem__, i) for i in range(len(batches))]
-    for prefix, model in state.evaluated().items():
-        try:
-            result = evaluate(
-                model,
-                (parallel.raise_on_all_ranks(read, DataError) for read in reads),
-                dataset.tokenizer.token_bytes(),
-                device=parallel.device,
-                autocast=autocast,
-                should_stop=stop.poll,
-                total=parallel.sum,
-            )
-        except ValueError as error:  # no target of these batches is scored
-            raise DataError(f"validation: {error}; use more eval_batches") from error
-        parallel.reshard(model)
-        if result is None:
-            return None
-        row |= {prefix + key: value for key, value in asdict(result).items()}
+    with evaluation_weights(state.optimizers):
+        for prefix, model in state.evaluated().items():
+            try:
+                result = evaluate(
+                    model,
+                    (parallel.raise_on_all_ranks(read, DataError) for read in reads),
+                    dataset.tokenizer.token_bytes(),
+                    device=parallel.device,
+                    autocast=autocast,
+                    should_stop=stop.poll,
+                    total=parallel.sum,
+                )
+            except ValueError as error:  # no target of these batches is scored
+                raise DataError(f"validation: {error}; use more eval_batches") from error
+            parallel.reshard(model)
+            if result is None:
+                return None
+            row |= {prefix + key: value for key, value in asdict(result).items()}
     return row
 
 
@@ -62,12 +64,13 @@ def grade_rollouts(
 ) -> dict[str, float]:
     """Grade n rollouts of the weights and of their moving average. All processes must call this."""
     row: dict[str, float] = {}
-    for prefix, model in state.evaluated().items():
-        assert isinstance(model, GPT)
-        whole = parallel.full_model(model, partial(GPT, model.config))
-        assert isinstance(whole, GPT)
-        grade = grade_model(task, whole, n=n, seed=0, parallel=parallel)
-        row |= {prefix + name: value for name, value in grade.means().items()}
+    with evaluation_weights(state.optimizers):
+        for prefix, model in state.evaluated().items():
+            assert isinstance(model, GPT)
+            whole = parallel.full_model(model, partial(GPT, model.config))
+            assert isinstance(whole, GPT)
+            grade = grade_model(task, whole, n=n, seed=0, parallel=parallel)
+            row |= {prefix + name: value for name, value in grade.means().items()}
     return row
 
 

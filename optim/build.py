@@ -1,9 +1,13 @@
-"""Build the optimizers that train a model from a name and its settings."""
+"""Build the optimizers that train a model from a name and its settings.
 
-import difflib
+The name is one of OPTIMIZERS, whose settings are arguments of `build_optimizers`, or that of any
+other class (third_party.py), whose arguments are given as text.
+"""
+
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,9 +18,11 @@ from .groups import ParamRole, Role, assign_roles, check_complete
 from .kernels.dispatch import Backend
 from .kernels.newton_schulz import NSCoefficients
 from .muon import AdjustLR, IterationDtype, Muon
-from .mup import WeightDecayScaling, scale_to_width
+from .mup import ADAM_LIKE, WeightDecayScaling, scale_to_width
+from .probe import check, has_decoupled_decay, is_elementwise, is_scale_invariant
 from .process_group import ProcessGroup, is_sharded
 from .signum import Signum
+from .third_party import Roles, ThirdParty, find
 
 CLASSES: dict[str, type[torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
@@ -44,6 +50,8 @@ def build_optimizers(
     momentum: float,
     aux_lr: float | None = None,
     embedding_lr: float | None = None,
+    optimizer_args: str = "",
+    optimizer_roles: Roles = "auto",
     nesterov: bool = True,
     adjust_lr: AdjustLR = "match_rms_adamw",
     ns_coefficients: NSCoefficients = "polar_express",
@@ -58,20 +66,25 @@ def build_optimizers(
 
         adamw, sgd, signum   one optimizer for all parameters
         muon, adamuon        one optimizer for the matrices, AdamW for all other parameters
+        any other class      one of the two; see optimizer_roles
 
-    Weight decay applies to matrices, embeddings and head, not to gains and biases. The decay of
-    torch's SGD is not decoupled: it is added to the gradient before the momentum. AdamW and SGD
-    run fused (torch raises if a device has no fused kernel). SGD of sharded parameters (FSDP2) runs
-    with `foreach=True`, because fused SGD does not support them.
+    Weight decay applies to matrices, embeddings and head, not to gains and biases; classes without
+    weight decay train without it. The decay of torch's SGD is not decoupled: it is added to the
+    gradient before the momentum. Other classes do one or the other. AdamW and SGD run fused (torch
+    raises if a device has no fused kernel). SGD of sharded parameters (FSDP2) runs with
+    `foreach=True`, because fused SGD does not support them.
 
     Every param group has the keys `base_lr`, which the schedule multiplies into `lr`, `role`,
     `qkv_blocks` and `param_names`. These are plain values that `state_dict` keeps.
 
     Args:
-        aux_lr: learning rate of the AdamW beside muon and adamuon. Defaults to AUX_LR, whatever
-            `lr` is. Must be None for other optimizers.
+        aux_lr: learning rate of the AdamW beside an optimizer of matrices. Defaults to AUX_LR,
+            whatever `lr` is. Must be None if there is no such AdamW.
         embedding_lr: learning rate of the embeddings; a tied one is also the output head. Defaults
             to that of the optimizer that holds them.
+        optimizer_args: arguments of a class that is not one of OPTIMIZERS, `name=value, ...`.
+        optimizer_roles: the parameters that such a class trains: only the matrices, or all. "auto"
+            decides by FOR_MATRICES in third_party.py.
         beta1, beta2: for AdamW.
         eps: for AdamW and adamuon.
         momentum: for sgd, signum, muon and adamuon.
@@ -84,9 +97,12 @@ def build_optimizers(
             changes the width rule of SGD.
     Raises:
         ValueError: if a name is unknown, a number is out of range, `aux_lr` is set but has no
-            effect, a parameter has no role, or the backend cannot run.
+            effect, a parameter has no role, the backend cannot run, or a class that is not one of
+            OPTIMIZERS does not support what is asked of it (see `problems_of`).
     """
-    _check_name(optimizer, aux_lr)
+    third = third_party(optimizer, optimizer_args, optimizer_roles)
+    if aux_lr is not None and not has_aux(optimizer, third):
+        raise ValueError(_no_aux(optimizer, aux_lr))
     is_foreach = any(map(is_sharded, model.parameters()))
     adamw = {"betas": (beta1, beta2), "eps": eps, "fused": True}
     matrix = {
@@ -101,35 +117,86 @@ def build_optimizers(
         "muon": {"adjust_lr": adjust_lr, **matrix},
         "adamuon": {"eps": eps, **matrix},
     }
-    main, aux = _split_params(model, optimizer)
+    main, aux = _split_params(model, optimizer, third)
     groups = _param_groups(main, lr, embedding_lr, weight_decay)
-    optimizers = [CLASSES[optimizer](groups, **settings[optimizer])]
+    if third:
+        if problems := problems_of(third, is_sharded=is_foreach, is_wider=width_mult != 1):
+            raise ValueError("; ".join(problems))
+        optimizers = [third.build(groups)]
+    else:
+        optimizers = [CLASSES[optimizer](groups, **settings[optimizer])]
     if aux:
         lr = AUX_LR if aux_lr is None else aux_lr
         groups = _param_groups(aux, lr, embedding_lr, weight_decay)
         optimizers.append(torch.optim.AdamW(groups, **adamw))
     for built in optimizers:
-        scale_to_width(built, width_mult, wd_scaling, dopr=dopr)
+        is_own = type(built) in CLASSES.values()
+        rule = type(built).__name__.lower() if is_own else ADAM_LIKE
+        scale_to_width(built, width_mult, wd_scaling, rule=rule, dopr=dopr)
     check_complete(model, [group for built in optimizers for group in built.param_groups])
     return optimizers
 
 
-def _check_name(optimizer: str, aux_lr: float | None) -> None:
-    if optimizer not in OPTIMIZERS:
-        close = difflib.get_close_matches(optimizer, OPTIMIZERS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"optimizer={optimizer!r}: must be one of {', '.join(OPTIMIZERS)}{hint}")
-    if aux_lr is not None and optimizer not in MATRIX_OPTIMIZERS:
-        raise ValueError(
-            f"aux_lr={aux_lr}: optimizer={optimizer!r} has no auxiliary AdamW; leave aux_lr unset "
-            f"(only {' and '.join(MATRIX_OPTIMIZERS)} use it)"
+@cache
+def third_party(optimizer: str, arguments: str = "", roles: Roles = "auto") -> ThirdParty | None:
+    """Return the class with that name, which was tried out; None for one of OPTIMIZERS.
+
+    Raises:
+        ValueError: see `find` and `check`; or `arguments` or `roles` are given for one of
+            OPTIMIZERS.
+    """
+    if optimizer in OPTIMIZERS:
+        for key, value, default in (("args", arguments, ""), ("roles", roles, "auto")):
+            if value != default:
+                raise ValueError(
+                    f"optimizer_{key}={value!r}: has no effect on optimizer={optimizer}, which has "
+                    f"settings of its own; it is for other classes, such as torch:{optimizer}"
+                )
+        return None
+    third = find(optimizer, arguments, roles)
+    check(third)
+    return third
+
+
+def problems_of(third: ThirdParty, *, is_sharded: bool, is_wider: bool) -> list[str]:
+    """Return why a class cannot train shards (FSDP2) or a width other than the base's (muP)."""
+    where, problems = f"optimizer={third.name}", []
+    if is_sharded and not is_elementwise(third):
+        problems.append(
+            f"{where}: the update of an entry depends on other entries of the weight, which may be "
+            "in other processes; use parallel=ddp"
         )
+    if is_wider and not (is_elementwise(third) and is_scale_invariant(third)):
+        problems.append(
+            f"{where}: its muP rule is not known (it is for elementwise updates that do not depend "
+            "on the scale of the gradient, as Adam's and Lion's); use mup=false"
+        )
+    elif is_wider and third.has_weight_decay and not has_decoupled_decay(third):
+        problems.append(
+            f"{where}: muP scales decoupled weight decay, and that of this class is not; use "
+            "mup=false, or an argument of the class that decouples it"
+        )
+    return problems
 
 
-def _split_params(model: nn.Module, optimizer: str) -> tuple[list[ParamRole], list[ParamRole]]:
+def has_aux(optimizer: str, third: ThirdParty | None) -> bool:
+    """Whether an AdamW trains the parameters that are not matrices."""
+    return third.is_for_matrices if third else optimizer in MATRIX_OPTIMIZERS
+
+
+def _no_aux(optimizer: str, aux_lr: float) -> str:
+    return (
+        f"aux_lr={aux_lr}: optimizer={optimizer!r} has no auxiliary AdamW; leave aux_lr unset "
+        f"(only {', '.join(MATRIX_OPTIMIZERS)} and other optimizers of matrices use it)"
+    )
+
+
+def _split_params(
+    model: nn.Module, optimizer: str, third: ThirdParty | None
+) -> tuple[list[ParamRole], list[ParamRole]]:
     """Return the parameters of the main optimizer and those of the auxiliary AdamW."""
     params = assign_roles(model)
-    if optimizer not in MATRIX_OPTIMIZERS:
+    if not has_aux(optimizer, third):
         return params, []
     matrices = [param for param in params if param.role == "matrix"]
     return matrices, [param for param in params if param.role != "matrix"]
@@ -155,13 +222,14 @@ def _param_groups(
 def describe_groups(optimizers: Iterable[torch.optim.Optimizer]) -> str:
     """Return a table of all parameters, with one row for the same parameter of all layers.
 
-    The column lr holds the peak learning rate, base_lr times lr_mult.
+    The column lr holds the peak learning rate, base_lr times lr_mult. The weight decay is "none" if
+    the optimizer has no such setting.
     """
     counts: Counter[tuple[str, ...]] = Counter()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             peak_lr = group["base_lr"] * group.get("lr_mult", 1.0)
-            decay = f"{group['weight_decay']:g}"
+            decay = f"{group['weight_decay']:g}" if "weight_decay" in group else "none"
             settings = (group["role"], type(optimizer).__name__, f"{peak_lr:g}", decay)
             for name, param in zip(group["param_names"], group["params"], strict=True):
                 pattern = re.sub(r"\.\d+\.", ".*.", name)

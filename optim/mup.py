@@ -37,6 +37,7 @@ MATRIX_UPDATE = {
     # tr(Σ)/d does not grow with d. DoPr needs no rule for the scale-invariant optimizers.
     "dopr sgd": 4 / 5,
 }
+ADAM_LIKE = "adamw"  # the rule of every elementwise update that ignores the gradient's scale
 # Updates of embeddings, head, gains and biases; the exponent of all other optimizers is 0.
 OTHER_UPDATE = {"sgd": 1, "dopr sgd": 1}
 
@@ -77,7 +78,7 @@ def eps_mult(optimizer: str, m: float) -> float:
 
 
 def scale_to_width(
-    optimizer: Optimizer, m: float, wd_scaling: WeightDecayScaling, *, dopr: bool
+    optimizer: Optimizer, m: float, wd_scaling: WeightDecayScaling, *, rule: str, dopr: bool
 ) -> None:
     """Scale updates, weight decay and eps from the base width to m times that width, in place.
 
@@ -86,24 +87,28 @@ def scale_to_width(
     by it, which leaves lr · weight_decay to the decay factor alone. With m = 1 nothing changes.
 
     Args:
+        rule: a key of MATRIX_UPDATE; only "muon" without its `adjust_lr`.
         dopr: whether activation preconditioning runs before this optimizer.
     """
-    name = type(optimizer).__name__.lower()
+    if m == 1:
+        return
     for group in optimizer.param_groups:
-        rule, role = _rule(name, group, dopr=dopr), group["role"]
-        update = update_mult(rule, role, m)
-        group["weight_decay"] *= decay_mult(wd_scaling, rule, role, m)
+        key, role = _key(rule, group, dopr=dopr), group["role"]
+        update = update_mult(key, role, m)
+        if "weight_decay" in group:
+            group["weight_decay"] *= decay_mult(wd_scaling, key, role, m)
         if "lr_mult" in group:
             group["lr_mult"] *= update
         else:
             group["lr"] *= update
             group["base_lr"] *= update
-            group["weight_decay"] /= update
+            if "weight_decay" in group:
+                group["weight_decay"] /= update
         if "eps" in group:
-            group["eps"] *= eps_mult(name, m)
+            group["eps"] *= eps_mult(rule, m)
 
 
-def _rule(name: str, group: dict[str, Any], *, dopr: bool) -> str:
+def _key(rule: str, group: dict[str, Any], *, dopr: bool) -> str:
     """Return the key of MATRIX_UPDATE for a param group. Muon has one for each `adjust_lr`."""
-    name = f"{name} {group['adjust_lr']}" if "adjust_lr" in group else name
-    return f"dopr {name}" if dopr and f"dopr {name}" in MATRIX_UPDATE else name
+    key = f"{rule} {group['adjust_lr']}" if "adjust_lr" in group else rule
+    return f"dopr {key}" if dopr and f"dopr {key}" in MATRIX_UPDATE else key

@@ -14,7 +14,8 @@ from trainer.settings import ConfigError, TrainConfig
 
 MODEL_KEYS = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "tie_weights")
 OPTIMIZER_KEYS = (
-    *("optimizer", "lr", "aux_lr", "embedding_lr", "weight_decay", "beta1", "beta2", "eps"),
+    *("optimizer", "optimizer_args", "optimizer_roles", "lr", "aux_lr", "embedding_lr"),
+    *("weight_decay", "beta1", "beta2", "eps"),
     *("momentum", "nesterov", "adjust_lr", "ns_coefficients", "ns_dtype", "backend"),
     *("width_mult", "wd_scaling", "dopr"),
 )

@@ -20,7 +20,7 @@ from types import ModuleType, NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from trainer.nanogpt_names import Given, nanogpt_hint
-from trainer.presets import adjustments, dopr_problems
+from trainer.presets import adjustments, dopr_problems, optimizer_arg_problems
 from trainer.settings import FIELDS, RUN_ONLY, ConfigError, TrainConfig
 from trainer.usage import print_help
 
@@ -110,7 +110,8 @@ def load_config(
             problems.append(f"{origin}: {error}")
     _adjust(settings, origins, [origin for origin, *_ in assignments])
     typed = {key for key, origin in origins.items() if origin == COMMAND_LINE}
-    problems += dopr_problems(settings, typed) + check_machine(settings)
+    problems += dopr_problems(settings, typed) + optimizer_arg_problems(settings, typed)
+    problems += check_machine(settings)
     try:
         config = TrainConfig(**settings)
     except ConfigError as error:

@@ -8,6 +8,7 @@ import torch
 
 from optim.dopr.settings import settings_problems
 from optim.kernels.dispatch import triton_problem
+from trainer.optimizers import optimizer_problems
 from trainer.parallel import parallel_problems
 from trainer.settings import ConfigError
 from trainer.torchrun import environment_number, environment_problems
@@ -33,7 +34,8 @@ def machine_problems(settings: dict[str, Any]) -> list[str]:
     """List what the settings ask of this machine that it does not have."""
     if problems := environment_problems():
         return problems
-    problems = settings_problems(settings) if settings["dopr"] else []
+    problems = optimizer_problems(settings)
+    problems += settings_problems(settings) if settings["dopr"] else []
     problems += filter(None, [missing_device(settings["device"])])
     if settings["device"] == "mps":
         problems += _mps_problems(settings)

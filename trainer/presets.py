@@ -2,7 +2,8 @@
 
 `python train.py config/demo.py --max_steps=20` shortens the preset's warmup. Of two settings that
 contradict each other in one source, neither is adjusted; `TrainConfig` refuses them. Settings of
-DoPr without DoPr are refused if they were typed; those of a preset have no effect.
+DoPr without DoPr, and of our optimizers with another class, are refused if they were typed; those
+of a preset have no effect.
 """
 
 import math
@@ -11,10 +12,17 @@ from typing import Any
 
 from trainer.settings import FIELDS
 
+OPTIMIZERS = ("adamw", "sgd", "signum", "muon", "adamuon")  # those that have settings of their own
+
 DOPR_KEYS = (  # arguments of DoPr's preconditioner that have no effect with dopr=false
     *("gamma", "sigma_beta", "refresh_every", "collect_every", "token_stride", "exponent"),
     *("inverse", "trace_normalized", "fresh_mean", "block_diagonal", "embeddings"),
 )
+OWN_KEYS = (  # settings of OPTIMIZERS that other classes do not have
+    *("beta1", "beta2", "eps", "momentum", "nesterov"),
+    *("adjust_lr", "ns_coefficients", "ns_dtype"),
+)
+ADAMW_KEYS = ("beta1", "beta2", "eps")
 FP32_GAMMA = 1e-4  # the smallest damping for which DoPr needs no weights in float64
 Adjustment = tuple[str, Any, str]  # a setting's name, its new value, and the reason
 
@@ -53,14 +61,36 @@ def dopr_problems(values: dict[str, Any], typed: set[str]) -> list[str]:
     ]
 
 
+def optimizer_arg_problems(values: dict[str, Any], typed: set[str]) -> list[str]:
+    """List typed settings of our optimizers that the class of another package does not have.
+
+    Args:
+        values: all settings.
+        typed: the names of the settings that the command line gives.
+    """
+    name = values["optimizer"]
+    if name in OPTIMIZERS or not typed & {*OWN_KEYS}:
+        return []
+    keys = set(OWN_KEYS) - (set(ADAMW_KEYS) if _has_aux(values) else set())
+    return [
+        f"{key}={values[key]}: has no effect on optimizer={name}; write its arguments in "
+        f"--optimizer_args, by the names that the class gives them"
+        for key in OWN_KEYS
+        if key in typed & keys
+    ]
+
+
 def _rules(v: dict[str, Any]) -> Iterator[tuple[str, bool, str, Any, str]]:
     """Yield (setting, whether it is moot, the setting that makes it so, new value, reason)."""
     steps, batch, micro = v["max_steps"], v["batch_size"], v["micro_batch_size"]
     is_too_long = v["schedule"] != "constant" and v["warmup_steps"] >= steps
     yield "warmup_steps", is_too_long, "max_steps", steps // 10, "is not longer than the warmup"
-    has_aux = v["optimizer"] in ("muon", "adamuon")
     reason = f"has no auxiliary AdamW; check lr={v['lr']}, too"
-    yield "aux_lr", v["aux_lr"] is not None and not has_aux, "optimizer", None, reason
+    yield "aux_lr", v["aux_lr"] is not None and not _has_aux(v), "optimizer", None, reason
+    for key in ("optimizer_args", "optimizer_roles"):
+        default = FIELDS[key].default
+        is_moot = v[key] != default and v["optimizer"] in OPTIMIZERS
+        yield key, is_moot, "optimizer", default, "has settings of its own"
     for key in ("mup_base_head_dim", "wd_scaling"):
         default = FIELDS[key].default
         yield key, v[key] != default and not v["mup"], "mup", default, "makes it pointless"
@@ -73,3 +103,16 @@ def _rules(v: dict[str, Any]) -> Iterator[tuple[str, bool, str, Any, str]]:
     if every >= 1 and collect >= 1 and every % collect:
         new = math.gcd(every, collect)
         yield "collect_every", True, "refresh_every", new, "is not a multiple of it"
+
+
+def _has_aux(v: dict[str, Any]) -> bool:
+    """Whether an AdamW trains beside the optimizer. True if there is no such optimizer."""
+    from optim.build import has_aux, third_party  # imports torch
+
+    try:
+        return has_aux(
+            v["optimizer"],
+            third_party(v["optimizer"], v["optimizer_args"], v["optimizer_roles"]),
+        )
+    except ValueError:  # optimizer_problems reports it
+        return True

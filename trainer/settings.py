@@ -50,9 +50,14 @@ class TrainConfig:
     batch_size: int = 512  # sequences per optimizer step, over all devices
     micro_batch_size: int = 16  # sequences per device and forward; sets gradient accumulation
     # -- optimizer
-    optimizer: Literal["adamw", "sgd", "signum", "muon", "adamuon"] = "adamw"
+    optimizer: str = "adamw"  # adamw, sgd, signum, muon, adamuon, or a class of torch.optim,
+    # pytorch_optimizer or another package: lion, torch:muon, package.module:Class
+    optimizer_args: str = ""  # arguments of such a class: name=value,...; beta1, beta2, eps
+    # and momentum are not for it
+    optimizer_roles: Literal["auto", "matrices", "all"] = "auto"  # what such a class trains;
+    # matrices: AdamW trains the rest; auto: matrices if the class orthogonalizes
     lr: float = 6e-4
-    aux_lr: float | None = None  # of the AdamW beside muon and adamuon; none: 6e-4
+    aux_lr: float | None = None  # of the AdamW beside an optimizer of matrices; none: 6e-4
     embedding_lr: float | None = None  # none: that of the optimizer that holds the embeddings
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -140,7 +145,7 @@ def _text_problems(config: TrainConfig) -> list[str]:
     """Return a message for each text that is empty or cannot be written as UTF-8."""
     problems = [
         f"{key}='': must not be empty"
-        for key in ("out_dir", "dataset", "resume")
+        for key in ("out_dir", "dataset", "resume", "optimizer")
         if not getattr(config, key).strip()
     ]
     problems += [
@@ -202,11 +207,6 @@ def _cross_field_problems(config: TrainConfig) -> list[str]:
         )
     if config.shard_size is not None and config.shard_size < 1:
         problems.append(f"shard_size={config.shard_size}: must be at least 1")
-    if config.aux_lr is not None and config.optimizer not in ("muon", "adamuon"):
-        problems.append(
-            f"aux_lr={config.aux_lr}: optimizer={config.optimizer} has no auxiliary AdamW, only "
-            "muon and adamuon have one; remove it or add --aux_lr=none, and check lr"
-        )
     return problems + _tied_table_problems(config) + _mup_problems(config)
 
 

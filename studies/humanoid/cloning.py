@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from optim.schedule import lr_scale
-from studies.sweep.optimizers import build, step
+from studies.sweep.optimizers import build, finish, step
+from trainer.evaluation_weights import evaluation_weights
 
 BATCH_SIZE = 128
 WARMUP_STEPS = 50
@@ -94,32 +96,39 @@ def train_clone(
     seed: int,
     steps: int,
     dopr: dict[str, Any],
+    optimizer_args: str = "",
     whitening: float = 0.0,
     ema_decay: float = 0.0,
+    schedule: str = "cosine",
     data_at_step: Mapping[int, Callable[[Clone], tuple[np.ndarray, np.ndarray]]] | None = None,
 ) -> Clone | None:
     """Return the policy after training; None if the loss became infinite or NaN.
 
     Args:
         observations, actions: of the expert, (n, 348) and (n, 17).
-        optimizer, lr, dopr: see studies.sweep.optimizers.build.
+        optimizer, lr, dopr, optimizer_args: see studies.sweep.optimizers.build.
         seed: seed of the weights and of the batches, the same for all optimizers.
         whitening: of the inputs, see Scaling.of.
         ema_decay: above 0, the policy has an exponential moving average of the weights.
+        schedule: of the learning rate, see optim.schedule.
         data_at_step: {step: function of the clone at that step}; each function returns further
             observations and actions to train on.
     """
     scaling = Scaling.of(observations, actions, whitening)
     x, y = scaling.inputs(observations), scaling.targets(actions)  # (n, k), (n, 17)
     network = make_network(x.shape[1], y.shape[1], width, seed)
-    optimizers = build(network, optimizer, lr, dopr)
+    optimizers = build(network, optimizer, lr, dopr, optimizer_args)
     average_of = get_ema_multi_avg_fn(ema_decay)
     average = AveragedModel(network, multi_avg_fn=average_of) if ema_decay else None
     generator = torch.Generator().manual_seed(seed)
-    schedule = {"schedule": "cosine", "warmup_steps": min(WARMUP_STEPS, steps // 10)}
+    warmup = min(WARMUP_STEPS, steps // 10)
+    lr_scale_at = partial(
+        lr_scale, schedule=schedule, warmup_steps=warmup, max_steps=steps, min_lr_ratio=0
+    )
     for i in range(steps):
         if data_at_step and i in data_at_step:
-            observations, actions = data_at_step[i](Clone(scaling, network))
+            with evaluation_weights(optimizers):
+                observations, actions = data_at_step[i](Clone(scaling, network))
             x = torch.cat([x, scaling.inputs(observations)])
             y = torch.cat([y, scaling.targets(actions)])
         batch = torch.randint(len(x), (BATCH_SIZE,), generator=generator)
@@ -127,7 +136,8 @@ def train_clone(
         if not loss.isfinite():
             return None
         loss.backward()
-        step(optimizers, lr_scale(i, max_steps=steps, min_lr_ratio=0, **schedule))
+        step(optimizers, lr_scale_at(i))
         if average:
             average.update_parameters(network)
+    finish(optimizers)
     return Clone(scaling, average.module if average else network)

@@ -25,7 +25,7 @@ from trainer.metrics import environment
 from trainer.presets import DOPR_KEYS
 
 LAYERS = ("include", "exclude")  # a layer of the network: 0, 2, 4 or 6
-AVERAGE = "ema_decay"
+AVERAGE, SCHEDULE = "ema_decay", "schedule"
 
 
 class HumanoidTrial(PolicyTrial):
@@ -45,7 +45,7 @@ class HumanoidTrial(PolicyTrial):
 
     @staticmethod
     def parse_variant(name: str) -> Variant:
-        return parse_dopr_variant(name, Humanoid.name, {*DOPR_KEYS, *LAYERS}, AVERAGE)
+        return parse_dopr_variant(name, Humanoid.name, {*DOPR_KEYS, *LAYERS}, AVERAGE, SCHEDULE)
 
     def model_identity(self) -> dict[str, Any]:
         return super().model_identity() | {"expert": self.task.expert_hash()}
@@ -90,12 +90,14 @@ def clone_of(
         data.actions,
         width=task.width,
         optimizer=settings["optimizer"],
+        optimizer_args=settings.get("optimizer_args", ""),
         lr=lr,
         seed=seed,
         steps=settings["max_steps"],
         dopr=dopr,
         whitening=task.whitening,
         ema_decay=settings.get(AVERAGE, 0.0),
+        schedule=settings.get(SCHEDULE, "cosine"),
         data_at_step=data_at_step,
     )
 

@@ -41,6 +41,8 @@ class RolloutStage:
     steps: int
     optimizers: tuple[str, ...]
     seeds: int = 8
+    tuning_seeds: int = 2
+    changes: tuple[str, ...] = ()  # settings of train.py for all optimizers, key=value
 
     @property
     def command(self) -> ModuleType:
@@ -49,6 +51,8 @@ class RolloutStage:
     def argv(self, out: Path, workers: int) -> list[str]:
         words = ["--task", self.task, "--steps", self.steps, "--seeds", self.seeds]
         words += ["--optimizers", ",".join(self.optimizers), "--workers", workers]
+        words += ["--tuning_seeds", self.tuning_seeds]
+        words += ["--set", *self.changes] if self.changes else []
         words += ["--episodes", EPISODES[self.task.split(",")[0]], "--out", out / self.name]
         return list(map(str, words))
 

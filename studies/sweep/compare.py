@@ -25,8 +25,8 @@ from studies.stats.records import Record
 from studies.sweep.reference import STUDY_TASKS
 from studies.sweep.run_cache import TrialError
 from studies.sweep.study import Study, compare
-from studies.sweep.trial import DEFAULT_GRID
 from studies.sweep.trial_types import trial_type
+from studies.sweep.variants import split
 
 
 def summary(records: list[Record]) -> str:
@@ -69,7 +69,7 @@ def study_of(arguments: argparse.Namespace) -> Study:
     at_least(1, **{key: getattr(arguments, key) for key in counts})
     task = parse_task(arguments.task, STUDY_TASKS)
     kind = trial_type(task)
-    names = arguments.optimizers.split(",")
+    names = split(arguments.optimizers)
     if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise ValueError(f"--optimizers: {', '.join(repeated)} is given more than once")
     folder = task.spec if "," in arguments.task else task.name
@@ -93,12 +93,13 @@ def notes(study: Study) -> str:
 
     There is a line for each optimizer without a grid and for each variant without its base.
     """
-    rates = ", ".join(f"{lr:g}" for lr in DEFAULT_GRID)
+    kind = trial_type(study.task)
     optimizers = dict.fromkeys(variant.optimizer for variant in study.variants)
     lines = [
-        f"{name}: has no grid of its own, so its sweep begins with {rates}"
+        f"{name}: has no grid of its own, so its sweep begins around its default, with "
+        + ", ".join(f"{lr:g}" for lr in kind.first_rates(name))
         for name in optimizers
-        if name not in trial_type(study.task).grids
+        if name not in kind.grids
     ]
     names = {variant.name for variant in study.variants}
     lines += [

@@ -24,7 +24,7 @@ from eval.rollout.record import make_record
 from eval.rollout.tasks import TaskError, parse_task
 from eval.rollout.tasks.lds import Array, Lds, grade_policy
 from optim.schedule import lr_scale
-from studies.sweep.optimizers import build, step
+from studies.sweep.optimizers import build, finish, step
 from studies.sweep.policy_trial import PolicyTrial
 from studies.sweep.variants import Variant, parse_dopr_variant
 from trainer.metrics import environment
@@ -64,7 +64,8 @@ class LdsTrial(PolicyTrial):
 def train_variant(lds: Lds, settings: dict[str, Any], lr: float, seed: int, steps: int) -> Array:
     """Call `train_policy` with the settings of a variant."""
     dopr = {key: value for key, value in settings.items() if key in DOPR_NUMBERS}
-    return train_policy(lds, settings["optimizer"], lr, seed, steps, **dopr)
+    arguments = settings.get("optimizer_args", "")
+    return train_policy(lds, settings["optimizer"], lr, seed, steps, arguments, **dopr)
 
 
 def command_of(lds: Lds, variant: str, lr: float, seed: int, steps: int) -> str:
@@ -76,16 +77,22 @@ def command_of(lds: Lds, variant: str, lr: float, seed: int, steps: int) -> str:
 
 
 def train_policy(
-    lds: Lds, optimizer: str, lr: float, seed: int, steps: int = 200, **dopr: Any
+    lds: Lds,
+    optimizer: str,
+    lr: float,
+    seed: int,
+    steps: int = 200,
+    optimizer_args: str = "",
+    **dopr: Any,
 ) -> Array:
     """Return the policy K (m, n) after training; NaN if the loss became infinite or NaN.
 
     Args:
-        optimizer, lr, dopr: see studies.sweep.optimizers.build.
+        optimizer, lr, dopr, optimizer_args: see studies.sweep.optimizers.build.
         seed: seed of the weights and of the demonstrations, the same for all optimizers.
     """
     model = _policy(lds, seed)
-    optimizers = build(model, optimizer, lr, dopr)
+    optimizers = build(model, optimizer, lr, dopr, optimizer_args)
     for i, (states, actions) in enumerate(_demonstrations(lds, seed, steps)):
         loss = (model(states) - actions).square().sum(1).mean()
         if not loss.isfinite():
@@ -93,6 +100,7 @@ def train_policy(
         loss.backward()
         scale = lr_scale(i, schedule="cosine", warmup_steps=0, max_steps=steps, min_lr_ratio=0)
         step(optimizers, scale)
+    finish(optimizers)
     with torch.no_grad():
         return model(torch.eye(lds.states, dtype=torch.float64)).T.numpy()
 

@@ -5,24 +5,36 @@ from typing import Any
 import torch
 from torch import nn
 
-from optim.build import build_optimizers
+from optim.build import OPTIMIZERS, build_optimizers
 from optim.dopr.preconditioner import ActivationPreconditioner
+from optim.probe import seed_all
 from trainer.settings import FIELDS
 
 NUMBERS: dict[str, Any] = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "momentum": 0.95}
 
 
 def build(
-    model: nn.Module, optimizer: str, lr: float, dopr: dict[str, Any]
+    model: nn.Module, optimizer: str, lr: float, dopr: dict[str, Any], optimizer_args: str = ""
 ) -> list[torch.optim.Optimizer]:
     """Return the optimizers of a model, without weight decay.
 
+    The generators that other classes may draw from begin with the same seed in every run.
+
     Args:
-        optimizer: a name that `optim.build` knows. It has the defaults of train.py.
+        optimizer, optimizer_args: see `optim.build`. Ours have the defaults of train.py.
         dopr: settings of ActivationPreconditioner. Without any, the gradients are not
             preconditioned. gamma defaults to that of train.py.
     """
-    optimizers = build_optimizers(model, optimizer=optimizer, lr=lr, weight_decay=0.0, **NUMBERS)
+    if optimizer not in OPTIMIZERS:
+        seed_all(0)
+    optimizers = build_optimizers(
+        model,
+        optimizer=optimizer,
+        optimizer_args=optimizer_args,
+        lr=lr,
+        weight_decay=0.0,
+        **NUMBERS,
+    )
     if dopr:
         settings: dict[str, Any] = {"gamma": FIELDS["gamma"].default, **dopr}
         ActivationPreconditioner(model, **settings).attach(*optimizers)
@@ -36,3 +48,10 @@ def step(optimizers: list[torch.optim.Optimizer], scale: float) -> None:
             group["lr"] = group["base_lr"] * scale
         each.step()
         each.zero_grad()
+
+
+def finish(optimizers: list[torch.optim.Optimizer]) -> None:
+    """Put the weights in place that the optimizers want to be evaluated, after the last step."""
+    for each in optimizers:
+        if hasattr(each, "eval"):
+            each.eval()  # pyright: ignore[reportAttributeAccessIssue]

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from data.files import write_atomic
-from optim.build import MATRIX_OPTIMIZERS
 from studies.stats.records import (
     RECORDS,
     Record,
@@ -73,8 +72,8 @@ class Study:
         kind: defaults to the kind that trains models for the task.
         """
         kind = kind or trial_type(self.task)
-        has_aux = variant.optimizer in MATRIX_OPTIMIZERS and "aux_lr" not in self.settings
-        aux = {"aux_lr": AUX_LR} if has_aux and kind.has_aux_lr else {}
+        is_set = "aux_lr" in self.settings or not kind.has_aux_lr
+        aux = {"aux_lr": AUX_LR} if not is_set and variant.has_aux else {}
         return kind(
             folder=run_folder(self.out, variant.name, lr, seed),
             task=replace(self.task, instance=seed) if self.has_instances else self.task,

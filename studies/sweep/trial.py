@@ -18,6 +18,7 @@ from eval.rollout.tasks.task import TaskBase
 from eval.rollout.ttf import grade_checkpoint, grading_version
 from eval.run import ENVIRONMENT
 from optim.dopr.settings import settings_problems
+from optim.third_party import default_lr
 from studies.sweep.run_cache import (
     GRADING,
     TrialError,
@@ -29,6 +30,7 @@ from studies.sweep.run_cache import (
 from studies.sweep.variants import STUDY_SETTINGS, parse_changes, parse_variant
 from trainer.checkpoint.read import candidates
 from trainer.config import load_config
+from trainer.optimizers import optimizer_problems
 
 GRIDS = {  # the first learning rates of a sweep
     "adamw": (2e-3, 4e-3, 8e-3),
@@ -37,7 +39,6 @@ GRIDS = {  # the first learning rates of a sweep
     "muon": (8e-3, 1.6e-2, 3.2e-2),
     "adamuon": (8e-3, 1.6e-2, 3.2e-2),
 }
-DEFAULT_GRID = (5e-4, 1e-3, 2e-3)  # of other optimizers: a factor of 2 around 1e-3
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,14 @@ class Trial(ABC):
 
     @classmethod
     def first_rates(cls, optimizer: str) -> tuple[float, ...]:
-        """Return the learning rates that a sweep begins with."""
-        return cls.grids.get(optimizer, DEFAULT_GRID)
+        """Return the learning rates that a sweep begins with.
+
+        Those of a class that has no grid here are its own default and a factor of 2 around it.
+        """
+        if optimizer in cls.grids:
+            return cls.grids[optimizer]
+        lr = default_lr(optimizer)
+        return lr / 2, lr, 2 * lr
 
     @abstractmethod
     def make(self) -> dict[str, Any]:
@@ -163,7 +170,8 @@ def model_settings(command: list[str]) -> dict[str, Any]:
     """
 
     def problems(settings: dict[str, Any]) -> list[str]:
-        return settings_problems(settings) if settings["dopr"] else []
+        of_dopr = settings_problems(settings) if settings["dopr"] else []
+        return optimizer_problems(settings) + of_dopr
 
     config, _ = load_config(command[1:], problems)
     return model_only(asdict(config))

@@ -1,20 +1,26 @@
 """Parse the names of optimizers in comparisons: `adamw`, `dopr-muon`, `sgd+momentum=0.9`.
 
-NAME                the optimizer as train.py knows it
+NAME                the optimizer as train.py knows it, such as muon, soap or torch:muon
 dopr-NAME           with activation preconditioning in exact mode, the paper's
 fast-dopr-NAME      the same in fast mode
-...+key=value       with any other setting of train.py changed
+...+key=value       with any other setting of train.py changed, or an argument of the class that
+                    NAME stands for: soap+precondition_frequency=5, lion+betas=(0.9,0.95)
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from optim.build import OPTIMIZERS
+from optim.build import OPTIMIZERS, has_aux, third_party
+from optim.third_party import argument_names
 from trainer.config import coerce
+from trainer.presets import DOPR_KEYS
 from trainer.settings import FIELDS
 
+FIXED = ("optimizer", "optimizer_args", "dopr")  # settings that the name itself gives
+DOPR_SETTINGS = {*DOPR_KEYS, "include", "exclude"}
 PLAIN = {"dopr": False}
 EXACT = {"dopr": True, "refresh_every": 1}
 FAST = {"dopr": True, "refresh_every": 10, "sigma_beta": 0.95}
@@ -38,28 +44,50 @@ class Variant:
     settings: tuple[tuple[str, Any], ...]
 
     @property
+    def has_aux(self) -> bool:
+        """Whether an AdamW trains the parameters that are not matrices."""
+        settings = dict(self.settings)
+        args, roles = settings.get("optimizer_args", ""), settings.get("optimizer_roles", "auto")
+        return has_aux(self.optimizer, third_party(self.optimizer, args, roles))
+
+    @property
     def base(self) -> str:
-        """The variant to compare with: the same optimizer without DoPr."""
-        return self.optimizer
+        """The name of the variant to compare with: the same without DoPr and its settings."""
+        changes = self.name.split("+")[1:]
+        kept = [each for each in changes if each.partition("=")[0] not in DOPR_SETTINGS]
+        return "+".join([self.optimizer, *kept])
 
 
 def parse_variant(name: str) -> Variant:
     """Return the variant with that name.
 
-    Raises ValueError if the optimizer is unknown or a change does not concern the optimizer.
+    Raises ValueError if the optimizer is unknown or cannot be used, or a change does not concern
+    the optimizer.
     """
     kind, *changes = name.split("+")
     prefix = next(prefix for prefix in MODES if kind.startswith(prefix))
-    optimizer = kind.removeprefix(prefix)
-    if optimizer not in OPTIMIZERS:
+    optimizer, where = kind.removeprefix(prefix), f"optimizer {name!r}"
+    try:
+        own = [] if optimizer in OPTIMIZERS else argument_names(optimizer)
+        arguments = [each for each in changes if each.partition("=")[0] in own]
+        third_party(optimizer, ",".join(arguments))
+    except ValueError as error:
         raise ValueError(
-            f"optimizer {name!r}: expected [fast-][dopr-]NAME[+key=value...] with NAME one of "
-            f"{', '.join(OPTIMIZERS)}"
-        )
-    texts = parse_changes(changes, STUDY_SETTINGS | MODEL_SETTINGS, f"optimizer {name!r}")
+            f"{where}: expected [fast-][dopr-]NAME[+key=value...]; {error}; NAME is one of "
+            f"{', '.join(OPTIMIZERS)}, or another class (see train.py --help)"
+        ) from error
+    others = [each for each in changes if each not in arguments]
+    texts = parse_changes(others, STUDY_SETTINGS | MODEL_SETTINGS, where)
     changed = {key: coerce(key, text) for key, text in texts.items()}
+    if arguments:
+        changed["optimizer_args"] = ",".join(arguments)
     settings = {"optimizer": optimizer} | MODES[prefix] | changed
     return Variant(name, optimizer, tuple(settings.items()))
+
+
+def split(names: str) -> list[str]:
+    """Split at commas that are not between parentheses: `lion+betas=(0.9,0.95),adamw`."""
+    return re.split(r",(?![^(]*\))", names)
 
 
 def parse_dopr_variant(name: str, task: str, known: set[str], *others: str) -> Variant:
@@ -71,7 +99,7 @@ def parse_dopr_variant(name: str, task: str, known: set[str], *others: str) -> V
     variant = parse_variant(name)
     settings = dict(variant.settings)
     can_change = known if settings["dopr"] else set()
-    if unknown := sorted(settings.keys() - can_change - {"optimizer", "dopr", *others}):
+    if unknown := sorted(settings.keys() - can_change - {*FIXED, *others}):
         raise ValueError(
             f"optimizer {name!r}: task {task} has no setting {', '.join(unknown)} here; "
             f"only {', '.join(sorted(known))} of DoPr can be changed"

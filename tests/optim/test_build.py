@@ -166,8 +166,13 @@ def test_the_table_prints_peak_rates_with_the_multiplier():
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("adam", {}, r"optimizer='adam': must be one of adamw, sgd.*did you mean 'adamw'"),
-        ("lion", {}, "optimizer='lion'"),
+        ("adamww", {}, "optimizer='adamww': no optimizer has this name; did you mean 'adamw'"),
+        ("muon", {"optimizer_args": "beta=1"}, "optimizer_args='beta=1': has no effect on optim"),
+        (
+            "sgd",
+            {"optimizer_roles": "all"},
+            "optimizer_roles='all': has no effect on optimizer=sgd",
+        ),
         ("adamw", {"aux_lr": 0.1}, "aux_lr=0.1: optimizer='adamw' has no auxiliary AdamW"),
         ("muon", {"momentum": 1.5}, "Muon: momentum=1.5"),
         ("muon", {"adjust_lr": "rms"}, "Muon: adjust_lr='rms'"),

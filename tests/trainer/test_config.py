@@ -51,7 +51,7 @@ def test_values_are_coerced_to_the_declared_type(argument, key, value):
     [
         *("--max_steps=1.5", "--lr=fast", "--compile=1", "--bias=yes", "--schedule=cos"),
         *("--seed=nan", "--seed=4294967296", "--lr=nan", "--lr=inf", "--lr=0", "--dropout=1"),
-        *("--n_layer=0", "--aux_lr=0.1", "--embedding_lr=0", "--sigma_beta=x"),
+        *("--n_layer=0", "--embedding_lr=0", "--sigma_beta=x"),
     ],
 )
 def test_a_value_of_the_wrong_type_or_range_is_refused_by_name(argument):
@@ -92,7 +92,7 @@ def test_help_lists_every_setting_with_its_comment(capsys):
     text = capsys.readouterr().out
     assert caught.value.code == 0
     assert all(f"--{key}=" in text for key in FIELDS)
-    assert "of the AdamW beside muon and adamuon" in text
+    assert "of the AdamW beside an optimizer of matrices" in text
     assert "--sigma_beta=float | None [none]  decay" in text
     assert "fsdp shards, hsdp shards within groups" in text  # a comment of two lines
 

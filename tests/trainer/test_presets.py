@@ -6,6 +6,7 @@ import pytest
 
 from optim.dopr.settings import settings_problems
 from trainer.config import load_config
+from trainer.optimizers import optimizer_problems
 from trainer.settings import ConfigError
 
 
@@ -18,6 +19,11 @@ ADJUSTED = [  # settings of a preset, what the user types, what becomes of it
     ("max_steps = 300; warmup_steps = 30", "--max_steps=20", {"warmup_steps": 2}),
     ("", "--max_steps=20", {"warmup_steps": 2}),
     ("optimizer = 'muon'; aux_lr = 1e-3", "--optimizer=adamw", {"aux_lr": None}),
+    (
+        "optimizer = 'lion'; optimizer_args = 'cautious=true'",
+        "--optimizer=adamw",
+        {"optimizer_args": ""},
+    ),
     ("batch_size = 16; micro_batch_size = 16", "--batch_size=12", {"micro_batch_size": 12}),
     (
         "dopr = True; refresh_every = 10; collect_every = 10",
@@ -40,13 +46,17 @@ def test_what_a_preset_sets_and_the_command_line_makes_moot_is_adjusted(
     assert capsys.readouterr().out.count(f"note: {key}=") == 1
 
 
+def problems(settings):
+    return settings_problems(settings) + optimizer_problems(settings)
+
+
 @pytest.mark.parametrize(("preset", "typed", "expected"), ADJUSTED[2:])
 def test_what_contradicts_itself_in_one_source_is_refused(tmp_path, preset, typed, expected):
     both = [f"--{each.strip()}".replace(" = ", "=").replace("'", "") for each in preset.split(";")]
     key = typed.removeprefix("--").split("=")[0]
     kept = [each for each in both if not each.startswith(f"--{key}=")]
     with pytest.raises(ConfigError, match=next(iter(expected))):
-        load_config([*kept, typed], lambda settings: settings_problems(settings))
+        load_config([*kept, typed], problems)
 
 
 def test_a_typed_warmup_that_is_too_long_is_refused(tmp_path):
@@ -58,7 +68,7 @@ def test_a_typed_warmup_that_is_too_long_is_refused(tmp_path):
 @pytest.mark.parametrize("path", sorted(Path("config").glob("*.py")), ids=lambda path: path.name)
 @pytest.mark.parametrize("typed", ["--max_steps=5", "--optimizer=adamw", "--optimizer=sgd"])
 def test_every_preset_can_be_tried_quickly(path, typed):
-    load_config([str(path), typed], lambda settings: settings_problems(settings))
+    load_config([str(path), typed], problems)
 
 
 NANOGPT = """

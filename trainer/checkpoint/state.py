@@ -5,7 +5,7 @@ The state has no random generators and no position in the data, because both are
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from optim import ActivationPreconditioner
+from optim.build import CLASSES
 from optim.process_group import local
+from trainer.checkpoint.groups import Groups, changes_since, group_problem, values_of
 from trainer.checkpoint.read import (
     Checkpoint,
     CheckpointError,
@@ -24,8 +26,9 @@ from trainer.checkpoint.read import (
     plain_state,
 )
 from trainer.checkpoint.sharded import read_all
-from trainer.checkpoint.tensors import layer_problems, optimizer_problems
+from trainer.checkpoint.tensors import layer_problems, optimizer_state_problems
 from trainer.checkpoint.write import save_checkpoint, save_sharded
+from trainer.evaluation_weights import evaluation_weights, train_weights
 from trainer.parallel import Parallel
 from trainer.sharding import shard_like
 
@@ -48,6 +51,10 @@ class TrainState:
     skipped_in_row: int = 0
     saved_step: int = -1  # of the newest checkpoint
     is_loss_finite: bool | None = None
+    _first_groups: list[Groups] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._first_groups = [values_of(optimizer) for optimizer in self.optimizers]
 
     def count_step(self, is_finite: bool) -> None:
         """Count one optimizer step, which is skipped if it was not finite."""
@@ -97,7 +104,7 @@ class TrainState:
     ) -> None:
         """Write a checkpoint of this step under `root`, unless that was done already.
 
-        All processes must call this.
+        Its weights are those to evaluate (see evaluation_weights.py). All processes must call this.
 
         Raises:
             CheckpointError: the checkpoint could not be written.
@@ -106,28 +113,36 @@ class TrainState:
             return
         manifest = {**manifest, "optimizers": self._optimizer_names()}
         files = {"tokenizer_json": tokenizer, "manifest": manifest, "keep": keep}
-        tensors = {"model": plain_state(self.model), "train": self.to_dict()}
-        tensors["ema"] = plain_state(self.ema) if self.ema else None
-        if is_sharded:
-            save_sharded(root, self.step, parallel, **tensors, **files)
-        else:
-            tensors = parallel.full_state_on_main(tensors)
-            write = partial(save_checkpoint, root, self.step, **tensors, **files)
-            parallel.raise_on_all_ranks(
-                write if parallel.is_main else lambda: None, CheckpointError
-            )
+        with evaluation_weights(self.optimizers):
+            tensors = {"model": plain_state(self.model), "train": self.to_dict()}
+            tensors["ema"] = plain_state(self.ema) if self.ema else None
+            if is_sharded:
+                save_sharded(root, self.step, parallel, **tensors, **files)
+            else:
+                tensors = parallel.full_state_on_main(tensors)
+                write = partial(save_checkpoint, root, self.step, **tensors, **files)
+                parallel.raise_on_all_ranks(
+                    write if parallel.is_main else lambda: None, CheckpointError
+                )
         self.saved_step = self.step
 
     def _optimizer_names(self) -> list[str]:
-        return [type(optimizer).__name__ for optimizer in self.optimizers]
+        """Return the names of the classes; with their modules, if they are not those of `optim`."""
+        kinds = [type(optimizer) for optimizer in self.optimizers]
+        return [
+            kind.__name__ if kind in CLASSES.values() else f"{kind.__module__}.{kind.__name__}"
+            for kind in kinds
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything except weights, as types that `torch.load(weights_only=True)` accepts.
 
         Hyperparameters are left out because they always come from the run's settings.
         """
+        pairs = zip(self._first_groups, self.optimizers, strict=True)
         return {
             "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
+            "groups": [changes_since(first, optimizer) for first, optimizer in pairs],
             "dopr": self.preconditioner.state_dict() if self.preconditioner else None,
             "n_averaged": int(self.ema.n_averaged) if self.ema else 0,
             "skipped": self.skipped,
@@ -154,11 +169,16 @@ class TrainState:
         if self.ema and checkpoint.ema is not None:
             load_into(self.ema.module, checkpoint.ema, checkpoint.path)
             self.ema.n_averaged.fill_(saved["n_averaged"])
-        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+        for i, (optimizer, state) in enumerate(
+            zip(self.optimizers, saved["optimizers"], strict=True)
+        ):
             groups = optimizer.state_dict()["param_groups"]
+            for group, changes in zip(groups, _groups_of(saved, i, optimizer), strict=True):
+                group |= changes
             params = [param for group in optimizer.param_groups for param in group["params"]]
-            sharded = {i: _shard_state(values, params[i]) for i, values in state.items()}
+            sharded = {k: _shard_state(values, params[k]) for k, values in state.items()}
             optimizer.load_state_dict({"state": sharded, "param_groups": groups})
+        train_weights(self.optimizers)
         self.step = self.saved_step = checkpoint.step
         self.skipped = saved["skipped"]
         self.skipped_in_row = saved["skipped_in_row"]
@@ -175,19 +195,32 @@ class TrainState:
         check_fits(self.model, checkpoint.model, checkpoint.path)
         has_stepped = checkpoint.step > checkpoint.train["skipped"]
         has_momentum = checkpoint.manifest["config"]["momentum"] > 0
-        for optimizer, state, name in zip(self.optimizers, saved, names, strict=True):
+        for i, (optimizer, state, name) in enumerate(
+            zip(self.optimizers, saved, names, strict=True)
+        ):
             may_be_empty = not has_stepped or (name == "SGD" and not has_momentum)
-            if problems := optimizer_problems(state, optimizer, may_be_empty=may_be_empty):
+            problems = optimizer_state_problems(state, optimizer, may_be_empty=may_be_empty)
+            groups = _groups_of(checkpoint.train, i, optimizer)
+            problems += filter(None, [group_problem(groups, optimizer)])
+            if problems:
                 raise CheckpointError(
                     f"checkpoint {checkpoint.path}: the state of {name}: {'; '.join(problems[:5])}"
                 )
+
+
+def _groups_of(saved: dict[str, Any], i: int, optimizer: Optimizer) -> Groups:
+    """Return the saved changes of the param groups of optimizer number i.
+
+    Checkpoints of earlier versions have none, and their optimizers do not change any value.
+    """
+    return saved["groups"][i] if "groups" in saved else [{} for _ in optimizer.param_groups]
 
 
 def _shard_state(values: dict[str, Any], param: Tensor) -> dict[str, Any]:
     """Shard an optimizer's state of one parameter: tensors of its shape are sharded like it."""
     return {
         key: shard_like(value, param).contiguous()  # fused optimizers read it as one block
-        if value.shape == param.shape
+        if getattr(value, "shape", None) == param.shape
         else read_all(value)
         for key, value in values.items()
     }

@@ -5,19 +5,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 from torch.overrides import TorchFunctionMode
 
 from model import GPT, GPTConfig
+from optim import AdaMuon, Muon, Signum
 from trainer.checkpoint.sharded import StoredTensor, read_all
 
 STEP = "step"  # of torch's optimizers: a scalar that counts steps
-STATE_KEYS = {  # the state of a parameter, by the optimizer's class
-    "AdamW": {STEP, "exp_avg", "exp_avg_sq"},
-    "SGD": {"momentum_buffer"},
-    "Signum": {"momentum_buffer"},
-    "Muon": {"momentum_buffer"},
-    "AdaMuon": {"momentum_buffer", "second_moment"},
+STATE_KEYS: dict[type[Optimizer], set[str]] = {  # the state of a parameter
+    AdamW: {STEP, "exp_avg", "exp_avg_sq"},
+    SGD: {"momentum_buffer"},
+    Signum: {"momentum_buffer"},
+    Muon: {"momentum_buffer"},
+    AdaMuon: {"momentum_buffer", "second_moment"},
 }
 
 
@@ -73,18 +74,30 @@ class _NoRandomNumbers(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def optimizer_problems(
+def optimizer_state_problems(
     saved: dict[int, dict[str, Any]], optimizer: Optimizer, *, may_be_empty: bool
 ) -> list[str]:
-    """List why an optimizer cannot load the state of its parameters, {index: {key: value}}."""
+    """List why an optimizer cannot load the state of its parameters, {index: {key: value}}.
+
+    The state of a class that is not in STATE_KEYS may be any tree of finite tensors.
+    """
     params = [param for group in optimizer.param_groups for param in group["params"]]
+    if type(optimizer) not in STATE_KEYS:
+        if unknown := saved.keys() - {*range(len(params))}:
+            return [f"there is a state of parameters {_few(unknown)}, but only {len(params)} exist"]
+        return [
+            f"{key} of parameter {index} {problem}"
+            for index, values in saved.items()
+            for key, value in values.items()
+            for problem in _tree_problems(value)
+        ]
     if may_be_empty and not any(saved.values()):
         return []
     if saved.keys() != {*range(len(params))}:
         return [f"there is a state of parameters {_few(saved)}, but must be of {len(params)}"]
     problems = []
     for index, values in saved.items():
-        wanted = STATE_KEYS[type(optimizer).__name__]
+        wanted = STATE_KEYS[type(optimizer)]
         if values.keys() != wanted:
             problems.append(f"parameter {index} has {_few(values)}, but must have {_few(wanted)}")
             continue
@@ -97,6 +110,16 @@ def optimizer_problems(
                 problem = "is negative"
             problems += [f"{key} of parameter {index} {problem}"] if problem else []
     return problems
+
+
+def _tree_problems(tree: Any) -> list[str]:
+    """List the problems of the tensors in nested dicts, lists and tuples."""
+    if isinstance(tree, (Tensor, StoredTensor)):
+        problem = tensor_problem(tree, tree.shape, tree.dtype)
+        return [problem] if problem else []
+    parts = tree.values() if isinstance(tree, dict) else tree
+    is_nested = isinstance(tree, (dict, list, tuple))
+    return [problem for part in parts for problem in _tree_problems(part)] if is_nested else []
 
 
 def layer_problems(state: Mapping[str, Any], own: Mapping[str, Tensor]) -> list[str]:

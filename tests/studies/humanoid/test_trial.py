@@ -130,7 +130,7 @@ def test_a_wrong_command_is_refused(arguments, message, tmp_path, capsys):
     assert not (tmp_path / "study").exists()
 
 
-@pytest.mark.parametrize("wrong", [["--lr", "0"], ["--optimizer", "adam"], ["--episodes", "0"]])
+@pytest.mark.parametrize("wrong", [["--lr", "0"], ["--optimizer", "adamm"], ["--episodes", "0"]])
 def test_a_wrong_command_of_a_run_is_refused(wrong, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["--optimizer", "adamw", "--lr", "0.01", *wrong])

@@ -192,7 +192,7 @@ def test_missing_data_are_an_error_before_any_run(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--optimizers", "adam"], "NAME one of"),
+        (["--optimizers", "adamm"], "NAME is one of"),
         (["--optimizers", "adamw+mup=true"], "mup is fixed here"),
         (["--optimizers", "adamw", "--widths", "15"], "must be divisible by n_head=2"),
         (["--optimizers", "adamw", "--shard", "3/2"], "argument --shard"),

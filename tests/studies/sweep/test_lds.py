@@ -181,7 +181,7 @@ def test_the_command_of_a_record_repeats_its_run(capsys):
     assert f"val_loss {grade_policy(lds, K).means()['val_loss']!r} " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("wrong", [["--lr", "0"], ["--optimizer", "adam"], ["--task", "lds,x=1"]])
+@pytest.mark.parametrize("wrong", [["--lr", "0"], ["--optimizer", "adamm"], ["--task", "lds,x=1"]])
 def test_a_wrong_command_is_refused(wrong, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["--optimizer", "adamw", "--lr", "0.01", *wrong])

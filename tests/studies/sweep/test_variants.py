@@ -25,7 +25,10 @@ def test_a_name_stands_for_settings_of_train(name, settings):
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        *((name, "NAME one of adamw, sgd") for name in ("adam", "dopr-", "slow-dopr-adamw", "")),
+        *(
+            (name, "NAME is one of adamw, sgd")
+            for name in ("adamm", "dopr-", "slow-dopr-adamw", "")
+        ),
         ("dopr-adamw+gamma", "'gamma' is not of the form key=value"),
         ("dopr-adamw+gama=1", "unknown setting 'gama'; did you mean 'gamma'"),
         ("dopr-adamw+gamma=x", "gamma='x': must be a number"),

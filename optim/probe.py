@@ -1,0 +1,185 @@
+"""Find out what an optimizer class does, by stepping it on three small parameters.
+
+The answers hold for a class with its arguments, so there is no table of classes to maintain.
+"""
+
+import io
+import random
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .groups import Role
+from .third_party import ThirdParty
+
+SHAPES: dict[Role, tuple[int, ...]] = {"matrix": (16, 12), "embedding": (24, 12), "gain": (12,)}
+FIRST_ROWS = 5  # of the first of two shards
+FEW, MANY = 12, 60  # steps; some classes adapt only after a number of steps
+ROUNDING = 1e-4  # relative to the largest change of a weight
+SIMILAR = 2e-2  # the same; leaves room for an eps
+GRADIENT_SCALE = 64.0
+WEIGHT_DECAY = 1e-2 / FEW  # times the learning rate: the weights shrink by 1 % in FEW steps
+
+
+def check(third: ThirdParty) -> None:
+    """Raise ValueError unless the optimizer can be stepped, saved and loaded as a trainer does it.
+
+    A step must need nothing but gradients, change weights, depend on the learning rate, and not
+    depend on the loss that a closure returns. Training must continue bit for bit from a saved
+    `state_dict`.
+    """
+    name, where = third.kind.__name__, f"optimizer={third.name}"
+    try:
+        usual = _Run(third).weights()
+    except Exception as error:  # the class may raise anything
+        raise ValueError(
+            f"{where}: {name} fails on three small parameters: {_line(error)}"
+        ) from error
+    if not all(each.isfinite().all() for each in usual):
+        raise ValueError(f"{where}: {name} turns finite gradients into weights that are not finite")
+    if _equal(usual, _Run(third, steps=0).weights()):
+        raise ValueError(f"{where}: {name} changes no weight in {FEW} steps")
+    if _equal(usual, _Run(third, lr_scale=0.5).weights()):
+        raise ValueError(f"{where}: {name} does not use its learning rate, which the schedule sets")
+    with suppress(TypeError):  # its step() takes no closure
+        losses = [_Run(third, loss=each).weights() for each in (_constant_loss, _rising_loss)]
+        if not _equal(*losses):
+            raise ValueError(
+                f"{where}: {name} uses the loss that a closure returns, but a step here has none"
+            )
+    try:
+        continued = _Run(third, resume_after=FEW // 2).weights()
+    except Exception as error:
+        raise ValueError(
+            f"{where}: the state of {name} is not made of tensors and numbers that can be saved "
+            f"and loaded: {_line(error)}"
+        ) from error
+    if not _equal(usual, continued):
+        raise ValueError(
+            f"{where}: {name} does not continue from its state_dict as if it had not been saved"
+        )
+
+
+def is_elementwise(third: ThirdParty) -> bool:
+    """Whether the update of an entry depends on this entry alone, so that shards can be trained."""
+    return _effect(third, is_split=True) <= ROUNDING
+
+
+def is_scale_invariant(third: ThirdParty) -> bool:
+    """Whether the updates do not depend on the scale of the gradient, as in Adam and signSGD."""
+    return _effect(third, gradient_scale=GRADIENT_SCALE) <= SIMILAR
+
+
+def has_decoupled_decay(third: ThirdParty) -> bool:
+    """Whether weight decay multiplies weights by 1 - lr · weight_decay and changes no update."""
+    weights = first = _Run(third, steps=0).weights()
+    shrink = 1 - WEIGHT_DECAY
+    for step in range(FEW):
+        before, after = (_Run(third, steps=each).weights() for each in (step, step + 1))
+        weights = [shrink * w + b - a for w, a, b in zip(weights, before, after, strict=True)]
+    decayed = _Run(third, weight_decay=WEIGHT_DECAY / third.default_lr).weights()
+    return all(
+        (a - b).abs().max() <= 0.1 * (1 - shrink**FEW) * w.abs().max()
+        for a, b, w in zip(decayed, weights, first, strict=True)
+    )
+
+
+def seed_all(seed: int) -> None:
+    """Seed the generators that optimizers draw from: torch's, Python's and NumPy's.
+
+    Processes that seed them alike before a step stay equal, and a step can be repeated.
+    """
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A short training at the default learning rate.
+
+    The gradients do not depend on the weights: they are a fixed direction plus noise.
+    """
+
+    third: ThirdParty
+    steps: int = FEW
+    lr_scale: float = 1.0
+    gradient_scale: float = 1.0
+    weight_decay: float = 0.0
+    is_split: bool = False  # train two row blocks of each weight by two optimizers
+    loss: Callable[[int], float] | None = None  # function of the step, returned by a closure
+    resume_after: int | None = None  # save and load after so many steps
+
+    def weights(self) -> list[Tensor]:
+        """Return the weights after the last step."""
+        shards = [slice(None, FIRST_ROWS), slice(FIRST_ROWS, None)]
+        with torch.random.fork_rng(devices=[]):
+            parts = [self._train(rows) for rows in (shards if self.is_split else [slice(None)])]
+        return [torch.cat(each) for each in zip(*parts, strict=True)]
+
+    def _train(self, rows: slice) -> list[Tensor]:
+        params = [nn.Parameter(each[rows].clone()) for each in self._normal(0)]
+        optimizer = self._build(params)
+        for step in range(self.steps):
+            pairs = zip(self._normal(1), self._normal(2 + step), strict=True)
+            for param, (direction, noise) in zip(params, pairs, strict=True):
+                param.grad = 0.1 * self.gradient_scale * (direction + noise)[rows]
+            seed_all(step)
+            if self.loss:
+                loss = torch.tensor(self.loss(step))
+                optimizer.step(lambda loss=loss: loss)  # pyright: ignore
+            else:
+                optimizer.step()
+            if step + 1 == self.resume_after:
+                stream = io.BytesIO()
+                torch.save(optimizer.state_dict(), stream)
+                stream.seek(0)
+                params = [nn.Parameter(param.detach().clone()) for param in params]
+                optimizer = self._build(params)
+                optimizer.load_state_dict(torch.load(stream, weights_only=True))
+        return [param.detach() for param in params]
+
+    def _roles(self) -> list[Role]:
+        return [role for role in SHAPES if self.third.holds(role)]
+
+    def _normal(self, seed: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randn(SHAPES[role], generator=generator) for role in self._roles()]
+
+    def _build(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+        numbers = {"lr": self.lr_scale * self.third.default_lr, "weight_decay": self.weight_decay}
+        roles = zip(params, self._roles(), strict=True)
+        return self.third.build([{"params": [p], "role": role, **numbers} for p, role in roles])
+
+
+def _constant_loss(step: int) -> float:
+    return 1.0
+
+
+def _rising_loss(step: int) -> float:
+    return 1.0 + step
+
+
+def _effect(third: ThirdParty, **changes: Any) -> float:
+    """Return how much a change alters weights after many steps, relative to their movement."""
+    first = _Run(third, steps=0).weights()
+    usual, changed = (_Run(third, steps=MANY, **each).weights() for each in ({}, changes))
+    return max(
+        float((b - a).abs().max() / (a - w).abs().max().clamp_min(1e-30))
+        for w, a, b in zip(first, usual, changed, strict=True)
+    )
+
+
+def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _line(error: Exception) -> str:
+    """Return the type of an error and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
