@@ -78,9 +78,11 @@ class Nav(OracleTask):
         """Create n episodes with random starts and as many goals as could be reached.
 
         Each goal is drawn from the goals allowed at the previous one: those that are not held out
-        for the split "train", and the held-out ones otherwise.
+        for the split "train" and for streams whose names begin with it, and the held-out ones
+        otherwise.
         """
-        allowed = ~self.held_out & (self.graph.distance > 0) if seed == "train" else self.held_out
+        is_training = str(seed).startswith("train")
+        allowed = ~self.held_out & (self.graph.distance > 0) if is_training else self.held_out
         weights = allowed.double()  # (N, N)
         size, generator = (n, self.horizon + 2), self.generator(seed, "stops")
         first, *rest = torch.rand(size, generator=generator, dtype=torch.float64).unbind(1)

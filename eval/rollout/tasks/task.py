@@ -93,7 +93,8 @@ class OracleTask(Task):
     A document is a prompt followed by `horizon` decisions. After each decision but the last, the
     environment's answer of `answer_tokens` tokens follows. The argument `seed` of the methods
     selects a stream of episodes: "train" and "val" are the splits of the dataset, and integers are
-    for grading, so no model is graded on its training data.
+    for grading, so no model is graded on its training data. A stream whose name begins with "train"
+    has other episodes, which start like the training documents.
     """
 
     instance: int = 0  # selects the random automaton, graph or plant

@@ -158,9 +158,10 @@ def test_journeys_are_shortest_paths(task, seed):
         assert (left == left[0] - np.arange(len(way))).all()
 
 
-def test_no_held_out_pair_occurs_anywhere_in_training_and_all_others_do(task):
+@pytest.mark.parametrize("stream", ["train", "train, round 1"])
+def test_no_held_out_pair_occurs_anywhere_in_training_and_all_others_do(task, stream):
     seen = torch.zeros(N, N, dtype=torch.bool)
-    for goal, way in journeys(task, "train", 5000):
+    for goal, way in journeys(task, stream, 5000):
         seen[way, goal] = True
     seen.fill_diagonal_(False)
     assert not (seen & task.held_out).any()
