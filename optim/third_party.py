@@ -181,7 +181,8 @@ def _check_kind(name: str, kind: type) -> None:
         )
     if "lr" not in others:
         raise ValueError(
-            f"optimizer={name}: {kind.__name__} has no argument lr, which the schedule sets"
+            f"optimizer={name}: {kind.__name__} has no argument lr, which the schedule sets; "
+            "wrappers such as SAM cannot be used here"
         )
     closure = inspect.signature(kind.step).parameters.get("closure")
     if closure and closure.default is closure.empty:

@@ -18,10 +18,7 @@ DOPR_KEYS = (  # arguments of DoPr's preconditioner that have no effect with dop
     *("gamma", "sigma_beta", "refresh_every", "collect_every", "token_stride", "exponent"),
     *("inverse", "trace_normalized", "fresh_mean", "block_diagonal", "embeddings"),
 )
-OWN_KEYS = (  # settings of OPTIMIZERS that other classes do not have
-    *("beta1", "beta2", "eps", "momentum", "nesterov"),
-    *("adjust_lr", "ns_coefficients", "ns_dtype"),
-)
+OWN_KEYS = ("beta1", "beta2", "eps", "momentum", "nesterov")  # other classes have their own
 ADAMW_KEYS = ("beta1", "beta2", "eps")
 FP32_GAMMA = 1e-4  # the smallest damping for which DoPr needs no weights in float64
 Adjustment = tuple[str, Any, str]  # a setting's name, its new value, and the reason

@@ -77,7 +77,7 @@ def parse_variant(name: str) -> Variant:
             f"{', '.join(OPTIMIZERS)}, or another class (see train.py --help)"
         ) from error
     others = [each for each in changes if each not in arguments]
-    texts = parse_changes(others, STUDY_SETTINGS | MODEL_SETTINGS, where)
+    texts = parse_changes(others, STUDY_SETTINGS | MODEL_SETTINGS, where, own)
     changed = {key: coerce(key, text) for key, text in texts.items()}
     if arguments:
         changed["optimizer_args"] = ",".join(arguments)
@@ -108,10 +108,13 @@ def parse_dopr_variant(name: str, task: str, known: set[str], *others: str) -> V
     return variant
 
 
-def parse_changes(pairs: Iterable[str], refused: set[str], where: str = "--set") -> dict[str, str]:
+def parse_changes(
+    pairs: Iterable[str], refused: set[str], where: str = "--set", others: Iterable[str] = ()
+) -> dict[str, str]:
     """Return the settings of train.py in `pairs` of the form key=value.
 
-    Raises ValueError, which begins with `where`, if one is malformed, unknown or in `refused`.
+    Raises ValueError, which begins with `where`, if one is malformed, unknown or in `refused`. It
+    suggests the most similar name, also one of `others`.
     """
     if malformed := [pair for pair in pairs if "=" not in pair]:
         raise ValueError(f"{where}: {malformed[0]!r} is not of the form key=value")
@@ -120,7 +123,7 @@ def parse_changes(pairs: Iterable[str], refused: set[str], where: str = "--set")
         if key in refused:
             raise ValueError(f"{where}: {key} is fixed here, it is the same for all optimizers")
         if key not in FIELDS:
-            close = difflib.get_close_matches(key, FIELDS, n=1)
+            close = difflib.get_close_matches(key, [*FIELDS, *others], n=1)
             hint = f"did you mean {close[0]!r}?" if close else "python train.py --help lists all"
             raise ValueError(f"{where}: unknown setting {key!r}; {hint}")
     return changes

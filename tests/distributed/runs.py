@@ -8,6 +8,7 @@ import train
 from tests.processes import Gang
 from tests.tiny import argv
 from trainer.checkpoint.read import open_checkpoint
+from trainer.checkpoint.sharded import read_all
 
 # The vocabulary of 257 ids does not divide evenly among 3 or 4 processes, nor the width among 3.
 # Newton-Schulz uses fp32, because bf16 would hide differences. There are no biases, because the
@@ -56,5 +57,5 @@ def trained(gang: Gang, size: int, data: Path, out: Path, **changes: object) -> 
 
 def distance(one: Path, other: Path) -> float:
     """Return the largest difference of a weight between the newest checkpoints of two runs."""
-    a, b = open_checkpoint(one).model, open_checkpoint(other).model
+    a, b = (read_all(open_checkpoint(out).model) for out in (one, other))
     return max((a[key] - b[key]).abs().max().item() for key in a.keys() | b.keys())

@@ -20,7 +20,7 @@ ADJUSTED = [  # settings of a preset, what the user types, what becomes of it
     ("", "--max_steps=20", {"warmup_steps": 2}),
     ("optimizer = 'muon'; aux_lr = 1e-3", "--optimizer=adamw", {"aux_lr": None}),
     (
-        "optimizer = 'lion'; optimizer_args = 'cautious=true'",
+        "optimizer = 'lion'; optimizer_args = 'foreach=true'",
         "--optimizer=adamw",
         {"optimizer_args": ""},
     ),

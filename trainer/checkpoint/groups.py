@@ -3,6 +3,7 @@
 All other values of a param group follow from the settings of the run, and are not saved.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ Groups = list[dict[str, Any]]  # one dict for every param group of an optimizer
 
 
 def values_of(optimizer: Optimizer) -> Groups:
-    """Return the values of the param groups, to compare with later."""
+    """Return copies of the values of the param groups, to compare with later."""
     return [
-        {key: value for key, value in group.items() if key not in NOT_SAVED}
+        {key: copy.deepcopy(value) for key, value in group.items() if key not in NOT_SAVED}
         for group in optimizer.param_groups
     ]
 
@@ -36,8 +37,8 @@ def group_problem(saved: Groups, optimizer: Optimizer) -> str:
         return f"there are {len(saved)} param groups, but must be {len(optimizer.param_groups)}"
     for values in saved:
         for key, value in values.items():
-            is_finite = isinstance(value, (str, type(None))) or torch.tensor(value).isfinite().all()
-            if key in NOT_SAVED or not is_finite:
+            is_number = isinstance(value, (float, Tensor))
+            if key in NOT_SAVED or (is_number and not torch.as_tensor(value).isfinite().all()):
                 return f"{key}={value} of a param group cannot be used"
     return ""
 

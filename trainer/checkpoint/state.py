@@ -213,7 +213,9 @@ def _groups_of(saved: dict[str, Any], i: int, optimizer: Optimizer) -> Groups:
 
     Checkpoints of earlier versions have none, and their optimizers do not change any value.
     """
-    return saved["groups"][i] if "groups" in saved else [{} for _ in optimizer.param_groups]
+    if "groups" not in saved:
+        return [{} for _ in optimizer.param_groups]
+    return read_all(saved["groups"][i])
 
 
 def _shard_state(values: dict[str, Any], param: Tensor) -> dict[str, Any]:

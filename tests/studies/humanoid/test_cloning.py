@@ -54,6 +54,16 @@ def test_the_seed_fixes_the_clone_and_the_global_random_state_is_kept(data):
     assert np.any(clone(data, seed=1, dopr=FAST) != first)
 
 
+def test_a_class_of_another_package_trains_the_same_clone_twice(data):
+    free = {"optimizer": "schedulefreeadamw", "lr": 0.02, "schedule": "constant", "steps": 100}
+    found = [clone(data, **free) for _ in range(2)]
+    np.testing.assert_array_equal(*found)
+    assert np.square(found[0] - data[1]).mean() < 0.5 * data[1].var()
+    assert np.any(clone(data, **free | {"schedule": "cosine"}) != found[0])
+    kron = [clone(data, "kron", lr=0.01, steps=5) for _ in range(2)]  # draws random numbers
+    np.testing.assert_array_equal(*kron)
+
+
 def test_dopr_and_each_of_its_settings_change_the_clone(data):
     settings = [{}, FAST, FAST | {"fresh_mean": True}, FAST | {"include": ["0"]}]
     found = [clone(data, dopr=each) for each in settings]

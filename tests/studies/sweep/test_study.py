@@ -15,7 +15,7 @@ from studies.sweep.compare import parse as parse_arguments
 from studies.sweep.results import unite
 from studies.sweep.run_cache import TrialError, differences, finished, read_record
 from studies.sweep.study import FRESH, SweepError, sweep
-from studies.sweep.trial import GRIDS, run_trial
+from studies.sweep.trial import run_trial
 from studies.sweep.variants import parse_variant
 from tests.studies.records import read_lines, record
 
@@ -67,13 +67,14 @@ def test_a_sweep_without_a_best_rate_is_an_error(tmp_path, loss):
         swept(tmp_path, loss)
 
 
-def test_an_optimizer_without_a_grid_is_named_and_swept_around_1e_3(tmp_path, monkeypatch):
+def test_a_class_without_a_grid_is_named_and_swept_around_its_default_rate(tmp_path):
     assert notes(study(tmp_path)) == ""
-    monkeypatch.delitem(GRIDS, "adamw")
-    found, tried = swept(tmp_path, lambda lr: abs(math.log2(lr / 4e-3)))
-    assert found == 4e-3
-    assert tried[::2] == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
-    assert notes(study(tmp_path)).startswith("adamw: has no grid")
+    lion = study(tmp_path, "--optimizers", "lion")
+    assert lion.first_rates(lion.variants[0]) == (5e-5, 1e-4, 2e-4)
+    text = (
+        "lion: has no grid of its own, so its sweep begins around its default, with 5e-05, 0.0001"
+    )
+    assert notes(lion).startswith(text)
 
 
 def test_a_variant_without_its_base_is_named(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from studies.sweep.variants import EXACT, FAST, parse_variant
+from studies.sweep.variants import EXACT, FAST, parse_variant, split
 
 
 @pytest.mark.parametrize(
@@ -17,9 +17,36 @@ from studies.sweep.variants import EXACT, FAST, parse_variant
     ],
 )
 def test_a_name_stands_for_settings_of_train(name, settings):
-    variant = parse_variant(name)
-    assert dict(variant.settings) == settings
-    assert variant.base == settings["optimizer"]
+    assert dict(parse_variant(name).settings) == settings
+
+
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [
+        ("adamw", "adamw"),
+        ("dopr-adamw", "adamw"),
+        ("fast-dopr-muon+gamma=1+include=*.attn.*", "muon"),
+        ("dopr-sgd+momentum=0", "sgd+momentum=0"),
+        ("sgd+momentum=0", "sgd+momentum=0"),
+        ("fast-dopr-soap+eps=1e-6+gamma=1", "soap+eps=1e-6"),
+    ],
+)
+def test_the_base_is_the_same_without_dopr_and_its_settings(name, base):
+    assert parse_variant(name).base == base
+    assert parse_variant(base).base == base
+
+
+def test_a_class_takes_its_own_arguments_and_settings_of_train():
+    variant = parse_variant("fast-dopr-lion+betas=(0.9,0.95)+foreach=true+weight_decay=0")
+    arguments = {"optimizer_args": "betas=(0.9,0.95),foreach=true", "weight_decay": 0.0}
+    assert dict(variant.settings) == {"optimizer": "lion"} | FAST | arguments
+    assert parse_variant("torch:muon").has_aux
+    assert not parse_variant("torch:nadam").has_aux
+
+
+def test_a_list_is_split_outside_of_parentheses():
+    assert split("adamw,lion+betas=(0.9,0.95),muon") == ["adamw", "lion+betas=(0.9,0.95)", "muon"]
+    assert split("adamw") == ["adamw"]
 
 
 @pytest.mark.parametrize(
@@ -31,6 +58,9 @@ def test_a_name_stands_for_settings_of_train(name, settings):
         ),
         ("dopr-adamw+gamma", "'gamma' is not of the form key=value"),
         ("dopr-adamw+gama=1", "unknown setting 'gama'; did you mean 'gamma'"),
+        ("soap+precondition_freq=5", "'precondition_freq'; did you mean 'precondition_frequency'"),
+        ("lion+betas=5", "Lion fails on three small parameters"),
+        ("lbfgs", "through a closure"),
         ("dopr-adamw+gamma=x", "gamma='x': must be a number"),
     ],
 )
