@@ -13,9 +13,12 @@ alone. On a GPU it also has the peak memory of each variant in a round, includin
 optimizer state.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch.optim import Optimizer
 
 from bench.arguments import bench_parser
 from bench.timing import DEVICE, compared, measure_all, milliseconds
@@ -24,6 +27,9 @@ from optim import ActivationPreconditioner
 from optim.build import OPTIMIZERS, build_optimizers
 from optim.dopr.settings import INVERSES
 from optim.kernels.dispatch import BACKENDS, Backend
+
+NUMBERS: dict[str, Any] = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
+NUMBERS |= {"momentum": 0.95}
 
 
 class StepPreset(NamedTuple):
@@ -64,26 +70,35 @@ def modes(preset: StepPreset, width: int, inverse: str) -> dict[str, dict[str, A
     }
 
 
+def make_optimizers(
+    model: GPT,
+    optimizer: str,
+    dopr: dict[str, Any] | None,
+    backend: Backend = "auto",
+    optimizer_args: str = "",
+) -> list[Optimizer]:
+    """Return the optimizers of a model, with DoPr attached unless it is None."""
+    choices: dict[str, Any] = {"optimizer": optimizer, "optimizer_args": optimizer_args}
+    optimizers = build_optimizers(model, lr=1e-3, backend=backend, **NUMBERS, **choices)
+    if dopr is not None:
+        ActivationPreconditioner(model, backend=backend, **dopr).attach(*optimizers)
+    return optimizers
+
+
 class StepVariant:
-    """A fresh GPT and its optimizers, trained step by step."""
+    """A fresh GPT and its optimizers, trained step by step.
+
+    Args:
+        make: function that returns the optimizers of a model.
+    """
 
     def __init__(
-        self,
-        preset: StepPreset,
-        width: int,
-        optimizer: str,
-        dopr: dict[str, Any] | None,
-        backend: Backend,
+        self, preset: StepPreset, width: int, make: Callable[[GPT], list[Optimizer]]
     ) -> None:
         torch.manual_seed(0)
         self.refresh_every, allocated_before = preset.refresh_every, allocated()
         self.model = GPT(gpt_config(preset, width)).to(DEVICE)
-        options = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "momentum": 0.95}
-        choices: dict[str, Any] = {"optimizer": optimizer, "backend": backend}
-        self.optimizers = build_optimizers(self.model, lr=1e-3, **options, **choices)
-        if dopr is not None:
-            preconditioner = ActivationPreconditioner(self.model, backend=backend, **dopr)
-            preconditioner.attach(*self.optimizers)
+        self.optimizers = make(self.model)
         self.forward = torch.compile(self.model) if preset.compile_in_bf16 else self.model
         self.autocast = torch.autocast(DEVICE.type, torch.bfloat16, preset.compile_in_bf16)
         shape = (preset.accumulation, preset.micro_batch_size, preset.block_size + 1)
@@ -133,22 +148,31 @@ def measure(
 ) -> dict[str, Any]:
     """Return one row of the result: step times of every mode, and their memory in MiB."""
     variants = {
-        mode: StepVariant(preset, width, optimizer, dopr, backend)
+        mode: StepVariant(
+            preset,
+            width,
+            partial(make_optimizers, optimizer=optimizer, dopr=dopr, backend=backend),
+        )
         for mode, dopr in modes(preset, width, inverse).items()
     }
-    times: dict[str, list[float]] = {mode: [] for mode in variants}
+    names = {"width": width, "optimizer": optimizer, "inverse": inverse, "backend": backend}
+    return names | in_turns(variants, rounds)
+
+
+def in_turns(variants: dict[str, StepVariant], rounds: int) -> dict[str, Any]:
+    """Measure the variants in turns; return times, ratios to the first one, and memory in MiB."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
     peaks = dict.fromkeys(variants, 0)
     for _ in range(rounds):
-        for mode, variant in variants.items():
+        for name, variant in variants.items():
             ms, peak = variant.measured_round()
-            times[mode].append(ms)
-            peaks[mode] = max(peaks[mode], peak)
-    result = compared(times)
+            times[name].append(ms)
+            peaks[name] = max(peaks[name], peak)
+    result, first = compared(times), next(iter(variants.values()))
     return {
-        **{"width": width, "optimizer": optimizer, "inverse": inverse, "backend": backend},
-        **{"tokens": variants["base"].x.numel(), "rounds": rounds},
+        **{"tokens": first.x.numel(), "rounds": rounds},
         **{"step_ms": result["ms"], "ratio": result["ratio"]},
-        "MiB": {mode: peak / 2**20 for mode, peak in peaks.items()},
+        "MiB": {name: peak / 2**20 for name, peak in peaks.items()},
     }
 
 
