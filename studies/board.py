@@ -14,7 +14,7 @@ from studies.humanoid.all_stages import TASK as HUMANOID
 from studies.rollout.all_stages import RolloutStage
 from studies.stages import run_stages
 
-STEPS, SEEDS, TUNING_SEEDS = 500, 5, 1
+STEPS, SEEDS, TUNING_SEEDS = 500, 5, 2
 FREE = "schedulefreeadamw+schedule=constant"  # what it is made for
 BASES = (
     *("adamw", "sgd", "signum", "muon", "adamuon"),

@@ -164,7 +164,8 @@ class Study:
                 raise ValueError(f"{variant.name}: {error}") from error
 
 
-def _line(record: Record) -> str:
+def run_line(record: Record) -> str:
+    """Describe a finished run in a line."""
     return (
         f"{record['variant']}  {record['role']}  lr {record['lr']:g}  seed {record['seed']}  "
         f"val loss {val_loss(record):.4f}  {record['primary']} {primary(record):.4f}  "
@@ -226,7 +227,7 @@ def compare(study: Study, workers: int) -> list[Record]:
     AnalysisError, before any run, if records.jsonl is damaged.
     """
     read_records(study.out / RECORDS)  # raises AnalysisError before any run
-    runner = Runner(str(study.out), workers, run_trial, _line)
+    runner = Runner(str(study.out), workers, run_trial, run_line)
     rates: dict[str, float] = {}
 
     def run_variant(variant: Variant) -> None:

@@ -1,0 +1,100 @@
+"""Check a study for the board, repeat it in part, and add its rows.
+
+    python -m studies.submit out/board/pdfa [--check] [--board FOLDER]
+
+Checks the folder against the rules of docs/leaderboard.md, repeats one of its runs bit for bit, and
+runs its optimizers on hidden seeds, which follow from the hash of the revision. Then adds the
+records to those of the task in --board, the hidden ones in a file of their own. Nothing is added
+unless all of this succeeds. The same command continues where it was stopped.
+"""
+
+import shlex
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from eval.command import at_least, command_parser
+from studies.report.tables import leaderboard_text
+from studies.stats.analysis import leaderboard
+from studies.stats.records import RECORDS, Record
+from studies.submit.repeat import chosen_run, hidden_trials, repeat
+from studies.submit.rules import rule_problems, submitted_study
+from studies.sweep.results import unite
+from studies.sweep.run_cache import TrialError
+from studies.sweep.runner import Runner
+from studies.sweep.study import run_line
+from studies.sweep.trial import run_trial
+from trainer.metrics import environment
+
+HIDDEN = "hidden.jsonl"
+
+
+def table(records: list[Record]) -> str:
+    first = records[0]
+    higher = first["higher_is_better"]
+    return leaderboard_text(leaderboard(records), {}, first["primary"], higher_is_better=higher)
+
+
+def submit(
+    folder: Path, board: Path, out: Path, *, only_check: bool, workers: int, command: str
+) -> None:
+    """Check a folder and add its rows.
+
+    Raises:
+        ValueError: the folder breaks the rules; the message lists all problems.
+        TrialError: a run failed, or could not be repeated.
+    """
+    study, records = submitted_study(folder)
+    revision = environment(torch.device("cpu"))["git"]
+    if problems := rule_problems(study, records, revision):
+        listed = "\n  ".join(problems)
+        raise ValueError(f"{folder} breaks {len(problems)} rule(s):\n  {listed}")
+    print(f"{folder}: {len(records)} runs keep the rules")
+    if only_check:
+        return
+    run = chosen_run(records, revision)
+    with tempfile.TemporaryDirectory() as scratch:
+        torch.set_num_threads(1)
+        repeat(study, run, Path(scratch, "run"))
+    print(f"{run['variant']}, seed {run['seed']}, was repeated bit for bit")
+    trials = hidden_trials(study, records, revision, out / f"{study.task.name}-{revision}")
+    with Runner("hidden seeds", workers, run_trial, run_line, len(trials)) as runner:
+        hidden = runner.run(trials)
+    place = board / study.task.name
+    place.mkdir(parents=True, exist_ok=True)
+    replace(study, out=place).begin(command)
+    unite(place / HIDDEN, hidden)
+    unite(place / RECORDS, records)
+    print(f"published seeds\n{table(records)}\n\nhidden seeds\n{table(hidden)}\n\nadded to {place}")
+
+
+def main(argv: list[str]) -> None:
+    parser = command_parser("studies.submit", __doc__)
+    add = parser.add_argument
+    add("folder", type=Path, help="of studies.sweep.compare, with protocol.json and records.jsonl")
+    add("--check", action="store_true", help="check the rules only; run and add nothing")
+    add("--board", type=Path, default=Path("studies/results/board"))
+    add("--out", type=Path, default=Path("out/submit"), help="folder of the hidden runs")
+    add("--workers", type=int, default=2, help="runs at a time")
+    arguments = parser.parse_args(argv)
+    try:
+        at_least(1, workers=arguments.workers)
+        submit(
+            arguments.folder,
+            arguments.board,
+            arguments.out,
+            only_check=arguments.check,
+            workers=arguments.workers,
+            command=f"{parser.prog} {shlex.join(argv)}",
+        )
+    except (TrialError, ValueError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped; nothing was added, the same command continues\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
