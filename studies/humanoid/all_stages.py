@@ -4,8 +4,8 @@
     python -m studies.humanoid.all_stages noise           the stages whose names begin like this
 
 A stage is one command of studies.sweep.compare, with a folder of its own under --out. The clones
-are those of the expert `walk-1`. The comparison at equal validation loss is a command of its own,
-studies.humanoid.matched.
+are those of the expert `walk-1`, except in the stage `stand`. The comparison at equal validation
+loss is a command of its own, studies.humanoid.matched.
 """
 
 import sys
@@ -31,6 +31,7 @@ STAGES = (
     RolloutStage("whitening-0.5", f"{TASK},whitening=0.5", STEPS, PAIR, SEEDS),
     RolloutStage("whitening-0.9", f"{TASK},whitening=0.9", STEPS, PAIR, SEEDS),
     RolloutStage("demonstrations-20", f"{TASK},demonstrations=20", STEPS, PAIR, SEEDS),
+    RolloutStage("stand", "humanoid,expert=stand", STEPS, (*PAIR, "muon"), SEEDS),
     RolloutStage("ten-times-the-steps", TASK, 10 * STEPS, PAIR[:1], SEEDS),
 )
 
