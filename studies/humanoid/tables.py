@@ -2,7 +2,8 @@
 
     python -m studies.humanoid.tables studies/results/humanoid/optimizers
 
-Differences are paired over seeds, with 95 % t-intervals. The last column is the learning rate with
+Differences are paired over seeds, with 95 % t-intervals. Numbers are of the runs that did not
+diverge; the return says how many did. The last column is the learning rate with
 the highest return on the tuning seeds, where that differs from the one with the lowest validation
 loss.
 """
@@ -22,6 +23,7 @@ from studies.stats.records import (
     by_variant,
     grouped,
     is_control,
+    is_finished,
     is_reported,
     load_records,
     primary,
@@ -47,7 +49,7 @@ def with_half(found: Estimate, form: str) -> str:
 
 def difference(own: list[Record], others: list[Record]) -> str:
     """Return the mean paired difference of the returns; "" without pairs."""
-    returns = {record["seed"]: primary(record) for record in others}
+    returns = {record["seed"]: primary(record) for record in others if is_finished(record)}
     pairs = [primary(each) - returns[each["seed"]] for each in own if each["seed"] in returns]
     return with_half(over_seeds(pairs), "+,.0f")
 
@@ -71,8 +73,10 @@ def table(folder: Path, reference: str | None = None) -> str:
     fresh = by_variant(filter(is_reported, records))
     tuning = by_variant(record for record in records if record["role"] == "tuning")
     rows = []
-    for name, own in fresh.items():
-        lr, base = own[0]["lr"], reference or own[0]["base"]
+    for name, runs in fresh.items():
+        lr, base = runs[0]["lr"], reference or runs[0]["base"]
+        own = [run for run in runs if is_finished(run)]
+        lost = f" ({len(runs) - len(own)} of {len(runs)} diverged)" if len(own) < len(runs) else ""
         at_this_lr = [
             record
             for record in records
@@ -85,7 +89,7 @@ def table(folder: Path, reference: str | None = None) -> str:
                 f"`{name}`",
                 f"{lr:g}",
                 f"{np.mean(list(map(val_loss, own))):.5f}",
-                with_half(over_seeds(list(map(primary, own))), ",.0f"),
+                with_half(over_seeds(list(map(primary, own))), ",.0f") + lost,
                 f"{np.mean([each['grade']['metrics']['falls']['mean'] for each in own]):.2f}",
                 difference(own, fresh.get(base, [])) if name != base else "",
                 difference(own, at_this_lr) if name != base else "",

@@ -4,7 +4,7 @@ import pytest
 
 from eval.rollout.record import write_records
 from studies.humanoid.tables import main, table
-from studies.stats.records import RECORDS
+from studies.stats.records import RECORDS, read_records
 from tests.studies.records import record
 
 
@@ -40,6 +40,14 @@ def test_returns_are_paired_by_seed_with_the_base_at_both_rates(folder):
 def test_all_can_be_compared_with_one(folder):
     adamw = table(folder, "dopr-adamw").split("\n")[2]
     assert "| -20 ± 25 |" in adamw
+
+
+def test_a_diverged_run_is_counted_and_in_no_mean(folder):
+    records = [run("adamw", 4, 0.0, grade=None, val_loss=None), *read_records(folder / RECORDS)]
+    write_records(folder / RECORDS, records)
+    lines = table(folder).split("\n")
+    assert "| 0.00200 | 200 ± 248 (1 of 4 diverged) | 0.25 |" in lines[2]
+    assert "| +20 ± 25 |" in lines[3]
 
 
 def test_the_command_names_the_folder(folder, capsys):
