@@ -19,10 +19,16 @@ from .kernels.dispatch import Backend
 from .kernels.newton_schulz import NSCoefficients
 from .muon import AdjustLR, IterationDtype, Muon
 from .mup import ADAM_LIKE, WeightDecayScaling, scale_to_width
-from .probe import check, has_decoupled_decay, is_elementwise, is_scale_invariant
+from .probe import (
+    check,
+    has_decoupled_decay,
+    has_flat_state,
+    is_elementwise,
+    is_scale_invariant,
+)
 from .process_group import ProcessGroup, is_sharded
 from .signum import Signum
-from .third_party import Roles, ThirdParty, find
+from .third_party import UNSHARDED, Roles, ThirdParty, find, is_third_party
 
 CLASSES: dict[str, type[torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
@@ -120,7 +126,8 @@ def build_optimizers(
     main, aux = _split_params(model, optimizer, third)
     groups = _param_groups(main, lr, embedding_lr, weight_decay)
     if third:
-        if problems := problems_of(third, is_sharded=is_foreach, is_wider=width_mult != 1):
+        asked = {"is_sharded": is_foreach, "is_wider": width_mult != 1}
+        if problems := problems_of(third, **asked, weight_decay=weight_decay):
             raise ValueError("; ".join(problems))
         optimizers = [third.build(groups)]
     else:
@@ -130,8 +137,7 @@ def build_optimizers(
         groups = _param_groups(aux, lr, embedding_lr, weight_decay)
         optimizers.append(torch.optim.AdamW(groups, **adamw))
     for built in optimizers:
-        is_own = type(built) in CLASSES.values()
-        rule = type(built).__name__.lower() if is_own else ADAM_LIKE
+        rule = ADAM_LIKE if is_third_party(built) else type(built).__name__.lower()
         scale_to_width(built, width_mult, wd_scaling, rule=rule, dopr=dopr)
     check_complete(model, [group for built in optimizers for group in built.param_groups])
     return optimizers
@@ -145,6 +151,11 @@ def third_party(optimizer: str, arguments: str = "", roles: Roles = "auto") -> T
         ValueError: see `find` and `check`; or `arguments` or `roles` are given for one of
             OPTIMIZERS.
     """
+    if optimizer not in OPTIMIZERS and optimizer.lower() in OPTIMIZERS:
+        raise ValueError(
+            f"optimizer={optimizer!r}: write {optimizer.lower()} for ours, to which the settings "
+            f"beta1 to nesterov belong, or torch:{optimizer}"
+        )
     if optimizer in OPTIMIZERS:
         for key, value, default in (("args", arguments, ""), ("roles", roles, "auto")):
             if value != default:
@@ -158,25 +169,42 @@ def third_party(optimizer: str, arguments: str = "", roles: Roles = "auto") -> T
     return third
 
 
-def problems_of(third: ThirdParty, *, is_sharded: bool, is_wider: bool) -> list[str]:
+def problems_of(
+    third: ThirdParty, *, is_sharded: bool, is_wider: bool, weight_decay: float = 0.0
+) -> list[str]:
     """Return why a class cannot train shards (FSDP2) or a width other than the base's (muP)."""
     where, problems = f"optimizer={third.name}", []
-    if is_sharded and not is_elementwise(third):
-        problems.append(
-            f"{where}: the update of an entry depends on other entries of the weight, which may be "
-            "in other processes; use parallel=ddp"
-        )
+    if is_sharded and (problem := _shard_problem(third)):
+        problems.append(f"{where}: {problem} use parallel=ddp")
     if is_wider and not (is_elementwise(third) and is_scale_invariant(third)):
         problems.append(
             f"{where}: its muP rule is not known (it is for elementwise updates that do not depend "
             "on the scale of the gradient, as Adam's and Lion's); use mup=false"
         )
-    elif is_wider and third.has_weight_decay and not has_decoupled_decay(third):
+    elif is_wider and weight_decay and third.has_weight_decay and not has_decoupled_decay(third):
         problems.append(
             f"{where}: muP scales decoupled weight decay, and that of this class is not; use "
             "mup=false, or an argument of the class that decouples it"
         )
     return problems
+
+
+def _shard_problem(third: ThirdParty) -> str:
+    """Return why a class cannot train shards, or ""."""
+    if not is_elementwise(third):
+        return (
+            "the update of an entry depends on other entries of the weight, which may be in other "
+            "processes;"
+        )
+    works_without_foreach = UNSHARDED.get(third.kind.__name__.lower())
+    if works_without_foreach is not None:
+        if not works_without_foreach:
+            return "torch has not all of its operations for shards (DTensor);"
+        if third.arguments.get("foreach") is not False:
+            return "it trains shards only with --optimizer_args=foreach=false; or"
+    if not has_flat_state(third):
+        return "its state of a parameter is nested, and cannot be sharded when a run resumes;"
+    return ""
 
 
 def has_aux(optimizer: str, third: ThirdParty | None) -> bool:

@@ -104,7 +104,7 @@ def scale_to_width(
             group["base_lr"] *= update
             if "weight_decay" in group:
                 group["weight_decay"] /= update
-        if "eps" in group:
+        if isinstance(group.get("eps"), float):
             group["eps"] *= eps_mult(rule, m)
 
 

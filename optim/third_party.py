@@ -26,12 +26,21 @@ PACKAGE = "pytorch_optimizer"  # where names without a module are looked up afte
 SHORT_NAMES = {"torch": "torch.optim"}
 # Classes that orthogonalize, and are meant for the weights of hidden layers only. `roles` overrides
 # this table.
-FOR_MATRICES = {
-    *("muon", "adamuon", "adago", "normuon", "muonclip", "distributedmuon", "spectralsphere"),
-}
+FOR_MATRICES = ("muon", "adamuon", "adago", "normuon", "muonclip", "distributedmuon")
+FOR_MATRICES += ("spectralsphere",)
 ELSEWHERE = {"params": "they are the model's", "lr": "use lr", "weight_decay": "use weight_decay"}
 USUAL_LR = 1e-3
 WORDS = {"true": True, "false": False, "none": None}  # as in the other settings
+OTHER_OBJECTS = ("model", "optimizer", "base_optimizer")  # what wrappers are built from
+RANK = "without a rank in its param groups, which cannot be given here, it is a variant of Adam"
+UNUSABLE = {"galore": RANK, "fira": RANK, "apollo": RANK}  # they train, but not as their names say
+# Elementwise classes some of whose operations torch 2.13 does not have for shards (DTensor). Those
+# with True work with foreach=false.
+UNSHARDED = {
+    **dict.fromkeys(("adasmooth", "diffgrad", "ftrl", "srmm", "sara", "swats"), False),
+    **dict.fromkeys(("adopt", "ranger", "adan"), True),
+}
+MARK = "third_party"  # attribute of the optimizers built here
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ class ThirdParty:
 
     @property
     def has_weight_decay(self) -> bool:
-        return "weight_decay" in inspect.signature(self.kind).parameters
+        return "weight_decay" in _parameters(self.kind)
 
     @property
     def default_lr(self) -> float:
@@ -69,7 +78,13 @@ class ThirdParty:
         optimizer = self.kind(groups, lr=groups[0]["lr"], **self.arguments)  # pyright: ignore
         if hasattr(optimizer, "train"):
             optimizer.train()  # pyright: ignore[reportAttributeAccessIssue]
+        setattr(optimizer, MARK, self.name)
         return optimizer
+
+
+def is_third_party(optimizer: Optimizer) -> bool:
+    """Whether an optimizer was built here, also if its class is one that we use ourselves."""
+    return hasattr(optimizer, MARK)
 
 
 def find(name: str, arguments: str = "", roles: Roles = "auto") -> ThirdParty:
@@ -84,9 +99,10 @@ def find(name: str, arguments: str = "", roles: Roles = "auto") -> ThirdParty:
     parsed = _parse_arguments(arguments, kind)
     needed = [
         key
-        for key, each in inspect.signature(kind).parameters.items()
+        for i, (key, each) in enumerate(_parameters(kind).items())
         if each.default is each.empty
         and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+        and i > 0
         and key not in ELSEWHERE | parsed
     ]
     if needed:
@@ -134,7 +150,9 @@ def _find_class(name: str) -> type:
         raise ValueError(f"optimizer={name!r}: {_unknown(name)}{hint}") from None
     try:
         return package.load_optimizer(name.lower())
-    except (ImportError, NotImplementedError, ValueError):
+    except ImportError as error:  # the class exists, and needs another package
+        raise ValueError(f"optimizer={name!r}: {error}") from None
+    except (NotImplementedError, ValueError):
         raise ValueError(f"optimizer={name!r}: {_unknown(name)}") from None
 
 
@@ -147,12 +165,15 @@ def _unknown(name: str) -> str:
 def _in_module(name: str, module_name: str, class_name: str) -> type:
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"optimizer={name!r}: {module_name} cannot be imported: {error}") from None
+    except Exception as error:  # a user's module may raise anything
+        raise ValueError(
+            f"optimizer={name!r}: {module_name} cannot be imported from here: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     found = _class_in(module, class_name)
     if found:
         return found
-    names = [each for each in dir(module) if _is_optimizer(getattr(module, each))]
+    names = [each for each, value in vars(module).items() if _is_optimizer(value)]
     close = difflib.get_close_matches(class_name, names, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise ValueError(f"optimizer={name!r}: {module_name} has no class {class_name!r}{hint}")
@@ -173,8 +194,10 @@ def _check_kind(name: str, kind: type) -> None:
     """Raise ValueError unless the class trains parameters from their gradients."""
     if not _is_optimizer(kind):
         raise ValueError(f"optimizer={name}: {kind.__name__} is not a torch.optim.Optimizer")
-    first, *others = inspect.signature(kind).parameters
-    if first != "params":
+    if reason := UNUSABLE.get(kind.__name__.lower()):
+        raise ValueError(f"optimizer={name}: {kind.__name__} cannot be used: {reason}")
+    first, *others = _parameters(kind)
+    if first in OTHER_OBJECTS:
         raise ValueError(
             f"optimizer={name}: {kind.__name__} is built from {first!r}, not from parameters: "
             "wrappers of optimizers, and classes that need the whole model, cannot be used here"
@@ -197,12 +220,18 @@ def _parse_arguments(text: str, kind: type) -> dict[str, Any]:
     where = f"optimizer_args={text!r}"
     try:
         call = ast.parse(f"f({text})", mode="eval").body
-        assert isinstance(call, ast.Call)
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            raise ValueError
         if call.args or any(each.arg is None for each in call.keywords):
             raise ValueError
-        values = {str(each.arg): _literal(each.value) for each in call.keywords}
-    except (AssertionError, SyntaxError, ValueError):
-        raise ValueError(f"{where}: must be written as name=value, name=value, ...") from None
+        pairs = [(str(each.arg), _literal(each.value)) for each in call.keywords]
+    except (SyntaxError, TypeError, ValueError):
+        raise ValueError(
+            f"{where}: must be written as name=value, name=value, ..., with text in quotes"
+        ) from None
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError(f"{where}: a name is given twice")
     names = _argument_names(kind)
     for key in values:
         if key in ELSEWHERE:
@@ -215,20 +244,39 @@ def _parse_arguments(text: str, kind: type) -> dict[str, Any]:
 
 
 def _default_lr(kind: type) -> float:
-    default = inspect.signature(kind).parameters["lr"].default
+    default = _parameters(kind)["lr"].default
     return float(default) if isinstance(default, (int, float)) else USUAL_LR
 
 
 def _argument_names(kind: type) -> list[str]:
     return [
         key
-        for key, each in inspect.signature(kind).parameters.items()
-        if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY) and key not in ELSEWHERE
+        for i, (key, each) in enumerate(_parameters(kind).items())
+        if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)
+        and i > 0
+        and key not in ELSEWHERE
     ]
 
 
 def _literal(node: ast.expr) -> Any:
     """Return the value of a Python literal, in which true, false and none are allowed."""
-    if isinstance(node, ast.Name) and node.id.lower() in WORDS:
-        return WORDS[node.id.lower()]
-    return ast.literal_eval(node)
+    return ast.literal_eval(_Words().visit(node))
+
+
+class _Words(ast.NodeTransformer):
+    """Replace true, false and none by the constants of Python."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        is_word = node.id.lower() in WORDS
+        return ast.Constant(WORDS[node.id.lower()]) if is_word else node
+
+
+def _parameters(kind: type) -> dict[str, inspect.Parameter]:
+    """Return the arguments of a class; with those of its parents, if it passes lr on to them."""
+    found = dict(inspect.signature(kind).parameters)
+    for parent in kind.__mro__[1:]:
+        is_passed_on = any(each.kind is each.VAR_KEYWORD for each in found.values())
+        if "lr" in found or not is_passed_on or parent is Optimizer:
+            break
+        found = {**found, **inspect.signature(parent).parameters}
+    return found

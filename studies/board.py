@@ -19,7 +19,16 @@ FREE = "schedulefreeadamw+schedule=constant"  # what it is made for
 BASES = (
     *("adamw", "sgd", "signum", "muon", "adamuon"),
     *("nadam", "adafactor"),  # of torch.optim; the others are pytorch_optimizer's
-    *("lion", "adopt", "adabelief", "ademamix", "mars", "lamb", "adabound", "came"),
+    *(
+        "lion",
+        "adopt",
+        "adabelief",
+        "ademamix",
+        "mars+weight_decay_1d=0",
+        "lamb",
+        "adabound",
+        "came",
+    ),
     *("soap", "kron", "prodigy", FREE),
 )
 VARIANTS = tuple(name for base in BASES for name in (base, f"fast-dopr-{base}"))

@@ -108,6 +108,17 @@ def test_a_setting_of_the_adamw_beside_a_class_is_used(dataset, tmp_path):
     assert weights(tmp_path / "a", 3) != weights(tmp_path / "b", 3)
 
 
+@pytest.mark.parametrize("optimizer", ["torch:sgd", "torch:adamw"])
+def test_torchs_own_classes_resume_with_their_defaults(dataset, tmp_path, optimizer):
+    args = {} if optimizer == "torch:sgd" else {"optimizer_args": "amsgrad=true"}
+    changes = {"optimizer": optimizer, "lr": 1e-2, **args}
+    for out, steps in (("whole", [8]), ("parts", [4, 8])):
+        for n in steps:
+            more = changes | {"max_steps": n, "schedule": "constant"}
+            assert train.main(argv(dataset, tmp_path / out, **more)) == 0
+    assert weights(tmp_path / "parts", 8) == weights(tmp_path / "whole", 8)
+
+
 def test_mup_scales_a_class_like_adamw(dataset, tmp_path):
     changes = {"max_steps": 4, "mup": True, "mup_base_width": 8, "weight_decay": 0.1}
     shared = {"optimizer_args": "betas=(0.9,0.95),eps=1e-8,fused=true"}

@@ -23,5 +23,6 @@ def optimizer_problems(settings: dict[str, Any]) -> list[str]:
         )
     if third:
         is_sharded = settings["parallel"] in ("fsdp", "hsdp")
-        problems += problems_of(third, is_sharded=is_sharded, is_wider=settings["mup"])
+        asked = {"is_sharded": is_sharded, "is_wider": settings["mup"]}
+        problems += problems_of(third, **asked, weight_decay=settings["weight_decay"])
     return problems

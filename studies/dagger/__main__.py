@@ -2,7 +2,7 @@
 
     python -m studies.dagger --task pdfa --optimizers adamw,muon --out FILE
 
-docs/log/2026-11-29-dagger-protocol.md contains the protocol. Cloning is an ordinary run of
+docs/log/2026-11-29-dagger.md contains the protocol and the results. Cloning is an ordinary run of
 train.py, which sees new documents of the oracle in every step. DAgger has the same settings and the
 same number of sequences, in four rounds: after each round but the last, the model writes episodes
 of its own, the oracle draws what it would have done in every state, and a half of each further

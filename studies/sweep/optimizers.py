@@ -25,8 +25,6 @@ def build(
         dopr: settings of ActivationPreconditioner. Without any, the gradients are not
             preconditioned. gamma defaults to that of train.py.
     """
-    if optimizer not in OPTIMIZERS:
-        seed_all(0)
     optimizers = build_optimizers(
         model,
         optimizer=optimizer,
@@ -35,6 +33,8 @@ def build(
         weight_decay=0.0,
         **NUMBERS,
     )
+    if optimizer not in OPTIMIZERS:
+        seed_all(0)
     if dopr:
         settings: dict[str, Any] = {"gamma": FIELDS["gamma"].default, **dopr}
         ActivationPreconditioner(model, **settings).attach(*optimizers)

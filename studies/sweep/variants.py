@@ -4,7 +4,8 @@ NAME                the optimizer as train.py knows it, such as muon, soap or to
 dopr-NAME           with activation preconditioning in exact mode, the paper's
 fast-dopr-NAME      the same in fast mode
 ...+key=value       with any other setting of train.py changed, or an argument of the class that
-                    NAME stands for: soap+precondition_frequency=5, lion+betas=(0.9,0.95)
+                    NAME stands for: soap+precondition_frequency=5, lion+betas=(0.9,0.95). Behind
+                    DoPr, names such as gamma that both have are DoPr's
 """
 
 import difflib
@@ -54,7 +55,8 @@ class Variant:
     def base(self) -> str:
         """The name of the variant to compare with: the same without DoPr and its settings."""
         changes = self.name.split("+")[1:]
-        kept = [each for each in changes if each.partition("=")[0] not in DOPR_SETTINGS]
+        dropped = DOPR_SETTINGS if dict(self.settings)["dopr"] else ()
+        kept = [each for each in changes if each.partition("=")[0] not in dropped]
         return "+".join([self.optimizer, *kept])
 
 
@@ -69,6 +71,7 @@ def parse_variant(name: str) -> Variant:
     optimizer, where = kind.removeprefix(prefix), f"optimizer {name!r}"
     try:
         own = [] if optimizer in OPTIMIZERS else argument_names(optimizer)
+        own = [key for key in own if not (prefix and key in DOPR_SETTINGS)]
         arguments = [each for each in changes if each.partition("=")[0] in own]
         third_party(optimizer, ",".join(arguments))
     except ValueError as error:

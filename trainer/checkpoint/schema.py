@@ -74,7 +74,7 @@ class TrainTree(Schema):
     """The content of train.pt; tensors.py checks its tensors."""
 
     optimizers: list[dict[Count, dict[str, Any]]]
-    groups: list[list[dict[str, Any]]] | None = None  # None: written by an earlier version
+    groups: list[list[dict[str, Any]]] = []  # empty: written by an earlier version
     dopr: dict[str, dict[str, Any]] | None
     n_averaged: Count
     skipped: Step
@@ -123,7 +123,7 @@ def check_train_tree(tree: Any) -> None:
     """Raise CheckpointError unless train.pt has all its parts, of the right types."""
     try:
         found = TrainTree.model_validate(tree)
-        if found.groups is not None and len(found.groups) != len(found.optimizers):
+        if found.groups and len(found.groups) != len(found.optimizers):
             raise CheckpointError("train.pt: groups must have as many entries as optimizers")
         for layer in (tree["dopr"] or {}).values():
             LayerNumbers.model_validate(layer)

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from optim import ActivationPreconditioner
-from optim.build import CLASSES
 from optim.process_group import local
+from optim.third_party import is_third_party
 from trainer.checkpoint.groups import Groups, changes_since, group_problem, values_of
 from trainer.checkpoint.read import (
     Checkpoint,
@@ -127,11 +127,11 @@ class TrainState:
         self.saved_step = self.step
 
     def _optimizer_names(self) -> list[str]:
-        """Return the names of the classes; with their modules, if they are not those of `optim`."""
-        kinds = [type(optimizer) for optimizer in self.optimizers]
+        """Return the names of the classes; with their modules, if other packages have them."""
+        kinds = [(type(each), is_third_party(each)) for each in self.optimizers]
         return [
-            kind.__name__ if kind in CLASSES.values() else f"{kind.__module__}.{kind.__name__}"
-            for kind in kinds
+            f"{kind.__module__}.{kind.__name__}" if is_third else kind.__name__
+            for kind, is_third in kinds
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -213,7 +213,7 @@ def _groups_of(saved: dict[str, Any], i: int, optimizer: Optimizer) -> Groups:
 
     Checkpoints of earlier versions have none, and their optimizers do not change any value.
     """
-    if "groups" not in saved:
+    if not saved.get("groups"):
         return [{} for _ in optimizer.param_groups]
     return read_all(saved["groups"][i])
 

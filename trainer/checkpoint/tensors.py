@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from model import GPT, GPTConfig
 from optim import AdaMuon, Muon, Signum
+from optim.third_party import is_third_party
 from trainer.checkpoint.sharded import StoredTensor, read_all
 
 STEP = "step"  # of torch's optimizers: a scalar that counts steps
@@ -79,10 +80,10 @@ def optimizer_state_problems(
 ) -> list[str]:
     """List why an optimizer cannot load the state of its parameters, {index: {key: value}}.
 
-    The state of a class that is not in STATE_KEYS may be any tree of finite tensors.
+    The state of a class of another package may be any tree of finite tensors.
     """
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    if type(optimizer) not in STATE_KEYS:
+    if is_third_party(optimizer):
         if unknown := saved.keys() - {*range(len(params))}:
             return [f"there is a state of parameters {_few(unknown)}, but only {len(params)} exist"]
         return [

@@ -29,6 +29,8 @@ def test_a_name_stands_for_settings_of_train(name, settings):
         ("dopr-sgd+momentum=0", "sgd+momentum=0"),
         ("sgd+momentum=0", "sgd+momentum=0"),
         ("fast-dopr-soap+eps=1e-6+gamma=1", "soap+eps=1e-6"),
+        ("mars+gamma=0.05", "mars+gamma=0.05"),  # its own
+        ("dopr-mars+gamma=0.05", "mars"),  # DoPr's
     ],
 )
 def test_the_base_is_the_same_without_dopr_and_its_settings(name, base):
