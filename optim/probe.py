@@ -212,10 +212,10 @@ class _Run:
 
 @contextmanager
 def _kept_generators() -> Iterator[None]:
-    """Give torch's, Python's and NumPy's generators the states back that they had."""
+    """Give torch's generator of the CPU, Python's and NumPy's the states back that they had."""
     numpy = sys.modules.get("numpy")
     states = random.getstate(), numpy and numpy.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         try:
             yield
         finally:

@@ -74,7 +74,7 @@ class TrainTree(Schema):
     """The content of train.pt; tensors.py checks its tensors."""
 
     optimizers: list[dict[Count, dict[str, Any]]]
-    groups: list[list[dict[str, Any]]] = []  # empty: written by an earlier version
+    groups: list[list[dict[str, Any]]] = Field(default_factory=list)  # none in earlier versions
     dopr: dict[str, dict[str, Any]] | None
     n_averaged: Count
     skipped: Step
