@@ -55,7 +55,7 @@ class Variant:
     def base(self) -> str:
         """The name of the variant to compare with: the same without DoPr and its settings."""
         changes = self.name.split("+")[1:]
-        dropped = DOPR_SETTINGS if dict(self.settings)["dopr"] else ()
+        dropped = DOPR_SETTINGS if dict(self.settings).get("dopr") else ()
         kept = [each for each in changes if each.partition("=")[0] not in dropped]
         return "+".join([self.optimizer, *kept])
 
