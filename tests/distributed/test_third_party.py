@@ -20,7 +20,7 @@ SHARDED = {
 }
 
 
-@pytest.mark.parametrize("dopr", ["false", "true"])
+@pytest.mark.parametrize("dopr", [pytest.param("false", marks=pytest.mark.slow), "true"])
 @pytest.mark.parametrize("optimizer", DDP)
 def test_ddp_trains_any_class_as_one_process(gang, dataset, tmp_path, optimizer, dopr):
     settings = {"optimizer": optimizer, "dopr": dopr} | DDP[optimizer]
@@ -29,7 +29,7 @@ def test_ddp_trains_any_class_as_one_process(gang, dataset, tmp_path, optimizer,
     assert distance(alone, together) < TOLERANCE
 
 
-@pytest.mark.parametrize("parallel", ["fsdp", "hsdp"])
+@pytest.mark.parametrize("parallel", ["fsdp", pytest.param("hsdp", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("optimizer", SHARDED)
 def test_shards_train_elementwise_classes_as_one_process(
     gang, dataset, tmp_path, optimizer, parallel

@@ -52,6 +52,23 @@ HIDDEN |= {
     )
 }
 CLASSES = [*OTHERS, *sorted(HIDDEN)]
+QUICK = {  # in `make test`; all others are in `make test-full`
+    *(
+        "adabelief",
+        "adafactor",
+        "ademamix",
+        "adopt",
+        "came",
+        "kron",
+        "lamb",
+        "lion",
+        "mars",
+        "nadam",
+    ),
+    *("normuon", "prodigy", "schedulefreeadamw", "shampoo", "soap", "splus", "torch:Muon"),
+    *("adahessian", "alig", "emonavi", "galore", "lbfgs", "lomo", "madgrad", "ranger21", "rprop"),
+    *("scion", "sparseadam", "stablespam"),
+}
 
 
 class Inherited(torch.optim.AdamW):
@@ -82,7 +99,10 @@ def train(model, optimizers, steps=12):
     return loss.item()
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in CLASSES],
+)
 def test_every_class_trains_behind_dopr_or_is_refused_with_its_reason(name):
     model = gpt()
     if name in REFUSED:
