@@ -166,13 +166,15 @@ def test_a_faulty_class_is_refused_with_its_fault(kind, message):
     [
         ("torch:adamw", True, True),
         ("lion", True, True),
-        ("signsgd", True, True),
+        pytest.param("signsgd", True, True, marks=pytest.mark.slow),
         ("torch:sgd", True, False),
-        ("yogi", True, False),  # its second moment begins at a constant
+        pytest.param(
+            "yogi", True, False, marks=pytest.mark.slow
+        ),  # its second moment begins at a constant
         ("soap", False, True),
-        ("lamb", False, True),
-        ("torch:adafactor", False, True),
-        ("torch:muon", False, True),
+        pytest.param("lamb", False, True, marks=pytest.mark.slow),
+        pytest.param("torch:adafactor", False, True, marks=pytest.mark.slow),
+        pytest.param("torch:muon", False, True, marks=pytest.mark.slow),
         ("dadaptadam", False, True),  # one scale for all parameters
         ("prodigy", False, False),
     ],
