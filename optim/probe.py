@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .groups import Role
 from .third_party import ThirdParty
@@ -38,11 +39,11 @@ def check(third: ThirdParty) -> None:
     """
     name, where = third.kind.__name__, f"optimizer={third.name}"
     try:
-        usual = _Run(third).weights()
+        usual, optimizer = _Run(third).result()
     except Exception as error:  # the class may raise anything
         text = f"{where}: {name} fails on three small parameters: {_line(error)}"
         raise ValueError(text) from error
-    start = _Run(third, steps=0).weights()
+    start, unused = _Run(third, steps=0).result()
     if not all(each.isfinite().all() for each in usual):
         raise ValueError(f"{where}: {name} turns finite gradients into weights that are not finite")
     if _equal(usual, start):
@@ -60,7 +61,7 @@ def check(third: ThirdParty) -> None:
             raise ValueError(
                 f"{where}: {name} uses the loss that a closure returns, but a step here has none"
             )
-    _check_state(third, where)
+    _check_state(optimizer, unused, where)
     try:
         continued = _Run(third, resume_after=FEW // 2).weights()
     except Exception as error:
@@ -74,9 +75,12 @@ def check(third: ThirdParty) -> None:
         )
 
 
-def _check_state(third: ThirdParty, where: str) -> None:
-    """Raise ValueError unless a checkpoint can keep the state: of parameters, and finite."""
-    saved, name = _Run(third).optimizer().state_dict(), third.kind.__name__
+def _check_state(optimizer: Optimizer, unused: Optimizer, where: str) -> None:
+    """Raise ValueError unless a checkpoint can keep the state: of parameters, and finite.
+
+    unused: the same optimizer before its first step.
+    """
+    saved, name = optimizer.state_dict(), type(optimizer).__name__
     extra = sorted(map(str, saved.keys() - {"state", "param_groups"}))
     extra += [f"state[{key!r}]" for key in saved["state"] if not isinstance(key, int)]
     if extra:
@@ -84,7 +88,7 @@ def _check_state(third: ThirdParty, where: str) -> None:
             f"{where}: {name} keeps state that belongs to no parameter ({', '.join(extra)}), which "
             "checkpoints here do not have"
         )
-    first = _Run(third, steps=0).optimizer().state_dict()["param_groups"]
+    first = unused.state_dict()["param_groups"]
     values = [*saved["state"].values()]
     for old, group in zip(first, saved["param_groups"], strict=True):
         values += [value for key, value in group.items() if old.get(key) is not value]
@@ -103,7 +107,7 @@ def _is_finite(tree: Any) -> bool:
 
 def has_flat_state(third: ThirdParty) -> bool:
     """Whether the state of a parameter has only tensors and numbers, no lists or dicts of them."""
-    state = _Run(third).optimizer().state_dict()["state"]
+    state = _Run(third).result()[1].state_dict()["state"]
     return not any(
         isinstance(value, (dict, list, tuple)) for each in state.values() for value in each.values()
     )
@@ -167,12 +171,12 @@ class _Run:
             parts = [self._train(rows)[0] for rows in (shards if self.is_split else [slice(None)])]
         return [torch.cat(each) for each in zip(*parts, strict=True)]
 
-    def optimizer(self) -> torch.optim.Optimizer:
-        """Return the optimizer after the last step."""
+    def result(self) -> tuple[list[Tensor], Optimizer]:
+        """Return the weights and the optimizer after the last step, without splitting."""
         with _kept_generators():
-            return self._train(slice(None))[1]
+            return self._train(slice(None))
 
-    def _train(self, rows: slice) -> tuple[list[Tensor], torch.optim.Optimizer]:
+    def _train(self, rows: slice) -> tuple[list[Tensor], Optimizer]:
         params = [nn.Parameter(each[rows].clone()) for each in self._normal(0)]
         optimizer = self._build(params)
         for step in range(self.steps):
@@ -204,7 +208,7 @@ class _Run:
         generator = torch.Generator().manual_seed(seed)
         return [torch.randn(SHAPES[role], generator=generator) for role in self._roles()]
 
-    def _build(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    def _build(self, params: list[nn.Parameter]) -> Optimizer:
         numbers = {"lr": self.third.default_lr, "weight_decay": self.weight_decay}
         roles = zip(params, self._roles(), strict=True)
         return self.third.build([{"params": [p], "role": role, **numbers} for p, role in roles])

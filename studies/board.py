@@ -13,25 +13,17 @@ from studies.humanoid.all_stages import STEPS as CLONE_STEPS
 from studies.humanoid.all_stages import TASK as HUMANOID
 from studies.rollout.all_stages import RolloutStage
 from studies.stages import run_stages
+from studies.sweep.variants import FAST_PREFIX
 
 STEPS, SEEDS, TUNING_SEEDS = 500, 5, 2
 FREE = "schedulefreeadamw+schedule=constant"  # what it is made for
 BASES = (
     *("adamw", "sgd", "signum", "muon", "adamuon"),
     *("nadam", "adafactor"),  # of torch.optim; the others are pytorch_optimizer's
-    *(
-        "lion",
-        "adopt",
-        "adabelief",
-        "ademamix",
-        "mars+weight_decay_1d=0",
-        "lamb",
-        "adabound",
-        "came",
-    ),
-    *("soap", "kron", "prodigy", FREE),
+    *("lion", "adopt", "adabelief", "ademamix", "lamb", "adabound", "came", "soap", "kron"),
+    *("mars+weight_decay_1d=0", "prodigy", FREE),  # MARS has a decay of its own for gains
 )
-VARIANTS = tuple(name for base in BASES for name in (base, f"fast-dopr-{base}"))
+VARIANTS = tuple(name for base in BASES for name in (base, FAST_PREFIX + base))
 CHANGES = ("weight_decay=0",)  # it is coupled to the gradient in some classes and not in others
 STAGES = (
     RolloutStage("humanoid", HUMANOID, CLONE_STEPS, VARIANTS, SEEDS, TUNING_SEEDS),

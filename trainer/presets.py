@@ -12,8 +12,6 @@ from typing import Any
 
 from trainer.settings import FIELDS
 
-OPTIMIZERS = ("adamw", "sgd", "signum", "muon", "adamuon")  # those that have settings of their own
-
 DOPR_KEYS = (  # arguments of DoPr's preconditioner that have no effect with dopr=false
     *("gamma", "sigma_beta", "refresh_every", "collect_every", "token_stride", "exponent"),
     *("inverse", "trace_normalized", "fresh_mean", "block_diagonal", "embeddings"),
@@ -66,7 +64,7 @@ def optimizer_arg_problems(values: dict[str, Any], typed: set[str]) -> list[str]
         typed: the names of the settings that the command line gives.
     """
     name = values["optimizer"]
-    if name in OPTIMIZERS or not typed & {*OWN_KEYS}:
+    if not typed & {*OWN_KEYS} or _is_ours(name):
         return []
     keys = set(OWN_KEYS) - (set(ADAMW_KEYS) if _has_aux(values) else set())
     return [
@@ -86,7 +84,7 @@ def _rules(v: dict[str, Any]) -> Iterator[tuple[str, bool, str, Any, str]]:
     yield "aux_lr", v["aux_lr"] is not None and not _has_aux(v), "optimizer", None, reason
     for key in ("optimizer_args", "optimizer_roles"):
         default = FIELDS[key].default
-        is_moot = v[key] != default and v["optimizer"] in OPTIMIZERS
+        is_moot = v[key] != default and _is_ours(v["optimizer"])
         yield key, is_moot, "optimizer", default, "has settings of its own"
     for key in ("mup_base_head_dim", "wd_scaling"):
         default = FIELDS[key].default
@@ -100,6 +98,13 @@ def _rules(v: dict[str, Any]) -> Iterator[tuple[str, bool, str, Any, str]]:
     if every >= 1 and collect >= 1 and every % collect:
         new = math.gcd(every, collect)
         yield "collect_every", True, "refresh_every", new, "is not a multiple of it"
+
+
+def _is_ours(optimizer: str) -> bool:
+    """Whether an optimizer has settings of its own."""
+    from optim.build import OPTIMIZERS  # imports torch
+
+    return optimizer in OPTIMIZERS
 
 
 def _has_aux(v: dict[str, Any]) -> bool:

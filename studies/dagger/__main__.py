@@ -31,6 +31,7 @@ from studies.dagger.trial import OWN_SHARE
 from studies.pool import pool_parser
 from studies.rows import add_rows
 from studies.sweep.run_cache import TrialError
+from studies.sweep.variants import FAST_PREFIX
 
 
 def main(argv: list[str]) -> None:
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> None:
     if unknown := optimizers.keys() - {*OPTIMIZERS}:
         names = ", ".join(sorted(unknown))
         parser.error(f"--optimizers: {names or '(empty)'}: choose from {', '.join(OPTIMIZERS)}")
-    variants = [mode + name for name in optimizers for mode in ("", "fast-dopr-")]
+    variants = [mode + name for name in optimizers for mode in ("", FAST_PREFIX)]
     setups = [Setup(arguments.task, *each) for each in product(variants, METHODS)]
     header = {"steps": STEPS, "rounds": ROUNDS, "own_share": OWN_SHARE}
     header |= {"tuning_seed": TUNING_SEED, "seeds": [*FRESH_SEEDS]}

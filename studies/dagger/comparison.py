@@ -12,7 +12,7 @@ from studies.optimizer_table import ROOT
 from studies.rollout.all_stages import EPISODES
 from studies.rows import Row
 from studies.stats.records import Record, log_error, val_loss
-from studies.sweep.study import Study, best_rate, search_rates
+from studies.sweep.study import Study, best_rate, mean_loss, search_rates
 from studies.sweep.trial import TrainTrial, Trial, run_trial
 from studies.sweep.variants import Variant, parse_variant
 
@@ -79,8 +79,7 @@ def measure(setup: Setup) -> Row:
     """
 
     def loss_of(lr: float) -> float:
-        loss = val_loss(run_trial(setup.trial("tuning", lr, TUNING_SEED, 1)))
-        return math.inf if math.isnan(loss) else loss
+        return mean_loss([run_trial(setup.trial("tuning", lr, TUNING_SEED, 1))])
 
     losses = search_rates(loss_of, TrainTrial.first_rates(setup.parsed.optimizer))
     lr, n = best_rate(losses), EPISODES[setup.task]

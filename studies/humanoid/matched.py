@@ -29,13 +29,14 @@ from studies.stats.equal_loss import difference_at_equal, over_lengths
 from studies.stats.seeds import over_seeds
 from studies.sweep.study import Study, sweep
 from studies.sweep.trial import run_trial
+from studies.sweep.variants import FAST_PREFIX
 
 RUNS = ROOT / "out" / "humanoid_matched"
 STEPS = {  # without and with DoPr
     False: (500, 1000, 2000, 4000, 8000, 16_000),
     True: (500, 1000, 2000, 4000),
 }
-DOPR = "fast-dopr-"
+DOPR = FAST_PREFIX
 FRESH_SEEDS = 8
 METRICS = (
     *("val_loss", "return", "falls", "length"),

@@ -1,8 +1,6 @@
 """Check a study's folder against the rules of the board (docs/leaderboard.md)."""
 
 import json
-import math
-import statistics
 from collections.abc import Iterable
 from dataclasses import replace
 from operator import itemgetter
@@ -18,11 +16,10 @@ from studies.stats.records import (
     grouped,
     read_object,
     read_records,
-    val_loss,
 )
 from studies.sweep.compare import parse, study_of
 from studies.sweep.run_cache import differences
-from studies.sweep.study import MAX_RATES, Study, best_rate, further_rate
+from studies.sweep.study import MAX_RATES, Study, best_rate, further_rate, mean_loss
 from studies.sweep.variants import Variant
 
 REPEAT = "repeat the study with python -m studies.sweep.compare as docs/leaderboard.md says"
@@ -105,8 +102,7 @@ def _sweep_problems(study: Study, variant: Variant, own: list[Record]) -> list[s
     for lr, runs in grouped(tuning, itemgetter("lr")).items():
         if sorted(record["seed"] for record in runs) != [*range(study.tuning_seeds)]:
             return [f"{where} at lr {lr:g} needs the tuning seeds 0 to {study.tuning_seeds - 1}"]
-        mean = statistics.mean(map(val_loss, runs))
-        losses[lr] = math.inf if math.isnan(mean) else mean
+        losses[lr] = mean_loss(runs)
     if not {*study.first_rates(variant)} <= losses.keys():
         first = ", ".join(f"{lr:g}" for lr in study.first_rates(variant))
         return [f"{where} has to begin with the rates {first}"]

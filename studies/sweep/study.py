@@ -173,6 +173,12 @@ def run_line(record: Record) -> str:
     )
 
 
+def mean_loss(records: Iterable[Record]) -> float:
+    """Return the mean validation loss of runs; infinite if one of them diverged."""
+    mean = statistics.mean(map(val_loss, records))
+    return math.inf if math.isnan(mean) else mean
+
+
 def best_rate(losses: dict[float, float]) -> float:
     return min(losses, key=losses.__getitem__)
 
@@ -210,8 +216,7 @@ def sweep(study: Study, variant: Variant, run: Callable[[list[Trial]], list[Reco
         for lr in rates:
             seeds = range(study.tuning_seeds)
             records = run([study.trial(variant, "tuning", lr, seed) for seed in seeds])
-            mean = statistics.mean(map(val_loss, records))  # NaN if one of them diverged
-            losses[lr] = math.inf if math.isnan(mean) else mean
+            losses[lr] = mean_loss(records)
         further = further_rate(losses)
         if further is None:
             return best_rate(losses)

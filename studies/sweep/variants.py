@@ -25,7 +25,8 @@ DOPR_SETTINGS = {*DOPR_KEYS, "include", "exclude"}
 PLAIN = {"dopr": False}
 EXACT = {"dopr": True, "refresh_every": 1}
 FAST = {"dopr": True, "refresh_every": 10, "sigma_beta": 0.95}
-MODES = {"fast-dopr-": FAST, "dopr-": EXACT, "": PLAIN}
+FAST_PREFIX = "fast-dopr-"
+MODES = {FAST_PREFIX: FAST, "dopr-": EXACT, "": PLAIN}
 STUDY_SETTINGS = {  # the comparison itself sets these
     *("optimizer", "dopr", "lr", "seed", "max_steps", "batch_size", "micro_batch_size"),
     *("dataset", "out_dir", "resume", "device"),
