@@ -21,6 +21,7 @@ from optim.build import MATRIX_OPTIMIZERS
 from studies.pool import map_in_pool, pool_parser
 from studies.sweep.study import best_rate, search_rates
 from studies.sweep.trial import train_in
+from studies.sweep.variants import EXACT_DOPR, FAST_DOPR
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "bias": False}
@@ -38,8 +39,8 @@ RATES = {  # the first grid; it grows by a factor of two while the best rate is 
 KEY = hashlib.sha256(json.dumps([MODEL, RUN]).encode()).hexdigest()[:8]
 RUNS = ROOT / "out" / f"optimizer_table-{KEY}"  # the fixed settings are in the name
 AUX_LR = 4e-3  # of the AdamW beside muon and adamuon, with and without DoPr
-FAST = {"dopr": True, "gamma": 0.1, "sigma_beta": 0.95, "refresh_every": 10}
-EXACT = {"dopr": True, "gamma": 0.1, "sigma_beta": "none", "refresh_every": 1}
+FAST = {"dopr": True, "gamma": 0.1} | FAST_DOPR
+EXACT = {"dopr": True, "gamma": 0.1, "sigma_beta": "none"} | EXACT_DOPR
 MODES: dict[str, dict[str, Any]] = {"": {}, "dopr-": FAST, "exact dopr-": EXACT}
 TUNING_SEED, ABLATION_SEEDS, FRESH_SEEDS = 0, (1, 2, 3), (4, 5, 6)
 CHANGES: dict[str, dict[str, Any]] = {

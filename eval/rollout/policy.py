@@ -5,7 +5,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from eval.generate import KVCache, next_logits, wide_device
+from eval.generate import KVCache, next_logits
+from eval.sampling import wide_device
 from model import GPT
 from trainer.parallel import Parallel
 

@@ -1,6 +1,5 @@
-"""The runs of the comparison: for each combination, tune the rate and run the fresh seeds."""
+"""Make the runs of the comparison: tune the rate of each combination, and run the fresh seeds."""
 
-import math
 from dataclasses import dataclass, replace
 
 from eval.rollout.tasks.ctrl import Ctrl
@@ -11,7 +10,8 @@ from studies.dagger.trial import DaggerTrial
 from studies.optimizer_table import ROOT
 from studies.rollout.all_stages import EPISODES
 from studies.rows import Row
-from studies.stats.records import Record, log_error, val_loss
+from studies.stats.errors import log_error, metric
+from studies.stats.records import val_loss
 from studies.sweep.study import Study, best_rate, mean_loss, search_rates
 from studies.sweep.trial import TrainTrial, Trial, run_trial
 from studies.sweep.variants import Variant, parse_variant
@@ -89,9 +89,3 @@ def measure(setup: Setup) -> Row:
     if setup.method == DAGGER:
         row["label_share"] = [record["label_share"] for record in records]
     return row | {key: [metric(each, key) for each in records] for key in METRICS[setup.task]}
-
-
-def metric(record: Record, key: str) -> float:
-    """Return a metric of a run; NaN if it is not finite, or the run diverged."""
-    value = record["grade"] and record["grade"]["metrics"][key]["mean"]
-    return math.nan if value is None else value

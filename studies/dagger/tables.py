@@ -1,4 +1,4 @@
-"""Tables of the comparison: the means, the effects of DAgger and of DoPr, and their interaction.
+"""Format the means, the effects of DAgger and of DoPr, and their interaction as tables.
 
 Effects are differences of two combinations and the interaction is the difference of two effects,
 each within a seed. Intervals are over seeds.

@@ -1,4 +1,4 @@
-"""One run of DAgger: train a model on its own episodes, too, grade it, and store its record."""
+"""Run DAgger once: train a model partly on its own episodes, grade it, and store its record."""
 
 import math
 from dataclasses import asdict

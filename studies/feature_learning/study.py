@@ -15,7 +15,7 @@ from studies.sweep.study import best_rate, search_rates
 
 
 class Setup(NamedTuple):
-    """What a row has in common with its base."""
+    """The settings that a row shares with its base."""
 
     noise: float  # standard deviation of each output's noise
     condition: float  # κ, of the covariance of the inputs

@@ -1,4 +1,4 @@
-"""A linear task with known features, and the distance of a layer's row space from them.
+"""Define a linear task with known features, and the distance of a row space from them.
 
     y = F* G* x + ε,   x ~ N(0, Σ),   G* (k, d) with orthonormal rows,   F* (m, k)
 

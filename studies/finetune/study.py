@@ -8,7 +8,6 @@ other seeds are reported. One thread does everything, and runs in the file are n
 """
 
 import copy
-import json
 import math
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from data.files import sha256_of, write_atomic
+from data.files import sha256_of
 from eval.command import command_parser, output_file, reported_errors
 from eval.hf import WEIGHTS
 from eval.rollout.intervals import Estimate
@@ -27,6 +26,7 @@ from studies.finetune.models import context_length, load
 from studies.finetune.pretrain import pretrain
 from studies.finetune.questions import encode, padding_id
 from studies.finetune.train import DivergedError, Settings, dopr_settings, finetune
+from studies.rows import Results, Row
 from studies.stats.seeds import over_seeds
 from studies.sweep.study import best_rate, search_rates
 
@@ -49,41 +49,36 @@ SIZES = {"n_train": 960, "n_test": 200, "steps": 60, "batch_size": 16}
 SAMPLES = 8
 METRICS = ("loss", "greedy", "sampled", f"pass@{SAMPLES}")
 PROTOCOL = {"variants": VARIANTS, "samples": SAMPLES, **SIZES}
-Row = dict[str, Any]
 
 
 class Run(NamedTuple):
-    """What decides the result of a run. The seed draws the questions and their order."""
+    """The settings that determine a run. The seed draws the questions and their order."""
 
     variant: str
     lr: float
     seed: int
 
 
-class Results:
-    """The rows of finished runs in a JSON file, one for each `Run`."""
+class FinetuneResults(Results[Run, Row]):
+    """The rows of finished runs in a JSON file."""
+
+    list_name = "rows"
 
     def __init__(self, path: Path, pretrained: Path) -> None:
-        """Raises ValueError if the file holds results of another protocol."""
-        protocol = PROTOCOL | {"pretrained_sha256": sha256_of(pretrained / WEIGHTS)}
-        self.path, self.protocol = path, json.loads(json.dumps(protocol))
-        self.rows: dict[Run, Row] = {}
-        if path.exists():
-            found = json.loads(path.read_text())
-            if found["protocol"] != self.protocol:
-                raise ValueError(f"{path} holds results of another protocol; use another --out")
-            self.rows = {Run(*(row[key] for key in Run._fields)): row for row in found["rows"]}
+        """Raises ValueError if the file contains results of another protocol."""
+        super().__init__(path, PROTOCOL | {"pretrained_sha256": sha256_of(pretrained / WEIGHTS)})
         self.model, self.tokenizer = load(pretrained)
 
-    def of(self, run: Run) -> Row:
-        """Return the metrics of a run, which is trained if the file lacks it."""
-        if run not in self.rows:
-            self.rows[run] = {**run._asdict(), **self._train_and_grade(run)}
-            rows = ",\n".join(map(json.dumps, self.rows.values()))
-            text = f'{{"protocol": {json.dumps(self.protocol)},\n"rows": [\n{rows}\n]}}\n'
-            write_atomic(self.path, text)
-            print(self.rows[run], flush=True)
-        return self.rows[run]
+    def make(self, run: Run) -> Row:
+        row = {**run._asdict(), **self._train_and_grade(run)}
+        print(row, flush=True)
+        return row
+
+    def encode(self, run: Run, value: Row) -> Row:
+        return value
+
+    def decode(self, entry: Row) -> tuple[Run, Row]:
+        return Run(*(entry[key] for key in Run._fields)), entry
 
     def _train_and_grade(self, run: Run) -> dict[str, float | None]:
         """Return the metrics; only the loss for the tuning seed, which is None after divergence."""
@@ -108,7 +103,7 @@ class Results:
 class Pair:
     """A variant with DoPr and its base: their rates, and their rows on the reported seeds."""
 
-    def __init__(self, results: Results, name: str, first_seed: int = FIRST_SEED) -> None:
+    def __init__(self, results: FinetuneResults, name: str, first_seed: int = FIRST_SEED) -> None:
         self.name, (self.base, grid) = name, PAIRS[name]
 
         def tune(variant: str) -> float:
@@ -171,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = arguments.pretrained / "model"
         if not folder.exists():
             pretrain(arguments.pretrained, 0, [])
-        results = Results(arguments.out, folder)
+        results = FinetuneResults(arguments.out, folder)
         print(tables([Pair(results, name, arguments.first_seed) for name in names]))
 
 

@@ -44,12 +44,13 @@ from studies.finetune.questions import (
     training_batches,
 )
 from studies.sweep.optimizers import build, step
+from studies.sweep.variants import EXACT_DOPR, FAST_DOPR
 from trainer.settings import FIELDS
 
 MODES: dict[str, dict[str, Any]] = {  # settings of ActivationPreconditioner besides γ
     "none": {},
-    "exact": {"refresh_every": 1},
-    "fast": {"refresh_every": 10, "sigma_beta": 0.95},
+    "exact": EXACT_DOPR,
+    "fast": FAST_DOPR,
 }
 
 
@@ -59,7 +60,7 @@ class DivergedError(ValueError):
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the result of a training besides the model and the data."""
+    """The settings of a training. They determine the result for a given model and data."""
 
     lr: float
     steps: int

@@ -17,7 +17,7 @@ from eval.tables import markdown
 from studies.flow.comparison import Metrics, as_ratio, matched
 from studies.flow.figure import RESULTS
 from studies.flow.grading import Grader, in_float32
-from studies.flow.runs import MODES, Results, Run, grader_of, use_one_thread
+from studies.flow.runs import MODES, FlowResults, Run, grader_of, use_one_thread
 from studies.flow.sampling import Field, integrate
 from studies.flow.study import LENGTHS, PROTOCOL, SEEDS, Comparison
 from studies.flow.training import train_field
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
     if not target.startswith("cond-"):
         parser.error(f"--target {target}: must be cond-C, whose components share their axes")
     use_one_thread()
-    rates = Comparison(Results(RESULTS, PROTOCOL), target, "adamw").rates
+    rates = Comparison(FlowResults(RESULTS, PROTOCOL), target, "adamw").rates
     found: dict[str, list[list[Metrics]]] = {mode: [] for mode in MODES}
     for seed in SEEDS:
         for mode, lr in rates.items():

@@ -1,4 +1,4 @@
-"""The learned velocity field: an MLP of the point and of features of the time."""
+"""Define the learned velocity field: an MLP of the point and of features of the time."""
 
 import math
 from itertools import pairwise
@@ -15,7 +15,7 @@ class VelocityField(nn.Module):
     """Map points x (n, d) and times t (n,) to velocities (n, d)."""
 
     def __init__(self, dimensions: int, seed: int) -> None:
-        """seed: seed of the weights, which have torch's initialisation."""
+        """Initialise the weights with `seed`, as torch does by default."""
         super().__init__()
         n_features = dimensions + 1 + 2 * len(FREQUENCIES)
         layers: list[nn.Module] = []

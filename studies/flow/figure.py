@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 
 from eval.command import command_parser
 from studies.flow.comparison import Metrics
-from studies.flow.runs import MODES, Results
+from studies.flow.runs import MODES, FlowResults
 from studies.flow.study import PROTOCOL, Comparison, finished_comparisons
 from studies.optimizer_table import ROOT
 from studies.report.style import COLOURS, DASHES, INK, STYLE, legend_on_top, logarithmic, save_png
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
     parser = command_parser("studies.flow.figure", __doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/flow_matching.png"))
     arguments = parser.parse_args(argv)
-    save_png(draw(finished_comparisons(Results(RESULTS, PROTOCOL))), arguments.out)
+    save_png(draw(finished_comparisons(FlowResults(RESULTS, PROTOCOL))), arguments.out)
 
 
 if __name__ == "__main__":

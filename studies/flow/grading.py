@@ -22,7 +22,7 @@ N_DIRECTIONS = 64
 
 
 class Grader:
-    """Grades fields on one instance of the data, always with the same points and noise."""
+    """Grade fields on one instance of the data, always with the same points and noise."""
 
     def __init__(self, target: Target) -> None:
         self.target, mixture = target, target.mixture

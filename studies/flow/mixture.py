@@ -1,4 +1,4 @@
-"""Mixtures of Gaussians, and the exact velocity field that flow matching learns from them.
+"""Define mixtures of Gaussians, and the exact velocity field that flow matching learns.
 
 On the linear path x_t = (1 - t) x_0 + t x_1 with x_0 ~ N(0, I), component k of the data N(μ, Σ)
 gives x_t ~ N(t μ, S) with S = (1 - t)² I + t² Σ, and

@@ -1,27 +1,27 @@
 """Train and grade one field, and keep the results of all runs in one JSON file."""
 
-import json
 import math
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from data.files import write_atomic
+from studies.flow.comparison import Metrics
 from studies.flow.grading import Grader, in_float32
 from studies.flow.targets import make_target
 from studies.flow.training import train_field
+from studies.rows import Results
+from studies.sweep.variants import EXACT_DOPR, FAST_DOPR
 
 MODES: dict[str, dict[str, Any]] = {  # settings of DoPr
     "base": {},
-    "fast": {"gamma": 0.1, "refresh_every": 10, "sigma_beta": 0.95},
-    "exact": {"gamma": 0.1, "refresh_every": 1},
+    "fast": {"gamma": 0.1} | FAST_DOPR,
+    "exact": {"gamma": 0.1} | EXACT_DOPR,
 }
 
 
 class Run(NamedTuple):
-    """What decides the result of a run."""
+    """The settings that determine the result of a run."""
 
     target: str
     optimizer: str
@@ -36,7 +36,7 @@ def grader_of(target: str, seed: int) -> Grader:
     return Grader(make_target(target, seed))
 
 
-def train_and_grade(run: Run) -> dict[str, float] | None:
+def train_and_grade(run: Run) -> Metrics:
     """Return the metrics of grading.py; None if the run diverged."""
     grader = grader_of(run.target, run.seed)
     mixture, dopr = grader.target.mixture, MODES[run.mode]
@@ -45,30 +45,19 @@ def train_and_grade(run: Run) -> dict[str, float] | None:
     return metrics if all(map(math.isfinite, metrics.values())) else None
 
 
-class Results:
-    """The metrics of finished runs in a JSON file. Runs in the file are not repeated."""
+class FlowResults(Results[Run, Metrics]):
+    """The metrics of finished runs in a JSON file; None for a run that diverged."""
 
-    def __init__(self, path: Path, protocol: dict[str, Any]) -> None:
-        """Raises ValueError if the file holds results of another protocol."""
-        self.path, self.protocol = path, json.loads(json.dumps(protocol))
-        self.metrics: dict[Run, dict[str, float] | None] = {}
-        if path.exists():
-            found = json.loads(path.read_text())
-            if found.get("protocol") != self.protocol:
-                raise ValueError(f"{path} holds results of another protocol; use another --out")
-            self.metrics = {Run(*key): metrics for key, metrics in found["runs"]}
+    list_name = "runs"
 
-    def of(self, run: Run) -> dict[str, float] | None:
-        """Return the metrics of a run, which is trained if the file lacks it."""
-        if run not in self.metrics:
-            self.metrics[run] = train_and_grade(run)
-            self.save()
-        return self.metrics[run]
+    def make(self, run: Run) -> Metrics:
+        return train_and_grade(run)
 
-    def save(self) -> None:
-        rows = ",\n".join(json.dumps([run, metrics]) for run, metrics in self.metrics.items())
-        text = f'{{"protocol": {json.dumps(self.protocol)},\n"runs": [\n{rows}\n]}}\n'
-        write_atomic(self.path, text)
+    def encode(self, run: Run, value: Metrics) -> Any:
+        return [run, value]
+
+    def decode(self, entry: Any) -> tuple[Run, Metrics]:
+        return Run(*entry[0]), entry[1]
 
 
 def use_one_thread() -> None:

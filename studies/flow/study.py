@@ -13,7 +13,7 @@ from pathlib import Path
 
 from eval.command import command_parser
 from studies.flow.comparison import Metrics
-from studies.flow.runs import MODES, Results, Run, use_one_thread
+from studies.flow.runs import MODES, FlowResults, Run, use_one_thread
 from studies.flow.table import means_table, ratios_table
 from studies.flow.targets import make_target
 from studies.sweep.study import best_rate, search_rates
@@ -39,7 +39,7 @@ PROTOCOL = {
 class Comparison:
     """The runs of one optimizer on one target. Runs are made when they are first asked for."""
 
-    def __init__(self, results: Results, target: str, optimizer: str) -> None:
+    def __init__(self, results: FlowResults, target: str, optimizer: str) -> None:
         self.results, self.target, self.optimizer = results, target, optimizer
         self.rates = {mode: self._tune(mode) for mode in MODES}
 
@@ -65,7 +65,7 @@ class Comparison:
         return [[self._run(mode, lr, seed, steps) for steps in lengths] for seed in SEEDS]
 
 
-def compare(results: Results, target: str) -> list[Comparison]:
+def compare(results: FlowResults, target: str) -> list[Comparison]:
     """Make all runs on a target. They are ordered by seed, so that each grader is built once."""
     comparisons = [Comparison(results, target, optimizer) for optimizer in RATES]
     for seed in SEEDS:
@@ -77,9 +77,9 @@ def compare(results: Results, target: str) -> list[Comparison]:
     return comparisons
 
 
-def finished_comparisons(results: Results) -> list[Comparison]:
+def finished_comparisons(results: FlowResults) -> list[Comparison]:
     """Return the comparisons on the targets whose last seed is among the results."""
-    reached = {run.target for run in results.metrics if run.seed == SEEDS[-1]}
+    reached = {run.target for run in results.found if run.seed == SEEDS[-1]}
     return [each for name in TARGETS if name in reached for each in compare(results, name)]
 
 
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
     try:
         for target in targets:
             make_target(target, TUNING_SEED)
-        results = Results(arguments.out, PROTOCOL)
+        results = FlowResults(arguments.out, PROTOCOL)
     except ValueError as error:
         parser.error(str(error))
     use_one_thread()

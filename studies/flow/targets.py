@@ -1,4 +1,4 @@
-"""The data of the study: ill-conditioned mixtures, and a thin curve in a linear subspace.
+"""Define the data of the study: ill-conditioned mixtures, and a thin curve in a subspace.
 
 cond-C    a mixture of 8 Gaussians with unit total variance, stretched along random orthogonal
           axes. The variances along the axes go from 1/√C to √C, equally spaced in the logarithm.

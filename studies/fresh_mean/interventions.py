@@ -23,9 +23,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from data.files import write_atomic
+from studies.sweep.variants import FAST_DOPR
 
 GAMMA = 0.1
-EVERY, BETA = 10, 0.95  # as in fast mode: steps between two refreshes, average over refreshes
+EVERY = FAST_DOPR["refresh_every"]  # steps between two refreshes
+BETA = FAST_DOPR["sigma_beta"]  # of the average over refreshes
 
 
 @dataclass
@@ -178,7 +180,7 @@ def folder_of(runs: Path, rule: str, lr: float, seed: int) -> Path:
 
 
 def kept(folder: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """Return the result of a finished run; otherwise make it in an empty folder, and keep it.
+    """Return the stored result of a run; if there is none, make it in an empty folder and store it.
 
     A run that was stopped begins again, because a checkpoint holds no moments of earlier steps.
     """

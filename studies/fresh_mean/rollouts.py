@@ -15,6 +15,7 @@ Ratios below 1 are in favour of the mode in the row.
 import argparse
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
@@ -24,7 +25,8 @@ from eval.tables import markdown
 from studies.optimizer_table import ROOT
 from studies.rollout.results import RESULTS
 from studies.stats.analysis import Compared, leaderboard, versus
-from studies.stats.records import Record, is_reported, load_records, log_error
+from studies.stats.errors import error_of, log_error
+from studies.stats.records import Record, is_finished, is_reported, load_records
 
 FRESH = ROOT / "studies" / "results" / "fresh_mean_rollouts"
 MODES = {  # in the order of the table
@@ -57,7 +59,7 @@ def rows_of(stage: str, optimizer: str, records: list[Record]) -> list[tuple[str
         if not runs[mode]:
             continue
         row = board[form.format(optimizer)]
-        error = 1 - row.primary.mean if runs[mode][0]["higher_is_better"] else row.primary.mean
+        error = fmean(error_of(run).of(run) for run in runs[mode] if is_finished(run))
         others = [
             versus(runs[mode], runs[other], log_error) if mode != other else None
             for other in ("fast", "exact")

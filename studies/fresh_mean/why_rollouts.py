@@ -20,9 +20,9 @@ from eval.tables import markdown
 from studies.fresh_mean.interventions import RULES, Intervention, folder_of, kept
 from studies.optimizer_table import ROOT
 from studies.pool import map_in_pool, pool_parser
-from studies.stats.records import log_error, primary, val_loss
+from studies.stats.errors import log_error, primary
+from studies.stats.records import val_loss
 from studies.stats.seeds import over_seeds
-from studies.sweep.reference import STUDY_TASKS
 from studies.sweep.study import best_rate, search_rates
 from studies.sweep.trial import GRIDS, TrainTrial
 
@@ -35,7 +35,7 @@ TESTED = ("base", "exact", "stale mean", "averaged C", "averaged mean", "no mean
 
 def run(rule: str, lr: float, seed: int) -> dict[str, Any]:
     """Return the validation loss of a run, its rollout error, and the logarithm of the error."""
-    task = replace(parse_task(TASK, STUDY_TASKS), instance=seed)
+    task = replace(parse_task(TASK), instance=seed)
     sizes = TrainTrial.sizes(task, STEPS, TOKENS)
     settings = {"optimizer": "adamw", "max_steps": STEPS} | sizes
 

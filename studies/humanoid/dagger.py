@@ -23,7 +23,6 @@ from studies.humanoid.cloning import Clone
 from studies.humanoid.demonstrations import expert_policy
 from studies.humanoid.environment import rollout
 from studies.humanoid.grading import grade_policy
-from studies.humanoid.matched import DOPR
 from studies.humanoid.tables import with_half
 from studies.humanoid.task import Humanoid
 from studies.humanoid.trial import HumanoidTrial, clone_of
@@ -31,6 +30,7 @@ from studies.pool import pool_parser
 from studies.rows import Row, add_rows
 from studies.stats.seeds import over_seeds
 from studies.sweep.study import FRESH, best_rate, search_rates
+from studies.sweep.variants import FAST_PREFIX
 
 STEPS, ROUNDS = 2000, 4
 EPISODES = 5  # of the clone, after each round but the last
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--optimizers", default="adamw,muon", help="comma-separated")
     parser.add_argument("--expert", default="walk-1")
     arguments = parser.parse_args()
-    names = product(arguments.optimizers.split(","), ("", DOPR), ("cloning", "DAgger"))
+    names = product(arguments.optimizers.split(","), ("", FAST_PREFIX), ("cloning", "DAgger"))
     setups = [Setup(arguments.expert, mode + name, method) for name, mode, method in names]
     with reported_errors(parser):
         for setup in setups:

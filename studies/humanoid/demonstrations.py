@@ -64,7 +64,7 @@ def demonstrations_of(task: Humanoid) -> Demonstrations:
 
 
 def _fingerprint(task: Humanoid) -> str:
-    """Return a hash of what determines the demonstrations."""
+    """Return a hash of everything that the demonstrations depend on."""
     versions = [VERSION, mujoco.__version__, gymnasium.__version__]
     sizes = [task.demonstrations, task.length, N_VALIDATION, task.noise]
     content = json.dumps([task.expert, task.expert_hash(), sizes, versions])

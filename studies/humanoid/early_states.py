@@ -19,11 +19,12 @@ from studies.humanoid.cloning import spread
 from studies.humanoid.demonstrations import demonstrations_of
 from studies.humanoid.environment import LIMIT_STEPS
 from studies.humanoid.grading import WINDOWS, squared_errors
-from studies.humanoid.matched import DOPR, Setup, key_of
+from studies.humanoid.matched import Setup, key_of
 from studies.humanoid.task import Humanoid
 from studies.humanoid.trial import HumanoidTrial, clone_of
 from studies.rows import load_rows
 from studies.sweep.study import FRESH
+from studies.sweep.variants import FAST_PREFIX
 
 PAIRS = ((2000, 1000), (8000, 2000))  # steps without and with DoPr, of nearly equal loss
 N_SEEDS = 3
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> None:
         rows = load_rows(arguments.results, key_of)
         cells, own = [], []
         for pair in PAIRS:
-            for variant, steps in zip(("adamw", f"{DOPR}adamw"), pair, strict=True):
+            for variant, steps in zip(("adamw", f"{FAST_PREFIX}adamw"), pair, strict=True):
                 setup = Setup(arguments.expert, variant, steps)
                 lr, seeds = rows[setup]["lr"], range(FRESH, FRESH + N_SEEDS)
                 means = np.mean([errors_of(setup, lr, seed) for seed in seeds], axis=0)

@@ -1,4 +1,4 @@
-"""The walking expert: a PD controller around a pose, plus a small network of the joint state.
+"""Define the walking expert: a PD controller around a pose, and a network of the joint state.
 
     a = clip(0.4 u + (kp (q0 - q) - kd q̇) / gear, ±0.4)
     u = (f(x) + mirror(f(mirror(x)))) / 2

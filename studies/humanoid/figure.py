@@ -22,12 +22,13 @@ from matplotlib.figure import Figure
 from eval.command import command_parser, reported_errors
 from studies.humanoid.environment import LIMIT_STEPS, first_states, rollout
 from studies.humanoid.grading import GRADING_SEED
-from studies.humanoid.matched import DOPR, Row
+from studies.humanoid.matched import Row
 from studies.humanoid.strobe import HIGH, LOW, film, strobe
 from studies.humanoid.task import Humanoid
 from studies.humanoid.trial import HumanoidTrial, clone_of
 from studies.report.style import COLOURS, GREY, STYLE, logarithmic, save_png
 from studies.sweep.study import FRESH
+from studies.sweep.variants import FAST_PREFIX
 
 STEPS = 2000  # of the clone with DoPr
 N = Humanoid.default_episodes
@@ -41,8 +42,10 @@ def chosen_pair(rows: list[Row]) -> tuple[Row, Row]:
 
     Raises ValueError if the base's validation loss is never as low.
     """
-    with_dopr = next(r for r in rows if r["variant"].startswith(DOPR) and r["steps"] == STEPS)
-    bases = [row for row in rows if row["variant"] == with_dopr["variant"].removeprefix(DOPR)]
+    dopr = [row for row in rows if row["variant"].startswith(FAST_PREFIX)]
+    with_dopr = next(row for row in dopr if row["steps"] == STEPS)
+    base = with_dopr["variant"].removeprefix(FAST_PREFIX)
+    bases = [row for row in rows if row["variant"] == base]
     loss = np.mean(with_dopr["val_loss"])
     for row in sorted(bases, key=lambda row: row["steps"]):
         if np.mean(row["val_loss"]) <= loss:
@@ -51,7 +54,7 @@ def chosen_pair(rows: list[Row]) -> tuple[Row, Row]:
 
 
 def median_index(values: Any) -> int:
-    """Return the index of the median, of the lower one if there are two."""
+    """Return the index of the median, or of the lower median if there are two."""
     return int(np.argsort(values, kind="stable")[(len(values) - 1) // 2])
 
 
@@ -69,13 +72,13 @@ def median_film(row: Row) -> tuple[np.ndarray, int]:
 
 
 def label(row: Row) -> str:
-    base = row["variant"].removeprefix(DOPR)
+    base = row["variant"].removeprefix(FAST_PREFIX)
     prefix = "DoPr-" if base != row["variant"] else ""
     return f"{prefix}{NAMES.get(base, base)}, {row['steps']:,} steps"
 
 
 def colour(row: Row) -> str:
-    return COLOURS["muon"] if row["variant"].startswith(DOPR) else COLOURS["adamw"]
+    return COLOURS["muon"] if row["variant"].startswith(FAST_PREFIX) else COLOURS["adamw"]
 
 
 def draw(rows: list[Row], films: list[tuple[np.ndarray, int]]) -> Figure:
@@ -120,7 +123,7 @@ def _survival(ax: Axes, pair: tuple[Row, Row]) -> None:
 def _returns(ax: Axes, rows: list[Row]) -> None:
     """Draw the return of every run over its validation loss, and the means of equal runs."""
     for is_dopr in (False, True):
-        own = [row for row in rows if row["variant"].startswith(DOPR) == is_dopr]
+        own = [row for row in rows if row["variant"].startswith(FAST_PREFIX) == is_dopr]
         for row in own:
             ax.plot(row["val_loss"], row["return"], "o", ms=3, alpha=0.5, color=colour(row))
         means = [(np.exp(np.log(r["val_loss"]).mean()), np.mean(r["return"])) for r in own]
@@ -146,7 +149,7 @@ def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]
 def main(argv: list[str]) -> None:
     parser, arguments = parse(argv)
     with reported_errors(parser):
-        names = (arguments.optimizer, DOPR + arguments.optimizer)
+        names = (arguments.optimizer, FAST_PREFIX + arguments.optimizer)
         rows = json.loads(arguments.results.read_text())["rows"]
         rows = [r for r in rows if r["expert"] == arguments.expert and r["variant"] in names]
         figure = draw(rows, [median_film(row) for row in chosen_pair(rows)])

@@ -83,10 +83,5 @@ def mean(weights: np.ndarray, values: np.ndarray) -> np.ndarray:  # (R, n), (n, 
 
 
 def never_acts(observations: np.ndarray) -> np.ndarray:
+    """Return no torque for any observation (n, d)."""
     return np.zeros((len(observations), N_ACTIONS), np.float32)
-
-
-def grade_reference(task: Humanoid, name: str, n: int, seed: int) -> Grade:
-    """Grade a reference: "expert", or "zero", the policy that never acts."""
-    policy = expert_policy(task.expert) if name == "expert" else never_acts
-    return grade_policy(task, policy, n, seed)

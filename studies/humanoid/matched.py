@@ -36,7 +36,6 @@ STEPS = {  # without and with DoPr
     False: (500, 1000, 2000, 4000, 8000, 16_000),
     True: (500, 1000, 2000, 4000),
 }
-DOPR = FAST_PREFIX
 FRESH_SEEDS = 8
 METRICS = (
     *("val_loss", "return", "falls", "length"),
@@ -113,7 +112,7 @@ def pooled(rows: list[Row], bases: list[Row], key: str) -> Estimate:
 
 def bases_of(row: Row, rows: list[Row]) -> list[Row]:
     """Return the rows of the same expert and optimizer without DoPr."""
-    name = row["variant"].removeprefix(DOPR)
+    name = row["variant"].removeprefix(FAST_PREFIX)
     return [each for each in rows if (each["expert"], each["variant"]) == (row["expert"], name)]
 
 
@@ -124,7 +123,7 @@ def table_of(rows: list[Row]) -> str:
         names = (row["expert"], f"`{row['variant']}`", f"{row['steps']:,}", f"{row['lr']:g}")
         means = (f"{np.mean(row['val_loss']):.5f}", with_half(over_seeds(row["return"]), ",.0f"))
         falls, compared = f"{np.mean(row['falls']):.2f}", ()
-        if row["variant"].startswith(DOPR):
+        if row["variant"].startswith(FAST_PREFIX):
             bases = bases_of(row, rows)
             inside = int(np.isfinite(difference(row, bases, "return")).sum())
             compared = (str(inside), with_half(pooled([row], bases, "return"), "+,.0f"))
@@ -138,7 +137,7 @@ def pooled_lines(rows: list[Row]) -> list[str]:
     lines = []
     for expert, name in dict.fromkeys((row["expert"], row["variant"]) for row in rows):
         own = [row for row in rows if (row["expert"], row["variant"]) == (expert, name)]
-        if name.startswith(DOPR):
+        if name.startswith(FAST_PREFIX):
             bases = bases_of(own[0], rows)
             gain, falls = (pooled(own, bases, key) for key in ("return", "falls"))
             shown = f"{with_half(gain, '+,.0f')}, falls {with_half(falls, '+.2f')}"
@@ -153,7 +152,9 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="run nothing, print the rows of FILE")
     parser.add_argument("--longest", type=int, help="print rows of at most so many steps")
     arguments = parser.parse_args()
-    names = product(arguments.experts.split(","), arguments.optimizers.split(","), ("", DOPR))
+    names = product(
+        arguments.experts.split(","), arguments.optimizers.split(","), ("", FAST_PREFIX)
+    )
     setups = [
         Setup(expert, prefix + name, steps)
         for expert, name, prefix in names

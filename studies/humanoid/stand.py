@@ -1,4 +1,4 @@
-"""The standing expert: a linear-quadratic regulator (LQR) that balances on both feet.
+"""Define the standing expert: a linear-quadratic regulator (LQR) that balances on both feet.
 
     python -m studies.humanoid.stand
 

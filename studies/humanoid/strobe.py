@@ -72,7 +72,7 @@ class Camera:
 
 
 def strobe(positions: np.ndarray, every: int, length: float) -> np.ndarray:
-    """Return one picture (height, width, 4) uint8 with every so many positions (steps, 24).
+    """Return one picture (height, width, 4) uint8 that shows some of the positions (steps, 24).
 
     It covers half a metre behind the start and `length` metres ahead of it.
     """

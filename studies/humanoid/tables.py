@@ -18,6 +18,7 @@ import numpy as np
 from eval.command import command_parser, reported_errors
 from eval.rollout.intervals import Estimate
 from eval.tables import markdown
+from studies.stats.errors import primary
 from studies.stats.records import (
     Record,
     by_variant,
@@ -26,7 +27,6 @@ from studies.stats.records import (
     is_finished,
     is_reported,
     load_records,
-    primary,
     val_loss,
 )
 from studies.stats.seeds import over_seeds

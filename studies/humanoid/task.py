@@ -1,4 +1,4 @@
-"""The task `humanoid`: clone an expert of Humanoid-v5 from a few of its episodes.
+"""Define the task `humanoid`: clone an expert of Humanoid-v5 from a few of its episodes.
 
 The policies see the states of the expert in training and their own states in a rollout, where their
 errors feed back. Policies are ranked by their mean return. The rollout error, whose logarithm the
@@ -17,6 +17,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import ClassVar
 
+from eval.rollout.metrics import Grade
 from eval.rollout.tasks.task import TaskBase, TaskError
 from studies.humanoid.expert import FOLDER
 
@@ -46,6 +47,7 @@ class Humanoid(TaskBase):
     primary: ClassVar[str] = "return"
     higher_is_better: ClassVar[bool] = True
     default_episodes: ClassVar[int] = 20
+    references: ClassVar[tuple[str, ...]] = ("expert", "zero")
 
     def claims(self) -> dict[str, bool]:
         known = experts()
@@ -62,6 +64,14 @@ class Humanoid(TaskBase):
             import studies.humanoid.simulator  # noqa: F401
         except ImportError as error:
             raise TaskError(f"task {self.name}: {error}") from None
+
+    def grade_reference(self, name: str, *, n: int, seed: int) -> Grade:
+        """Grade "expert", which is cloned, or "zero", the policy that never acts."""
+        from studies.humanoid.demonstrations import expert_policy  # requires the simulator
+        from studies.humanoid.grading import grade_policy, never_acts
+
+        policies = {"expert": expert_policy(self.expert), "zero": never_acts}
+        return grade_policy(self, policies[name], n, seed)
 
     def expert_hash(self) -> str:
         """Return a hash of the expert's weights; "" for the standing expert, which has none."""

@@ -73,7 +73,7 @@ def collect(physics: TrainingPhysics, model: ActorCritic, generator: torch.Gener
 
 
 def train(seed: int) -> Iterator[tuple[int, ActorCritic]]:
-    """Yield the number of environment steps and the model after each iteration, without an end."""
+    """Yield the number of environment steps and the model after each iteration, forever."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     physics, model = TrainingPhysics(N_HUMANOIDS, seed), ActorCritic()

@@ -1,4 +1,4 @@
-"""One run of a width study: train.py at one width, measured from its checkpoints."""
+"""Make one run of a width study: run train.py at one width, and measure its checkpoints."""
 
 import json
 import shutil

@@ -16,8 +16,9 @@ from studies.report.leaderboard import estimate_of
 from studies.report.sections import Section, finished_runs
 from studies.stats.analysis import references
 from studies.stats.consistency import knobs_of
+from studies.stats.errors import primary
 from studies.stats.matched import matched_validation, placebo, quantity
-from studies.stats.records import Record, is_finished, is_reported, primary, val_loss
+from studies.stats.records import Record, is_finished, is_reported, val_loss
 from studies.stats.seeds import over_seeds
 from studies.stats.temperatures import ranked
 

@@ -25,16 +25,9 @@ from studies.report.style import (
     panels,
 )
 from studies.stats.analysis import seed_curves, sweeps
+from studies.stats.errors import error_of, primary
 from studies.stats.matched import fit_curve
-from studies.stats.records import (
-    RETURN,
-    Record,
-    is_finished,
-    is_reported,
-    primary,
-    return_without_error,
-    teacher_forced,
-)
+from studies.stats.records import Record, is_finished, is_reported, teacher_forced
 
 CURVES = {  # curve of a grade: label of its axis
     "B": "B(l), accumulated error\n({error})",
@@ -70,7 +63,7 @@ def validation(records: list[Record]) -> Figure | None:
         _dots(ax, [r for r in own if is_reported(r)], look, mec="white", mew=0.6)
     x, y = fit_curve(records)
     if len(x):
-        ax.plot(x, _as_metric(y, runs[0]), color=INK, lw=1.1, label="fit")
+        ax.plot(x, error_of(runs[0]).to_metric(y, runs[0]), color=INK, lw=1.1, label="fit")
     log_if_wide(ax, "x", map(teacher_forced, runs))
     log_if_wide(ax, "y", map(primary, runs))
     has_oracle = "val_kl" in runs[0]["grade"]["metrics"]
@@ -79,15 +72,6 @@ def validation(records: list[Record]) -> Figure | None:
     handles = _kinds(shown, runs, fit=len(x) > 0)
     figure.legend(handles=handles, loc="outside right upper", borderpad=0, labelspacing=0.7)
     return figure
-
-
-def _as_metric(error: np.ndarray, record: Record) -> np.ndarray:
-    """Convert the fitted rollout error to the primary metric."""
-    if record["primary"].startswith("log10_"):
-        return np.log10(error)
-    if record["primary"] == RETURN:
-        return return_without_error(record) * (1 - error)
-    return 1 - error if record["higher_is_better"] else error
 
 
 def _dots(ax: Axes, runs: list[Record], look: Look, **style) -> None:

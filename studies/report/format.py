@@ -5,7 +5,7 @@ from collections.abc import Container
 
 from eval.rollout.intervals import MIN_SEEDS, Estimate
 from studies.stats.analysis import Compared
-from studies.stats.records import RETURN
+from studies.sweep.variants import FAST_PREFIX
 
 Cell = tuple[str, str]  # a number, and "± 0.12" or empty
 MINUS = "\u2212"
@@ -17,7 +17,7 @@ IN_NATS = (
 )
 UNITS = dict.fromkeys(IN_NATS, "nats") | {"gap": "nats per step", "excess_percent": "%"}
 WORDS = {"kl": "KL", "ce": "CE", "val": "validation", "percent": "", "abs": "absolute"}
-MODES = {"": "base", "dopr-": "DoPr", "fast-dopr-": "fast DoPr"}  # studies/sweep/variants.py
+MODES = {"": "base", "dopr-": "DoPr", FAST_PREFIX: "fast DoPr"}
 
 
 def mode_of(variant: str, base: str) -> str:
@@ -36,15 +36,8 @@ def metric_label(name: str, error: str = "nats") -> str:
 
 
 def error_unit(metrics: Container[str]) -> str:
-    """Return the unit of rollout errors: nats, or squared action error on lds."""
-    return "squared action error" if "deviation" in metrics else "nats"
-
-
-def error_formula(metric: str, *, higher_is_better: bool) -> str:
-    """Return how the rollout error follows from a metric that should be high, or ""."""
-    if metric == RETURN:
-        return "1 − return / expert’s return"
-    return f"1 − {metric_label(metric)}" if higher_is_better else ""
+    """Return the unit of rollout errors: nats, or squared action errors if models are policies."""
+    return "squared action error" if "val_loss" in metrics else "nats"
 
 
 def number(value: float, digits: int | None = None) -> str:

@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from studies.report import details
 from studies.report.figures import draw
-from studies.report.format import error_formula, metric_label
+from studies.report.format import metric_label
 from studies.report.leaderboard import BAR
 from studies.report.sections import Section, make_sections
 from studies.report.source import Source, read
@@ -18,6 +18,7 @@ from studies.report.style import looks, save_png, svg
 from studies.report.summary_text import below_leaderboard, on_matched
 from studies.stats import consistency
 from studies.stats.consistency import knobs_of
+from studies.stats.errors import error_of
 from studies.stats.matched import quantity
 from studies.stats.records import Record
 
@@ -76,7 +77,7 @@ def _content(section: Section, source: Source, out: Path) -> dict[str, Any]:
     return {
         "about": section,
         "metric": metric_label(section.metric),
-        "error": error_formula(section.metric, higher_is_better=section.higher_is_better),
+        "error": error_of(section.records[0]).formula(metric_label(section.metric)),
         "seeds": sorted({r["seed"] for r in section.records if r["role"] != "tuning"}),
         "colours": {look.base: look.colour for look in looks(section.records).values()},
         "figures": _figures(section, out),

@@ -9,15 +9,9 @@ from scipy import stats
 
 from studies.report.format import factor
 from studies.stats.analysis import leaderboard, sweeps
+from studies.stats.errors import log_error
 from studies.stats.matched import Fit, base_points, placebo
-from studies.stats.records import (
-    Record,
-    by_variant,
-    is_finished,
-    is_reported,
-    log_error,
-    teacher_forced,
-)
+from studies.stats.records import Record, by_variant, is_finished, is_reported, teacher_forced
 
 MIN_RANKED = 3  # the fewest optimizers whose order is compared
 

@@ -8,7 +8,8 @@ from studies.report.format import NONE, factor, pair, times
 from studies.rollout.all_stages import ABLATIONS
 from studies.rollout.results import RESULTS, grid, plain, with_records
 from studies.stats.analysis import LeaderboardRow, leaderboard
-from studies.stats.records import Record, is_finished, load_records, log_error
+from studies.stats.errors import log_error
+from studies.stats.records import Record, is_finished, load_records
 
 COLUMNS = ("validation loss, nats", "learning rates", "at equal rates, tuning seeds")
 

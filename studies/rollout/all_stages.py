@@ -18,7 +18,7 @@ from studies.report import __main__ as report
 from studies.stages import run_stages
 from studies.stats.records import RECORDS, stored
 from studies.sweep import compare
-from studies.sweep.variants import parse_variant
+from studies.sweep.variants import FAST_PREFIX, parse_variant
 
 BASES = ("adamw", "muon", "signum", "adamuon", "sgd")
 LONG = ("adamw", "muon")
@@ -59,7 +59,7 @@ class RolloutStage:
 
 def modes(bases: tuple[str, ...], changes: str = "") -> tuple[str, ...]:
     """Return each base, alone and with both modes of DoPr; `changes` apply to DoPr."""
-    with_dopr = (f"dopr-{{}}{changes}", f"fast-dopr-{{}}{changes}")
+    with_dopr = (f"dopr-{{}}{changes}", f"{FAST_PREFIX}{{}}{changes}")
     return tuple(name.format(base) for base in bases for name in ("{}", *with_dopr))
 
 

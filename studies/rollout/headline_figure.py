@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from eval.command import command_parser
 from studies.report.style import GREY, INK, STYLE, save_png
 from studies.rollout.results import RESULTS
-from studies.stats.records import AnalysisError, Record, load_records, primary
+from studies.stats.errors import error_of
+from studies.stats.records import AnalysisError, Record, load_records
 from studies.stats.seeds import over_seeds
 
 BASE, VARIANT = "adamw", "fast-dopr-adamw"
@@ -33,10 +34,7 @@ STEPS = (500, 1500)
 def errors(records: list[Record], variant: str) -> dict[int, float]:
     """Return {seed: rollout error} of a variant's fresh runs; lower is better."""
     found = [each for each in records if each["variant"] == variant and each["role"] == "fresh"]
-    return {
-        each["seed"]: 1 - primary(each) if each["higher_is_better"] else primary(each)
-        for each in found
-    }
+    return {each["seed"]: error_of(each).of(each) for each in found}
 
 
 def ratio(base: np.ndarray, variant: np.ndarray) -> tuple[float, float, float]:

@@ -12,6 +12,7 @@ from statistics import fmean
 import numpy as np
 
 from eval.rollout.intervals import Estimate
+from studies.stats.errors import log_error, primary
 from studies.stats.records import (
     Record,
     by_variant,
@@ -19,8 +20,6 @@ from studies.stats.records import (
     is_control,
     is_finished,
     is_reported,
-    log_error,
-    primary,
     val_loss,
 )
 from studies.stats.seeds import Paired, over_seeds, paired

@@ -31,7 +31,7 @@ def model_of(record: Record) -> str | None:
 
 
 def _from_grading(key: str) -> Callable[[Record], Any]:
-    return lambda record: (record.get("grading") or {}).get(key)  # lds has no grading
+    return lambda record: (record.get("grading") or {}).get(key)  # older records may lack it
 
 
 CONDITIONS: dict[str, Callable[[Record], Any]] = {  # equal for all runs of a leaderboard

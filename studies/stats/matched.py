@@ -12,19 +12,11 @@ from numpy.polynomial import Polynomial
 from scipy import stats
 
 from eval.rollout.intervals import LEVEL, MIN_SEEDS, Estimate, bootstrap_weights
-from studies.stats.records import (
-    RETURN,
-    Record,
-    by_variant,
-    half_an_episode,
-    is_reported,
-    log_error,
-    teacher_forced,
-)
+from studies.stats.errors import error_of, half_an_episode, log_error
+from studies.stats.records import Record, by_variant, is_reported, teacher_forced
 
 MAX_DEGREE = 2
 SINGULAR = 1e-12  # relative eigenvalue below which a resample's x counts as constant
-SHARES = ("failure", "success", "survival", RETURN)  # metrics whose error is between 0 and 1
 Point = tuple[float, float]  # log teacher-forced error, log (odds of) rollout error
 
 
@@ -93,21 +85,16 @@ def fit_curve(records: Iterable[Record]) -> tuple[np.ndarray, np.ndarray]:
     x, y = np.array([point for seed in fit.bases.values() for point in seed.values()]).T
     grid = np.linspace(x.min(), x.max())
     error = np.exp((y - f(x)).mean() + f(grid))
-    return np.exp(grid), error / (1 + error) if is_share(records[0]) else error
-
-
-def is_share(record: Record) -> bool:
-    """Whether the error of the metric that ranks is a share: of the episodes or of a return."""
-    return record["primary"] in SHARES
+    return np.exp(grid), error / (1 + error) if error_of(records[0]).is_share else error
 
 
 def quantity(record: Record) -> str:
     """Return the name of the quantity that is compared at equal validation."""
-    return "odds of an error" if is_share(record) else "error"
+    return "odds of an error" if error_of(record).is_share else "error"
 
 
 class Fit:
-    """Least-squares fit of f with an intercept per seed, for the seeds and for each resample."""
+    """Fit f by least squares with an intercept per seed, for the seeds and for each resample."""
 
     def __init__(self, bases: dict[int, dict[str, Point]]) -> None:
         self.bases = bases  # seed -> base optimizer -> (x, y)
@@ -194,7 +181,7 @@ def _point(record: Record) -> Point | None:
     on_data, error = teacher_forced(record), log_error(record)
     if not (0 < on_data < math.inf and math.isfinite(error)):
         return None
-    return math.log(on_data), _log_odds(record, error) if is_share(record) else error
+    return math.log(on_data), _log_odds(record, error) if error_of(record).is_share else error
 
 
 def _log_odds(record: Record, log_share: float) -> float:

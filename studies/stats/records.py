@@ -16,10 +16,9 @@ from pydantic import BaseModel, model_validator
 
 from data.schema import OpenSchema, checked_json, read_checked_json
 from data.shards import DataError
+from studies.stats.errors import Record, error_of_metric, primary
 
-Record = dict[str, Any]
 RECORDS = "records.jsonl"  # in a study's folder
-RETURN = "return"  # a primary metric that is no share of 1
 
 
 class AnalysisError(ValueError):
@@ -77,8 +76,9 @@ class StudyRecord(OpenSchema):
     def _has_primary(self) -> "StudyRecord":
         if self.grade and self.primary not in self.grade.metrics:
             raise ValueError(f"the grade has no metric {self.primary!r}, which ranks")
-        if self.grade and self.primary == RETURN and "shortfall" not in self.grade.metrics:
-            raise ValueError("the grade has no metric 'shortfall', the error of a return")
+        error = error_of_metric(self.primary, higher_is_better=self.higher_is_better).source
+        if self.grade and error not in self.grade.metrics:
+            raise ValueError(f"the grade has no metric {error!r}, the error of {self.primary}")
         return self
 
 
@@ -187,13 +187,6 @@ def is_finished(record: Record) -> bool:
     return math.isfinite(primary(record))
 
 
-def primary(record: Record) -> float:
-    """Return the metric that ranks; NaN if the run diverged."""
-    grade = record["grade"]
-    value = grade and grade["metrics"][record["primary"]]["mean"]
-    return math.nan if value is None else value
-
-
 def val_loss(record: Record) -> float:
     """Return the validation loss in nats per scored token; NaN if the run diverged."""
     return math.nan if record["val_loss"] is None else record["val_loss"]
@@ -209,33 +202,3 @@ def teacher_forced(record: Record) -> float:
     grade = record["grade"] or {"metrics": {}}
     value = grade["metrics"].get("val_kl", {"mean": record["val_loss"]})["mean"]
     return math.nan if value is None else value
-
-
-def log_error(record: Record) -> float:
-    """Return the logarithm of the rollout error; NaN if the run diverged.
-
-    Differences of it are logarithms of ratios. The error of a metric that should be high is its
-    complement; that of a return is its shortfall (studies/humanoid/task.py). A metric whose name
-    begins with log10_ is a logarithm already. No error in n episodes counts as half an error in
-    n + 1, and so does a smaller shortfall.
-    """
-    value = primary(record)
-    if record["primary"].startswith("log10_"):
-        return value * math.log(10)
-    if record["primary"] == RETURN and math.isfinite(value):
-        shortfall = record["grade"]["metrics"]["shortfall"]["mean"]
-        return math.log(max(shortfall, half_an_episode(record)))
-    error = 1 - value if record["higher_is_better"] else value
-    if error == 0:
-        error = half_an_episode(record)
-    return math.log(error) if error > 0 else math.nan
-
-
-def return_without_error(record: Record) -> float:
-    """Return the return at which the shortfall is 0, that of the expert."""
-    return primary(record) / (1 - record["grade"]["metrics"]["shortfall"]["mean"])
-
-
-def half_an_episode(record: Record) -> float:
-    """Return the share that replaces "none of n episodes": half an episode in n + 1."""
-    return 0.5 / (record["grade"]["metrics"][record["primary"]]["n"] + 1)

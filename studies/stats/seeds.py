@@ -1,4 +1,4 @@
-"""Confidence intervals and paired tests over training seeds."""
+"""Compute confidence intervals and paired tests over training seeds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from studies.stats.analysis import Compared, LeaderboardRow, leaderboard, versus
+from studies.stats.errors import log_error
 from studies.stats.records import (
     AnalysisError,
     Record,
@@ -13,7 +14,6 @@ from studies.stats.records import (
     by_variant,
     grouped,
     is_control,
-    log_error,
     read_records,
 )
 

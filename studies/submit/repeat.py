@@ -19,7 +19,7 @@ def number_of(*words: object) -> int:
 
 
 def hidden_seeds(revision: str, task: str) -> list[int]:
-    """Return the seeds of a submission. Who changes the code gets others."""
+    """Return the seeds of a submission. Another revision of the code has other seeds."""
     return [number_of(revision, task, i) for i in range(N_HIDDEN)]
 
 

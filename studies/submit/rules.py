@@ -79,7 +79,7 @@ def _protocol_problems(study: Study) -> list[str]:
 
 
 def _environment_problems(records: Iterable[Record], revision: str) -> list[str]:
-    """All runs come from this revision of the code, and from one version of torch."""
+    """Check that all runs have this revision of the code and one version of torch."""
     found = {str(record["environment"].get("git")) for record in records}
     problems = []
     if found != {revision}:
@@ -96,7 +96,7 @@ def _environment_problems(records: Iterable[Record], revision: str) -> list[str]
 
 
 def _sweep_problems(study: Study, variant: Variant, own: list[Record]) -> list[str]:
-    """The sweep has the rates and seeds that the rule gives, and the best rate was used."""
+    """Check that the sweep has the prescribed rates and seeds, and its best rate was used."""
     tuning = [record for record in own if record["role"] == "tuning"]
     losses, where = {}, f"{variant.name}: the sweep"
     for lr, runs in grouped(tuning, itemgetter("lr")).items():
@@ -117,7 +117,7 @@ def _sweep_problems(study: Study, variant: Variant, own: list[Record]) -> list[s
 
 
 def _seed_problems(study: Study, variant: Variant, records: list[Record]) -> list[str]:
-    """Every fresh seed ran once, and so did the base at the variant's rate."""
+    """Check that every fresh seed ran once, and the base once at the variant's rate."""
     own = [r for r in records if (r["variant"], r["role"]) == (variant.name, "fresh")]
     problems, wanted = [], [*study.seeds]
     if sorted(record["seed"] for record in own) != wanted:
@@ -136,7 +136,7 @@ def _seed_problems(study: Study, variant: Variant, records: list[Record]) -> lis
 
 
 def _settings_problems(study: Study, variant: Variant, own: list[Record]) -> list[str]:
-    """Every run was asked for what the rules ask: settings, task, episodes and grading code."""
+    """Check the settings, the task, the episodes and the grading code of every run."""
     problems = []
     for record in own:
         trial = study.trial(variant, record["role"], record["lr"], record["seed"])

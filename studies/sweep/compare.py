@@ -22,10 +22,9 @@ from studies.stats import consistency
 from studies.stats.analysis import leaderboard, references
 from studies.stats.matched import matched_validation, quantity
 from studies.stats.records import Record
-from studies.sweep.reference import STUDY_TASKS
 from studies.sweep.run_cache import TrialError
 from studies.sweep.study import Study, compare
-from studies.sweep.trial_types import trial_type
+from studies.sweep.tasks import STUDY_TASKS, trial_type
 from studies.sweep.variants import split
 
 
@@ -53,7 +52,7 @@ def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]
     add("--tuning_seeds", type=int, default=2, help="number of seeds of a learning-rate sweep")
     add("--steps", type=int, default=500, help="optimizer steps of a run")
     add("--tokens_per_step", type=int, default=1024, help="rounded to whole documents")
-    add("--episodes", type=int, help="graded rollouts of each run; default: 512, 20 on humanoid")
+    add("--episodes", type=int, help="graded rollouts of each run; default: the task's, mostly 512")
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other settings of train.py")
     add("--workers", type=int, default=2, help="runs at a time, each in a process with one thread")
     add("--out", type=Path, help="folder of the results; default: out/compare/TASK-STEPS")

@@ -9,71 +9,47 @@ new demonstrations; the learning rate follows a cosine. There is no transformer 
 the grades are exact.
 """
 
-import argparse
-import math
-import shlex
-import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eval.command import command_parser
-from eval.rollout.record import make_record
-from eval.rollout.tasks import TaskError, parse_task
+from eval.rollout.metrics import Grade
 from eval.rollout.tasks.lds import Array, Lds, grade_policy
 from optim.schedule import lr_scale
 from studies.sweep.optimizers import build, finish, step
 from studies.sweep.policy_trial import PolicyTrial
-from studies.sweep.variants import Variant, parse_dopr_variant
-from trainer.metrics import environment
 
 BATCH_SIZE = 64
 ACTION_NOISE = 0.03  # standard deviation of the noise in each demonstrated action
-DOPR_NUMBERS = {"gamma", "sigma_beta", "refresh_every", "collect_every", "exponent"}
-
-
-def parse_lds_variant(name: str) -> Variant:
-    """Return the variant with that name. Raises ValueError as `parse_dopr_variant`."""
-    return parse_dopr_variant(name, Lds.name, DOPR_NUMBERS)
 
 
 class LdsTrial(PolicyTrial):
-    """A linear policy, trained and graded in this process without train.py."""
+    """A linear policy."""
 
-    task_name = Lds.name
-    parse_variant = staticmethod(parse_lds_variant)
+    module = "studies.sweep.lds"
+    task_type = Lds
+    batch_size = BATCH_SIZE
+    default_steps = 200
+    dopr_settings: ClassVar = {
+        *("gamma", "sigma_beta", "refresh_every", "collect_every", "exponent"),
+    }
 
-    def make(self) -> dict[str, Any]:
-        steps = self.settings["max_steps"]
-        K = train_variant(self.task, self.settings, self.lr, self.seed, steps)
-        grade = grade_policy(self.task, K)
-        settings = self.settings | {"lr": self.lr, "seed": self.seed}
-        return make_record(
+    def train_and_grade(self) -> Grade:
+        """Train the policy and return its exact grade, which is infinite if training diverged."""
+        dopr = {key: self.settings[key] for key in self.dopr_settings if key in self.settings}
+        settings = self.settings
+        K = train_policy(
             self.task,
-            settings | {"batch_size": BATCH_SIZE, "block_size": 1},
-            steps=steps,
-            val_loss=grade.metrics["val_loss"].mean,
-            grade=grade.to_json(),
-            command=command_of(self.task, self.variant, self.lr, self.seed, steps),
-            environment=environment(torch.device("cpu")),
+            settings["optimizer"],
+            self.lr,
+            self.seed,
+            settings["max_steps"],
+            settings.get("optimizer_args", ""),
+            **dopr,
         )
-
-
-def train_variant(lds: Lds, settings: dict[str, Any], lr: float, seed: int, steps: int) -> Array:
-    """Call `train_policy` with the settings of a variant."""
-    dopr = {key: value for key, value in settings.items() if key in DOPR_NUMBERS}
-    arguments = settings.get("optimizer_args", "")
-    return train_policy(lds, settings["optimizer"], lr, seed, steps, arguments, **dopr)
-
-
-def command_of(lds: Lds, variant: str, lr: float, seed: int, steps: int) -> str:
-    """Return the command that repeats a run."""
-    words = ["--task", lds.spec, "--optimizer", variant, "--lr", lr, "--seed", seed]
-    return shlex.join(
-        ["python", "-m", "studies.sweep.lds", *map(str, words), "--steps", str(steps)]
-    )
+        return grade_policy(self.task, K)
 
 
 def train_policy(
@@ -124,34 +100,9 @@ def _demonstrations(lds: Lds, seed: int, steps: int) -> list[tuple[Tensor, Tenso
     return list(zip(torch.from_numpy(states), torch.from_numpy(actions), strict=True))
 
 
-def main(argv: list[str]) -> None:
-    parser = command_parser("studies.sweep.lds", __doc__)
-    add = parser.add_argument
-    add("--task", default="lds", help="lds,knob=value,...; the instance defaults to the seed")
-    add("--optimizer", required=True, help="see studies/sweep/variants.py")
-    add("--lr", type=float, required=True)
-    add("--seed", type=int, default=0, help="seed of the weights and the demonstrations")
-    add("--steps", type=int, default=200)
-    arguments = parser.parse_args(argv)
-    try:
-        print(_repeat(arguments))
-    except (TaskError, ValueError) as error:
-        parser.exit(2, f"error: {error}\n")
-
-
-def _repeat(arguments: argparse.Namespace) -> str:
-    """Return a line with the metrics of the run that the command line describes."""
-    lr, seed, steps = arguments.lr, arguments.seed, arguments.steps
-    if not 0 < lr < math.inf or seed < 0 or steps < 1:
-        raise ValueError("--lr must be positive and finite, --seed at least 0, --steps at least 1")
-    has_instance = "instance=" in arguments.task
-    spec = arguments.task if has_instance else f"{arguments.task},instance={seed}"
-    lds = parse_task(spec, {Lds.name: Lds})
-    settings = dict(parse_lds_variant(arguments.optimizer).settings)
-    means = grade_policy(lds, train_variant(lds, settings, lr, seed, steps)).means()
-    numbers = "  ".join(f"{name} {value!r}" for name, value in means.items())
-    return f"{arguments.optimizer}  lr {lr:g}  seed {seed}  {numbers}"
+def main(argv: list[str] | None = None) -> None:
+    LdsTrial.repeat(argv, __doc__)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -51,7 +51,7 @@ def step(optimizers: list[torch.optim.Optimizer], scale: float) -> None:
 
 
 def finish(optimizers: list[torch.optim.Optimizer]) -> None:
-    """Put the weights in place that the optimizers want to be evaluated, after the last step."""
+    """Switch schedule-free optimizers to the weights for evaluation, after the last step."""
     for each in optimizers:
         if hasattr(each, "eval"):
             each.eval()  # pyright: ignore[reportAttributeAccessIssue]

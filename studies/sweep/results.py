@@ -1,4 +1,4 @@
-"""Add the records of finished runs to the file that a study keeps of them."""
+"""Add the records of finished runs to the file of a study."""
 
 from collections.abc import Collection
 from pathlib import Path

@@ -93,5 +93,5 @@ def differences(found: dict[str, Any], asked: dict[str, Any]) -> dict[str, str]:
 
 
 def model_only(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that determine the model, without those that say how the run is run."""
+    """Return the settings that determine the model, without those of the process that runs it."""
     return {key: value for key, value in settings.items() if key not in RUN_ONLY}

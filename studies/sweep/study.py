@@ -16,20 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from data.files import write_atomic
+from studies.stats.errors import primary
 from studies.stats.records import (
     RECORDS,
     Record,
     StudyProtocol,
-    primary,
     read_object,
     read_records,
     val_loss,
 )
-from studies.sweep.reference import ReferenceTrial, references_of
+from studies.sweep.reference import ReferenceTrial
 from studies.sweep.results import unite
 from studies.sweep.runner import Runner
+from studies.sweep.tasks import trial_type
 from studies.sweep.trial import Trial, run_folder, run_trial
-from studies.sweep.trial_types import trial_type
 from studies.sweep.variants import Variant
 
 FRESH = 200  # the first fresh seed; tuning seeds are 0, 1, ...
@@ -59,11 +59,6 @@ class Study:
         """The fresh seeds, which are reported."""
         return range(FRESH, FRESH + self.fresh_seeds)
 
-    @property
-    def has_instances(self) -> bool:
-        """Whether a seed draws an instance of the task."""
-        return hasattr(self.task, "instance")
-
     def trial(
         self, variant: Variant, role: str, lr: float, seed: int, kind: type[Trial] | None = None
     ) -> Trial:
@@ -76,7 +71,7 @@ class Study:
         aux = {"aux_lr": AUX_LR} if not is_set and variant.has_aux else {}
         return kind(
             folder=run_folder(self.out, variant.name, lr, seed),
-            task=replace(self.task, instance=seed) if self.has_instances else self.task,
+            task=replace(self.task, instance=seed) if self.task.has_instances else self.task,
             variant=variant.name,
             base=variant.base,
             role=role,
@@ -95,10 +90,10 @@ class Study:
 
         A task without instances has one run of each: no seed would change it.
         """
-        seeds = self.seeds if self.has_instances else self.seeds[:1]
+        seeds = self.seeds if self.task.has_instances else self.seeds[:1]
         return [
             self.trial(Variant(name, name, ()), "reference", 0.0, seed, ReferenceTrial)
-            for name in references_of(self.task)
+            for name in self.task.references
             for seed in seeds
         ]
 

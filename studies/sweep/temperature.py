@@ -27,12 +27,13 @@ from data.shards import DataError
 from eval.command import command_parser
 from eval.rollout.policy import GPTPredictor, Predictor
 from eval.rollout.record import readable, write_record, write_records
-from eval.rollout.tasks import task_of
+from eval.rollout.tasks import TASKS, task_of
 from eval.rollout.ttf import grading_version, weights_of
 from eval.run import run_of
 from eval.tables import markdown
 from studies.report.tables import compared, mean_and_half
 from studies.stats.analysis import LeaderboardRow, leaderboard
+from studies.stats.errors import log_error
 from studies.stats.records import (
     AnalysisError,
     Record,
@@ -40,7 +41,6 @@ from studies.stats.records import (
     grouped,
     is_finished,
     load_records,
-    log_error,
     read_object,
 )
 from studies.stats.temperatures import FILE, TemperatureRecord, TemperatureRow, conditions, ranked
@@ -167,7 +167,7 @@ def _records(study: Path) -> list[Record]:
     """Return the records of a study's transformers. Raises AnalysisError if there are none."""
     records = [record for record in load_records([study]) if record["role"] != "reference"]
     has_fresh = any(record["role"] == "fresh" for record in records)
-    if not has_fresh or records[0]["task"] in ("lds", "humanoid"):
+    if not has_fresh or records[0]["task"] not in TASKS:
         raise AnalysisError(
             f"{study}: not a study of sampled rollouts; make one with "
             "`python -m studies.sweep.compare`"

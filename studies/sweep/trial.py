@@ -1,4 +1,4 @@
-"""One run of a comparison: train a model, grade it, and store its record; never twice.
+"""Make one run of a comparison: train a model, grade it, and store its record; never twice.
 
 Runs of train.py happen inside this process: a worker has imported torch already, and a run of ten
 seconds should not wait three seconds for another import.

@@ -23,8 +23,9 @@ from trainer.settings import FIELDS
 FIXED = ("optimizer", "optimizer_args", "dopr")  # settings that the name itself gives
 DOPR_SETTINGS = {*DOPR_KEYS, "include", "exclude"}
 PLAIN = {"dopr": False}
-EXACT = {"dopr": True, "refresh_every": 1}
-FAST = {"dopr": True, "refresh_every": 10, "sigma_beta": 0.95}
+EXACT_DOPR: dict[str, Any] = {"refresh_every": 1}  # settings of ActivationPreconditioner
+FAST_DOPR: dict[str, Any] = {"refresh_every": 10, "sigma_beta": 0.95}
+EXACT, FAST = {"dopr": True} | EXACT_DOPR, {"dopr": True} | FAST_DOPR  # of train.py
 FAST_PREFIX = "fast-dopr-"
 MODES = {FAST_PREFIX: FAST, "dopr-": EXACT, "": PLAIN}
 STUDY_SETTINGS = {  # the comparison itself sets these
@@ -92,24 +93,6 @@ def parse_variant(name: str) -> Variant:
 def split(names: str) -> list[str]:
     """Split at commas that are not between parentheses: `lion+betas=(0.9,0.95),adamw`."""
     return re.split(r",(?![^(]*\))", names)
-
-
-def parse_dopr_variant(name: str, task: str, known: set[str], *others: str) -> Variant:
-    """Return the variant with that name, for a task whose models train.py does not train.
-
-    Raises ValueError if it changes a setting that the task does not have: only the settings of DoPr
-    in `known` can be changed, and the `others`.
-    """
-    variant = parse_variant(name)
-    settings = dict(variant.settings)
-    can_change = known if settings["dopr"] else set()
-    if unknown := sorted(settings.keys() - can_change - {*FIXED, *others}):
-        raise ValueError(
-            f"optimizer {name!r}: task {task} has no setting {', '.join(unknown)} here; "
-            f"only {', '.join(sorted(known))} of DoPr can be changed"
-            + (f", and {', '.join(others)}" if others else "")
-        )
-    return variant
 
 
 def parse_changes(

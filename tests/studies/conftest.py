@@ -1,4 +1,4 @@
-"""Write reports for tests."""
+"""Provide the fixture that writes reports."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Read an HTML report back."""
+"""Read an HTML report."""
 
 from html.parser import HTMLParser
 

@@ -1,4 +1,4 @@
-"""One step of the real preconditioner contracts what is outside the features, whatever Σ is.
+"""Test that a step of the real preconditioner contracts what is outside the features for any Σ.
 
 The oracles are the formulas of studies/feature_learning/task.py and SciPy's principal angles.
 """

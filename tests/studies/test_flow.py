@@ -1,4 +1,4 @@
-"""Tests of the flow models: the exact velocity, samples, grades, training and comparisons."""
+"""Test the flow models: the exact velocity, samples, grades, training and comparisons."""
 
 import copy
 import json
@@ -14,7 +14,7 @@ from studies.flow.comparison import log_ratio, matched
 from studies.flow.figure import RESULTS, curve_of
 from studies.flow.grading import Grader, in_float32
 from studies.flow.mixture import Mixture
-from studies.flow.runs import MODES, Results, Run, train_and_grade
+from studies.flow.runs import MODES, FlowResults, Run, train_and_grade
 from studies.flow.sampling import integrate, time_grid
 from studies.flow.targets import DIMENSIONS, THICKNESS, make_target
 from studies.flow.training import draw_pairs, train_field
@@ -47,7 +47,7 @@ def grader():
 
 
 @pytest.mark.parametrize("t", [0.02, 0.5, 0.97, 1.0])
-def test_the_velocity_is_that_of_the_score_of_an_independent_density(t):
+def test_the_velocity_agrees_with_the_score_of_the_density(t):
     """With the score s of x_t, E[x_0 | x] = -(1 - t) s, so the velocity is (x + (1 - t) s) / t."""
     mixture, covariances = small_mixture()
     noise = (1 - t) ** 2 * torch.eye(3, dtype=torch.float64)
@@ -122,7 +122,7 @@ def test_the_samples_of_the_curve_are_thin_and_have_unit_variance():
     assert float(off_curve.median()) == pytest.approx((DIMENSIONS - 1) * THICKNESS**2, rel=0.3)
 
 
-def test_two_seeds_draw_two_instances():
+def test_each_seed_draws_another_instance():
     for name in ("cond-100", "curve"):
         means = [make_target(name, seed).mixture.means for seed in (0, 0, 1)]
         assert torch.equal(means[0], means[1])
@@ -142,7 +142,7 @@ def test_a_constant_error_is_the_excess_and_moves_the_samples(grader):
     assert metrics["paired"] > 1e-3
 
 
-def test_samples_of_another_distribution_are_far(grader):
+def test_samples_of_another_distribution_have_a_large_distance(grader):
     own = grader.grade(grader.target.mixture.velocity)["sliced"]
     still = grader.grade(lambda x, t: torch.zeros_like(x))
     assert still["sliced"] > 20 * own
@@ -172,7 +172,7 @@ def test_a_diverged_run_has_no_metrics():
     assert train_and_grade(RUN._replace(optimizer="sgd", lr=1e6, steps=20)) is None
 
 
-def test_errors_say_what_is_wrong():
+def test_an_error_says_which_argument_is_wrong():
     for name in ("cond-", "cond-0.5", "cond-nan", "cond-inf", "ring"):
         with pytest.raises(ValueError, match="expected curve or cond-C"):
             make_target(name, 0)
@@ -197,7 +197,7 @@ def power_law(excess, scale, power):
 
 
 def test_a_matched_difference_is_the_factor_between_two_laws():
-    """Outside the range of the base, where the law is another, nothing is compared."""
+    """Runs outside the range of the base follow another law, and are not compared."""
     factors = (0.5, 0.8, 1.1)
     base = [power_law((8, 4, 1), scale, 1.5) for scale in (1, 2, 3)]
     own = [
@@ -220,11 +220,11 @@ def test_a_ratio_leaves_out_pairs_with_a_diverged_run():
 def test_finished_runs_are_not_repeated(tmp_path, monkeypatch):
     path = tmp_path / "flow.json"
     monkeypatch.setattr(runs, "train_and_grade", lambda run: {"excess": 1.5})
-    assert Results(path, {"steps": (1, 2)}).of(RUN) == {"excess": 1.5}
+    assert FlowResults(path, {"steps": (1, 2)}).of(RUN) == {"excess": 1.5}
     monkeypatch.setattr(runs, "train_and_grade", pytest.fail)
-    assert Results(path, {"steps": (1, 2)}).of(RUN) == {"excess": 1.5}
+    assert FlowResults(path, {"steps": (1, 2)}).of(RUN) == {"excess": 1.5}
     with pytest.raises(ValueError, match="another protocol; use another --out"):
-        Results(path, {"steps": (1, 3)})
+        FlowResults(path, {"steps": (1, 3)})
 
 
 def test_the_command_refuses_an_unknown_target(tmp_path, capsys):
@@ -234,7 +234,7 @@ def test_the_command_refuses_an_unknown_target(tmp_path, capsys):
 
 
 def test_the_study_tunes_on_the_tuning_seed_and_reports_the_others(tmp_path, monkeypatch, capsys):
-    """Fake runs whose best rate is 1e-3 with DoPr and 4e-3 without, and in which DoPr halves."""
+    """Fake runs have their best rate at 1e-3 with DoPr and at 4e-3 without; DoPr halves errors."""
 
     def fake(run):
         has_dopr = run.mode != "base"
@@ -266,7 +266,7 @@ def test_the_parts_by_axes_add_up_to_the_paired_error(grader):
 
 
 def test_the_whitened_error_of_a_standard_deviation_along_every_axis_is_one(grader):
-    """The field leaves the noise at 0; the exact samples are that far away from it."""
+    """The field is zero, so its samples stay at 0, one standard deviation from the exact ones."""
     mixture = grader.target.mixture
     beside = copy.copy(grader)
     beside.noise = torch.zeros_like(grader.noise)
@@ -285,7 +285,7 @@ def test_the_figure_joins_the_geometric_means_of_each_length():
 
 
 def test_a_run_of_the_results_can_be_repeated():
-    """Another machine may round differently, so that digits differ, but not the second one."""
-    found = Results(RESULTS, study.PROTOCOL).metrics
+    """Another machine may round differently, which may change all digits but the first two."""
+    found = FlowResults(RESULTS, study.PROTOCOL).found
     (run,) = (run for run in found if run[:3] == ("cond-100", "adamw", "base") and run[4:] == FIRST)
     assert train_and_grade(run) == pytest.approx(found[run], rel=0.05)

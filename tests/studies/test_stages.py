@@ -1,4 +1,4 @@
-"""Tests of studies that consist of several commands."""
+"""Test studies that consist of several commands."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
 """Look up the tasks of the benchmark by name; open `task:NAME,knob=value,...` as a dataset.
 
-`lds` is not in `TASKS`: its models are matrices, and it has no dataset. Import it from
-eval.rollout.tasks.lds, which needs scipy.
+train.py trains on these tasks, whose models read and write tokens. studies/sweep/tasks.py adds the
+tasks without tokens.
 """
 
 import difflib
@@ -19,6 +19,7 @@ from eval.rollout.tasks.task import Task, TaskError
 __all__ = ["TASKS", "Task", "TaskError", "open_data", "parse_task", "task_of"]
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Pdfa, Ctrl, Nav, PyStdlib, Chain)}
+POLICY_TASKS = ("lds", "humanoid")  # of studies/sweep/tasks.py; they have no tokens
 PREFIX = "task:"
 
 
@@ -38,9 +39,15 @@ def parse_task(spec: str, tasks: dict[str, Any] = TASKS) -> Any:
     """Build the task of a spec `task:NAME,knob=value,...`, in which "task:" is optional.
 
     Raises:
-        TaskError: the name or a knob is unknown, or a value has the wrong type or is out of range.
+        TaskError: the name or a knob is unknown, a value has the wrong type or is out of range, or
+            the task is none of `tasks` because it has no tokens.
     """
     name, *settings = spec.removeprefix(PREFIX).split(",")
+    if name in POLICY_TASKS and name not in tasks:
+        raise TaskError(
+            f"task {name} has no tokens, so train.py cannot train on it; use "
+            f"`python -m studies.sweep.compare --task {name}`"
+        )
     if name not in tasks:
         raise TaskError(
             f"unknown task {name!r}{_hint(name, tasks)}; choose from {', '.join(tasks)}"

@@ -61,6 +61,7 @@ class Lds(TaskBase):
 
     name: ClassVar[str] = "lds"
     primary: ClassVar[str] = "log10_deviation"
+    references: ClassVar[tuple[str, ...]] = ("zero",)
 
     def claims(self) -> dict[str, bool]:
         special = N_UNSTABLE + N_DISTRACTING
@@ -127,6 +128,10 @@ class Lds(TaskBase):
         It is inf if K is not finite. Errors in the unstable modes hardly change it.
         """
         return float(_second_moment(K - self.expert, self.sigma))
+
+    def grade_reference(self, name: str, *, n: int, seed: int) -> Grade:
+        """Grade "zero", the policy that never acts. The grade is exact for any n and seed."""
+        return grade_policy(self, {"zero": np.zeros_like(self.expert)}[name])
 
     def rollouts(self, K: Array) -> Rollouts:
         """Compute the closed-loop expectations of a policy K (m, n) exactly.

@@ -7,7 +7,7 @@ eval/rollout/ttf.py grades the checkpoints of such a run.
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,6 +22,7 @@ from data.tokenizer import Tokenizer, symbol_tokenizer
 from eval.rollout.environment import Environment, draw, rollout
 from eval.rollout.metrics import Grade, oracle_grade
 from eval.rollout.policy import Predictor
+from eval.rollout.tasks.references import reference
 
 PREPARED = Path(__file__).parents[3] / "data" / "task" / "prepared"
 
@@ -45,6 +46,7 @@ class TaskBase(ABC):
     # Raise this number when a change of the task's code changes its grades. Stored grades of older
     # versions are then computed again.
     grading_version: ClassVar[int] = 1
+    references: ClassVar[tuple[str, ...]] = ()  # policies that no optimizer trained
 
     def __post_init__(self) -> None:
         problems = [requirement for requirement, holds in self.claims().items() if not holds]
@@ -68,9 +70,22 @@ class TaskBase(ABC):
         knobs = "".join(f",{key}={value}" for key, value in asdict(self).items())
         return f"task:{self.name}{knobs}"
 
+    @property
+    def has_instances(self) -> bool:
+        """Whether the task has random instances, one of which the seed of a run selects."""
+        return "instance" in {field.name for field in fields(self)}
+
+    def grade_reference(self, name: str, *, n: int, seed: int) -> Grade:
+        """Grade one of `references` on n episodes."""
+        raise NotImplementedError
+
 
 class Task(TaskBase):
-    """A task for language models: documents to train on and a grader of next-token predictors."""
+    """A task for language models: documents to train on and a grader of next-token predictors.
+
+    train.py trains on such tasks alone. The models of other tasks are policies without tokens,
+    which a program of the studies trains.
+    """
 
     @property
     @abstractmethod
@@ -107,6 +122,7 @@ class OracleTask(Task):
     # Raise this number when a change of the code changes the documents. Datasets of older versions
     # are then not used, and new ones are prepared.
     documents_version: ClassVar[int] = 1
+    references: ClassVar[tuple[str, ...]] = ("oracle", "greedy", "uniform")
 
     def claims(self) -> dict[str, bool]:
         return self.at_least(horizon=1, n_documents=1)
@@ -158,6 +174,9 @@ class OracleTask(Task):
         data = rollout(self.environment(n, seed), predictor, uniforms, "oracle")
         own = rollout(self.environment(n, seed), predictor, uniforms, "model")
         return oracle_grade(data, own)
+
+    def grade_reference(self, name: str, *, n: int, seed: int) -> Grade:
+        return self.grade(reference(name, self.environment(n, seed)), n=n, seed=seed)
 
     def open(self) -> Dataset:
         folder = PREPARED / f"{self.name}-{self._fingerprint()}"

@@ -11,8 +11,8 @@ from eval.rollout.policy import GPTPredictor, Predictor
 from eval.rollout.tasks.chain import Chain
 from eval.rollout.tasks.nav import Nav
 from eval.rollout.tasks.pdfa import Pdfa
+from eval.rollout.tasks.references import OraclePredictor
 from eval.rollout.tasks.task import OracleTask
-from studies.sweep.reference import OraclePredictor
 from tests.eval.rollout.tasks.oracles import Bent, both_rollouts, random_gpt, smoothed
 
 TASKS = [Pdfa(horizon=12), Nav(nodes=24, horizon=16), Chain()]

@@ -14,7 +14,7 @@ from eval.rollout.tasks.chain import Chain
 from eval.rollout.tasks.ctrl import Ctrl
 from eval.rollout.tasks.nav import Nav
 from eval.rollout.tasks.pdfa import Pdfa
-from studies.sweep.reference import OraclePredictor
+from eval.rollout.tasks.references import OraclePredictor
 from tests.eval.rollout.tasks.oracles import Bent, both_rollouts, random_gpt
 
 TASKS = [Pdfa(horizon=24), Nav(nodes=24, horizon=16), Chain()]

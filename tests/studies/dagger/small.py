@@ -1,4 +1,4 @@
-"""Runs of DAgger and of cloning that take a second."""
+"""Make runs of DAgger and of cloning that take a second."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The four combinations differ in nothing else, and are tuned and measured on their own seeds."""
+"""Test the four combinations of method and DoPr: equal settings, separate tuning seeds."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The inputs are the model's own tokens, and the targets are the oracle's in the same states."""
+"""Test that inputs are the model's own tokens and targets are the oracle's in the same states."""
 
 import pytest
 import torch
@@ -8,9 +8,9 @@ from eval.rollout.environment import rollout
 from eval.rollout.tasks.ctrl import THETA_MAX, Bins, Ctrl, CtrlEnvironment, Plant
 from eval.rollout.tasks.nav import Graph, Nav, NavEnvironment, _shortest_paths
 from eval.rollout.tasks.pdfa import Automaton, Pdfa, PdfaEnvironment
+from eval.rollout.tasks.references import OraclePredictor
 from model import IGNORE
 from studies.dagger.episodes import label, labelled_episodes
-from studies.sweep.reference import OraclePredictor
 from tests.eval.rollout.tasks.oracles import Bent, smoothed
 
 TASKS = (Pdfa(horizon=12), Ctrl(horizon=12), Nav(horizon=12))

@@ -1,4 +1,4 @@
-"""Effects are paired by seed, and verdicts follow the rule of the protocol."""
+"""Test that effects are paired by seed and verdicts follow the rule of the protocol."""
 
 import numpy as np
 import pytest
@@ -53,11 +53,11 @@ def test_an_effect_without_its_combination_is_empty():
         ((10, 10, 10, 5), "no gain of DAgger or DoPr alone"),
     ],
 )
-def test_the_verdict_is_that_of_the_protocol(means, expected):
+def test_the_verdict_follows_the_rule_of_the_protocol(means, expected):
     assert verdict(errors(*means), BOTH) == expected
 
 
-def test_what_noise_hides_is_undecided():
+def test_a_noisy_interaction_is_undecided():
     values = errors(10, 9.5, 9.5, 9.25)
     values[BOTH] = values[BOTH] + 10 * NOISE[0]
     assert verdict(values, BOTH) == "undecided"

@@ -1,4 +1,4 @@
-"""Training is that of train.py, but for the sequences that come from the model's own episodes."""
+"""Test that training equals that of train.py except for the model's own episodes."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ class Spy(OwnEpisodes):
 
 
 @pytest.mark.parametrize("variant", ["adamw", "fast-dopr-adamw", "muon", "fast-dopr-muon"])
-def test_without_a_share_it_is_cloning_by_train_py_bit_for_bit(tmp_path, variant):
+def test_without_own_episodes_training_equals_train_py_bit_for_bit(tmp_path, variant):
     trial = small_trial(tmp_path, variant, "cloning")
     record = run_trial(trial)
     weights = load_file(trial.folder / f"checkpoints/step-{STEPS:08d}/model.safetensors")
@@ -44,7 +44,7 @@ def test_without_a_share_it_is_cloning_by_train_py_bit_for_bit(tmp_path, variant
     assert validation_loss(config, TASK, model) == record["val_loss"]
 
 
-def test_the_data_grow_and_a_part_of_each_batch_is_drawn_from_them(tmp_path):
+def test_own_episodes_accumulate_and_fill_a_part_of_each_batch(tmp_path):
     own = Spy(TASK, 0)
     train(config_of(tmp_path), own, 3, N)
     sizes = [size for size, *_ in own.seen]

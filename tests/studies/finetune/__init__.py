@@ -1,4 +1,4 @@
-"""Tests of the study of fine-tuning. They are skipped without the libraries of Hugging Face."""
+"""Test the study of fine-tuning. The tests are skipped without the libraries of Hugging Face."""
 
 import pytest
 

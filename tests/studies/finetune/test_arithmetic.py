@@ -1,4 +1,4 @@
-"""The questions are right, distinct and a function of the seed."""
+"""Test that the questions are right, distinct and a function of the seed."""
 
 import pytest
 

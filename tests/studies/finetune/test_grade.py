@@ -1,4 +1,4 @@
-"""Grades of models whose answers are known."""
+"""Test the grades of models whose answers are known."""
 
 import itertools
 import json
@@ -40,7 +40,7 @@ def test_pass_at_k_needs_k_samples():
         pass_at_k(4, 1, 5)
 
 
-def test_the_final_answer_is_behind_the_mark_or_the_whole_text():
+def test_the_final_answer_follows_the_mark_or_is_the_whole_text():
     assert final_answer("1+1=2\n#### 2 \n") == "2"
     assert final_answer(" 42\n") == "42"
     assert final_answer("#### 2 #### 3") == "2 #### 3"

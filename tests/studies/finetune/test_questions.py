@@ -1,4 +1,4 @@
-"""Only the tokens of the answers are scored, whatever else a batch holds."""
+"""Test that only the tokens of the answers are scored."""
 
 import json
 
@@ -26,7 +26,7 @@ def gradients(model, total):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_the_loss_is_the_sum_over_the_answers_tokens_by_hand(kind):
+def test_the_loss_equals_the_sum_over_the_answers_tokens(kind):
     model, total = MODELS[kind](), torch.zeros(())
     for prompt, answer in examples():
         logits = model(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
@@ -47,7 +47,7 @@ def test_neither_padding_nor_the_other_examples_change_the_loss_or_its_gradient(
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_a_prompt_has_the_first_token_and_an_answer_the_last_one():
+def test_a_prompt_has_the_first_token_and_an_answer_has_the_last_token():
     (example,) = encode([Question("2", "3")], tokenizer())
     names = tokenizer().convert_ids_to_tokens(example.prompt + example.answer)
     assert (names, len(example.answer)) == (["<s>", "2", "\n", "3", "</s>"], 2)
@@ -87,7 +87,7 @@ def test_keys_can_be_named_and_other_keys_are_ignored(tmp_path):
         ("2+3\n", "line 1: Invalid JSON"),
     ],
 )
-def test_a_bad_file_is_refused_with_its_line(tmp_path, text, message):
+def test_a_damaged_file_is_refused_and_its_line_named(tmp_path, text, message):
     path = tmp_path / "data.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""The study tunes on one seed, reports the others, and compares with the base twice."""
+"""Test that the study tunes on one seed, reports the others, and compares with the base twice."""
 
 import json
 import math
@@ -7,7 +7,7 @@ import pytest
 
 from studies.finetune import arithmetic, pretrain, study
 from studies.finetune.models import load
-from studies.finetune.study import Pair, Results, Run
+from studies.finetune.study import FinetuneResults, Pair, Run
 from tests.studies.finetune.tiny import folder_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -29,13 +29,13 @@ def pretrained(tmp_path):
 
 
 def test_rates_are_tuned_on_one_seed_and_differences_are_paired(tmp_path, monkeypatch, pretrained):
-    monkeypatch.setattr(Results, "_train_and_grade", fake)
-    results = Results(tmp_path / "study.json", pretrained)
+    monkeypatch.setattr(FinetuneResults, "_train_and_grade", fake)
+    results = FinetuneResults(tmp_path / "study.json", pretrained)
     pair = Pair(results, "dopr-adamw")
     assert pair.rates == BEST
-    reported = {(run.variant, run.lr) for run in results.rows if run.seed >= study.FIRST_SEED}
+    reported = {(run.variant, run.lr) for run in results.found if run.seed >= study.FIRST_SEED}
     assert reported == {("adamw", 2e-3), ("adamw", 4e-3), ("dopr-adamw", 4e-3)}
-    assert {run.seed for run in results.rows} == {study.TUNING_SEED, *range(100, 108)}
+    assert {run.seed for run in results.found} == {study.TUNING_SEED, *range(100, 108)}
     found = pair.difference("base", "greedy")
     assert (found.mean, found.lo, found.n) == (pytest.approx(0.25), pytest.approx(0.25), 8)
     assert pair.difference("base at this rate", "loss").mean == pytest.approx(-1)
@@ -46,23 +46,23 @@ def test_finished_runs_are_not_repeated_and_diverged_ones_are_left_out(
     tmp_path, monkeypatch, pretrained
 ):
     path = tmp_path / "study.json"
-    monkeypatch.setattr(Results, "_train_and_grade", fake)
-    Pair(Results(path, pretrained), "dopr-adamw")
-    monkeypatch.setattr(Results, "_train_and_grade", pytest.fail)
-    results = Results(path, pretrained)
+    monkeypatch.setattr(FinetuneResults, "_train_and_grade", fake)
+    Pair(FinetuneResults(path, pretrained), "dopr-adamw")
+    monkeypatch.setattr(FinetuneResults, "_train_and_grade", pytest.fail)
+    results = FinetuneResults(path, pretrained)
     row = results.of(Run("adamw", 2e-3, 100))
     row.clear()
     row["loss"] = None
     assert Pair(results, "dopr-adamw").difference("base", "greedy").n == 7
     monkeypatch.setattr(study, "PROTOCOL", {})
     with pytest.raises(ValueError, match="another protocol; use another --out"):
-        Results(path, pretrained)
+        FinetuneResults(path, pretrained)
 
 
 def test_the_command_pretrains_and_a_run_is_a_function_of_its_settings(
     tmp_path, monkeypatch, capsys
 ):
-    """Everything is real but small: one pair, one seed and one rate."""
+    """Run the real study with one pair, one seed and one rate."""
     for name in ("N_PRETRAIN", "N_TRAIN", "N_TEST"):
         monkeypatch.setattr(arithmetic, name, 100)
     shape = {"n_layer": 1, "n_embd": 16, "max_steps": 2, "warmup_steps": 1}

@@ -1,4 +1,4 @@
-"""A tiny Llama, a tiny GPT-2 and a tokenizer of characters, as folders of Hugging Face."""
+"""Write a tiny Llama, a tiny GPT-2 and a tokenizer of characters as Hugging Face folders."""
 
 from pathlib import Path
 

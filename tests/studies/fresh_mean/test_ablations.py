@@ -1,4 +1,4 @@
-"""The ablations change what their names say, at the rate that the comparison found."""
+"""Test that each ablation changes the setting in its name, at the rate of the comparison."""
 
 import pytest
 

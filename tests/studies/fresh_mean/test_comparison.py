@@ -1,4 +1,4 @@
-"""The table of the study of `fresh_mean` pairs the losses by seed."""
+"""Test that the table of the `fresh_mean` study pairs the losses by seed."""
 
 import json
 
@@ -64,7 +64,7 @@ def test_a_setup_changes_all_modes_and_the_folder_of_the_run(monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS)
-def test_a_setup_changes_no_number_of_tokens(setup):
+def test_every_setup_has_the_same_number_of_tokens(setup):
     own = RUN | setup
     for key in ("max_steps", "eval_batches"):
         assert own[key] * own["batch_size"] == RUN[key] * RUN["batch_size"]

@@ -1,4 +1,4 @@
-"""The figure shows the losses of every rule and the measurements of exact mode."""
+"""Test that the figure shows the losses of every rule and the measurements of exact mode."""
 
 import pytest
 

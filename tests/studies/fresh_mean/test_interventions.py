@@ -1,4 +1,4 @@
-"""The rules of the study agree with the preconditioner and with their definitions."""
+"""Test that the rules agree with the preconditioner and with their definitions."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def train(rule=None, steps=3, **settings):
 
 
 @pytest.mark.parametrize(("rule", "settings"), [("base", {}), ("exact", {"gamma": 0.1})])
-def test_a_rule_is_the_preconditioner(rule, settings):
+def test_the_exact_rule_equals_the_preconditioner(rule, settings):
     for own, expected in zip(train(rule)[0], train(**settings)[0], strict=True):
         torch.testing.assert_close(own, expected, rtol=1e-6, atol=1e-9)
 
@@ -44,7 +44,7 @@ def moments(d=6):
     return Moments(mean, A @ A.mT, *others, averaged_covariance=A.mT @ A)
 
 
-def test_the_rules_keep_what_they_say():
+def test_each_rule_keeps_the_part_that_its_name_says():
     z, G = moments(), torch.randn(4, 6, dtype=torch.float64)
     unit = z.mean / z.mean.norm()
     assert (RULES["mean removed"](G, z) @ unit).abs().max() < 1e-12

@@ -1,4 +1,4 @@
-"""The table of rollouts compares `fresh_mean` with the other modes of the same optimizer."""
+"""Test that the table compares the rollouts of `fresh_mean` with those of the other modes."""
 
 import pytest
 
@@ -29,5 +29,5 @@ def test_every_mode_that_ran_has_a_row_with_its_ratios(folders):
     assert cells[2][3:] == ["0.03", "2", *expected, ""]
 
 
-def test_the_committed_table_reproduces():
+def test_the_committed_records_give_a_table():
     assert "fresh mean" in table()

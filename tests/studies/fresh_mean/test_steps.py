@@ -1,4 +1,4 @@
-"""The number of steps to a loss is interpolated between whole runs."""
+"""Test that the number of steps to a loss is interpolated between whole runs."""
 
 import math
 
@@ -11,7 +11,7 @@ from studies.fresh_mean.steps import row_of, steps_to, table_of
     ("target", "expected"),
     [(4.0, 200), (4.5, 100 * 2**0.5), (6.0, 100), (3.0, 400), (2.0, math.inf)],
 )
-def test_steps_to_a_loss(target, expected):
+def test_the_number_of_steps_to_a_loss_is_interpolated(target, expected):
     assert steps_to(target, {100: 5.0, 200: 4.0, 400: 3.0}) == pytest.approx(expected)
 
 

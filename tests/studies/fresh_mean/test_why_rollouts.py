@@ -1,10 +1,7 @@
-"""The experiment on `pdfa` trains with a rule, grades the rollouts, and pairs them by seed."""
-
-import pytest
+"""Test the experiment on `pdfa`: training with a rule, grading, and pairs by seed."""
 
 from studies.fresh_mean import why_rollouts
-from studies.fresh_mean.interventions import RULES
-from studies.fresh_mean.why_rollouts import TESTED, measure, run, table_of
+from studies.fresh_mean.why_rollouts import measure, run, table_of
 
 
 def test_a_run_trains_with_the_rule_and_is_not_repeated(tmp_path, monkeypatch):
@@ -28,8 +25,3 @@ def test_a_rule_is_tuned_by_validation_and_compared_by_seed(monkeypatch):
     rows = [measure(rule) for rule in ("base", "exact")]
     assert [row["lr"] for row in rows] == [8e-3, 8e-3]
     assert "0.37 [0.37, 0.37]" in table_of(rows)
-
-
-@pytest.mark.parametrize("rule", TESTED)
-def test_the_rules_exist(rule):
-    assert rule in RULES

@@ -1,4 +1,4 @@
-"""Tests of the study of the humanoid. They are skipped without its simulator."""
+"""Test the study of the humanoid. The tests are skipped without its simulator."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A small task. Its demonstrations are made once and take a few seconds."""
+"""Define a small task. Its demonstrations are made once and take a few seconds."""
 
 from studies.humanoid.task import Humanoid
 

@@ -1,4 +1,4 @@
-"""Every stage of the humanoid study is a command that can be run."""
+"""Test that every stage of the humanoid study is a valid command."""
 
 import pytest
 

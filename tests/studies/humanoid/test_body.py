@@ -1,4 +1,4 @@
-"""The joints are those of the model, and the mirror is a symmetry of the physics."""
+"""Test that the joints are those of the model, and the mirror is a symmetry of the physics."""
 
 import numpy as np
 import pytest
@@ -66,7 +66,7 @@ def test_the_mirror_is_a_symmetry_of_the_physics(height):
     assert is_mirrored(model, height, atol=1e-6)
 
 
-def test_two_reflections_are_none():
+def test_mirroring_twice_changes_nothing():
     random = np.random.default_rng(0)
     x, actions = random.normal(size=(3, 45)), random.normal(size=(3, N_ACTIONS))
     np.testing.assert_array_equal(mirror(mirror(x)), x)

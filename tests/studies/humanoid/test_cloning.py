@@ -1,4 +1,4 @@
-"""Clones learn with every optimizer, and depend on the seed and the settings alone."""
+"""Test that clones learn with every optimizer and depend only on the seed and the settings."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def test_every_optimizer_reduces_the_error(data, optimizer, dopr):
     assert error < 0.5 * data[1].var()
 
 
-def test_the_seed_fixes_the_clone_and_the_global_random_state_is_kept(data):
+def test_a_clone_depends_only_on_the_seed_and_keeps_the_global_random_state(data):
     torch.manual_seed(5)
     before = torch.get_rng_state()
     first = clone(data, dopr=FAST)
@@ -98,7 +98,7 @@ def test_whitening_mixes_the_covariance_with_the_identity(data, whitening):
     np.testing.assert_allclose(found.inputs(data[0]).numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_no_whitening_leaves_the_clone_as_it_was(data):
+def test_without_whitening_the_clone_does_not_change(data):
     np.testing.assert_array_equal(clone(data, whitening=0.0), clone(data))
     assert np.any(clone(data, whitening=0.5) != clone(data))
 
@@ -123,8 +123,8 @@ def test_the_average_of_the_weights_is_graded(data, monkeypatch):
     assert np.any(found(data[0]) != clone(data, ema_decay=0.0))
 
 
-def test_further_data_are_trained_on_from_their_step_on(data):
-    """Data that come at the last step change nothing but the last batch, and others everything."""
+def test_further_data_change_the_clone_from_their_step_on(data):
+    """Data that arrive at the last step change only the last batch; earlier data change more."""
     seen = []
 
     def more(found):

@@ -1,4 +1,4 @@
-"""DAgger adds the clone's own states, labelled by the expert, and nothing else changes."""
+"""Test that DAgger adds the clone's own states, labelled by the expert."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from studies.humanoid.grading import GRADING_SEED, never_acts
 CLONING, DAGGER = (Setup("walk-1", "fast-dopr-adamw", method) for method in ("cloning", "DAgger"))
 
 
-def test_the_states_are_the_clones_and_the_actions_the_experts():
+def test_added_states_are_the_clones_and_added_actions_are_the_experts():
     states, actions = own_states(never_acts, "walk-1", seed=3, episodes=2)
     episodes = rollout(never_acts, 2, seed=3)
     np.testing.assert_array_equal(states, np.concatenate(episodes.observations))

@@ -1,4 +1,4 @@
-"""Demonstrations are made once, and hold the beginnings of the expert's episodes."""
+"""Test that demonstrations are made once and are the beginnings of the expert's episodes."""
 
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ def rollouts(monkeypatch, tmp_path):
     return made
 
 
-def test_a_set_is_made_once_for_each_task_that_differs(rollouts):
+def test_demonstrations_are_made_once_for_each_task(rollouts):
     first = demonstrations_of(Humanoid(demonstrations=2))
     assert len(rollouts) == 2  # training and validation
     np.testing.assert_array_equal(
@@ -42,7 +42,7 @@ def test_a_set_is_made_once_for_each_task_that_differs(rollouts):
     assert len(rollouts) == 10
 
 
-def test_a_set_holds_the_beginnings_of_episodes_from_two_seeds(rollouts):
+def test_demonstrations_are_the_beginnings_of_episodes_from_two_seeds(rollouts):
     data = demonstrations_of(Humanoid(demonstrations=2, length=4))
     (seed, training), (other_seed, validation) = rollouts
     assert seed != other_seed
@@ -55,14 +55,14 @@ def test_a_set_holds_the_beginnings_of_episodes_from_two_seeds(rollouts):
     assert data.expert_return == validation.returns.mean()
 
 
-def test_the_actions_are_those_of_the_expert_without_noise():
+def test_the_demonstrated_actions_are_the_experts_without_noise():
     data = demonstrations_of(SMALL)
     expected = expert_policy(SMALL.expert)(data.observations)
     np.testing.assert_allclose(data.actions, expected, atol=1e-5)
     assert data.expert_return > 6000
 
 
-def test_noise_moves_the_states_of_training_and_leaves_the_rest():
+def test_noise_changes_only_the_training_states():
     plain, noisy = demonstrations_of(SMALL), demonstrations_of(replace(SMALL, noise=0.08))
     expected = expert_policy(SMALL.expert)(noisy.observations)
     np.testing.assert_allclose(noisy.actions, expected, atol=1e-5)  # not what was executed

@@ -1,4 +1,4 @@
-"""Rollouts record what the policy saw and did, in the unchanged environment."""
+"""Test that rollouts in the unchanged environment record states, actions and rewards."""
 
 import importlib
 import sys
@@ -15,7 +15,7 @@ def falling(observations):
     return np.full((len(observations), 17), 0.1)
 
 
-def test_a_rollout_in_lockstep_is_a_rollout_one_by_one():
+def test_episodes_in_lockstep_equal_episodes_one_by_one():
     episodes = rollout(falling, 3, seed=0)
     assert episodes.falls == 1
     starts = np.random.SeedSequence(0).generate_state(3)

@@ -1,4 +1,4 @@
-"""The walking experts are mirrored PD controllers, and those in the repository walk."""
+"""Test that the experts are mirrored PD controllers, and those in the repository walk."""
 
 import numpy as np
 import pytest
@@ -74,13 +74,13 @@ def test_a_file_with_other_arrays_is_refused(tmp_path, changes, message):
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive"])
-def test_a_file_that_is_no_archive_is_refused(tmp_path, content):
+def test_a_file_that_is_not_an_archive_is_refused(tmp_path, content):
     (tmp_path / "mine.npz").write_bytes(content)
     with pytest.raises(ValueError, match=r"mine\.npz does not hold a walking expert"):
         load_expert(tmp_path / "mine.npz")
 
 
-def test_an_array_that_is_missing_is_named():
+def test_an_error_names_the_missing_array():
     arrays = random_arrays()
     del arrays["b2"]
     with pytest.raises(ValueError, match=r"b2: expected \(17,\), found none"):

@@ -1,4 +1,4 @@
-"""The figure shows the pair at equal validation loss, and every run."""
+"""Test that the figure shows the pair at equal validation loss, and every run."""
 
 import numpy as np
 import pytest
@@ -15,9 +15,9 @@ from studies.humanoid.figure import (
     median_index,
 )
 from studies.humanoid.grading import GRADING_SEED
-from studies.humanoid.matched import DOPR
 from studies.humanoid.strobe import HIGH, LOW
 from studies.sweep.study import FRESH
+from studies.sweep.variants import FAST_PREFIX
 
 
 def row(variant, steps, loss, returns=(1000.0, 3000.0, 2000.0)):
@@ -26,9 +26,9 @@ def row(variant, steps, loss, returns=(1000.0, 3000.0, 2000.0)):
 
 
 def test_the_pair_has_the_shortest_base_whose_loss_is_not_higher():
-    own = row(DOPR + "adamw", 2000, 3e-4)
+    own = row(FAST_PREFIX + "adamw", 2000, 3e-4)
     bases = [row("adamw", n, loss) for n, loss in ((8000, 1e-4), (2000, 5e-4), (4000, 3e-4))]
-    assert chosen_pair([*bases, row(DOPR + "adamw", 500, 9e-4), own]) == (bases[2], own)
+    assert chosen_pair([*bases, row(FAST_PREFIX + "adamw", 500, 9e-4), own]) == (bases[2], own)
     with pytest.raises(ValueError, match="no run without DoPr has a validation loss"):
         chosen_pair([bases[1], own])
 
@@ -47,7 +47,7 @@ def test_both_strips_begin_at_the_same_step_before_the_base_falls(monkeypatch):
 
     monkeypatch.setattr(figure, "strobe", strobe)
     positions = np.repeat(np.arange(1090.0)[:, None], 24, axis=1)
-    rows = [row("adamw", 4000, 3e-4), row(DOPR + "adamw", 2000, 3e-4)]
+    rows = [row("adamw", 4000, 3e-4), row(FAST_PREFIX + "adamw", 2000, 3e-4)]
     found = draw(rows, [(positions, BEFORE + 55), (-positions, 1000)])
     assert [each[0, 0] for each in shown] == [55, -55]
     base, dopr, survival, returns = found.axes
@@ -58,7 +58,7 @@ def test_both_strips_begin_at_the_same_step_before_the_base_falls(monkeypatch):
     assert sum(len(line.get_xdata()) for line in returns.lines) == 2 * (3 + 1)  # runs and means
 
 
-def test_the_film_is_of_the_median_episode_of_the_median_seed(monkeypatch):
+def test_the_film_shows_the_median_episode_of_the_median_seed(monkeypatch):
     seen = {}
 
     def clone_of(task, settings, lr, seed):
@@ -74,7 +74,7 @@ def test_the_film_is_of_the_median_episode_of_the_median_seed(monkeypatch):
 
     for name, function in (("clone_of", clone_of), ("rollout", rollout), ("film", film)):
         monkeypatch.setattr(figure, name, function)
-    own = row(DOPR + "adamw", 2000, 3e-4) | {"expert": "walk-2", "lr": 0.25}
+    own = row(FAST_PREFIX + "adamw", 2000, 3e-4) | {"expert": "walk-2", "lr": 0.25}
     assert median_film(own)[1] == 7
     assert seen["run"] == ("walk-2", "adamw", 2000, 0.25, FRESH + 2)
     assert seen["film"] == (first_states(N, GRADING_SEED)[2], 7, "the clone", 1000 + AFTER)

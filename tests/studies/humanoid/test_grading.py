@@ -1,4 +1,4 @@
-"""Grades of policies whose errors are known."""
+"""Test the grades of policies whose errors are known."""
 
 import math
 
@@ -7,14 +7,14 @@ import pytest
 
 from studies.humanoid.cloning import spread
 from studies.humanoid.demonstrations import demonstrations_of, expert_policy
-from studies.humanoid.grading import STRIDE, grade_policy, grade_reference
+from studies.humanoid.grading import STRIDE, grade_policy
 from tests.studies.humanoid.small import SMALL
 
 ERRORS = [f"action_error_steps_{window}" for window in ("0-20", "20-40", "40-60")]
 
 
 def test_the_expert_has_no_error_and_its_own_return():
-    grade = grade_reference(SMALL, "expert", 1, 0)
+    grade = SMALL.grade_reference("expert", n=1, seed=0)
     means = grade.means()
     assert means["val_loss"] == pytest.approx(0, abs=1e-9)
     assert [means[name] for name in ERRORS] == pytest.approx([0] * 3, abs=1e-9)
@@ -34,7 +34,7 @@ def test_a_constant_error_of_the_action_is_found_in_every_step():
 
 
 def test_a_policy_that_never_acts_falls_and_has_no_error_after_its_end():
-    grade = grade_reference(SMALL, "zero", 3, 0)
+    grade = SMALL.grade_reference("zero", n=3, seed=0)
     means = grade.means()
     assert means["falls"] == 1
     assert means["shortfall"] == pytest.approx(
@@ -48,6 +48,7 @@ def test_a_policy_that_never_acts_falls_and_has_no_error_after_its_end():
     assert all(map(math.isnan, grade.curves["action_error"].mean[last:]))
 
 
-def test_other_episodes_are_graded_with_another_seed():
-    returns = [grade_reference(SMALL, "zero", 2, seed).means()["return"] for seed in (0, 0, 1)]
+def test_another_seed_grades_other_episodes():
+    grades = [SMALL.grade_reference("zero", n=2, seed=seed) for seed in (0, 0, 1)]
+    returns = [grade.means()["return"] for grade in grades]
     assert returns[0] == returns[1] != returns[2]

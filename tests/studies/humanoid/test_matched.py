@@ -1,4 +1,4 @@
-"""The comparison at equal validation loss interpolates the base on each seed, and not beyond it."""
+"""Test that the comparison at equal validation loss interpolates the base, seed by seed."""
 
 import json
 
@@ -8,7 +8,6 @@ import pytest
 from studies import rows
 from studies.humanoid import matched
 from studies.humanoid.matched import (
-    DOPR,
     FRESH_SEEDS,
     METRICS,
     STEPS,
@@ -20,6 +19,7 @@ from studies.humanoid.matched import (
     pooled_lines,
     table_of,
 )
+from studies.sweep.variants import FAST_PREFIX
 
 LOSSES = (1e-3, 1e-4, 1e-5)
 
@@ -44,16 +44,16 @@ def bases():
 
 def test_the_base_is_interpolated_in_the_logarithm_of_the_loss_of_its_seed(bases):
     seeds = np.arange(FRESH_SEEDS)
-    own = row(DOPR + "adamw", 500, 10**-4.5 * (1 + seeds), 1500 + seeds + 7)
+    own = row(FAST_PREFIX + "adamw", 500, 10**-4.5 * (1 + seeds), 1500 + seeds + 7)
     np.testing.assert_allclose(difference(own, bases, "return"), 7)
-    at_a_run = row(DOPR + "adamw", 500, LOSSES[1] * (1 + seeds), 1000 + seeds)
+    at_a_run = row(FAST_PREFIX + "adamw", 500, LOSSES[1] * (1 + seeds), 1000 + seeds)
     np.testing.assert_allclose(difference(at_a_run, bases[::-1], "return"), 0, atol=1e-9)
 
 
-def test_nothing_is_extrapolated(bases):
+def test_a_loss_outside_the_range_of_the_base_has_no_difference(bases):
     seeds = np.arange(FRESH_SEEDS)
     for loss in (0.9 * LOSSES[-1], 1.1 * LOSSES[0]):
-        own = row(DOPR + "adamw", 500, loss * (1 + seeds), 0)
+        own = row(FAST_PREFIX + "adamw", 500, loss * (1 + seeds), 0)
         assert np.isnan(difference(own, bases, "return")).all()
     found = pooled([own], bases, "return")
     assert found.n == 0
@@ -62,8 +62,8 @@ def test_nothing_is_extrapolated(bases):
 
 def test_seeds_are_averaged_over_the_numbers_of_steps_in_range(bases):
     seeds = np.arange(FRESH_SEEDS)
-    inside = row(DOPR + "adamw", 500, LOSSES[1] * (1 + seeds), 1000 + 2 * seeds)
-    partly = row(DOPR + "adamw", 1000, LOSSES[2] * (1 + seeds), 2000 + seeds + 4)
+    inside = row(FAST_PREFIX + "adamw", 500, LOSSES[1] * (1 + seeds), 1000 + 2 * seeds)
+    partly = row(FAST_PREFIX + "adamw", 1000, LOSSES[2] * (1 + seeds), 2000 + seeds + 4)
     partly["val_loss"][0] = 1e-9
     found = pooled([inside, partly], bases, "return")
     expected = [0, *((seeds[1:] + 4) / 2)]
@@ -120,7 +120,7 @@ def test_a_setting_that_clones_do_not_have_is_refused_before_any_run(monkeypatch
 
 def test_the_rows_of_a_file_can_be_shown_without_runs(bases, monkeypatch, tmp_path, capsys):
     seeds = np.arange(FRESH_SEEDS)
-    own = row(DOPR + "adamw", 500, LOSSES[1] * (1 + seeds), 1000 + seeds + 9)
+    own = row(FAST_PREFIX + "adamw", 500, LOSSES[1] * (1 + seeds), 1000 + seeds + 9)
     file = tmp_path / "results.json"
     file.write_text(json.dumps({"rows": [*bases, own]}))
     before = file.read_bytes()

@@ -1,4 +1,4 @@
-"""Photographs show the humanoid where it is, on a transparent background."""
+"""Test that a photograph shows the humanoid at its place, on a transparent background."""
 
 import os
 import subprocess
@@ -42,8 +42,8 @@ def test_a_film_repeats_an_episode_and_goes_on_after_the_fall():
     assert positions[-1, 2] < 0.5 < heights[-1]  # metres; it lies on the floor
 
 
-def test_photographs_are_where_the_humanoid_is():
-    """In a process of its own, because MuJoCo chooses how to draw when it is imported."""
+def test_a_photograph_is_centred_on_the_humanoid():
+    """Draw in another process, because MuJoCo chooses its renderer when it is imported."""
     environment = {"MUJOCO_GL": "egl"} | os.environ
     command = [sys.executable, "-c", DRAW]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

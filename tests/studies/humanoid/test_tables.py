@@ -1,4 +1,4 @@
-"""The table of returns pairs seeds, and says which rate the rollouts would have chosen."""
+"""Test the table of returns: pairs by seed, and the rate with the best rollouts."""
 
 import pytest
 
@@ -37,12 +37,12 @@ def test_returns_are_paired_by_seed_with_the_base_at_both_rates(folder):
     assert dopr[3:] == ["220 ± 273", "0.25", "+20 ± 25", "+170 ± 273", "0.01"]
 
 
-def test_all_can_be_compared_with_one(folder):
+def test_all_optimizers_can_be_compared_with_the_same_one(folder):
     adamw = table(folder, "dopr-adamw").split("\n")[2]
     assert "| -20 ± 25 |" in adamw
 
 
-def test_a_diverged_run_is_counted_and_in_no_mean(folder):
+def test_a_diverged_run_is_counted_and_enters_no_mean(folder):
     records = [run("adamw", 4, 0.0, grade=None, val_loss=None), *read_records(folder / RECORDS)]
     write_records(folder / RECORDS, records)
     lines = table(folder).split("\n")
@@ -50,7 +50,7 @@ def test_a_diverged_run_is_counted_and_in_no_mean(folder):
     assert "| +20 ± 25 |" in lines[3]
 
 
-def test_the_command_names_the_folder(folder, capsys):
+def test_the_command_prints_the_name_of_the_folder(folder, capsys):
     main([str(folder)])
     assert capsys.readouterr().out.startswith("study\n\n| ")
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""Training is fixed by its seed, and writes an expert that is the mean of the trained policy."""
+"""Test that training depends only on its seed and writes the mean of the trained policy."""
 
 import json
 from itertools import islice
@@ -29,7 +29,7 @@ def trained(seed, iterations=2):
     return model.expert_arrays()
 
 
-def test_the_seed_fixes_the_training():
+def test_training_depends_only_on_the_seed():
     first, again, other = trained(0), trained(0), trained(1)
     for name, array in first.items():
         np.testing.assert_array_equal(array, again[name])

@@ -1,4 +1,4 @@
-"""Clones in a study: records, resuming, commands, refusals, and the page of a report."""
+"""Test a study of clones: its records, commands, refusals, and the page of a report."""
 
 import json
 import shlex
@@ -11,10 +11,12 @@ import pytest
 from eval.rollout.record import write_records
 from eval.rollout.tasks.task import TaskError
 from studies.humanoid import trial
+from studies.humanoid.grading import grade_policy
 from studies.humanoid.task import Humanoid
-from studies.humanoid.trial import HumanoidTrial, command_of, main, train_and_grade
+from studies.humanoid.trial import HumanoidTrial, clone_of, main
 from studies.report.__main__ import main as report
-from studies.stats.records import RECORDS, log_error, read_records
+from studies.stats.errors import log_error
+from studies.stats.records import RECORDS, read_records
 from studies.sweep import compare
 from studies.sweep.trial import run_trial
 from studies.sweep.variants import parse_variant
@@ -26,7 +28,8 @@ SETTINGS = {"optimizer": "adamw", "max_steps": 5}
 
 def graded(**settings):
     """Return the grade of a clone as text, which is equal for equal numbers only."""
-    return json.dumps(train_and_grade(SMALL, SETTINGS | settings, 1e-3, 0, 2).to_json())
+    clone = clone_of(SMALL, SETTINGS | settings, 1e-3, 0)
+    return json.dumps(grade_policy(SMALL, clone, 2, 0).to_json())
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +85,7 @@ def test_the_records_of_a_study_have_positive_errors_and_the_references(study, r
 
 
 def test_a_finished_run_is_not_repeated(study, records, monkeypatch):
-    monkeypatch.setattr(trial, "train_and_grade", None)
+    monkeypatch.setattr(trial, "clone_of", None)
     own = study.trial(study.variants[1], "fresh", 2e-3, study.seeds[0])
     assert run_trial(own)["grade"] == records[1]["grade"]
 
@@ -107,7 +110,7 @@ def test_the_report_shows_the_returns_and_the_survival(study, records, tmp_path)
 def test_the_command_of_a_record_repeats_its_run(study, records, capsys):
     own = study.trial(study.variants[1], "fresh", 2e-3, study.seeds[0])
     assert isinstance(own, HumanoidTrial)
-    main(shlex.split(command_of(own))[4:])
+    main(shlex.split(own.repeat_command)[4:])
     value = records[1]["grade"]["metrics"]["return"]["mean"]
     assert f"return {value!r} " in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""Tests of the slopes and verdicts of the coordinate check, and of its command."""
+"""Test the slopes and verdicts of the coordinate check, and its command."""
 
 import json
 
@@ -75,7 +75,7 @@ def test_a_control_without_a_slope_is_not_accepted():
     assert not verdict("sp", slopes_of(rows), 32)[0]
 
 
-def test_one_width_is_not_judged():
+def test_a_single_width_has_no_verdict():
     good, text = tables([row for row in sized({}) if row["width"] == 64])
     assert good
     assert "open: one width has no slope" in text
@@ -144,7 +144,7 @@ def refusal(arguments, capsys):
 @pytest.mark.parametrize(
     ("more", "code"), [([], 1), (["--widths", "16"], 0), (["--shard", "1/2"], 0)]
 )
-def test_only_a_whole_grid_is_judged(dataset, tmp_path, monkeypatch, more, code):
+def test_a_part_of_a_grid_has_no_verdict(dataset, tmp_path, monkeypatch, more, code):
     flat = [row | {"parametrisation": "sp"} for row in sized({})]  # a control that passes
     monkeypatch.setattr("studies.mup.grid.run_grid", lambda *_: flat)
     assert main(command(dataset, tmp_path, "--optimizers", "adamw", *more)) == code

@@ -1,4 +1,4 @@
-"""Tests that the committed tables of the width studies match the committed records."""
+"""Test that the committed tables of the width studies match the committed records."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Tests of optima, shifts and regrets, on sweeps whose answers are known."""
+"""Test optima, shifts and regrets, on sweeps whose answers are known."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Tests of the grid of a width sweep, of its shards and agents, and of a tiny sweep."""
+"""Test the grid of a width sweep, its shards and agents, and a tiny sweep."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""Tests that the figures show every run once and change no global state."""
+"""Test that the figures show every run once and change no global state."""
 
 import gc
 import subprocess

@@ -1,4 +1,4 @@
-"""Tests that a report shows the content of its records and is one self-contained page."""
+"""Test that a report shows the content of its records and is one self-contained page."""
 
 import base64
 import re

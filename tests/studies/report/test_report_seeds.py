@@ -1,4 +1,4 @@
-"""Tests of reports on few seeds and on single runs, and of reports that are refused."""
+"""Test reports on few seeds and on single runs, and reports that are refused."""
 
 import json
 import re

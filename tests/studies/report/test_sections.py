@@ -1,4 +1,4 @@
-"""Tests of the sections of a report: their comparisons, stars and names."""
+"""Test the sections of a report: their comparisons, stars and names."""
 
 import pytest
 

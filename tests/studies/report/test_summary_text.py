@@ -1,4 +1,4 @@
-"""Tests of the sentences below a leaderboard, and of the text tables in the terminal."""
+"""Test the sentences below a leaderboard, and the text tables in the terminal."""
 
 import pytest
 

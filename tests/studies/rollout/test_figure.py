@@ -1,4 +1,4 @@
-"""Tests that the figure of the rollout study shows the ratios of the leaderboard."""
+"""Test that the figure of the rollout study shows the ratios of the leaderboard."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Tests that the tables of the rollout study and docs/results.md agree with the records."""
+"""Test that the tables of the rollout study and docs/results.md agree with the records."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tests of leaderboards, curves and sweeps on records whose answers are known."""
+"""Test leaderboards, curves and sweeps on records whose answers are known."""
 
 import math
 

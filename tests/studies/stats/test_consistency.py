@@ -1,4 +1,4 @@
-"""Tests that records are refused if they must not be pooled or compared."""
+"""Test that records are refused if they must not be pooled or compared."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Tests of the comparison at equal validation, on records whose answers are known."""
+"""Test the comparison at equal validation, on records whose answers are known."""
 
 import math
 

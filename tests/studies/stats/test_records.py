@@ -1,4 +1,4 @@
-"""Tests of reading records, and of the quantities that the statistics take from a record."""
+"""Test the reading of records, and the quantities that the statistics take from them."""
 
 import json
 import lzma
@@ -6,13 +6,7 @@ import math
 
 import pytest
 
-from studies.stats.records import (
-    AnalysisError,
-    load_records,
-    log_error,
-    return_without_error,
-    teacher_forced,
-)
+from studies.stats.records import AnalysisError, load_records, teacher_forced
 from tests.studies.records import record, write_lines, write_run
 
 ROWS = [record("adamw", seed, 1.0) for seed in range(3)]
@@ -73,28 +67,6 @@ def test_a_damaged_file_is_named_with_the_line_and_the_key_at_fault(
     path.write_bytes(content)
     with pytest.raises(AnalysisError, match=f"{name}(, |: ){problem}"):
         load_records([tmp_path])
-
-
-def test_errors_are_logarithms_and_no_error_counts_as_half_an_episode():
-    assert log_error(record("adamw", 0, 0.25)) == pytest.approx(math.log(0.25))
-    half = pytest.approx(math.log(0.5 / 9))  # of 8 episodes
-    assert log_error(record("adamw", 0, 0.0)) == half
-    assert log_error(record("adamw", 0, 1.0, higher_is_better=True)) == half
-    deviation = record("adamw", 0, 3.0, primary="log10_deviation")
-    deviation["grade"]["metrics"]["log10_deviation"] = {"mean": 3.0}
-    assert log_error(deviation) == pytest.approx(math.log(1000))
-    assert math.isnan(log_error(record("adamw", 0, None)))
-
-
-@pytest.mark.parametrize(("shortfall", "error"), [(0.25, 0.25), (1.5, 1.5), (-0.01, 0.5 / 9)])
-def test_the_error_of_a_return_is_its_shortfall_and_at_least_half_an_episode(shortfall, error):
-    row = record("adamw", 0, 1500.0, primary="return", higher_is_better=True)
-    metrics = {"return": 1500.0, "shortfall": shortfall}
-    row["grade"]["metrics"] = {key: {"mean": value, "n": 8} for key, value in metrics.items()}
-    assert log_error(row) == pytest.approx(math.log(error))
-    assert return_without_error(row) == pytest.approx(1500 / (1 - shortfall))
-    lost = record("adamw", 0, None, primary="return", higher_is_better=True)
-    assert math.isnan(log_error(lost))
 
 
 def test_the_error_on_the_data_is_the_oracle_kl_if_the_task_has_an_oracle():

@@ -1,4 +1,4 @@
-"""A study is added to the board if it keeps the rules, and refused with each rule it breaks."""
+"""Test that a study is added to the board if it keeps the rules, and refused otherwise."""
 
 import json
 
@@ -49,7 +49,7 @@ def study(finished, tmp_path, monkeypatch):
     return submit
 
 
-def test_a_sound_study_is_repeated_run_on_hidden_seeds_and_added(study, finished, capsys):
+def test_a_study_that_keeps_the_rules_is_repeated_and_added(study, finished, capsys):
     place = study()
     assert read_records(place / "records.jsonl") == sorted(
         finished[0], key=lambda record: (record["variant"], record["lr"], record["seed"])
@@ -65,7 +65,7 @@ def test_a_sound_study_is_repeated_run_on_hidden_seeds_and_added(study, finished
     assert "studies.submit" in json.loads((place / "protocol.json").read_text())["command"]
 
 
-def test_check_runs_and_adds_nothing(study, capsys):
+def test_check_runs_nothing_and_adds_nothing(study, capsys):
     assert not study("--check").exists()
     assert "keep the rules" in capsys.readouterr().out
 
@@ -136,7 +136,7 @@ def test_the_base_has_to_run_at_the_rate_of_its_variant(tmp_path):
     assert not rules._seed_problems(study, variant, [*records, *run("sgd", "control", 0.2)])
 
 
-def test_a_run_with_other_numbers_is_not_accepted(study, finished, tmp_path, capsys):
+def test_a_run_that_cannot_be_repeated_is_refused(study, finished, tmp_path, capsys):
     chosen = chosen_run(finished[0], REVISION)
 
     def change(records, protocol):

@@ -1,4 +1,4 @@
-"""Tests of the linear system: its exact grades, and policies that learn or diverge."""
+"""Test the linear system: its exact grades, and policies that learn or diverge."""
 
 import math
 import shlex
@@ -9,7 +9,7 @@ import torch
 
 from eval.rollout.tasks.lds import Lds, grade_policy
 from optim.build import OPTIMIZERS
-from studies.sweep.lds import _demonstrations, command_of, main, parse_lds_variant, train_policy
+from studies.sweep.lds import LdsTrial, _demonstrations, main, train_policy
 
 EXACT = 1e-9  # float64, relative, through up to 100 products of well-scaled matrices
 RATES = {"sgd": 0.01, "adamw": 0.01, "signum": 0.003, "muon": 0.03, "adamuon": 0.03}
@@ -168,16 +168,18 @@ def test_demonstrations_share_no_random_number_with_the_plant(seed):
 
 @pytest.mark.parametrize("name", ["adamw+gamma=0.1", "dopr-sgd+momentum=0", "adamw+beta1=0.8"])
 def test_a_variant_can_only_change_numbers_of_dopr(name):
-    assert dict(parse_lds_variant("dopr-adamw+gamma=0.001").settings)["gamma"] == 1e-3
+    assert dict(LdsTrial.parse_variant("dopr-adamw+gamma=0.001").settings)["gamma"] == 1e-3
     with pytest.raises(ValueError, match="task lds has no"):
-        parse_lds_variant(name)
+        LdsTrial.parse_variant(name)
 
 
-def test_the_command_of_a_record_repeats_its_run(capsys):
+def test_the_command_of_a_record_repeats_its_run(tmp_path, capsys):
     lds = Lds(instance=7, horizon=12)
     K = train_policy(lds, "adamw", 0.1 / 512, 3, steps=5, gamma=0.1)
-    command = command_of(lds, "dopr-adamw+gamma=0.1", 0.1 / 512, 3, 5)
-    main(shlex.split(command)[3:])
+    names = {"variant": "dopr-adamw+gamma=0.1", "base": "adamw", "role": "fresh"}
+    numbers = {"lr": 0.1 / 512, "seed": 3, "settings": {"max_steps": 5}, "n": 1}
+    trial = LdsTrial(folder=tmp_path, task=lds, **names, **numbers)
+    main(shlex.split(trial.repeat_command)[4:])
     assert f"val_loss {grade_policy(lds, K).means()['val_loss']!r} " in capsys.readouterr().out
 
 

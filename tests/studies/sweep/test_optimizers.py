@@ -1,4 +1,4 @@
-"""Optimizers of models that train.py does not train."""
+"""Test the optimizers of models that train.py does not train."""
 
 import torch
 from torch import nn
@@ -6,8 +6,8 @@ from torch import nn
 from studies.sweep.optimizers import build, finish, step
 
 
-def test_at_the_end_the_weights_are_those_to_evaluate():
-    """Of a schedule-free optimizer these are x, where the gradients are at y = 0.9 x + 0.1 z."""
+def test_finish_puts_the_weights_for_evaluation_in_place():
+    """A schedule-free optimizer has gradients at y = 0.9 x + 0.1 z and is evaluated at x."""
     model = nn.Sequential(nn.Linear(4, 3, bias=False))
     optimizers = build(model, "schedulefreeadamw", 0.1, {}, "betas=(0.9, 0.99)")
     for _ in range(5):

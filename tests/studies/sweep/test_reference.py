@@ -1,4 +1,4 @@
-"""Tests of reference policies whose grades are known."""
+"""Test reference policies whose grades are known."""
 
 import math
 
@@ -6,24 +6,23 @@ import pytest
 
 from eval.rollout.tasks import parse_task
 from eval.rollout.tasks.lds import Lds
-from studies.sweep.reference import command_of, main, references_of
+from studies.sweep.reference import command_of, main
 
 SMALL = "pdfa,states=4,alphabet=4,horizon=8,n_documents=64"
 
 
 def test_the_oracle_has_no_error_and_the_uniform_policy_the_largest_entropy():
     task = parse_task(SMALL)
-    oracle = references_of(task)["oracle"](64, 0).means()
+    oracle = task.grade_reference("oracle", n=64, seed=0).means()
     assert oracle["sequence_kl"] == oracle["accumulated_kl"] == oracle["gap"] == 0
-    uniform = references_of(task)["uniform"](64, 0).means()
+    uniform = task.grade_reference("uniform", n=64, seed=0).means()
     assert uniform["val_ce"] == pytest.approx(math.log(5))  # four symbols and the end of text
     assert uniform["sequence_kl"] > 1
 
 
 def test_a_policy_that_never_acts_leaves_the_expert_in_an_unstable_system():
     lds = Lds(instance=3)
-    assert [*references_of(lds)] == ["zero"]
-    means = references_of(lds)["zero"](1, 0).means()
+    means = lds.grade_reference("zero", n=1, seed=0).means()
     assert means["log10_deviation"] > 2  # two modes grow by 1.1 a step, for a hundred steps
 
 

@@ -1,4 +1,4 @@
-"""Tests of sweeps, fresh seeds and the folder of a study."""
+"""Test sweeps, fresh seeds and the folder of a study."""
 
 import json
 import math

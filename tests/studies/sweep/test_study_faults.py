@@ -1,4 +1,4 @@
-"""Tests of studies that are stopped or in which a run fails."""
+"""Test studies that are stopped or in which a run fails."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Tests of the comparison at each optimizer's own temperature."""
+"""Test the comparison at each optimizer's own temperature."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Tests of the names of optimizers in comparisons."""
+"""Test the names of optimizers in comparisons."""
 
 import pytest
 

@@ -8,7 +8,7 @@ import torch
 
 from eval.rollout.policy import GPTPredictor
 from eval.rollout.tasks.chain import Chain
-from studies.sweep.reference import OraclePredictor
+from eval.rollout.tasks.references import OraclePredictor
 from tests.eval.rollout.tasks.oracles import Bent, Product, both_rollouts, random_gpt, smoothed
 
 EXACT = 1e-5  # a float32 GPT whose contexts are read in different batches

@@ -11,8 +11,8 @@ from torch import Tensor
 from eval.rollout.policy import Predictor
 from eval.rollout.tasks import ctrl
 from eval.rollout.tasks.ctrl import Bins, Ctrl
+from eval.rollout.tasks.references import OraclePredictor
 from eval.rollout.tasks.task import TaskError
-from studies.sweep.reference import OraclePredictor
 from tests.eval.rollout.tasks.oracles import both_rollouts
 
 EXACT = 1e-12  # float64

@@ -8,8 +8,8 @@ import torch
 from scipy.sparse.csgraph import connected_components, shortest_path
 
 from eval.rollout.tasks.nav import HELD_OUT, Nav
+from eval.rollout.tasks.references import OraclePredictor
 from eval.rollout.tasks.task import TaskError
-from studies.sweep.reference import OraclePredictor
 from tests.eval.rollout.tasks.oracles import both_rollouts
 
 EXACT = 1e-12  # float64, products of a few shares

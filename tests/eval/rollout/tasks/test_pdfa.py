@@ -9,7 +9,7 @@ from scipy import stats
 from scipy.sparse.csgraph import connected_components
 
 from eval.rollout.tasks.pdfa import LIKELY, Pdfa
-from studies.sweep.reference import OraclePredictor
+from eval.rollout.tasks.references import OraclePredictor
 
 EXACT = 1e-12  # float64, products of a few probabilities
 

@@ -121,6 +121,7 @@ def test_the_loss_counts_the_decisions_and_neither_prompt_nor_answers(given, pre
         ("pdfa,state=3", ["'state'", "did you mean 'states'", "alphabet"]),
         ("nav,nodes=many", ["nodes='many'", "int"]),
         ("navi", ["'navi'", "did you mean 'nav'", "chain"]),
+        ("task:lds,states=9", ["has no tokens", "python -m studies.sweep.compare --task lds"]),
     ],
 )
 def test_a_wrong_spec_is_one_error_with_all_facts(spec, said):

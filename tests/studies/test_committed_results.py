@@ -1,0 +1,46 @@
+"""Test that the committed results load and print the tables that the docs quote."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from studies.dagger.tables import tables_of
+from studies.finetune import study as finetune
+from studies.finetune.study import FinetuneResults, Pair
+from studies.humanoid.tables import table
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "studies" / "results"
+
+
+def rows_of(text):
+    """Return the cells of each row of the tables in a Markdown text."""
+    lines = [line.strip() for line in text.splitlines() if line.strip().startswith("|")]
+    return {tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines}
+
+
+@pytest.fixture(scope="module")
+def quoted():
+    """Return the rows of all tables in the docs, without the lines below headers."""
+    return set().union(*(rows_of(page.read_text()) for page in (ROOT / "docs").rglob("*.md")))
+
+
+@pytest.mark.parametrize("name", ["optimizers", "noise", "demonstrations-20"])
+def test_the_docs_quote_the_returns_of_clones(name, quoted):
+    assert rows_of(table(RESULTS / "humanoid" / name)) <= quoted
+
+
+def test_the_docs_quote_the_tables_of_dagger(quoted):
+    rows = json.loads((RESULTS / "dagger.json").read_text())["rows"]
+    assert rows_of(tables_of(rows)) <= quoted
+
+
+def test_the_results_of_fine_tuning_are_complete(monkeypatch):
+    path = RESULTS / "finetune.json"
+    protocol = json.loads(path.read_text())["protocol"]
+    monkeypatch.setattr(finetune, "sha256_of", lambda path: protocol["pretrained_sha256"])
+    monkeypatch.setattr(finetune, "load", lambda path: (None, None))
+    results = FinetuneResults(path, Path("model"))
+    monkeypatch.setattr(results, "make", pytest.fail)  # no run is missing
+    assert rows_of(finetune.tables([Pair(results, name) for name in finetune.PAIRS]))
