@@ -1,10 +1,10 @@
-"""The GPT-2 model and its loss. `eval/generate.py` samples from it."""
+"""The GPT-2 model and its loss. `eval/generate.py` repeats its forward with a key-value cache."""
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ class GPTConfig:
     n_embd: int
     dropout: float = 0.0
     bias: bool = True  # in linear layers and LayerNorms
-    tie_weights: bool = True  # the output head is the token embedding
+    tie_weights: bool = True  # the output head is the token embedding; there is no lm_head
     init_mult: float = 1.0  # multiplies the initial std of hidden matrices; see optim/mup.py
     attention_mult: float = 1.0  # multiplies the attention logits
     logits_mult: float = 1.0  # multiplies the output logits
@@ -42,16 +42,6 @@ class GPTConfig:
         require(claims)
 
 
-class Cache(Protocol):
-    """Keys and values of earlier tokens; `eval.generate.KVCache` implements it."""
-
-    mask: Tensor | None  # which keys each new token may attend to
-
-    def extend(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
-        """Append kv (B, T, 2, H, D) to a layer; return all its keys and values, (B, H, S, D)."""
-        ...
-
-
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -59,21 +49,14 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
-        self.dropout = config.dropout
         self.scale = config.attention_mult / math.sqrt(config.n_embd // config.n_head)
 
-    def forward(self, x: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, T, D) each
-        if cache is None:
-            dropout = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(
-                q, k, v, dropout_p=dropout, is_causal=True, scale=self.scale
-            )
-        else:
-            k, v = cache.extend(layer, qkv[:, :, 1:])
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask, scale=self.scale)
+        p = self.resid_dropout.p if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True, scale=self.scale)
         y = y.transpose(1, 2).reshape(B, T, C)  # concatenate the heads
         return self.resid_dropout(self.c_proj(y))
 
@@ -97,16 +80,13 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache, layer)
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019): a pre-norm transformer decoder with learned positions.
-
-    A model with tied weights has no `lm_head`: its head is the token embedding, saved once.
-    """
+    """GPT-2 (Radford et al. 2019): a pre-norm transformer decoder with learned positions."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -151,30 +131,25 @@ class GPT(nn.Module):
 
         Args:
             reduction: average or sum the cross-entropy over the scored targets.
-            return_logits: False returns None for the logits if there are targets. Training uses it
-                because the logits would otherwise stay in memory until the next forward.
+            return_logits: False returns None for the logits if there are targets, to free memory.
         Raises:
             ValueError: T is larger than block_size.
         """
         T = idx.size(1)
         if T > self.config.block_size:
             raise ValueError(f"got {T} tokens a row, but block_size is {self.config.block_size}")
-        logits, loss = self.logits(self.hidden(idx, torch.arange(T, device=idx.device))), None
+        x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(T, device=idx.device))
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x)  # (B, T, C)
+        logits, loss = self.logits(self.transformer.ln_f(x)), None
         if targets is not None:
             rows, labels = logits.flatten(0, 1), targets.flatten()
             loss = F.cross_entropy(rows, labels, ignore_index=IGNORE, reduction=reduction)
         return logits if return_logits or loss is None else None, loss
 
-    def hidden(self, idx: Tensor, positions: Tensor, cache: Cache | None = None) -> Tensor:
-        """Return the final hidden states (B, T, C) of idx (B, T) at positions (T,) or (B, T)."""
-        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
-        x = self.transformer.drop(x)
-        for layer, block in enumerate(self.transformer.h):
-            x = block(x, cache, layer)
-        return self.transformer.ln_f(x)
-
     def logits(self, hidden: Tensor) -> Tensor:
-        """Apply the output head, (..., C) -> (..., V), in training and in generation."""
+        """Apply the output head, (..., C) -> (..., V)."""
         tied = self.config.tie_weights
         logits = tied_head(hidden, self.transformer.wte.weight) if tied else self.lm_head(hidden)
         return logits if self.config.logits_mult == 1 else logits * self.config.logits_mult
@@ -190,8 +165,7 @@ class GPT(nn.Module):
         12 L C T is attention over T = block_size tokens; causality is not deducted.
         """
         config, N = self.config, self.n_parameters() - self.transformer.wpe.weight.numel()
-        if not config.tie_weights:
-            N -= self.transformer.wte.weight.numel()
+        N -= 0 if config.tie_weights else self.transformer.wte.weight.numel()
         return 6 * N + 12 * config.n_layer * config.n_embd * config.block_size
 
 
@@ -221,6 +195,5 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 def require(claims: dict[str, bool]) -> None:
     """Raise one ValueError with all the messages whose claim is false."""
-    problems = [message for message, holds in claims.items() if not holds]
-    if problems:
+    if problems := [message for message, holds in claims.items() if not holds]:
         raise ValueError("\n".join(problems))

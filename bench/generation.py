@@ -1,14 +1,16 @@
 """Compare the speed of our generation with Hugging Face's, in tokens per second.
 
-    python -m bench.generation [--sizes demo gpt2] [--batches 1 16 64] [--rounds 9] [--out FILE]
+    python -m bench.generation [--sizes demo gpt2] [--dtypes float32 bfloat16]
+                               [--batches 1 16 64] [--rounds 9] [--out FILE]
 
-Both sides run the same weights in one process, in fp32: a GPT with random weights, because speed
-does not depend on their values, and its export through eval/hf.py. Both get the same prompts and
-use no stop token and no truncation of the distribution. The two sides alternate, and the order
-within a round alternates too. Size gpt2 runs a third of the rounds. The result has the median
-tokens per second, and the median and the quartiles over rounds of the ratio within a round.
+Both sides run the same weights in one process and in the same dtype: a GPT with random weights,
+because speed does not depend on their values, and its export through eval/hf.py. Both get the same
+prompts and use no stop token and no truncation of the distribution. The two sides alternate, and
+the order within a round alternates too. Size gpt2 runs a third of the rounds. The result has the
+median tokens per second, and the median and the quartiles over rounds of the ratio within a round.
 """
 
+import itertools
 import os
 import statistics
 import tempfile
@@ -32,18 +34,18 @@ SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {"vocab_size": 50304, "block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768},
 }
 TOKENS = {"demo": (16, 64), "gpt2": (4, 8)}  # prompt tokens, new tokens
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Generate = Callable[[list[list[int]], int, bool], list[list[int]]]
 
 
-def make_pair(size: str) -> dict[str, Generate]:
+def make_pair(size: str, dtype: torch.dtype) -> dict[str, Generate]:
     """Return our function and Hugging Face's to generate with the same random weights."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SIZES[size], bias=False)).eval()
     with tempfile.TemporaryDirectory() as folder:
         export_hf(model, byte_tokenizer(), folder)
-        exported: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32
-        )
+        exported: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model.to(dtype)
     exported.generation_config.eos_token_id = None  # so that no row stops early
 
     def ours(prompts: list[list[int]], n: int, greedy: bool) -> list[list[int]]:
@@ -60,7 +62,7 @@ def make_pair(size: str) -> dict[str, Generate]:
 
 
 def agreement(pair: dict[str, Generate], prompts: list[list[int]], n: int) -> float:
-    """Return the share of equal greedy tokens: 1 except where rounding breaks a tie."""
+    """Return the share of equal greedy tokens: 1 except where rounding changes the likeliest."""
     ours, theirs = (torch.tensor(side(prompts, n, True)) for side in pair.values())
     return (ours == theirs).double().mean().item()
 
@@ -94,18 +96,20 @@ def measure(
 def main() -> None:
     parser = bench_parser("generation", __doc__, rounds=9)
     parser.add_argument("--sizes", choices=SIZES, nargs="+", default=list(SIZES))
+    parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=["float32"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     rows = []
-    for size in arguments.sizes:
-        pair, (prompt, n) = make_pair(size), TOKENS[size]
+    for size, dtype in itertools.product(arguments.sizes, arguments.dtypes):
+        pair, (prompt, n) = make_pair(size, DTYPES[dtype]), TOKENS[size]
         rounds = arguments.rounds if size == "demo" else max(2, arguments.rounds // 3)
         for batch in arguments.batches:
             prompts = torch.randint(SIZES[size]["vocab_size"], (batch, prompt)).tolist()
             equal = agreement(pair, prompts, n)
             for name, greedy in (("sampled", False), ("greedy", True)):
-                row = {"size": size, "batch": batch, "mode": name, "rounds": rounds}
+                row = {"size": size, "dtype": dtype, "batch": batch, "mode": name}
+                row["rounds"] = rounds
                 row |= measure(pair, prompts, n, greedy, rounds) | {"greedy_agreement": equal}
                 rows.append(row)
                 print(*(f"{key} {value}" for key, value in row.items()), sep="  ", flush=True)

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from data.files import user_path
 
@@ -24,6 +24,14 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help. It is no error if the reader, such as `head`, stops early."""
+        try:
+            super().print_help(file)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            sys.stdout = None  # or Python tries to flush it once more
 
 
 def command_parser(module: str, about: str | None) -> argparse.ArgumentParser:

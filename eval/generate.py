@@ -1,34 +1,16 @@
 """Generate tokens from a GPT with a key-value cache."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from model import GPT, eval_mode, require
+from eval.sampling import Sampling, sample_tokens, wide_device
+from model import GPT, CausalSelfAttention, eval_mode, require
 
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How to draw the next token. The defaults sample from the model's own distribution.
-
-    Raises ValueError for values out of range.
-    """
-
-    temperature: float = 1.0  # 0 is greedy
-    top_k: int | None = None  # keep only the k likeliest tokens
-    top_p: float | None = None  # keep the fewest likeliest tokens with this total probability
-    greedy: bool = False  # take the likeliest token and ignore the other fields
-
-    def __post_init__(self) -> None:
-        t, k, p = self.temperature, self.top_k, self.top_p
-        claims = {f"temperature={t}: must be finite and not negative": 0 <= t < math.inf}
-        claims[f"top_k={k}: must be at least 1"] = k is None or k >= 1
-        claims[f"top_p={p}: must be in (0, 1]"] = p is None or 0 < p <= 1
-        require(claims)
+MKL_DTYPES = (torch.float32, torch.float64)
 
 
 class KVCache:
@@ -93,14 +75,70 @@ def next_logits(model: GPT, idx: Tensor, cache: KVCache, lengths: Tensor | None 
     Raises:
         ValueError: t tokens, padding included, do not fit into the cache.
     """
-    return model.logits(_read(model, idx, cache, lengths))
+    return _head(model, _read(model, idx, cache, lengths).flatten(0, 1)).unflatten(0, idx.shape)
 
 
 def _read(model: GPT, idx: Tensor, cache: KVCache, lengths: Tensor | None = None) -> Tensor:
-    """Read tokens idx (B, t) into the cache and return their hidden states (B, t, C)."""
-    hidden = model.hidden(idx, cache.begin(idx.size(1)), cache)
+    """Read tokens idx (B, t) into the cache and return their final hidden states (B, t, C).
+
+    Computes what `GPT.forward` does before the head, without dropout.
+    """
+    parts: Any = model.transformer
+    x = (parts.wte(idx) + parts.wpe(cache.begin(idx.size(1)))).flatten(0, 1)  # (B t, C)
+    for layer, block in enumerate(parts.h):
+        x = x + _attend(block.attn, block.ln_1(x), cache, layer, idx.shape)
+        fc, proj = block.mlp.c_fc, block.mlp.c_proj
+        h = F.gelu(linear(block.ln_2(x), fc.weight, fc.bias), approximate="tanh")  # (B t, 4 C)
+        x = x + linear(h, proj.weight, proj.bias)
     cache.commit(idx.size(1), lengths)
-    return hidden
+    return parts.ln_f(x).unflatten(0, idx.shape)
+
+
+def _attend(
+    attn: CausalSelfAttention, x: Tensor, cache: KVCache, layer: int, shape: torch.Size
+) -> Tensor:
+    """Return the attention of new tokens x (B t, C) to themselves and to those in the cache.
+
+    Args:
+        shape: (B, t).
+    """
+    D = x.size(1) // attn.n_head
+    qkv = linear(x, attn.c_attn.weight, attn.c_attn.bias).contiguous()  # (B t, 3 C)
+    q, kv = qkv.view(*shape, 3, attn.n_head, D).split([1, 2], dim=2)
+    keys, values = cache.extend(layer, kv)
+    y = F.scaled_dot_product_attention(
+        q.squeeze(2).transpose(1, 2), keys, values, attn_mask=cache.mask, scale=attn.scale
+    )  # (B, H, t, D)
+    return linear(y.transpose(1, 2).reshape(x.shape), attn.c_proj.weight, attn.c_proj.bias)
+
+
+def _head(model: GPT, hidden: Tensor) -> Tensor:  # (n, C) -> (n, V)
+    """Apply the output head: `GPT.logits`, on a CPU by `linear`."""
+    if not hidden.is_cpu:
+        return model.logits(hidden)
+    head: Any = model.transformer.wte if model.config.tie_weights else model.lm_head
+    logits = linear(hidden, head.weight)
+    return logits if model.config.logits_mult == 1 else logits * model.config.logits_mult
+
+
+def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:  # (n, K), (N, K) -> (n, N)
+    """Return F.linear(x, W, b), up to rounding, in a form that suits few rows on a CPU.
+
+    MKL multiplies x Wᵀ slowly if x has few rows. W xᵀ takes 0.5 (small W) to 0.95 of the time for
+    16 rows, and products of x with every 64 rows of W take 0.7 for 4 to 7 rows and a large W; see
+    docs/log/2026-11-21-generation.md. The result may be a transposed view.
+    """
+    n, (N, K) = len(x), W.shape
+    if not (x.is_cpu and torch.backends.mkl.is_available() and W.dtype in MKL_DTYPES):
+        return F.linear(x, W, b)
+    if n == 1 or n >= 8:
+        y = (W @ x.t()).t()
+    elif n >= 4 and N % 64 == 0:
+        blocks = W.unflatten(0, (-1, 64)).mT  # (N / 64, K, 64)
+        y = torch.bmm(x.expand(len(blocks), n, K), blocks).transpose(0, 1).reshape(n, N)
+    else:
+        return F.linear(x, W, b)
+    return y if b is None else y.add_(b)
 
 
 @torch.inference_mode()
@@ -160,7 +198,7 @@ def _generate(
             hidden, cache = _read_rows(model, [[*old, *more][s:] for old, more, s in rows], T)
         elif tokens:
             hidden = _read(model, tokens[-1][:, None], cache)[:, 0]
-        token = sample_tokens(model.logits(hidden), u, how)
+        token = sample_tokens(_head(model, hidden), u, how)
         if stop is not None and tokens:
             token = token.masked_fill(tokens[-1] == stop, stop)
         tokens.append(token)
@@ -193,31 +231,3 @@ def _check_prompts(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens:
     long = [row for row, prompt in enumerate(prompts) if len(prompt) > T]
     claims[f"prompts {long} have more than block_size={T} tokens: shorten them"] = not long
     require(claims)
-
-
-def wide_device(device: str | torch.device) -> torch.device:
-    """Return the device for float64 numbers beside this one: the same, or the CPU for MPS."""
-    device = torch.device(device)
-    return torch.device("cpu") if device.type == "mps" else device
-
-
-def sample_tokens(logits: Tensor, uniforms: Tensor, how: Sampling) -> Tensor:
-    """Draw the next tokens (B,) from logits (B, V) by inverting the cumulative distribution.
-
-    Args:
-        uniforms: (B,) float64 in [0, 1), on `wide_device(logits.device)`. Two models that get the
-            same numbers are compared with common random numbers.
-    """
-    if how.greedy or how.temperature == 0:
-        return logits.argmax(dim=-1)
-    values, ids = logits.float().to(wide_device(logits.device)) / how.temperature, None
-    V = logits.size(-1)
-    if how.top_k is not None or how.top_p is not None:
-        values, ids = values.topk(min(how.top_k or V, V), dim=-1)  # likeliest first
-    p = values.softmax(dim=-1)
-    cdf = p.cumsum(dim=-1, dtype=torch.float64)
-    if how.top_p is not None:
-        cdf = (p * (cdf - p < how.top_p)).cumsum(dim=-1, dtype=torch.float64)
-    target = uniforms[:, None] * cdf[:, -1:]  # below the last value of cdf, as u < 1
-    chosen = torch.searchsorted(cdf, target, right=True)  # (B, 1)
-    return (chosen if ids is None else ids.gather(-1, chosen))[:, 0].to(logits.device)

@@ -31,8 +31,9 @@ from eval.command import (
     pick_device,
     reported_errors,
 )
-from eval.generate import Sampling, generate
+from eval.generate import generate
 from eval.run import load_run
+from eval.sampling import Sampling
 from model import GPT
 
 
@@ -135,6 +136,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     add("--device", choices=DEVICES, default="auto")
     add("--batch_size", type=int, default=16, help="samples that are generated at once")
     add("--ema", action="store_true", help="use the averaged weights")
+    dtype_help = "of the weights; CPUs without bfloat16 instructions are slow at it"
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help=dtype_help)
     return parser, parser.parse_args(argv)
 
 
@@ -142,7 +145,8 @@ def check(arguments: argparse.Namespace) -> Sampling:
     """Validate the command line and return its sampling settings.
 
     Raises:
-        ValueError: an option is out of range, or has no effect because of --greedy.
+        ValueError: an option is out of range, or has no effect because of --greedy or
+            --temperature=0.
     """
     counts = ("num_samples", "batch_size", "max_new_tokens")
     at_least(1, **{key: getattr(arguments, key) for key in counts})
@@ -150,10 +154,13 @@ def check(arguments: argparse.Namespace) -> Sampling:
         raise ValueError(f"--seed={arguments.seed}: must be in [0, 2^63)")
     found = {key: getattr(arguments, key) for key in ("temperature", "top_k", "top_p")}
     given = {key: value for key, value in found.items() if value is not None}
-    if arguments.greedy and given:
-        listed = ", ".join(f"--{key}={value:g}" for key, value in given.items())
+    is_zero = given.get("temperature") == 0 and not arguments.greedy
+    unused = {key: value for key, value in given.items() if not (is_zero and key == "temperature")}
+    if unused and (arguments.greedy or is_zero):
+        listed = ", ".join(f"--{key}={value:g}" for key, value in unused.items())
+        cause = "--temperature=0" if is_zero else "--greedy"
         raise ValueError(
-            f"{listed}: no effect with --greedy, which takes the likeliest token; leave out either"
+            f"{listed}: no effect with {cause}, which takes the likeliest token; leave out either"
         )
     return Sampling(greedy=arguments.greedy, **given)
 
@@ -168,10 +175,10 @@ def samples(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             f"note: checkpoint {run.path} is of step 0, it holds the initial weights",
             file=sys.stderr,
         )
-    limit, seed = arguments.max_new_tokens, arguments.seed
-    settings = asdict(how) | {"max_new_tokens": limit, "ema": arguments.ema}
+    limit, seed, dtype = arguments.max_new_tokens, arguments.seed, arguments.dtype
+    settings = asdict(how) | {"max_new_tokens": limit, "ema": arguments.ema, "dtype": dtype}
     for row in sample(
-        run.model,
+        run.model.to(getattr(torch, dtype)),
         run.tokenizer,
         [prompt for prompt in prompts for _ in range(arguments.num_samples)],
         how=how,

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from eval import generate as generation
-from eval.generate import KVCache, Sampling, generate, next_logits, sample_tokens
+from eval.generate import KVCache, generate, linear, next_logits
+from eval.sampling import Sampling, sample_tokens
 from tests.tiny_gpt import gpt, tokens
 
 CACHE_ATOL = 1e-5  # fp32 logits of order 1; only the order of summation differs
@@ -25,6 +26,38 @@ def test_cached_logits_equal_uncached_logits(tie_weights):
     cache = KVCache(model, 3)
     parts = [next_logits(model, part, cache) for part in x.split([5, 1, 1, 7, 2], dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), model(x)[0], rtol=0, atol=CACHE_ATOL)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5, 9])  # the products of `linear` have other forms
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_embd": 64, "vocab_size": 128},  # multiples of 64
+        {"bias": False, "tie_weights": False},
+        {"attention_mult": 0.5, "logits_mult": 2.0},
+    ],
+)
+def test_the_cached_forward_is_the_models_own(changes, batch):
+    model, x = gpt(**changes).double(), tokens(batch, 16)
+    cache = KVCache(model, batch)
+    parts = [next_logits(model, part, cache) for part in x.split([7, 1, 2, 1, 5], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), model(x)[0], rtol=0, atol=1e-12)
+
+
+def test_a_cached_forward_has_no_dropout():
+    model, x = gpt(dropout=0.5), tokens(2, 16)
+    expected = model(x)[0]
+    logits = next_logits(model.train(), x, KVCache(model, 2))
+    torch.testing.assert_close(logits, expected, rtol=0, atol=CACHE_ATOL)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 7, 8, 16])
+@pytest.mark.parametrize("N", [61, 192])
+def test_linear_is_that_of_torch_for_any_number_of_rows(n, N):
+    x, W, b = (torch.randn(shape, dtype=torch.float64) for shape in ((n, 32), (N, 32), (N,)))
+    for bias in (None, b):
+        expected = torch.nn.functional.linear(x, W, bias)
+        torch.testing.assert_close(linear(x, W, bias), expected, rtol=0, atol=1e-12)
 
 
 def test_ragged_rows_keep_their_own_positions():
@@ -79,6 +112,19 @@ def test_the_cache_works_under_autocast():
         expected = model(x)[0]
     error = (torch.cat(parts, 1).float() - expected.float()).norm() / expected.float().norm()
     assert error < 0.02  # bfloat16 has 8 significant bits, so each rounding is off by up to 0.4 %
+
+
+def test_a_bfloat16_model_generates_from_a_bfloat16_cache():
+    model, x = gpt().bfloat16(), tokens(9, 8)
+    cache = KVCache(model, 9)
+    parts = [next_logits(model, part, cache) for part in x.split([6, 1, 1], dim=1)]
+    assert {cache.kv.dtype, *(part.dtype for part in parts)} == {torch.bfloat16}
+    expected = gpt()(x)[0]  # in float32
+    error = (torch.cat(parts, 1).float() - expected).norm() / expected.norm()
+    assert error < 0.03  # see above
+    for greedy in (True, False):
+        rows = generate(model, PROMPTS, 30, greedy=greedy)  # past block_size
+        assert [len(row) for row in rows] == [30] * 3
 
 
 # -- generation
@@ -231,6 +277,17 @@ P = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])
 def test_token_frequencies_follow_the_settings(settings, expected):
     drawn = frequencies(P.log(), **settings)
     torch.testing.assert_close(drawn, expected, rtol=0, atol=2e-5)  # each boundary is off by 1 / n
+
+
+@pytest.mark.parametrize("is_transposed", [True, False])
+def test_greedy_takes_the_first_of_equal_logits(is_transposed):
+    logits = torch.zeros(16, 8192)
+    firsts = torch.arange(16) * 500 + 3
+    for offset in (0, 1, 190):
+        logits[torch.arange(16), firsts + offset] = 1.0
+    if is_transposed:
+        logits = logits.t().contiguous().t()
+    assert sample_tokens(logits, torch.zeros(16), Sampling(greedy=True)).equal(firsts)
 
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2**-53])

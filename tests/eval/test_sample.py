@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -10,10 +12,11 @@ import torch
 import train
 from data.tokenizer import byte_tokenizer
 from eval.command import command_parser, pick_device
-from eval.generate import Sampling, generate
+from eval.generate import generate
 from eval.hf import export_hf
 from eval.run import load_run
 from eval.sample import main, read_prompts, sample
+from eval.sampling import Sampling
 from model import GPT, GPTConfig
 from tests.tiny import argv
 
@@ -143,6 +146,30 @@ def test_a_temperature_of_zero_on_the_command_line_is_greedy(out_dir, capsys):
     assert capsys.readouterr().out == found
 
 
+def test_the_weights_may_be_bfloat16(out_dir, tmp_path, monkeypatch):
+    seen, out = [], tmp_path / "samples.jsonl"
+
+    def record(model, *args, **rest):
+        seen.extend({p.dtype for p in model.parameters()})
+        return generate(model, *args, **rest)
+
+    monkeypatch.setattr("eval.sample.generate", record)
+    main([str(out_dir), "--dtype=bfloat16", "--max_new_tokens=5", f"--out={out}"])
+    assert seen == [torch.bfloat16]
+    assert json.loads(out.read_text())["settings"]["dtype"] == "bfloat16"
+
+
+def test_help_into_a_closed_pipe_is_silent():
+    read, write = os.pipe()
+    os.close(read)
+    code = "from eval.command import command_parser as p; p('x', 'y').parse_args(['--help'])"
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}  # buffered, as in a shell
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=environment)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_a_terminal_without_unicode_shows_escapes(model, monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
@@ -189,6 +216,8 @@ BAD_LINES = {
     "--temperature=1, --top_k=5, --top_p=0.9: no effect": [
         *("--greedy", "--top_p=0.9", "--top_k=5", "--temperature=1")
     ],
+    "--top_k=5: no effect with --temperature=0": ["--temperature=0", "--top_k=5"],
+    "invalid choice: 'float16'": ["--dtype=float16"],
     "top_p=0.0: must be in (0, 1]": ["--top_p=0"],
     "prompt 1 has 16 tokens and block_size is 16": ["--prompt=0123456789abcdef"],
     "no averaged weights": ["--ema"],
