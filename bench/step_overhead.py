@@ -3,9 +3,10 @@
     python -m bench.step_overhead [--preset cpu] [--widths 128 256 512] [--rounds 12] [--out FILE]
     python -m bench.step_overhead --preset gpt2 --rounds 3    # GPT-2 124M, 0.5M tokens a step: GPU
 
-Each optimizer trains alone and with DoPr in three modes: exact (a new Σ and P in every step),
-averaged (Σ of every token, a new P every 10 steps) and fast (as averaged, but Σ of one token in
-several and in one step in 10, as in config/gpt2_dopr.py); averaged and fast also with `fresh_mean`.
+Each optimizer trains alone and with DoPr in four modes: exact (a new Σ and P in every step), the
+same with Σ in blocks of the model's width, averaged (Σ of every token, a new P every 10 steps) and
+fast (as averaged, but Σ of one token in several and in one step in 10, as in config/gpt2_dopr.py);
+averaged and fast also with `fresh_mean`.
 The variants run in one process, on GPTs with the same weights and the same batch. They take turns;
 a turn has as many steps as lie between two refreshes of the fast mode, so it contains exactly one
 refresh. The result has the median over rounds of the mean step time, and its ratio to the optimizer
@@ -62,10 +63,11 @@ def modes(preset: StepPreset, width: int, inverse: str) -> dict[str, dict[str, A
     exact = {"gamma": 0.1, "inverse": inverse}
     averaged = exact | {"sigma_beta": 0.95, "refresh_every": every}
     fast = averaged | {"collect_every": every, "token_stride": preset.token_stride}
-    fast |= {"block_diagonal": width}
-    fresh = {"fresh_mean": True}
+    blocks, fresh = {"block_diagonal": width}, {"fresh_mean": True}
+    fast |= blocks
     return {
-        **{"base": None, "exact": exact, "averaged": averaged, "fast": fast},
+        **{"base": None, "exact": exact, "exact, blocks": exact | blocks},
+        **{"averaged": averaged, "fast": fast},
         **{"averaged, fresh mean": averaged | fresh, "fast, fresh mean": fast | fresh},
     }
 
@@ -99,7 +101,9 @@ class StepVariant:
         self.refresh_every, allocated_before = preset.refresh_every, allocated()
         self.model = GPT(gpt_config(preset, width)).to(DEVICE)
         self.optimizers = make(self.model)
-        self.forward = torch.compile(self.model) if preset.compile_in_bf16 else self.model
+        # torch compiles the same forward for every variant, and gives up silently at its limit
+        with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+            self.forward = torch.compile(self.model) if preset.compile_in_bf16 else self.model
         self.autocast = torch.autocast(DEVICE.type, torch.bfloat16, preset.compile_in_bf16)
         shape = (preset.accumulation, preset.micro_batch_size, preset.block_size + 1)
         tokens = torch.randint(preset.vocab_size, shape, device=DEVICE)

@@ -1,7 +1,4 @@
-"""Dense inverse roots A^(-1/p), with a retry at a larger damping if a covariance has no inverse.
-
-The factorizations run in float64, so that an fp32 result needs no refinement.
-"""
+"""Inverse roots of damped covariances, with a retry at a larger damping where there is none."""
 
 from __future__ import annotations
 
@@ -12,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .deflation import check_deflation_basis, deflate, deflated_condition_bound, restore
+from .dense_root import inverse_root_by_factorization, with_damping
 from .dispatch import Backend, choose_backend
-from .gram import mirror_
 from .newton_schulz import (
     check_inverse_root,
     inverse_root,
@@ -39,24 +36,6 @@ class DampedInverse(NamedTuple):
     X: Tensor  # (..., d, d), finite, exactly symmetric
     damping: Tensor  # (...), the damping of the attempt that succeeded
     failures: Tensor  # (...) int64, the number of failed attempts
-
-
-def dense_inverse_root(
-    A: Tensor,  # (..., d, d), symmetric, fp32 or float64
-    p: int,  # 1, 2 or 4
-) -> tuple[Tensor, Tensor]:  # X (..., d, d), like A and exactly symmetric; ok (...) bool
-    """Compute X = A^(-1/p) by Cholesky (p = 1) or eigendecomposition (p = 2, 4).
-
-    Where A is not finite or not positive definite, or where X overflows, `ok` is false and X is
-    NaN.
-
-    Raises:
-        ValueError: the shape or dtype of A, or `p`, is invalid.
-    """
-    check_inverse_root(A, p)
-    is_finite = A.isfinite().all(dim=(-2, -1))[..., None, None]
-    zeroed = A.to(torch.float64, copy=True).masked_fill_(~is_finite, 0)  # 0 is reported as not ok
-    return _symmetric(*_root(zeroed, p), A.dtype)
 
 
 def damped_inverse_root(
@@ -136,9 +115,8 @@ def _redo_failures_(
 
 def _by_cholesky(sigma: Tensor, damping: Tensor, p: int) -> tuple[Tensor, Tensor]:
     """Return the inverse root of each Σ + damping I (n, d, d) and whether it is good (n,)."""
-    # Add the damping in float64: rounding the sum to fp32 would distort a small damping.
-    X, _ = _symmetric(*_root(_damped(sigma, damping, torch.float64), p), sigma.dtype)
-    return X, _is_good(_damped(sigma, damping, sigma.dtype), X, p)
+    X, is_positive = inverse_root_by_factorization(sigma, damping, p)
+    return X, is_positive & _is_good(sigma, damping, X, p)
 
 
 def _by_newton_schulz(
@@ -151,17 +129,17 @@ def _by_newton_schulz(
 ) -> tuple[Tensor, Tensor]:
     """Like `_by_cholesky`, by Newton-Schulz. `deflation_basis` (n, d, k) is updated in place."""
     if deflation_basis is None:
-        A = _damped(sigma, damping, sigma.dtype)
+        A = with_damping(sigma, damping, sigma.dtype)
         floor = PLAIN_BF16X3_FLOOR if p == 1 else BF16X3_FLOOR
         X, has_converged = _iterate(A, damping, p, backend, condition_bound, floor)
-        return X, has_converged & _is_good(A, X, p)
+        return X, has_converged & _is_good(sigma, damping, X, p)
     deflated = deflate(sigma, damping, deflation_basis)
     deflation_basis.copy_(deflated.U)
     if condition_bound is not None:
         condition_bound = deflated_condition_bound(condition_bound)
     X, has_converged = _iterate(deflated.A, damping, p, backend, condition_bound, BF16X3_FLOOR)
     X = restore(X, deflated)
-    return X, has_converged & _is_good(_damped(sigma, damping, sigma.dtype), X, p)
+    return X, has_converged & _is_good(sigma, damping, X, p)
 
 
 def _iterate(
@@ -181,15 +159,9 @@ def _iterate(
     return X, torch.ones_like(damping, dtype=torch.bool)
 
 
-def _is_good(A: Tensor, X: Tensor, p: int) -> Tensor:
-    return probe_residual(A, X, p) <= PROBE_TOLERANCE  # false if X is NaN
-
-
-def _damped(sigma: Tensor, damping: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a copy of Σ + damping I (n, d, d) in `dtype`."""
-    A = sigma.to(dtype, copy=True)
-    A.diagonal(dim1=-2, dim2=-1).add_(damping.to(dtype)[:, None])
-    return A
+def _is_good(sigma: Tensor, damping: Tensor, X: Tensor, p: int) -> Tensor:
+    # false if any element of X is not finite
+    return probe_residual(sigma, damping, X, p) <= PROBE_TOLERANCE
 
 
 def _measured_condition(A: Tensor, damping: Tensor) -> float:
@@ -215,33 +187,14 @@ def _triton_inverse_root(
     return X, newton_error(upper_bound(A) / damping, p, iterations) <= WANTED_ERROR
 
 
-def _root(A: Tensor, p: int) -> tuple[Tensor, Tensor]:  # X (..., d, d), is_positive (...)
-    """Return A^(-1/p) of a finite float64 A and whether A is positive definite."""
-    if p > 1:  # release A as soon as it is factorized
-        w, Q = torch.linalg.eigh(A)  # (..., d), (..., d, d)
-        del A
-        return (Q * w[..., None, :] ** (-1 / p)) @ Q.mT, w[..., 0] > 0
-    L, info = torch.linalg.cholesky_ex(A)
-    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)  # replaces failed factors
-    del A
-    is_positive = info == 0
-    torch.where(is_positive[..., None, None], L, eye, out=L)
-    return torch.cholesky_inverse(L), is_positive
-
-
-def _symmetric(X: Tensor, is_positive: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Convert X to `dtype`, symmetrize it, and set it to NaN where it is not a valid result."""
-    X = mirror_(X.to(dtype, memory_format=torch.contiguous_format))
-    ok = is_positive & X.isfinite().all(dim=(-2, -1))
-    return X.masked_fill_(~ok[..., None, None], torch.nan), ok
-
-
 def _check_damped(sigma: Tensor, damping: Tensor, p: int, inverse: str) -> None:
     check_inverse_root(sigma, p)
     if inverse not in ("cholesky", "newton_schulz"):
         raise ValueError(f"inverse={inverse!r}: must be 'cholesky' or 'newton_schulz'")
     bad_damping = ~(damping.isfinite() & (damping >= 0))
-    bad_sigma = ~sigma.isfinite().all(dim=(-2, -1)).reshape(-1)  # (N,)
+    flat = sigma.reshape(-1, sigma.shape[-1] ** 2)  # (N, d d)
+    extremes = torch.stack([flat.amax(1), flat.amin(1)])  # (2, N), faster than to test each element
+    bad_sigma = ~extremes.isfinite().all(0)  # (N,)
     is_bad = torch.stack([bad_damping.any(), bad_sigma.any()]).tolist()  # synchronizes
     if is_bad[0]:
         raise ValueError(f"damping is {damping.tolist()}: must be finite and at least 0")

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .gram import mirror_
+from .symmetric import mirror_
 
 DEFLATION_RANK = 16  # k
 NARROWEST = 8 * DEFLATION_RANK  # the smallest d of a matrix that is deflated

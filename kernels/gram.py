@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import check_not_recording, choose_backend
+from .symmetric import add_symmetric_product_, mirror_
 
 
 def gram_(
@@ -47,8 +48,12 @@ def gram_(
     if column_sums is not None:
         column_sums += rows.sum(0, dtype=column_sums.dtype)
     slices = rows.reshape(len(rows), *S.shape[:2]).transpose(0, 1)  # (blocks, n, d/blocks)
-    new = mirror_(_inner_products(slices))
-    S.mul_(beta).add_(new.mul_(alpha))  # a fused multiply-add would break the exact symmetry
+    with torch.autocast(z.device.type, enabled=False):
+        if S.is_cpu:
+            for block, each in zip(S, slices.to(S.dtype), strict=True):
+                add_symmetric_product_(block, each, each, beta=beta, alpha=alpha)
+        else:  # a fused multiply-add would break the exact symmetry
+            S.mul_(beta).add_(mirror_(_inner_products(slices)).mul_(alpha))
     return len(rows)
 
 
@@ -155,11 +160,6 @@ def _choose_gram(backend: Any, S: Tensor, z: Tensor) -> Callable[..., int]:
     return triton_gram_
 
 
-def mirror_(Y: Tensor) -> Tensor:  # (..., d, d), updated in place
-    """Copy the lower triangle onto the upper one, which makes Y exactly symmetric."""
-    return Y.tril_().add_(Y.tril(-1).mT)
-
-
 def check_gram(S: Tensor, z: Tensor, stride: int, column_sums: Tensor | None = None) -> None:
     """Raise ValueError if the arguments of `gram_` are invalid."""
     if z.ndim < 2 or not z.is_floating_point():
@@ -200,12 +200,8 @@ def _sample(z: Tensor, stride: int, offset: int | Tensor) -> Tensor:
 
 
 def _inner_products(z: Tensor) -> Tensor:  # (blocks, n, d) -> (blocks, d, d)
-    """Return zᵀ z, summed in fp32 or better, also under autocast.
-
-    On a GPU, half-precision inputs are multiplied on tensor cores without a conversion.
-    """
-    with torch.autocast(z.device.type, enabled=False):
-        if z.is_cuda and z.dtype in (torch.bfloat16, torch.float16):
-            return torch.bmm(z.mT, z, out_dtype=torch.float32)
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
-        return z.mT @ z
+    """Return zᵀ z, summed in fp32 or better. On CUDA, tensor cores multiply half precision."""
+    if z.is_cuda and z.dtype in (torch.bfloat16, torch.float16):
+        return torch.bmm(z.mT, z, out_dtype=torch.float32)
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    return z.mT @ z

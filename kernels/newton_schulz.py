@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .gram import mirror_
+from .symmetric import mirror_
 
 NSCoefficients = Literal["polar_express", "quintic"]
 
@@ -181,16 +181,23 @@ def upper_bound(A: Tensor) -> Tensor:  # (..., d, d) -> (...)
     return torch.minimum(frobenius, row_sum) * scale[..., 0, 0]
 
 
-def probe_residual(A: Tensor, X: Tensor, p: int) -> Tensor:  # both (..., d, d) -> (...)
-    """Return ‖V - A Xᵖ V‖_F / ‖V‖_F for fixed V (d, 4): 0 if X = A^(-1/p), NaN if X has a NaN."""
-    i = torch.arange(1, A.shape[-1] + 1, dtype=torch.float64, device=A.device)[:, None]
-    roots = torch.tensor([2.0, 3.0, 5.0, 7.0], dtype=torch.float64, device=A.device).sqrt()
-    V = torch.cos(i.square() * roots).to(A.dtype)  # (d, 4), deterministic pseudo-noise
-    with full_precision(A.device.type):
+def probe_residual(sigma: Tensor, damping: Tensor, X: Tensor, p: int) -> Tensor:  # (n,)
+    """Return ‖V - A Xᵖ V‖_F / ‖V‖_F for A = Σ + damping I and fixed V (d, 4).
+
+    It is 0 if X = A^(-1/p), and not finite if an element of X is not.
+
+    Args:
+        sigma, X: (n, d, d).
+        damping: (n,).
+    """
+    i = torch.arange(1, X.shape[-1] + 1, dtype=torch.float64, device=X.device)[:, None]
+    roots = torch.tensor([2.0, 3.0, 5.0, 7.0], dtype=torch.float64, device=X.device).sqrt()
+    V = torch.cos(i.square() * roots).to(X.dtype)  # (d, 4), deterministic pseudo-noise
+    with full_precision(X.device.type):
         Y = V
         for _ in range(p):
             Y = X @ Y
-        residual = V - A @ Y
+        residual = V - sigma @ Y - damping[:, None, None] * Y
     return torch.linalg.matrix_norm(residual) / torch.linalg.matrix_norm(V)
 
 

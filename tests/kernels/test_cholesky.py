@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optim.kernels import cholesky
-from optim.kernels.cholesky import MAX_ATTEMPTS, damped_inverse_root, dense_inverse_root
+from optim.kernels.cholesky import MAX_ATTEMPTS, damped_inverse_root
+from optim.kernels.dense_root import dense_inverse_root
 from tests.kernels.spectra import exact_inverse_root, relative_error, spd
 
 INVERSES = ["cholesky", "newton_schulz"]

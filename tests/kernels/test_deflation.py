@@ -12,8 +12,8 @@ from optim.kernels.deflation import (
     first_deflation_basis,
     restore,
 )
-from optim.kernels.gram import mirror_
 from optim.kernels.newton_schulz import newton_error, newton_iterations, upper_bound
+from optim.kernels.symmetric import mirror_
 from tests.kernels.spectra import exact_inverse_root, relative_error
 from tests.optim.dopr.test_refresh import host_reads
 

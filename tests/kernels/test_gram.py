@@ -6,7 +6,7 @@ import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optim.kernels.gram import accumulate_gram, gram_, mirror_
+from optim.kernels.gram import accumulate_gram, gram_
 
 RUNS, PAUSED = torch.tensor(False), torch.tensor(True)
 
@@ -149,13 +149,6 @@ def test_column_sums_grow_by_the_sum_over_the_sampled_rows(stride):
     expected = 1 + weights[0].diagonal() @ z.reshape(28, 6)
     torch.testing.assert_close(sums, expected)
     assert torch.equal(S, gram(z, blocks=2, stride=stride, offset=2)[0])
-
-
-def test_mirror_never_reads_the_upper_triangle_and_works_in_place():
-    Y = torch.randn(2, 5, 5)
-    spoiled = Y.where(torch.ones(5, 5).tril().bool(), torch.nan)
-    assert mirror_(spoiled) is spoiled
-    assert torch.equal(spoiled, Y.tril() + Y.tril(-1).mT)
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ def test_the_probe_tells_a_failed_matrix_from_a_good_one(p):
     early = inverse_root(A, p, lower_bound=lower, iterations=2)
     eye, zero = torch.eye(48), torch.zeros(48, 48)
     X = torch.stack([good, early, 2 * good, eye, zero, good * torch.nan])
-    residual = probe_residual(A.expand(6, 48, 48), X, p)
+    residual = probe_residual(A.expand(6, 48, 48), torch.zeros(6), X, p)
     assert residual[0] < 0.01
     assert (residual[1:5] > 0.3).all()
     assert residual[5].isnan()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optim.kernels import gram
+from optim.kernels import gram, symmetric
 from tests.kernels.memory import guarded, is_intact
 from tests.kernels.triton_device import DEVICE, SMALL, randn, triton_gram
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 def both(z, blocks=1, *, config=SMALL, **arguments):
     """Return S and the count of the Triton kernel and of the reference, from the same random S."""
     b = z.shape[-1] // blocks
-    S = gram.mirror_(randn(blocks, b, b, seed=1))
+    S = symmetric.mirror_(randn(blocks, b, b, seed=1))
     expected = S.clone()
     S += torch.full_like(S, torch.nan).triu(1)  # the upper triangle is not read
     got_n = triton_gram.gram_(S, z, config=config, **arguments)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optim.kernels.gram import mirror_
+from optim.kernels.symmetric import mirror_
 from tests.kernels.memory import guarded
 from tests.kernels.spectra import relative_error
 from tests.kernels.triton_device import (
