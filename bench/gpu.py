@@ -1,8 +1,10 @@
 """Run every GPU benchmark and the GPU tests, in stages of at most ten minutes each.
 
+    python -m bench.gpu first [--nanogpt CHECKOUT]    # on a new GPU: the most in eleven minutes
+    python -m bench.gpu decide [FOLDER]               # what follows from the results of `first`
     python -m bench.gpu [STAGE ...] [--out FOLDER] [--nanogpt CHECKOUT] [--tiny]
 
-Stages, in this order:
+`first --help` describes its steps. The stages, in this order:
     tests            test the Triton kernels
     report           report the registers and the shared memory of the Triton kernels
     kernels          compare each kernel with torch
@@ -19,21 +21,19 @@ stage's file keeps the rows measured until then. --tiny runs the code of every s
 machine, in Triton's interpreter where it needs Triton.
 """
 
-import contextlib
 import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 from bench.arguments import nanogpt_checkout
+from bench.first import decide as decisions
+from bench.first import run as first
+from bench.process import ROOT, exit_code
 from eval.command import command_parser, leave_on_signals
 
-ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 590
-GRACE_S = 10
 
 
 class GpuStage(NamedTuple):
@@ -112,33 +112,27 @@ def run(name: str, out: Path, *, tiny: bool, extra: list[str] | None = None) -> 
         environment["OMP_NUM_THREADS"] = "1"
     print(f"== {name}: {' '.join(command[1:])}", flush=True)
     started = time.perf_counter()
-    code = exit_code(command, environment)
+    code = exit_code(command, environment, LIMIT_S)
     outcome = "ok" if code == 0 else f"FAILED with exit code {code}"
     outcome = f"STOPPED after {LIMIT_S} s" if code is None else outcome
     print(f"== {name}: {outcome}, {time.perf_counter() - started:.0f} s", flush=True)
     return code == 0
 
 
-def exit_code(command: list[str], environment: dict[str, str]) -> int | None:
-    """Run a command and return its exit code, or None if it takes longer than LIMIT_S.
-
-    All processes that the command started are ended in any case.
-    """
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
-    try:
-        return process.wait(LIMIT_S)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)  # lets the command remove its temporary files
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_S)
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def decide(argv: list[str]) -> None:
+    """Print what the results in a folder say."""
+    parser = command_parser("bench.gpu decide", decisions.__doc__)
+    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "out/gpu_first")
+    folder = parser.parse_args(argv).folder
+    if not (results := decisions.read_results(folder)):
+        parser.error(f"{folder} has no results; run python -m bench.gpu first")
+    print(decisions.report(results))
 
 
 def main() -> None:
+    commands = {"first": first.main, "decide": decide}
+    if command := commands.get("".join(sys.argv[1:2])):
+        return command(sys.argv[2:])
     parser = command_parser("bench.gpu", __doc__)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument(

@@ -20,16 +20,17 @@ import torch
 from torch import Tensor
 
 from bench.arguments import parse_operations
+from bench.kernel_rules import is_accurate
 from bench.timing import DEVICE, compared, interleaved, measure_all
 from optim.dopr.layer import apply_P
 from optim.kernels import _triton_apply, _triton_gram, _triton_newton_schulz, gram, newton_schulz
-from optim.kernels.cholesky import dense_inverse_root
 from optim.kernels.deflation import DEFLATION_RANK, deflate, deflated_condition_bound, restore
+from optim.kernels.dense_root import dense_inverse_root
 from optim.kernels.newton_schulz import full_precision, newton_iterations
 
 GAMMA = 0.1
 BETA = 0.95
-SECONDS = 5.0  # No new round of a case starts after this time, from the fourth on.
+SECONDS = 5.0  # default of `measure`
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SIZES: dict[str, list[Any]] = {
     "gram": list(itertools.product((768, 1024, 1600, 3072), (8192, 65536))),  # d, tokens
@@ -40,12 +41,6 @@ SIZES: dict[str, list[Any]] = {
     ],
     # matrices, d_out, d_in
     "orthogonalize": [(36, 768, 768), (12, 3072, 768), (12, 768, 3072), (12, 1600, 1600)],
-}
-SHIPPED = {  # the default implementation of each operation on a GPU, and its error tolerance
-    "gram": ("triton", 2e-4),  # Tensor cores truncate the terms of an fp32 sum of up to n terms.
-    "inverse": ("triton deflated", 1e-3),  # kernels.cholesky.WANTED_ERROR
-    "apply": ("triton tf32x3", 1e-5),  # 21 bits
-    "orthogonalize": ("triton", 0.1),  # five iterations in bf16, whose resolution is 2^-8
 }
 TINY = {
     "gram": [(24, 64)],
@@ -129,7 +124,7 @@ def inverse_cases(N: int, d: int) -> Iterator[KernelCase]:
         "cholesky fp32": lambda: torch.cholesky_inverse(torch.linalg.cholesky(A)),
         **({"eigh fp32": partial(_by_eigh, A)} if d <= 1024 else {}),  # takes minutes if wider
         "newton_schulz": partial(newton_schulz.inverse_root, A, 1, **options),
-        "triton deflated": partial(_by_deflation, sigma, damping, U, deflated_iterations),
+        "triton deflated": partial(by_deflation, sigma, damping, U, deflated_iterations),
         "triton bf16x3": partial(triton, precision="bf16x3"),
         "triton tf32": partial(triton, precision="tf32"),
         "triton ieee": partial(triton, precision="ieee"),
@@ -138,7 +133,7 @@ def inverse_cases(N: int, d: int) -> Iterator[KernelCase]:
     yield KernelCase(name, contenders, lambda: torch.linalg.inv(A.double()))
 
 
-def _by_deflation(sigma: Tensor, damping: Tensor, U: Tensor, iterations: int) -> Tensor:
+def by_deflation(sigma: Tensor, damping: Tensor, U: Tensor, iterations: int) -> Tensor:
     """Invert with deflation: update U, form and invert the deflated A', restore A⁻¹ from it."""
     deflated = deflate(sigma, damping, U)
     options = {"lower_bound": damping, "iterations": iterations}
@@ -203,22 +198,18 @@ def cases(arguments: argparse.Namespace) -> Iterator[KernelCase]:
             yield from CASES[operation](*size)
 
 
-def measure(case: KernelCase, *, rounds: int) -> dict[str, Any]:
-    """Return the row of one case: times, ratios and errors of its contenders."""
+def measure(case: KernelCase, *, rounds: int, seconds: float = SECONDS) -> dict[str, Any]:
+    """Return the row of one case: times, ratios and errors of its contenders.
+
+    After three rounds, no new round starts once `seconds` have passed.
+    """
     exact = case.exact()
     errors = {}
     for name, work in case.contenders.items():  # the first call compiles
         errors[name] = ((work() - exact).norm() / exact.norm()).item()
     del exact
-    times = interleaved(case.contenders, DEVICE, rounds=rounds, seconds=SECONDS)
+    times = interleaved(case.contenders, DEVICE, rounds=rounds, seconds=seconds)
     return {"case": case.name, "error": errors, **compared(times)}
-
-
-def is_accurate(row: dict[str, Any]) -> bool:
-    """Whether the error of the default implementation is within its tolerance, and not NaN."""
-    operation = row["case"].split()[0]
-    shipped, tolerance = SHIPPED[operation]
-    return row["error"][shipped] <= tolerance
 
 
 def describe(row: dict[str, Any]) -> str:

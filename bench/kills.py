@@ -8,7 +8,7 @@ after its start, while it resumes. The next attempt has resume=auto. Half of the
 checkpoints, half sharded ones. After every kill this checks that
 
     no damaged checkpoint stands under a final name
-    the newest checkpoint is the last one whose save had returned, or a later one
+    the newest checkpoint is the last one that had been published, or a later one
     the next attempt resumes from this checkpoint
 
 and at the end of every run that its weights equal those of an uninterrupted run bit for bit.
@@ -63,6 +63,8 @@ def attempt(arguments: list[str], log: Path, connection: Connection) -> None:
     from tqdm import tqdm
 
     import train
+    from trainer.checkpoint import write
+    from trainer.checkpoint.read import step_of
     from trainer.checkpoint.state import TrainState
 
     torch.set_num_threads(1)
@@ -71,18 +73,29 @@ def attempt(arguments: list[str], log: Path, connection: Connection) -> None:
     for stream in (1, 2):
         os.dup2(output, stream)
 
+    publish, lock = write.publish, threading.Lock()
+
+    def report(name: str, step: int) -> None:
+        with lock:  # checkpoints are published in a thread
+            connection.send((name, step))
+
     def reporting(name: str) -> Any:
         function = getattr(TrainState, name)
 
         def method(state: TrainState, *args: Any, **kwargs: Any) -> None:
             function(state, *args, **kwargs)
-            connection.send((name, state.step))
+            report(name, state.step)
 
         return method
 
-    for name in ("save", "restore", "count_step"):
+    def published(partial: Path, final: Path) -> None:
+        publish(partial, final)
+        report("publish", step_of(final))
+
+    for name in ("restore", "count_step"):
         setattr(TrainState, name, reporting(name))
-    connection.send(("exit", train.main(arguments)))
+    write.publish = published
+    report("exit", train.main(arguments))
 
 
 class Attempt:
@@ -152,7 +165,7 @@ def killed_run(out: Path, form: str, rng: random.Random, n_left: int, tally: Tal
         found = newest_good(root, damaged.append)
         tally.check("without damage", not damaged, f"{out}: {damaged}")
         expected = found.step if found else None
-        saved = current.last.get("save", -1)
+        saved = current.last.get("publish", -1)
         is_kept = saved < 0 or (found is not None and found.step >= saved)
         tally.check("nothing lost", is_kept, f"{out}: {current.last}, found {expected}")
 

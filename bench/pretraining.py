@@ -32,6 +32,7 @@ from bench.timing import DEVICE, facts, write_rows
 from data.schema import OpenSchema, read_json
 from data.shards import DataError
 from eval.command import command_parser, leave_on_signals
+from eval.rollout.intervals import Estimate
 from studies.stats.seeds import paired
 from studies.sweep.study import best_rate, further_rate
 from train import EXIT_DIVERGED
@@ -104,8 +105,9 @@ class PretrainingResult(OpenSchema):
 def next_run(rows: list[PretrainingRow]) -> PretrainingRun | None:
     """Return the next run after those in `rows`, or None if all are done."""
     done = {PretrainingRun(row["variant"], row["lr"], row["seed"]) for row in rows}
-    for variant in SWEPT:
-        lr = next_rate(sweep(rows, variant))
+    sweeps = {variant: sweep(rows, variant) for variant in SWEPT}
+    for variant in sorted(SWEPT, key=lambda variant: len(sweeps[variant])):  # in turns
+        lr = next_rate(sweeps[variant])
         if lr is not None:
             return PretrainingRun(variant, lr, TUNING_SEED)
     rates = {variant: best_rate(sweep(rows, variant)) for variant in SWEPT}
@@ -201,14 +203,26 @@ def mean(runs: dict[int, PretrainingRow], key: str) -> float:
 
 def difference(runs: dict[int, PretrainingRow], baseline_runs: dict[int, PretrainingRow]) -> str:
     """Describe the difference in loss, with a 95 % interval, and the median ratio of step times."""
+    compared = comparison(runs, baseline_runs)
+    if compared is None:
+        return ""
+    (d, ratio), name = compared, next(iter(baseline_runs.values()))["variant"]
+    return f"{d.mean:+.4f} [{d.lo:+.4f}, {d.hi:+.4f}] nats, x {ratio:.3f} ms of {name}"
+
+
+def comparison(
+    runs: dict[int, PretrainingRow], baseline_runs: dict[int, PretrainingRow]
+) -> tuple[Estimate, float] | None:
+    """Compare runs by seed: return the difference in loss and the median ratio of step times.
+
+    Return None if no seed has both.
+    """
     seeds = [s for s in runs if s in baseline_runs and not baseline_runs[s]["has_diverged"]]
     if not seeds:
-        return ""
+        return None
     pairs = [[side[seed] for seed in seeds] for side in (runs, baseline_runs)]
-    d = paired(*([row["loss"] for row in side] for side in pairs)).difference
-    ratio = statistics.median(a["step_ms"] / b["step_ms"] for a, b in zip(*pairs, strict=True))
-    name = baseline_runs[seeds[0]]["variant"]
-    return f"{d.mean:+.4f} [{d.lo:+.4f}, {d.hi:+.4f}] nats, x {ratio:.3f} ms of {name}"
+    loss = paired(*([row["loss"] for row in side] for side in pairs)).difference
+    return loss, statistics.median(a["step_ms"] / b["step_ms"] for a, b in zip(*pairs, strict=True))
 
 
 def read_rows(path: Path, environment: dict[str, Any]) -> list[PretrainingRow]:

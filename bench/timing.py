@@ -1,19 +1,21 @@
 """Time alternatives in turns, so that a drift of the machine's speed affects all of them alike."""
 
-import json
+import hashlib
 import math
+import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from data.files import write_atomic
-from trainer.metrics import environment
+from bench.results import write_rows
 
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("bench", "config", "data", "eval", "kernels", "optim", "trainer", "model.py", "train.py")
 Work = Callable[[], Any]
 Case = TypeVar("Case")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -72,18 +74,53 @@ def compared(times: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """Extend `trainer.metrics.environment` by the versions of the GPU driver, CUDA and Triton."""
-    result = environment(device)
-    if device.type == "cuda":
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        drivers = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
-        result |= {"driver": drivers[0], "cuda": torch.version.cuda}
+    """Describe where a result comes from: the device, the versions and the sources.
+
+    Needs no package besides torch. The digest `source` changes with every source file that a
+    benchmark may run; the git revision also changes with other files, and may be unknown.
+    """
+    is_cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if is_cuda else platform.processor()
+    result = {
+        "device": name or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "git": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
+        "source": source_digest(),
+    }
+    if is_cuda:
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        result |= {"driver": driver.split()[0], "cuda": torch.version.cuda}
+    return result
+
+
+def source_digest() -> str:
+    """Return a short digest of the names and contents of all Python files in SOURCES."""
+    digest = hashlib.sha256()
+    for part in (ROOT / name for name in SOURCES):
+        for path in sorted(part.rglob("*.py")) if part.is_dir() else [part]:
+            digest.update(f"{path.relative_to(ROOT)}\0".encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:12]
+
+
+def _output(*command: str) -> str:
+    """Return what a command prints, or "unknown" if it is missing, fails or prints nothing."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def _triton_version() -> str | None:
     try:
         import triton.knobs
     except ImportError:
-        return result | {"triton": None}
-    interpreted = " interpreted" if triton.knobs.runtime.interpret else ""
-    return result | {"triton": triton.__version__ + interpreted}
+        return None
+    return triton.__version__ + (" interpreted" if triton.knobs.runtime.interpret else "")
 
 
 def measure_all(
@@ -91,18 +128,15 @@ def measure_all(
     measure: Callable[[Case], dict[str, Any]],
     describe: Callable[[dict[str, Any]], str],
     out: Path | None,
+    rows: Sequence[dict[str, Any]] = (),
 ) -> list[dict[str, Any]]:
-    """Measure case after case. Print every row, and write all rows so far to `out`, at once."""
-    environment, rows = facts(DEVICE), []
+    """Measure case after case. Print every row, and write all rows so far to `out`, at once.
+
+    The result begins with `rows`, which an earlier call measured.
+    """
+    environment, rows = facts(DEVICE), list(rows)
     for case in cases:
         rows.append(measure(case))
         print(describe(rows[-1]), flush=True)
         write_rows(out, environment, rows)
     return rows
-
-
-def write_rows(path: Path | None, environment: dict[str, Any], rows: list[Any]) -> None:
-    """Write the rows and their environment as JSON. Do nothing without a path."""
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps({"environment": environment, "rows": rows}, indent=2) + "\n")

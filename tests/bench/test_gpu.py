@@ -14,8 +14,9 @@ from filelock import FileLock
 
 pytest.importorskip("triton", reason="triton is not installed: it is for Linux only")
 
-from bench import gpu, kernels
+from bench import gpu, kernel_rules
 from bench.gpu import STAGES, GpuStage
+from bench.process import exit_code
 from bench.timing import compared, interleaved
 from tests.kernels.interpreter import needs_interpreter
 
@@ -93,7 +94,8 @@ def test_steps_are_timed_in_every_mode(results):
         ("muon", "auto", "newton_schulz"),
         ("muon", "torch", "cholesky"),
     ]
-    modes = {"base", "exact", "averaged", "fast", "averaged, fresh mean", "fast, fresh mean"}
+    modes = {"base", "exact", "exact, blocks", "averaged", "fast"}
+    modes |= {"averaged, fresh mean", "fast, fresh mean"}
     assert all(row["step_ms"].keys() == modes for row in rows)
     assert all(row["ratio"]["base"] == 1 for row in rows)
 
@@ -127,7 +129,7 @@ def test_a_stage_gets_its_own_arguments_and_tiny_stages_start_anew(monkeypatch, 
     commands = []
     monkeypatch.setattr(gpu, "STAGES", {"a": GpuStage("this", ["full"], ["tiny"], continues=True)})
     monkeypatch.setattr(
-        gpu, "exit_code", lambda command, environment: commands.append(command) or 0
+        gpu, "exit_code", lambda command, environment, limit_s: commands.append(command) or 0
     )
     (tmp_path / "gpu_a.json").write_text("{}")
     assert gpu.run("a", tmp_path, tiny=True, extra=["--nanogpt", "there"])
@@ -139,10 +141,10 @@ def test_a_stage_gets_its_own_arguments_and_tiny_stages_start_anew(monkeypatch, 
 def test_a_signal_ends_the_stage_that_runs(tmp_path):
     driver = f"""
 import sys
-from bench import gpu
+from bench.process import exit_code
 from eval.command import leave_on_signals
 leave_on_signals()
-gpu.exit_code([sys.executable, "-c", {HOLDS_LOCK!r}.format({str(tmp_path)!r})], {{}})"""
+exit_code([sys.executable, "-c", {HOLDS_LOCK!r}.format({str(tmp_path)!r})], {{}}, 60)"""
     process = subprocess.Popen([sys.executable, "-c", driver], cwd=gpu.ROOT)
     while not (tmp_path / "ready").exists():
         assert process.poll() is None
@@ -152,12 +154,11 @@ gpu.exit_code([sys.executable, "-c", {HOLDS_LOCK!r}.format({str(tmp_path)!r})], 
     FileLock(tmp_path / "lock").acquire(timeout=60)
 
 
-def test_a_stage_that_takes_too_long_is_stopped(monkeypatch):
-    monkeypatch.setattr(gpu, "LIMIT_S", 0.5)
-    assert gpu.exit_code([sys.executable, "-c", "import time; time.sleep(600)"], {}) is None
+def test_a_command_that_takes_too_long_is_stopped():
+    assert exit_code([sys.executable, "-c", "import time; time.sleep(600)"], {}, 0.5) is None
 
 
-def test_a_stage_leaves_no_process_behind(tmp_path):
+def test_a_command_leaves_no_process_behind(tmp_path):
     grandchild = HOLDS_LOCK.format(str(tmp_path))
     child = f"""
 import pathlib, subprocess, sys, time
@@ -165,7 +166,7 @@ subprocess.Popen([sys.executable, "-c", {grandchild!r}])
 while not pathlib.Path({str(tmp_path / "ready")!r}).exists():
     time.sleep(0.01)
 sys.exit(3)"""
-    assert gpu.exit_code([sys.executable, "-c", child], {}) == 3
+    assert exit_code([sys.executable, "-c", child], {}, 60) == 3
     FileLock(tmp_path / "lock").acquire(timeout=60)  # or raises
 
 
@@ -173,8 +174,10 @@ sys.exit(3)"""
 def test_an_error_above_the_tolerance_is_found(error, is_accurate):
     for operation in ("gram", "inverse", "apply"):
         others = {"triton ieee": 1.0, "torch": 1.0}  # not the default implementation
-        errors = others | {kernels.SHIPPED[operation][0]: error}
-        assert kernels.is_accurate({"case": f"{operation} d=8", "error": errors}) == is_accurate
+        errors = others | {kernel_rules.SHIPPED[operation][0]: error}
+        assert (
+            kernel_rules.is_accurate({"case": f"{operation} d=8", "error": errors}) == is_accurate
+        )
 
 
 def test_contenders_take_turns():

@@ -46,7 +46,7 @@ def runs(rows):
 def test_both_optimizers_are_swept_and_fresh_seeds_run_at_their_best_rates():
     best = {"muon": 2e-3, "dopr-muon": 2e-3}
     done = runs(run_all(lambda run: abs(math.log(run.lr / best[run.variant.split(",")[0]]))))
-    assert done[:6] == [PretrainingRun(variant, lr, 0) for variant in SWEPT for lr in RATES]
+    assert done[:6] == [PretrainingRun(variant, lr, 0) for lr in RATES for variant in SWEPT]
     assert done[6:] == [PretrainingRun(v, 2e-3, seed) for seed in (200, 201, 202) for v in VARIANTS]
 
 
@@ -171,7 +171,7 @@ def test_the_first_run_of_a_call_ignores_the_time_limit(monkeypatch, tmp_path, c
     monkeypatch.setattr("bench.pretraining.train", train)
     rows = [row(PretrainingRun("muon", 1e-3, 0), 3.0) | {"seconds": 100.0}]
     run_missing(rows, {"settings": {}, "git": "a", "torch": "b"}, tmp_path / "result.json", 1.0)
-    assert made == [PretrainingRun("muon", 2e-3, 0)]
+    assert made == [PretrainingRun("dopr-muon", 1e-3, 0)]
     assert (rows[-1]["git"], rows[-1]["torch"]) == ("a", "b")
     assert "2 runs are done, more are left" in capsys.readouterr().out
 
