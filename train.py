@@ -23,7 +23,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -39,6 +38,7 @@ from optim.build import MATRIX_OPTIMIZERS, describe_groups
 from optim.kernels.dispatch import describe_backend
 from optim.probe import seed_all
 from optim.schedule import lr_scale
+from optim.third_party import is_third_party
 from trainer.build import SCHEDULE_KEYS, chosen, make_model, make_optimizers, make_preconditioner
 from trainer.checkpoint.read import CheckpointError
 from trainer.checkpoint.resume import (
@@ -52,7 +52,7 @@ from trainer.failures import MemoryExhausted, ProcessLost, TrainingDiverged, mem
 from trainer.machine import device_of, lock_out_dir, machine_problems
 from trainer.metrics import MetricsLog, environment, mfu
 from trainer.parallel import Parallel
-from trainer.saving import give_up_if_diverged, save_checkpoint
+from trainer.saving import CheckpointSaver
 from trainer.settings import ConfigError, TrainConfig
 from trainer.sharding import full_tensor
 from trainer.signals import StopRequest
@@ -133,12 +133,18 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
     manifest["tokenizer_sha256"] = dataset.tokenizer.sha256
     manifest["dataset_sha256"] = fingerprint(dataset)
     files = {"manifest": manifest, "tokenizer": tokenizer_json}
-    save = partial(save_checkpoint, state, config, parallel, files, log, stop)
+    saver = CheckpointSaver(state, config, parallel, files, log, stop)
 
+    parameters = [*model.parameters()]
+    # Ours draw no random numbers; others may, also from the generators of Python and NumPy.
+    seed_optimizers = seed_all if any(map(is_third_party, optimizers)) else parallel.seed
+    # The data are read one step ahead: the processes agree on them while they compute a step.
+    read = partial(parallel.start_on_all_ranks, lambda: next_step(batches), DataError, count_scored)
+    finish_read = read()
     tokens_per_step = config.batch_size * config.block_size
     busy_s, busy_steps = 0.0, 0  # since the last logged step, without validation and saving
 
-    with closing(log):
+    with closing(log), saver:
         while True:
             is_done = state.step == config.max_steps
             stop.poll()
@@ -151,36 +157,35 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
                     metrics = grade_rollouts(state, task, parallel, n=config.ttf_episodes)
                     log.ttf(state.step, task.primary, metrics)
                 if stop or is_done or state.step % config.save_every == 0:
-                    save()
+                    saver.save()
                 if stop or is_done:
                     break
                 started = time.perf_counter()
-                micro_batches = parallel.raise_on_all_ranks(lambda: next_step(batches), DataError)
+                (micro_batches, n_scored), finish_read = finish_read(), read()
             except DataError:  # the data became unreadable: save what was trained
-                save()
+                saver.save()
                 raise
 
             # ---------------------------------------------------------------- one optimizer step
-            torch.manual_seed(random_seed(config.seed, state.step, parallel.rank))
-            n_scored = max(1, int(parallel.sum(count_scored(micro_batches))))  # over all ranks
+            parallel.seed(random_seed(config.seed, state.step, parallel.rank))
             loss = torch.zeros((), device=device)
             for i, (x, y) in enumerate(micro_batches, start=1):  # (micro_batch_size, block_size)
                 parallel.sync_gradients(forward, is_last=i == len(micro_batches))
                 with autocast:
                     x, y = parallel.to_device(x), parallel.to_device(y)
                     _, nats = forward(x, y, reduction="sum", return_logits=False)
-                    micro_loss = nats / n_scored  # its share of the loss of the step
+                    micro_loss = nats / max(1, n_scored)  # its share of the loss of the step
                 (micro_loss * parallel.size).backward()  # DDP and FSDP average over ranks
                 loss += micro_loss.detach()
             loss = parallel.sum(loss)
-            parameters = [p for p in model.parameters() if p.grad is not None]
-            grad_norm = full_tensor(get_total_norm([p.grad for p in parameters]))
+            grads = [p.grad for p in parameters if p.grad is not None]
+            grad_norm = full_tensor(get_total_norm(grads))
             if config.grad_clip:
                 clip_grads_with_norm_(parameters, config.grad_clip, grad_norm)
             scale = lr_scale(state.step, **chosen(config, SCHEDULE_KEYS))
             is_finite = bool(torch.isfinite(loss + grad_norm))
             if is_finite:
-                seed_all(random_seed(config.seed, state.step, rank=-1))  # the same on all ranks
+                seed_optimizers(random_seed(config.seed, state.step, rank=-1))  # same on all ranks
                 for optimizer in optimizers:
                     for group in optimizer.param_groups:
                         group["lr"] = group["base_lr"] * scale
@@ -189,7 +194,8 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
                     ema.update_parameters(model)
             elif preconditioner:
                 preconditioner.discard()
-            model.zero_grad()
+            for parameter in parameters:
+                parameter.grad = None
             state.count_step(is_finite)
             # ----------------------------------------------------------------
 
@@ -198,7 +204,7 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
             busy_s, busy_steps = busy_s + time.perf_counter() - started, busy_steps + 1
             if not is_finite:
                 log.say(f"step {state.step}: loss or gradient is not finite; step skipped")
-                give_up_if_diverged(state, config)
+                saver.give_up_if_diverged()
             if is_logged:
                 tokens_per_s = tokens_per_step * busy_steps / busy_s
                 flops = model.flops_per_token() * tokens_per_s / parallel.size  # of one device
@@ -220,9 +226,9 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
     return stop.exit_code
 
 
-def count_scored(micro_batches: list[Batch]) -> Tensor:  # () int64
+def count_scored(micro_batches: list[Batch]) -> int:
     """Count the targets that the loss scores."""
-    return torch.stack([(y != IGNORE).sum() for _, y in micro_batches]).sum()
+    return sum(int((y != IGNORE).sum()) for _, y in micro_batches)  # batches are on the CPU
 
 
 def random_seed(seed: int, step: int, rank: int) -> int:
@@ -250,8 +256,8 @@ def run(argv: list[str]) -> int:
         if parallel.is_main:
             stack.enter_context(lock_out_dir(Path(config.out_dir)))
         stack.enter_context(memory_errors(config.micro_batch_size))
-        all_reduce_flag = parallel.all_reduce_flag if parallel.size > 1 else None
-        return train(config, parallel, stack.enter_context(StopRequest(all_reduce_flag)))
+        start_max = parallel.start_all_reduce_flag if parallel.size > 1 else None
+        return train(config, parallel, stack.enter_context(StopRequest(start_max)))
 
 
 def main(argv: list[str]) -> int:

@@ -4,6 +4,7 @@ import math
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -50,7 +51,7 @@ def adamuon_update(
     moments and no bias correction, which the last line would cancel.
     """
     directions = momentum_directions(grads, momentum_buffers, momentum=momentum, nesterov=nesterov)
-    signs = [direction.sign() for direction in directions]
+    signs = list(torch._foreach_sign(directions))  # pyright: ignore
     matrices = matrices or Matrices(grads, None)
     work = partial(
         orthogonalize_all,
@@ -61,9 +62,12 @@ def adamuon_update(
         backend=backend,
     )
     updates = matrices.by_owners(signs, work)
-    for update, second_moment in zip(updates, second_moments, strict=True):
-        second_moment.lerp_(update.square(), 1 - momentum)
-        update.div_(second_moment.sqrt().add_(eps))
+    squares = torch._foreach_mul(updates, updates)  # pyright: ignore
+    torch._foreach_lerp_(second_moments, squares, 1 - momentum)  # pyright: ignore
+    del squares  # frees its memory
+    denominators = torch._foreach_sqrt(second_moments)  # pyright: ignore
+    torch._foreach_add_(denominators, eps)  # pyright: ignore
+    torch._foreach_div_(updates, denominators)  # pyright: ignore
     return _rescale_blocks(updates, matrices, qkv_blocks)
 
 

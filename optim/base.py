@@ -88,9 +88,10 @@ class DecoupledOptimizer(torch.optim.Optimizer):
 
     def _refuse_sparse_gradients(self) -> None:
         for group in self.param_groups:
-            for name, param in named_params(group):
-                if param.grad is not None and param.grad.is_sparse:
-                    raise ValueError(f"{type(self).__name__} does not support sparse: {name}")
+            if any(p.grad is not None and p.grad.is_sparse for p in group["params"]):
+                named = named_params(group)
+                name = next(n for n, p in named if p.grad is not None and p.grad.is_sparse)
+                raise ValueError(f"{type(self).__name__} does not support sparse: {name}")
 
     def _init_state(self, param: Tensor) -> None:
         state = self.state[param]

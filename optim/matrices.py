@@ -7,8 +7,10 @@ rows are sent to the owner, and the rows of the result are sent back (all_to_all
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
+from operator import is_not
 from typing import Any
 
 import torch
@@ -31,9 +33,16 @@ class Matrices:
     def __init__(self, params: list[Tensor], process_group: ProcessGroup | None) -> None:
         self.shapes = [tuple(param.shape) for param in params]  # of the whole matrices
         self.first_rows = [first_row(param) for param in params]
-        self._sets: dict[Any, list[int]] = defaultdict(list)  # indices of params with one layout
+        self._block_of_rows: dict[Any, Tensor] = {}
+        sets: dict[Any, list[int]] = defaultdict(list)  # indices of params with one layout
         for i, param in enumerate(params):
-            self._sets[_layout(param, process_group)].append(i)
+            sets[_layout(param, process_group)].append(i)
+        self._plans = [
+            (_Rows if is_sharded else _Copies)(
+                indices, [self.shapes[i] for i in indices], Collective(group)
+            )
+            for (group, is_sharded, _), indices in sets.items()
+        ]
 
     def by_owners(self, shards: list[Tensor], work: Work) -> list[Tensor]:
         """Apply `work` to the whole matrices; return the local shards of the results.
@@ -43,11 +52,9 @@ class Matrices:
             work: returns matrices of the shapes and dtypes of its input, which it may overwrite.
         """
         results = list(shards)
-        for (group, is_sharded, _), indices in self._sets.items():
-            compute = _by_rows if is_sharded else _by_copies
-            shapes = [self.shapes[i] for i in indices]
-            done = compute([shards[i] for i in indices], shapes, work, Collective(group))
-            for i, result in zip(indices, done, strict=True):
+        for plan in self._plans:
+            done = plan.apply(work, [shards[i] for i in plan.indices])
+            for i, result in zip(plan.indices, done, strict=True):
                 results[i] = result
         return results
 
@@ -57,27 +64,48 @@ class Matrices:
         Plain matrices need no communication.
         """
         results = list(shards)
-        for (group, is_sharded, _), indices in self._sets.items():
-            if not is_sharded:
-                for i in indices:
+        for plan in self._plans:
+            if isinstance(plan, _Copies):
+                for i in plan.indices:
                     results[i] = torch.linalg.vector_norm(shards[i].reshape(row_blocks, -1), dim=1)
                 continue
-            squares = [self._local_squares(i, shards[i], row_blocks) for i in indices]
-            total = Collective(group).sum_(torch.stack(squares)).sqrt()  # (n, row_blocks)
-            for i, norms in zip(indices, total, strict=True):
+            squares = [self._local_squares(i, shards[i], row_blocks) for i in plan.indices]
+            total = plan.collective.sum_(torch.stack(squares)).sqrt()  # (n, row_blocks)
+            for i, norms in zip(plan.indices, total, strict=True):
                 results[i] = norms
         return results
 
     def block_of_rows(self, i: int, shard: Tensor, row_blocks: int) -> Tensor:  # (local rows,)
         """Return the index of the row block to which each row of a shard of matrix i belongs."""
-        rows = torch.arange(shard.shape[0], device=shard.device) + self.first_rows[i]
-        return rows // (self.shapes[i][0] // row_blocks)
+        key = i, row_blocks, shard.device
+        if key not in self._block_of_rows:
+            rows = torch.arange(shard.shape[0], device=shard.device) + self.first_rows[i]
+            self._block_of_rows[key] = rows // (self.shapes[i][0] // row_blocks)
+        return self._block_of_rows[key]
 
     def _local_squares(self, i: int, shard: Tensor, row_blocks: int) -> Tensor:  # (row_blocks,)
         """Return the sum of squares of the local rows of each row block."""
         squares = shard.square().sum(1)
         blocks = self.block_of_rows(i, shard, row_blocks)
         return squares.new_zeros(row_blocks).index_add_(0, blocks, squares)
+
+
+class Layouts:
+    """The layouts of lists of parameters, each computed once for as long as its list is the same.
+
+    The lists must have no parameter in common.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Tensor, tuple[list[Tensor], Matrices]] = {}  # by the first parameter
+
+    def of(self, params: list[Tensor], process_group: ProcessGroup | None) -> Matrices:
+        """Return the layout of `params`, which must not be empty."""
+        known, matrices = self._known.get(params[0], ([], None))
+        if matrices is None or len(known) != len(params) or any(map(is_not, known, params)):
+            matrices = Matrices(params, process_group)
+            self._known[params[0]] = params, matrices
+        return matrices
 
 
 def _layout(param: Any, process_group: ProcessGroup | None) -> tuple[Any, bool, torch.dtype]:
@@ -101,58 +129,76 @@ def _cost(shape: tuple[int, ...]) -> float:
     return float(shape[0] * shape[1] * min(shape))
 
 
-def _by_copies(
-    matrices: list[Tensor], shapes: list[tuple[int, ...]], work: Work, collective: Collective
-) -> list[Tensor]:
-    """Apply `work` to plain matrices, each in its owner, and gather the results everywhere."""
-    if collective.size == 1:
-        return work(matrices)
-    owner = owners_of(shapes, collective.size)
-    owned = [_owned_by(rank, owner) for rank in range(collective.size)]
-    done = work([matrices[i] for i in owned[collective.rank]])
-    sizes = [sum(matrices[i].numel() for i in indices) for indices in owned]
-    buffer = matrices[0].new_zeros(max(sizes))  # all_gather needs equal sizes
-    buffer[: sizes[collective.rank]] = _flat(done, buffer)
-    gathered = [torch.empty_like(buffer) for _ in range(collective.size)]
-    distributed.all_gather(gathered, buffer, group=collective.group)
-    results = list(matrices)
-    for indices, size, values in zip(owned, sizes, gathered, strict=True):
-        pieces = values[:size].split([matrices[i].numel() for i in indices])
-        for i, piece in zip(indices, pieces, strict=True):
-            results[i] = piece.view(shapes[i])
-    return results
+class _Copies:
+    """Work on plain matrices: each in its owner, whose results all processes gather."""
+
+    def __init__(
+        self, indices: list[int], shapes: list[tuple[int, ...]], collective: Collective
+    ) -> None:
+        self.indices, self.shapes, self.collective = indices, shapes, collective
+        owner = owners_of(shapes, collective.size)
+        numels = [math.prod(shape) for shape in shapes]
+        self.owned = [_owned_by(rank, owner) for rank in range(collective.size)]
+        self.numels = [[numels[i] for i in owned] for owned in self.owned]  # [rank][matrix]
+
+    def apply(self, work: Work, matrices: list[Tensor]) -> list[Tensor]:
+        """Return the results of `work`."""
+        if self.collective.size == 1:
+            return work(matrices)
+        rank, sizes = self.collective.rank, [*map(sum, self.numels)]
+        done = work([matrices[i] for i in self.owned[rank]])
+        buffer = matrices[0].new_zeros(max(sizes))  # all_gather needs equal sizes
+        buffer[: sizes[rank]] = _flat(done, buffer)
+        gathered = [torch.empty_like(buffer) for _ in sizes]
+        distributed.all_gather(gathered, buffer, group=self.collective.group)
+        results = list(matrices)
+        for owned, numels, values in zip(self.owned, self.numels, gathered, strict=True):
+            for i, piece in zip(owned, values[: sum(numels)].split(numels), strict=True):
+                results[i] = piece.view(self.shapes[i])
+        return results
 
 
-def _by_rows(
-    shards: list[Tensor], shapes: list[tuple[int, ...]], work: Work, collective: Collective
-) -> list[Tensor]:
-    """Apply `work` to matrices with sharded rows, each in its owner; return the local rows."""
-    ranks = range(collective.size)
-    owner = owners_of(shapes, collective.size)
-    own = _owned_by(collective.rank, owner)
-    send_order = [i for rank in ranks for i in _owned_by(rank, owner)]
-    to_owner = [sum(shards[i].numel() for i in _owned_by(rank, owner)) for rank in ranks]
-    bounds = [row_bounds(shape[0], collective.size) for shape in shapes]
-    n_rows = [[b[rank + 1] - b[rank] for b in bounds] for rank in ranks]  # [rank][matrix]
-    from_rank = [[n_rows[rank][i] * shapes[i][1] for i in own] for rank in ranks]
-    n_from_rank = [sum(sizes) for sizes in from_rank]
+class _Rows:
+    """Work on matrices with sharded rows: each in its owner, which gets the rows and returns them.
 
-    values = _flat([shards[i] for i in send_order], shards[0])
-    received = _exchange(values, to_owner, n_from_rank, collective)
-    pieces = received.split([n for sizes in from_rank for n in sizes])  # by rank, then matrix
-    whole = [torch.cat(pieces[k :: len(own)]).view(shapes[i]) for k, i in enumerate(own)]
-    done = [
-        matrix.split([n_rows[rank][i] for rank in ranks])
-        for i, matrix in zip(own, work(whole), strict=True)
-    ]  # [matrix][rank]
-    values = _flat([rows[rank] for rank in ranks for rows in done], shards[0])
-    returned = _exchange(values, n_from_rank, to_owner, collective)
+    `to_owner` and `from_rank` count the elements that this process sends to each process and gets
+    from it.
+    """
 
-    results = list(shards)
-    pieces = returned.split([shards[i].numel() for i in send_order])
-    for i, piece in zip(send_order, pieces, strict=True):
-        results[i] = piece.view(shards[i].shape)
-    return results
+    def __init__(
+        self, indices: list[int], shapes: list[tuple[int, ...]], collective: Collective
+    ) -> None:
+        self.indices, self.shapes, self.collective = indices, shapes, collective
+        owner, ranks = owners_of(shapes, collective.size), range(collective.size)
+        bounds = [row_bounds(shape[0], collective.size) for shape in shapes]
+        n_rows = [[b[rank + 1] - b[rank] for b in bounds] for rank in ranks]  # [rank][matrix]
+        owned = [_owned_by(rank, owner) for rank in ranks]
+        numels = [n * shape[1] for n, shape in zip(n_rows[collective.rank], shapes, strict=True)]
+        self.own = owned[collective.rank]
+        self.send_order = [i for indices in owned for i in indices]
+        self.sent = [numels[i] for i in self.send_order]
+        self.to_owner = [sum(numels[i] for i in indices) for indices in owned]
+        self.own_rows = [[n_rows[rank][i] for rank in ranks] for i in self.own]  # [matrix][rank]
+        received = [[n_rows[rank][i] * shapes[i][1] for i in self.own] for rank in ranks]
+        self.received = [n for sizes in received for n in sizes]  # by rank, then matrix
+        self.from_rank = [*map(sum, received)]
+
+    def apply(self, work: Work, shards: list[Tensor]) -> list[Tensor]:
+        """Return the local rows of the results of `work`."""
+        own, like = self.own, shards[0]
+        values = _flat([shards[i] for i in self.send_order], like)
+        received = _exchange(values, self.to_owner, self.from_rank, self.collective)
+        pieces = received.split(self.received)
+        whole = [torch.cat(pieces[k :: len(own)]).view(self.shapes[i]) for k, i in enumerate(own)]
+        done = [
+            matrix.split(rows) for matrix, rows in zip(work(whole), self.own_rows, strict=True)
+        ]  # [matrix][rank]
+        values = _flat([rows for of_rank in zip(*done, strict=True) for rows in of_rank], like)
+        returned = _exchange(values, self.from_rank, self.to_owner, self.collective)
+        results = list(shards)
+        for i, piece in zip(self.send_order, returned.split(self.sent), strict=True):
+            results[i] = piece.view(shards[i].shape)
+        return results
 
 
 def _owned_by(rank: int, owner: list[int]) -> list[int]:

@@ -14,7 +14,7 @@ from .base import DecoupledOptimizer, named_params
 from .kernels.dispatch import Backend, check_backend, choose_backend
 from .kernels.newton_schulz import NS_COEFFICIENTS, NSCoefficients, orthogonalize
 from .legacy_names import renamed_group
-from .matrices import Matrices
+from .matrices import Layouts, Matrices
 from .process_group import ProcessGroup, local
 
 AdjustLR = Literal["match_rms_adamw", "unit_rms_norm", "original"]
@@ -63,10 +63,10 @@ def muon_update(
         backend=backend,
     )
     updates = matrices.by_owners([*directions], work)
-    return [
-        update.mul_(ADJUST_LR[adjust_lr](d_out // qkv_blocks, d_in))
-        for update, (d_out, d_in) in zip(updates, matrices.shapes, strict=True)
-    ]
+    factor = ADJUST_LR[adjust_lr]
+    factors = [factor(d_out // qkv_blocks, d_in) for d_out, d_in in matrices.shapes]
+    torch._foreach_mul_(updates, factors)  # pyright: ignore
+    return updates
 
 
 def momentum_directions(
@@ -139,6 +139,7 @@ class MatrixOptimizer(DecoupledOptimizer):
         process_group: ProcessGroup | None,
     ) -> None:
         self.backend: Backend = backend  # super().__init__ calls `check_group`, which reads it
+        self._layouts = Layouts()
         super().__init__(params, defaults)
         self._process_group = process_group
 
@@ -152,8 +153,12 @@ class MatrixOptimizer(DecoupledOptimizer):
     def settings(self, params: list[Tensor], group: dict[str, Any]) -> dict[str, Any]:
         """Return the keyword arguments that `muon_update` and `adamuon_update` share."""
         keys = ("momentum", "nesterov", "qkv_blocks", "ns_steps", "ns_coefficients", "ns_dtype")
-        matrices = Matrices(params, self._process_group)
+        matrices = self._layouts.of(params, self._process_group)
         return {key: group[key] for key in keys} | {"backend": self.backend, "matrices": matrices}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._layouts = Layouts()
+        super().__setstate__(state)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"backend": self.backend}

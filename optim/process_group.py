@@ -85,8 +85,10 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local(tensor: Any) -> Tensor:
     """Return the part of a tensor that this process stores, as a view."""
+    if not is_sharded(tensor):
+        return tensor
     with torch.no_grad():
-        return tensor.to_local() if is_sharded(tensor) else tensor
+        return tensor.to_local()
 
 
 def row_mesh_dim(tensor: Any) -> int | None:

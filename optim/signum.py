@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -9,17 +10,22 @@ from .base import DecoupledOptimizer
 from .process_group import local
 
 
-def signum_update(grad: Tensor, momentum_buffer: Tensor, *, momentum: float) -> Tensor:
-    """Return sign(m) with m <- momentum·m + (1 - momentum)·grad; m is `momentum_buffer`.
+def signum_update(
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],  # like grads, updated in place
+    *,
+    momentum: float,
+) -> list[Tensor]:  # like grads
+    """Return sign(m) with m <- momentum·m + (1 - momentum)·grad, for every pair.
 
-    Tensors may have any shape. Every entry of the update is -1, 0 or 1. With momentum 0, the update
+    Tensors may have any shape. Every entry of an update is -1, 0 or 1. With momentum 0, the update
     is sign(grad).
 
     Source: Bernstein et al., signSGD, arXiv 1802.04434, Algorithm 2. m starts at zero there, too; a
     bias correction would not change its sign.
     """
-    momentum_buffer.lerp_(grad, 1 - momentum)
-    return momentum_buffer.sign()
+    torch._foreach_lerp_(momentum_buffers, grads, 1 - momentum)  # pyright: ignore
+    return list(torch._foreach_sign(momentum_buffers))  # pyright: ignore
 
 
 class Signum(DecoupledOptimizer):
@@ -45,9 +51,8 @@ class Signum(DecoupledOptimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     def updates(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        return [
-            signum_update(
-                local(p.grad), local(self.state[p]["momentum_buffer"]), momentum=group["momentum"]
-            )
-            for p in params
-        ]
+        return signum_update(
+            [local(p.grad) for p in params],
+            [local(self.state[p]["momentum_buffer"]) for p in params],
+            momentum=group["momentum"],
+        )

@@ -140,12 +140,13 @@ def test_micro_batches_do_not_change_the_step(dataset, tmp_path, dopr):
 
 def test_dropout_differs_from_step_to_step(dataset, tmp_path, monkeypatch):
     seeds = []
-    seed_all = torch.manual_seed
-    monkeypatch.setattr(torch, "manual_seed", lambda seed: (seeds.append(seed), seed_all(seed)))
+    seed = train.Parallel.seed
+    monkeypatch.setattr(
+        train.Parallel, "seed", lambda self, each: (seeds.append(each), seed(self, each))
+    )
     train.main(argv(dataset, tmp_path / "run", max_steps=5))
-    per_step = seeds[-10:]  # one for dropout and one for the optimizers
-    # the CPU generator uses only 32 bits of a seed
-    assert len({seed % 2**32 for seed in per_step}) == 10
+    # one for dropout and one for the optimizers; the CPU generator uses only 32 bits of a seed
+    assert len({each % 2**32 for each in seeds}) == 10
 
 
 def test_dropout_differs_between_processes():

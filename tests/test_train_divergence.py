@@ -82,7 +82,7 @@ def test_a_divergence_names_a_checkpoint_that_is_not_damaged(
 
     monkeypatch.setattr(train.TrainState, "count_step", damage)
     poison(monkeypatch, steps=range(9, 99))
-    changes = {"max_skipped": 2, "keep_checkpoints": 9}
+    changes = {"max_skipped": 2, "keep_checkpoints": 9, "async_save": False}
     assert train.main(argv(dataset, out, **changes)) == train.EXIT_DIVERGED
     assert f"--resume={out / 'checkpoints/step-00000004'} --lr=" in capsys.readouterr().err
 

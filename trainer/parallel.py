@@ -13,17 +13,17 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack, redirect_stdout, suppress
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, distributed, nn
 
+from trainer.agreement import Agreement
 from trainer.failures import ProcessLost, cause_of_loss, first_line, is_consequence
 from trainer.sharding import full_model, full_tensor, make_mesh, shard, transformer_blocks
 from trainer.torchrun import environment_number, world_size
 
 ParallelMode = Literal["ddp", "fsdp", "hsdp"]
-Result = TypeVar("Result")
 FROM_TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -47,12 +47,13 @@ def parallel_problems(settings: dict[str, Any]) -> list[str]:
     return problems
 
 
-class Parallel:
+class Parallel(Agreement):
     """The process with rank `rank` among `size` processes.
 
-    Used as a context manager that creates the process group on entry. On exit, all processes wait
-    for each other; if this process failed only because another one did, ProcessLost is raised,
-    which names that process and its error.
+    Its base class has the decisions that the processes take together. Used as a context manager
+    that creates the process group on entry. On exit, all processes wait for each other; if this
+    process failed only because another one did, ProcessLost is raised, which names that process and
+    its error.
 
     Args:
         device: device of this process. With "cuda", each process takes the GPU of its local rank.
@@ -176,6 +177,15 @@ class Parallel:
         """Return `model`, or a copy built by `make` with all weights if `model` is sharded."""
         return model if self._mesh is None else full_model(model, make)
 
+    def seed(self, seed: int) -> None:
+        """Seed torch's generators of the CPU and of the device.
+
+        torch.manual_seed also seeds all other kinds of devices, which takes much longer.
+        """
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
+
     # -- tensors: all processes must call these methods together
 
     def group(self) -> Any:
@@ -209,41 +219,3 @@ class Parallel:
         if isinstance(tree, dict):
             return {key: self.full_state_on_main(value) for key, value in tree.items()}
         return [self.full_state_on_main(each) for each in tree] if isinstance(tree, list) else tree
-
-    # -- decisions: all processes must call these methods together
-
-    def all_reduce_flag(self, value: int) -> int:
-        """Return the maximum of `value` over the processes."""
-        if self.size == 1:
-            return value
-        largest = torch.tensor(value)
-        distributed.all_reduce(largest, distributed.ReduceOp.MAX)
-        return int(largest)
-
-    def gather(self, value: Any) -> list[Any]:
-        """Return the values that the processes pass, in order of rank."""
-        if self.size == 1:
-            return [value]
-        values = [None] * self.size
-        distributed.all_gather_object(values, value)
-        return values
-
-    def raise_on_all_ranks(self, function: Callable[[], Result], kind: type[Exception]) -> Result:
-        """Call `function`; raise an error of type `kind` in all processes if one raises it."""
-        result, error = None, None
-        try:
-            result = function()
-        except kind as caught:
-            error = caught
-        if self.all_reduce_flag(error is not None):
-            messages = self.gather(error and str(error))
-            rank, message = next((r, text) for r, text in enumerate(messages) if text is not None)
-            raise error or kind(f"rank {rank}: {message}")
-        return result  # pyright: ignore - `function` returned it
-
-    def main_process_first(self, function: Callable[[], Result]) -> Result:
-        """Call `function` in one process per machine, then in the others, to share a file."""
-        is_first = environment_number("LOCAL_RANK", 0) == 0
-        result = function() if is_first else None
-        self.all_reduce_flag(0)
-        return result if is_first else function()  # pyright: ignore - `function` returned it

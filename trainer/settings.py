@@ -99,6 +99,7 @@ class TrainConfig:
     save_every: int = 1000  # steps; the last step is always saved
     keep_checkpoints: int = 2  # number of newest checkpoints to keep
     checkpoint_format: Literal["full", "sharded"] = "full"  # sharded: one file per process
+    async_save: bool = True  # train on while a checkpoint is written, from a copy in host memory
     max_skipped: int = 20  # non-finite steps in a row after which the run fails
     wandb: Literal["off", "online", "offline"] = "off"
     wandb_project: str = "dopr"
@@ -122,10 +123,9 @@ class TrainConfig:
 
 
 _AT_LEAST = {  # smallest valid value
-    **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "batch_size"), 1),
-    **dict.fromkeys(("micro_batch_size", "max_steps", "eval_every", "log_every"), 1),
-    **dict.fromkeys(("save_every", "ttf_episodes", "keep_checkpoints"), 1),
-    **dict.fromkeys(("max_skipped", "timeout_s", "mup_base_width"), 1),
+    **dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "batch_size", "timeout_s"), 1),
+    **dict.fromkeys(("micro_batch_size", "max_steps", "eval_every", "log_every", "save_every"), 1),
+    **dict.fromkeys(("ttf_episodes", "keep_checkpoints", "max_skipped", "mup_base_width"), 1),
     **dict.fromkeys(("seed", "warmup_steps", "eval_batches", "ttf_every", "loader_workers"), 0),
     **dict.fromkeys(("weight_decay", "grad_clip", "min_lr_ratio", "eps"), 0.0),
     **dict.fromkeys(("dropout", "beta1", "beta2", "momentum", "ema_decay"), 0.0),
@@ -247,5 +247,5 @@ def _mup_problems(config: TrainConfig) -> list[str]:
 
 # Settings that do not change the results of a run.
 RUN_ONLY = {"out_dir", "resume", "log_every", "ttf_every", "ttf_episodes", "wandb", "wandb_project"}
-RUN_ONLY |= {"parallel", "shard_size", "timeout_s", "checkpoint_format"}
+RUN_ONLY |= {"parallel", "shard_size", "timeout_s", "checkpoint_format", "async_save"}
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}

@@ -20,19 +20,22 @@ class StopRequest:
     the process should exit with `exit_code`: 128 + the signal's number, as shells report it.
 
     Args:
-        all_reduce_flag: function that returns the maximum of a value over all processes. With it, a
-            signal to any process takes effect in all of them at the next `poll`, which all must
-            call at the same point, and a signal repeated within `REPEAT_S` seconds is ignored.
+        start_max: function that starts to compute the maximum of a value over all processes and
+            returns a function that waits for it. With it, all processes must call `poll` at the
+            same points. A signal to any process takes effect in all of them at the second `poll`
+            that follows, so that no `poll` waits for the slowest process. A signal repeated within
+            `REPEAT_S` seconds is ignored.
     """
 
     URGENT = (signal.SIGTERM, signal.SIGINT)
     SIGNALS = (*URGENT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
-    def __init__(self, all_reduce_flag: Callable[[int], int] | None = None) -> None:
+    def __init__(self, start_max: Callable[[int], Callable[[], int]] | None = None) -> None:
         self.signum = 0
         self._received = 0
         self._urgent_at: float | None = None  # when the first SIGTERM or SIGINT arrived
-        self._all_reduce_flag = all_reduce_flag
+        self._start_max = start_max
+        self._finish_max: Callable[[], int] | None = None  # of the newest poll
 
     def __enter__(self) -> "StopRequest":
         self._former = {
@@ -42,12 +45,14 @@ class StopRequest:
         }
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for signum, handler in self._former.items():
             signal.signal(signum, handler)
+        if self._finish_max and error is None:  # leave no collective under way
+            self._finish_max()
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        is_shared = self._all_reduce_flag is not None
+        is_shared = self._start_max is not None
         if signum in self.URGENT:
             now = time.monotonic()
             if self._urgent_at is None:
@@ -60,8 +65,9 @@ class StopRequest:
 
     def poll(self) -> bool:
         """Return whether to stop now."""
-        if self._all_reduce_flag is not None:
-            self.signum = self._all_reduce_flag(self._received)
+        if self._start_max and not self.signum:
+            self.signum = self._finish_max() if self._finish_max else 0
+            self._finish_max = None if self.signum else self._start_max(self._received)
         return bool(self)
 
     def __bool__(self) -> bool:

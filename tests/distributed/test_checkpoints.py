@@ -1,8 +1,10 @@
 """A checkpoint can be resumed by any number of processes, in either format."""
 
+import io
 import json
 import os
 import pickle
+from contextlib import redirect_stdout
 from itertools import product
 
 import pytest
@@ -12,9 +14,15 @@ from torch import distributed, nn
 from eval.convert import main as convert
 from tests.distributed.runs import SETTINGS, distance, main, run, trained
 from tests.tiny import argv, metrics
+from tests.trainer.delayed_writes import delayed_writes
 from tests.trainer.tiny_checkpoint import FILES, gpt
 from trainer.checkpoint import sharded
-from trainer.checkpoint.read import CheckpointError, open_checkpoint, plain_state
+from trainer.checkpoint.read import (
+    CheckpointError,
+    load_checkpoint,
+    open_checkpoint,
+    plain_state,
+)
 from trainer.checkpoint.resume import find_checkpoint
 from trainer.checkpoint.write import save_checkpoint, save_sharded
 from trainer.parallel import Parallel
@@ -124,6 +132,72 @@ def test_a_sharded_checkpoint_fails_if_one_process_cannot_write(gang, dataset, t
         assert code == 1
         assert "step-00000000 could not be written: no space left in" in errors
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == []
+
+
+def with_delayed_writes(arguments):
+    """Start a run that trains on for two steps before a write in the background starts."""
+    with delayed_writes(2) as delayed:
+        return *main(arguments), delayed
+
+
+BACKGROUND = {
+    "ddp": (2, {"parallel": "ddp"}),
+    "fsdp": (3, {"parallel": "fsdp"}),
+    "hsdp with a copy in every process": (2, {"parallel": "hsdp", "shard_size": 1}),
+    "sharded ddp": (2, {"parallel": "ddp", "checkpoint_format": "sharded"}),
+    "sharded fsdp": (3, {"parallel": "fsdp", "checkpoint_format": "sharded"}),
+}
+
+
+@pytest.mark.parametrize("name", BACKGROUND)
+def test_a_write_while_training_goes_on_holds_the_state_of_its_step(gang, dataset, tmp_path, name):
+    size, how = BACKGROUND[name]
+    settings = SETTINGS | MUON | how | {"save_every": 3}
+    trained(gang, size, dataset, tmp_path / "sync", **settings, async_save=False)
+    arguments = argv(dataset, tmp_path / "async", **settings)
+    assert gang.run(size, with_delayed_writes, arguments) == [(0, "", [5, 8])] * size
+    for step in (3, 6):
+        found, wanted = (
+            load_checkpoint(tmp_path / each / f"checkpoints/step-{step:08d}")
+            for each in ("async", "sync")
+        )
+        for kind in ("model", "ema", "train"):
+            pair = [sharded.read_all(getattr(each, kind)) for each in (found, wanted)]
+            torch.testing.assert_close(*pair, atol=0, rtol=0)
+
+
+def with_a_disk_that_becomes_full(arguments):
+    """Start a run in which the process of rank 1 cannot write its tensors after the first save."""
+    write, calls = sharded.write, 0
+
+    def failing(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 1 or os.environ["RANK"] != "1":
+            return write(*args, **kwargs)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "save", disk_full)
+            return write(*args, **kwargs)
+
+    def disk_full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as output:
+        patch.setattr(sharded, "write", failing)
+        return *main(arguments), output.getvalue()
+
+
+def test_only_the_last_failure_of_a_later_save_ends_the_run(gang, dataset, tmp_path):
+    how = {"max_steps": 6, "save_every": 2, "parallel": "fsdp", "checkpoint_format": "sharded"}
+    arguments = argv(dataset, tmp_path / "run", **SETTINGS | how)
+    results = gang.run(2, with_a_disk_that_becomes_full, arguments)
+    for code, errors, _ in results:
+        assert code == 1
+        assert "step-00000006 could not be written: no space left in" in errors
+    for step in (2, 4):
+        assert f"step-{step:08d} could not be written: no space left in" in results[0][2]
+    assert open_checkpoint(tmp_path / "run").step == 0
+    assert metrics(tmp_path / "run", "train")[-1]["step"] == 6
 
 
 def save_to_folders_of_their_own(folder):

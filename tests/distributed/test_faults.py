@@ -25,7 +25,7 @@ RUN = {"lr": 3e-3, "max_steps": 8, "dopr": "true", "eval_every": 3, "save_every"
 PLACES = {  # the function in which the signal arrives, and at which call
     "a step": (train.TrainState, "count_step", 5),
     "validation": (in_training, "evaluate", 2),
-    "a save": (train.TrainState, "save", 2),
+    "a save": (train.TrainState, "to_dict", 2),
     "the wait for data": (train, "next_step", 5),
 }
 
@@ -77,10 +77,10 @@ def test_a_signal_to_one_process_stops_all_at_one_step(gang, dataset, tmp_path, 
 def test_a_signal_repeated_at_once_is_ignored_and_a_later_one_ends_the_process(monkeypatch):
     exits = []
     monkeypatch.setattr(os, "_exit", exits.append)
-    with signals.StopRequest(all_reduce_flag=lambda signum: signum) as stop:
+    with signals.StopRequest(start_max=lambda signum: lambda: signum) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert not stop  # until all processes have polled
+        assert not stop.poll()  # until all processes have polled twice
         assert stop.poll()
         assert not exits
         monkeypatch.setattr(signals, "REPEAT_S", 0.0)

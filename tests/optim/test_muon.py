@@ -1,11 +1,14 @@
 """Muon against torch.optim.Muon, against an exact computation, and block by block."""
 
+import copy
 import math
 
 import pytest
 import torch
 
+from optim import matrices
 from optim.kernels.newton_schulz import orthogonalize
+from optim.matrices import Matrices
 from optim.muon import ADJUST_LR, Muon, orthogonalize_all
 
 TORCH_LIKE = {"adjust_lr": "original", "ns_coefficients": "quintic", "weight_decay": 0.1}
@@ -185,3 +188,29 @@ def test_rows_must_be_divisible_into_the_blocks():
     group = {"params": [("c_attn", torch.nn.Parameter(torch.ones(4, 4)))], "qkv_blocks": 3}
     with pytest.raises(ValueError, match=r"c_attn is \(4, 4\).*qkv_blocks=3"):
         Muon([group])
+
+
+def test_the_layout_of_the_matrices_is_computed_again_only_if_they_change(monkeypatch):
+    layouts = []
+    monkeypatch.setattr(
+        matrices, "Matrices", lambda *args: layouts.append(args[0]) or Matrices(*args)
+    )
+    first, second, third = (torch.nn.Parameter(randn(4, 4, seed=i)) for i in range(3))
+    optimizer = Muon([{"params": [first, second]}], lr=0.1)
+
+    def step(*params):
+        optimizer.zero_grad()
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+
+    for params in ([first, second], [first, second], [first], [first, second]):
+        step(*params)
+    optimizer.add_param_group({"params": [third]})
+    for _ in range(2):
+        step(first, second, third)
+    wanted = [[first, second], [first], [first, second], [third]]
+    assert [list(map(id, each)) for each in layouts] == [list(map(id, each)) for each in wanted]
+    optimizer = copy.deepcopy(optimizer)  # has parameters of its own
+    step(*optimizer.param_groups[0]["params"])
+    assert len(layouts) == 5

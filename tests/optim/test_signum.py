@@ -35,8 +35,8 @@ def test_decay_is_decoupled_and_comes_first():
 def test_momentum_is_the_moving_average():
     first, second = integers(3, 4, seed=1), integers(3, 4, seed=2)
     buffer = torch.zeros(3, 4)
-    signum_update(first, buffer, momentum=0.75)
-    update = signum_update(second, buffer, momentum=0.75)
+    signum_update([first], [buffer], momentum=0.75)
+    (update,) = signum_update([second], [buffer], momentum=0.75)
     assert torch.equal(buffer, 0.1875 * first + 0.25 * second)
     assert torch.equal(update, buffer.sign())
 

@@ -21,6 +21,39 @@ def test_a_signal_sets_the_flag_and_interrupts_nothing(signum):
         assert str(stop) == signum.name
 
 
+def test_a_signal_to_any_process_counts_from_the_second_poll_in_all():
+    """The other process gets a signal after its second poll."""
+    of_the_other, waits = [0, 0, signal.SIGUSR1], []
+
+    def start_max(value):
+        other = of_the_other.pop(0)
+        return lambda: waits.append(value) or max(value, other)
+
+    with StopRequest(start_max) as stop:
+        assert [stop.poll() for _ in range(3)] == [False] * 3
+        assert stop.poll()
+        assert stop.poll()  # starts nothing
+    assert stop.signum == signal.SIGUSR1
+    assert len(waits) == 3
+
+
+def test_a_clean_end_leaves_no_decision_under_way():
+    waits = []
+    with StopRequest(lambda value: lambda: waits.append(value) or value) as stop:
+        stop.poll()
+    assert waits == [0]
+
+
+def test_an_error_does_not_wait_for_the_other_processes():
+    def fail(stop):
+        with stop:
+            stop.poll()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail(StopRequest(lambda value: lambda: pytest.fail("waited")))
+
+
 def test_the_former_handlers_are_back_afterwards():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with StopRequest():

@@ -79,11 +79,30 @@ class StoredTensor:
         return target
 
 
-def write(folder: Path, tree: Any, *, is_alone: bool) -> Any:
+def copy_to_cpu(tree: Any) -> Any:
+    """Copy the tensors in nested dicts and lists; a process copies only the rows that it holds."""
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+    stager = DefaultStager(
+        StagingOptions(
+            use_pinned_memory=False,
+            use_shared_memory=False,
+            use_async_staging=False,
+            use_non_blocking_copy=False,
+        )
+    )
+    try:
+        return stager.stage(tree)
+    finally:
+        stager.close()
+
+
+def write(folder: Path, tree: Any, *, is_alone: bool, group: Any = None) -> Any:
     """Write the tensors in nested dicts and lists; return the tree with placeholders for them.
 
-    All processes must call this together, unless a single process `is_alone`. Raises OSError in all
-    of them if one cannot write.
+    All processes must call this together, unless a single process `is_alone`. They communicate in
+    the process group `group`, by default that of all processes. Raises OSError in all of them if
+    one cannot write.
     """
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
@@ -91,13 +110,17 @@ def write(folder: Path, tree: Any, *, is_alone: bool) -> Any:
     tensors: dict[str, Tensor] = {}
     tree = _replace_tensors(tree, "", tensors)
     with _torch_errors_as_oserror():
-        save(tensors, storage_writer=FileSystemWriter(folder), no_dist=is_alone)
+        writer = FileSystemWriter(folder)
+        save(tensors, storage_writer=writer, process_group=group, no_dist=is_alone)
     return tree
 
 
 def check_complete(folder: Path) -> None:
-    """Raise OSError if a file named in the index is not in the folder."""
-    names = {entry.relative_path for entry in _unpickled(folder).storage_data.values()}
+    """Raise OSError if the index, or a file named in it, is not in the folder."""
+    try:
+        names = {entry.relative_path for entry in _unpickled(folder).storage_data.values()}
+    except ValueError as error:
+        raise OSError(str(error)) from error
     if absent := sorted(name for name in names if not (folder / name).is_file()):
         raise OSError(
             f"{', '.join(absent)} of other processes is not in {folder}; "
@@ -204,17 +227,17 @@ def _check_entry(folder: Path, key: str, entry: Any, storage: dict[Any, Any]) ->
 def _torch_errors_as_oserror() -> Iterator[None]:
     """Raise torch's CheckpointException, a BaseException, as an OSError.
 
-    Also silences torch's warning that a single process saves without torch.distributed.
+    Also silences torch's warning that a single process saves without torch.distributed. It stays
+    silent, because `warnings.catch_warnings` is not safe in a thread.
     """
     from torch.distributed.checkpoint.api import CheckpointException
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        try:
-            yield
-        except CheckpointException as error:
-            causes = [f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items()]
-            raise OSError("; ".join(causes)) from error
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    try:
+        yield
+    except CheckpointException as error:
+        causes = [f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items()]
+        raise OSError("; ".join(causes)) from error
 
 
 def _reader(folder: Path, index: Any) -> Any:

@@ -6,8 +6,6 @@ The state has no random generators and no position in the data, because both are
 
 import math
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,13 +21,10 @@ from trainer.checkpoint.read import (
     CheckpointError,
     check_fits,
     load_into,
-    plain_state,
 )
 from trainer.checkpoint.sharded import read_all
 from trainer.checkpoint.tensors import layer_problems, optimizer_state_problems
-from trainer.checkpoint.write import save_checkpoint, save_sharded
-from trainer.evaluation_weights import evaluation_weights, train_weights
-from trainer.parallel import Parallel
+from trainer.evaluation_weights import train_weights
 from trainer.sharding import shard_like
 
 
@@ -49,7 +44,7 @@ class TrainState:
     step: int = 0
     skipped: int = 0
     skipped_in_row: int = 0
-    saved_step: int = -1  # of the newest checkpoint
+    saved_step: int = -1  # of the newest checkpoint that is known to be complete
     is_loss_finite: bool | None = None
     _first_groups: list[Groups] = field(init=False, repr=False)
 
@@ -92,41 +87,7 @@ class TrainState:
         """Return the models to evaluate by the prefix of their metrics: "" and, if kept, "ema_"."""
         return {"": self.model} | ({"ema_": self.ema.module} if self.ema else {})
 
-    def save(
-        self,
-        root: Path,
-        parallel: Parallel,
-        *,
-        manifest: dict[str, Any],
-        tokenizer: bytes,
-        keep: int,
-        is_sharded: bool = False,
-    ) -> None:
-        """Write a checkpoint of this step under `root`, unless that was done already.
-
-        Its weights are those to evaluate (see evaluation_weights.py). All processes must call this.
-
-        Raises:
-            CheckpointError: the checkpoint could not be written.
-        """
-        if self.step == self.saved_step:
-            return
-        manifest = {**manifest, "optimizers": self._optimizer_names()}
-        files = {"tokenizer_json": tokenizer, "manifest": manifest, "keep": keep}
-        with evaluation_weights(self.optimizers):
-            tensors = {"model": plain_state(self.model), "train": self.to_dict()}
-            tensors["ema"] = plain_state(self.ema) if self.ema else None
-            if is_sharded:
-                save_sharded(root, self.step, parallel, **tensors, **files)
-            else:
-                tensors = parallel.full_state_on_main(tensors)
-                write = partial(save_checkpoint, root, self.step, **tensors, **files)
-                parallel.raise_on_all_ranks(
-                    write if parallel.is_main else lambda: None, CheckpointError
-                )
-        self.saved_step = self.step
-
-    def _optimizer_names(self) -> list[str]:
+    def optimizer_names(self) -> list[str]:
         """Return the names of the classes; with their modules, if other packages have them."""
         kinds = [(type(each), is_third_party(each)) for each in self.optimizers]
         return [
@@ -186,7 +147,7 @@ class TrainState:
     def _check_optimizers(self, checkpoint: Checkpoint) -> None:
         """Raise CheckpointError unless the model and the optimizers can load their state."""
         saved, names = checkpoint.train["optimizers"], checkpoint.manifest["optimizers"]
-        own_names = self._optimizer_names()
+        own_names = self.optimizer_names()
         if names != own_names or len(saved) != len(names):
             raise CheckpointError(
                 f"checkpoint {checkpoint.path} was written with optimizers {names}, "

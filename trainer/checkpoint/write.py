@@ -3,13 +3,13 @@
 A save writes `step-N.tmp/`, syncs its files and the folder to disk, renames it, updates `latest`
 and removes old checkpoints. A crash at any time leaves the previous checkpoint intact, and the next
 save removes the temporary folder. If a run was resumed from an earlier step, its next save renames
-the later folders to `abandoned-step-N`.
+the later folders to `abandoned-step-N`. `background.py` calls these functions in a thread.
 """
 
 import errno
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,15 @@ def save_checkpoint(
     Raises:
         CheckpointError: the checkpoint could not be written; earlier ones are untouched.
     """
-    with _written_folder(root, step) as partial:
+    partial = root / f"step-{step:08d}.tmp"
+    with _checkpoint_errors(partial, is_main=True):
+        _create(partial)
         for name, weights in {"model": model, "ema": ema}.items():
             if weights is not None:
                 tensors = {key: value.contiguous() for key, value in weights.items()}
                 save_file(tensors, partial / f"{name}.safetensors")
         _finish(partial, train, tokenizer_json, {**manifest, "step": step}, keep)
-    return root / partial.stem
+    return partial.with_suffix("")
 
 
 def save_sharded(
@@ -78,40 +80,59 @@ def save_sharded(
     Every process writes the parts that it holds, so no process needs memory for full tensors. All
     processes must call this.
     """
-    with _written_folder(root, step, parallel) as partial:
-        tensors = {"model": dict(model), "ema": ema and dict(ema), "train": train}
-        tree = sharded.write(partial / sharded.FOLDER, tensors, is_alone=parallel.size == 1)
-        facts = {**manifest, "step": step, "format": "sharded"}
+    tensors = {"model": dict(model), "ema": ema and dict(ema), "train": train}
+    files: dict[str, Any] = {"tokenizer_json": tokenizer_json, "manifest": manifest, "keep": keep}
+    write = start_sharded(root, step, parallel, tensors=tensors, **files)
+    return parallel.raise_on_all_ranks(write, CheckpointError)
 
-        def finish() -> None:
-            try:
-                sharded.check_complete(partial / sharded.FOLDER)
+
+def start_sharded(
+    root: Path,
+    step: int,
+    parallel: Parallel,
+    *,
+    tensors: dict[str, Any],
+    tokenizer_json: bytes,
+    manifest: dict[str, Any],
+    keep: int,
+    group: Any = None,
+) -> Callable[[], Path]:
+    """Create the temporary folder, and return the function that does the rest of `save_sharded`.
+
+    All processes must call this in their main threads. Each of them must then call the function,
+    which raises CheckpointError. It communicates only in the process group `group`, so another
+    thread may call it if no one else uses the group and the tensors.
+    """
+    partial = root / f"step-{step:08d}.tmp"
+    facts = {**manifest, "step": step, "format": "sharded"}
+
+    def create() -> None:
+        if parallel.is_main:
+            _create(partial)
+
+    def write() -> Path:
+        with _checkpoint_errors(partial, is_main=parallel.is_main):
+            shards, is_alone = partial / sharded.FOLDER, parallel.size == 1
+            tree = sharded.write(shards, tensors, is_alone=is_alone, group=group)
+            if parallel.is_main:  # all processes have written
+                sharded.check_complete(shards)
                 _finish(partial, tree, tokenizer_json, facts, keep)
-            except (OSError, ValueError) as error:
-                raise RuntimeError(error) from error
+        return partial.with_suffix("")
 
-        parallel.raise_on_all_ranks(finish if parallel.is_main else lambda: None, RuntimeError)
-    return root / partial.stem
+    with _checkpoint_errors(partial, is_main=parallel.is_main):
+        parallel.raise_on_all_ranks(create, OSError)
+    return write
 
 
 @contextmanager
-def _written_folder(root: Path, step: int, parallel: Parallel | None = None) -> Iterator[Path]:
-    """Create a temporary folder; on an error, remove it and raise CheckpointError."""
-    partial = root / f"step-{step:08d}.tmp"
-
-    def start() -> None:
-        _remove_leftovers(root)
-        partial.mkdir(parents=True)
-
+def _checkpoint_errors(partial: Path, *, is_main: bool) -> Iterator[None]:
+    """On an error, remove the temporary folder `partial` and raise CheckpointError."""
+    root = partial.parent
     try:
-        if parallel is None:
-            start()
-        else:
-            parallel.raise_on_all_ranks(start if parallel.is_main else lambda: None, OSError)
-        yield partial
+        yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError
         is_full = any(text in str(error) for text in DISK_FULL)
-        if parallel is None or parallel.is_main:
+        if is_main:
             is_full |= _is_disk_full(partial)
             shutil.rmtree(partial, ignore_errors=True)
         reason = f"no space left in {root} for a file of its size" if is_full else str(error)
@@ -143,11 +164,11 @@ def _finish(
     complete = {"schema": SCHEMA, **manifest, "files": files}
     complete["sha256"] = manifest_digest(complete)
     (partial / "manifest.json").write_text(json.dumps(complete, indent=2) + "\n")
-    _publish(partial, partial.with_suffix(""))
+    publish(partial, partial.with_suffix(""))
     _prune(partial.parent, keep)
 
 
-def _publish(partial: Path, final: Path) -> None:
+def publish(partial: Path, final: Path) -> None:
     """Sync a completely written folder to disk, rename it, and update `latest`."""
     for path in [*partial.rglob("*"), partial]:
         fsync(path)
@@ -160,9 +181,11 @@ def _publish(partial: Path, final: Path) -> None:
     write_atomic(final.parent / "latest", final.name + "\n")
 
 
-def _remove_leftovers(root: Path) -> None:
-    for path in root.glob("step-*.tmp"):
+def _create(partial: Path) -> None:
+    """Create a temporary folder, and remove those that crashes have left."""
+    for path in partial.parent.glob("step-*.tmp"):
         shutil.rmtree(path)
+    partial.mkdir(parents=True)
 
 
 def _prune(root: Path, keep: int) -> None:
