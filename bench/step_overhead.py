@@ -7,10 +7,10 @@ Each optimizer trains alone and with DoPr in four modes: exact (a new Σ and P i
 same with Σ in blocks of the model's width, averaged (Σ of every token, a new P every 10 steps) and
 fast (as averaged, but Σ of one token in several and in one step in 10, as in config/gpt2_dopr.py);
 averaged and fast also with `fresh_mean`.
-The variants run in one process, on GPTs with the same weights and the same batch. They take turns;
-a turn has as many steps as lie between two refreshes of the fast mode, so it contains exactly one
-refresh. The result has the median over rounds of the mean step time, and its ratio to the optimizer
-alone. On a GPU it also has the peak memory of each variant in a round, including its weights and
+The variants run in one process, on GPTs with the same weights and the same batch. They take turns
+of one step; a round has as many turns as lie between two refreshes of the fast mode, so it contains
+exactly one of them. The result has the median over rounds of the mean step time, and its ratio to
+the optimizer alone. On a GPU it also has the peak memory of each variant in a round, including its weights and
 optimizer state.
 """
 
@@ -111,23 +111,31 @@ class StepVariant:
         self.round()  # compiles, and creates the optimizer state
         self.resident = allocated() - allocated_before  # bytes held between two steps
 
+    def step(self) -> None:
+        for x, y in zip(self.x, self.y, strict=True):
+            with self.autocast:
+                _, loss = self.forward(x, y, return_logits=False)
+            (loss / len(self.x)).backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.model.zero_grad()
+
     def round(self) -> None:
         """Run the steps from one refresh of the fast mode to the next."""
         for _ in range(self.refresh_every):
-            for x, y in zip(self.x, self.y, strict=True):
-                with self.autocast:
-                    _, loss = self.forward(x, y, return_logits=False)
-                (loss / len(self.x)).backward()
-            for optimizer in self.optimizers:
-                optimizer.step()
-            self.model.zero_grad()
+            self.step()
 
     def measured_round(self) -> tuple[float, int]:
         """Return the milliseconds per step, and the peak bytes of this variant (0 on a CPU)."""
+        ms, peak = self.measured(self.round)
+        return ms / self.refresh_every, peak
+
+    def measured(self, work: Callable[[], None]) -> tuple[float, int]:
+        """Return the milliseconds of `work`, and the peak bytes of this variant (0 on a CPU)."""
         bytes_of_others = allocated() - self.resident
         if DEVICE.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        ms = milliseconds(self.round, DEVICE) / self.refresh_every
+        ms = milliseconds(work, DEVICE)
         peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0
         return ms, max(0, peak - bytes_of_others)
 
@@ -165,14 +173,16 @@ def measure(
 
 def in_turns(variants: dict[str, StepVariant], rounds: int) -> dict[str, Any]:
     """Measure the variants in turns; return times, ratios to the first one, and memory in MiB."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
+    first = next(iter(variants.values()))
+    times: dict[str, list[float]] = {name: [0.0] * rounds for name in variants}
     peaks = dict.fromkeys(variants, 0)
-    for _ in range(rounds):
-        for name, variant in variants.items():
-            ms, peak = variant.measured_round()
-            times[name].append(ms)
-            peaks[name] = max(peaks[name], peak)
-    result, first = compared(times), next(iter(variants.values()))
+    for i in range(rounds):
+        for _ in range(first.refresh_every):
+            for name, variant in variants.items():
+                ms, peak = variant.measured(variant.step)
+                times[name][i] += ms / first.refresh_every
+                peaks[name] = max(peaks[name], peak)
+    result = compared(times)
     return {
         **{"tokens": first.x.numel(), "rounds": rounds},
         **{"step_ms": result["ms"], "ratio": result["ratio"]},
