@@ -101,23 +101,23 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(parts)
         if not config.tie_weights:
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.reset_parameters()
+        for name, parameter in self.named_parameters():
+            self.draw_(name, parameter)
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw the weights as GPT-2 does: N(0, 0.02²), biases 0, LayerNorm gains 1.
+    def draw_(self, name: str, parameter: Tensor) -> None:
+        """Draw a parameter as GPT-2 does: N(0, 0.02²), biases 0, LayerNorm gains 1.
 
         Projections back to the residual stream have std 0.02 / sqrt(2 n_layer). `init_mult`
         multiplies both standard deviations in the matrices of the transformer blocks.
         """
         std = 0.02 * self.config.init_mult
-        for name, parameter in self.named_parameters():
-            if name.endswith("c_proj.weight"):
-                parameter.normal_(std=std / math.sqrt(2 * self.config.n_layer))
-            elif parameter.dim() == 2:
-                parameter.normal_(std=std if ".h." in name else 0.02)
-            else:
-                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+        if name.endswith("c_proj.weight"):
+            parameter.normal_(std=std / math.sqrt(2 * self.config.n_layer))
+        elif parameter.dim() == 2:
+            parameter.normal_(std=std if ".h." in name else 0.02)
+        else:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
 
     def forward(
         self,

@@ -39,7 +39,14 @@ from optim.kernels.dispatch import describe_backend
 from optim.probe import seed_all
 from optim.schedule import lr_scale
 from optim.third_party import is_third_party
-from trainer.build import SCHEDULE_KEYS, chosen, make_model, make_optimizers, make_preconditioner
+from trainer.build import (
+    SCHEDULE_KEYS,
+    chosen,
+    draw_shards,
+    make_model,
+    make_optimizers,
+    make_preconditioner,
+)
 from trainer.checkpoint.read import CheckpointError
 from trainer.checkpoint.resume import (
     check_agreement,
@@ -48,7 +55,13 @@ from trainer.checkpoint.resume import (
     fingerprint,
 )
 from trainer.checkpoint.state import TrainState
-from trainer.failures import MemoryExhausted, ProcessLost, TrainingDiverged, memory_errors
+from trainer.failures import (
+    MemoryExhausted,
+    ProcessLost,
+    TrainingDiverged,
+    memory_errors,
+    smaller_run,
+)
 from trainer.machine import device_of, lock_out_dir, machine_problems
 from trainer.metrics import MetricsLog, environment, mfu
 from trainer.parallel import Parallel
@@ -84,13 +97,17 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
 
     # -- model
     checkpoint = find_checkpoint(config, dataset, parallel)
-    model, ema = make_model(config, dataset.tokenizer.n_vocab), None
-    if config.init_from and not checkpoint:
+    is_imported = bool(config.init_from) and not checkpoint
+    is_empty = parallel.is_sharded and not is_imported  # no process holds the whole model
+    model, ema = make_model(config, dataset.tokenizer.n_vocab, is_empty=is_empty), None
+    if is_imported:
         load_initial_weights(model, config, dataset.tokenizer)
     if config.ema_decay:
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-        parallel.place(ema.module)
-    parallel.place(model)
+    for each in [model, *([ema.module] if ema else [])]:
+        parallel.place(each)
+        if is_empty and not checkpoint:
+            draw_shards(each, config.seed)
 
     # -- optimizers, and DoPr in front of them
     optimizers = make_optimizers(config, model, parallel.group())
@@ -136,8 +153,7 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
     saver = CheckpointSaver(state, config, parallel, files, log, stop)
 
     parameters = [*model.parameters()]
-    # Ours draw no random numbers; others may, also from the generators of Python and NumPy.
-    seed_optimizers = seed_all if any(map(is_third_party, optimizers)) else parallel.seed
+    may_draw = any(map(is_third_party, optimizers))  # random numbers; ours do not
     # The data are read one step ahead: the processes agree on them while they compute a step.
     read = partial(parallel.start_on_all_ranks, lambda: next_step(batches), DataError, count_scored)
     finish_read = read()
@@ -153,17 +169,18 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
                     results = validate(state, validation, dataset, parallel, autocast, stop)
                     log.val(state.step, results)
                     state.count_validation(results)
-                if task and not stop and state.step % config.ttf_every == 0:
+                if task and state.step % config.ttf_every == 0 and not stop.poll():
                     metrics = grade_rollouts(state, task, parallel, n=config.ttf_episodes)
                     log.ttf(state.step, task.primary, metrics)
-                if stop or is_done or state.step % config.save_every == 0:
-                    saver.save()
-                if stop or is_done:
+                is_last = is_done or bool(stop)
+                if is_last or state.step % config.save_every == 0:
+                    saver.save(is_last=is_last)
+                if is_last:
                     break
                 started = time.perf_counter()
                 (micro_batches, n_scored), finish_read = finish_read(), read()
             except DataError:  # the data became unreadable: save what was trained
-                saver.save()
+                saver.save(is_last=True)
                 raise
 
             # ---------------------------------------------------------------- one optimizer step
@@ -185,7 +202,8 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
             scale = lr_scale(state.step, **chosen(config, SCHEDULE_KEYS))
             is_finite = bool(torch.isfinite(loss + grad_norm))
             if is_finite:
-                seed_optimizers(random_seed(config.seed, state.step, rank=-1))  # same on all ranks
+                if may_draw:
+                    seed_all(random_seed(config.seed, state.step, rank=-1))  # the same on all ranks
                 for optimizer in optimizers:
                     for group in optimizer.param_groups:
                         group["lr"] = group["base_lr"] * scale
@@ -255,7 +273,7 @@ def run(argv: list[str]) -> int:
         print(describe(config, origins))
         if parallel.is_main:
             stack.enter_context(lock_out_dir(Path(config.out_dir)))
-        stack.enter_context(memory_errors(config.micro_batch_size))
+        stack.enter_context(memory_errors(smaller_run(config.micro_batch_size)))
         start_max = parallel.start_all_reduce_flag if parallel.size > 1 else None
         return train(config, parallel, stack.enter_context(StopRequest(start_max)))
 

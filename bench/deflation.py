@@ -35,8 +35,8 @@ from optim.kernels.deflation import (
     first_deflation_basis,
     restore,
 )
-from optim.kernels.gram import mirror_
 from optim.kernels.newton_schulz import newton_error, newton_iterations, scaled_step, upper_bound
+from optim.kernels.symmetric import mirror_
 
 GAMMAS = (0.1, 0.05, 0.01)
 

@@ -22,11 +22,13 @@ from torch import Tensor
 from bench.arguments import parse_operations
 from bench.kernel_rules import is_accurate
 from bench.timing import DEVICE, compared, interleaved, measure_all
-from optim.dopr.layer import apply_P
+from optim.dopr.statistics import apply_P
 from optim.kernels import _triton_apply, _triton_gram, _triton_newton_schulz, gram, newton_schulz
 from optim.kernels.deflation import DEFLATION_RANK, deflate, deflated_condition_bound, restore
 from optim.kernels.dense_root import dense_inverse_root
-from optim.kernels.newton_schulz import full_precision, newton_iterations
+from optim.kernels.newton_schulz import newton_iterations
+from optim.kernels.precision import full_precision
+from optim.kernels.symmetric import mirror_
 
 GAMMA = 0.1
 BETA = 0.95
@@ -111,7 +113,7 @@ def inverse_cases(N: int, d: int) -> Iterator[KernelCase]:
     `cholesky` and `triton deflated` are the implementations that DoPr uses.
     """
     z = activations(N, 4 * d, d)
-    sigma = gram.mirror_(z.mT @ z / (4 * d))
+    sigma = mirror_(z.mT @ z / (4 * d))
     damping = GAMMA * sigma.diagonal(dim1=-2, dim2=-1).mean(-1)  # (N,)
     A = sigma + damping[:, None, None] * torch.eye(d, device=DEVICE)
     condition_bound, U = d / GAMMA, torch.linalg.qr(randn(N, d, DEFLATION_RANK))[0]
@@ -151,7 +153,7 @@ def apply_cases(N: int, m: int, n_blocks: int, b: int) -> Iterator[KernelCase]:
 
     The contender `bmm` multiplies all blocks of all layers as one batch.
     """
-    G, P = randn(N, m, n_blocks * b), gram.mirror_(randn(N, n_blocks, b, b))
+    G, P = randn(N, m, n_blocks * b), mirror_(randn(N, n_blocks, b, b))
     triton = partial(_triton_apply.apply, G, P)
     contenders = {
         "bmm": partial(_bmm, G, P),

@@ -30,10 +30,12 @@ def running(
         yield process
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)  # lets the command remove its temporary files
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_S)
-            os.killpg(process.pid, signal.SIGKILL)
+            try:
+                os.killpg(process.pid, signal.SIGTERM)  # lets it remove its temporary files
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE_S)
+            finally:
+                os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 

@@ -38,6 +38,6 @@ def read_result(
 
 
 def earlier_rows(path: Path | None, environment: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows that the same sources measured on such a machine."""
+    """Return the rows that the same sources measured on such a machine, without failed ones."""
     result = read_result(path, environment)
-    return [] if result is None else result["rows"]
+    return [] if result is None else [row for row in result["rows"] if "exception" not in row]

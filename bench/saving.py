@@ -59,9 +59,9 @@ def times_of_run(data: Path, out: Path, size: str, *, async_save: bool) -> RunTi
         count_step(self, is_finite)
         ends.append(time.perf_counter())
 
-    def timed_save(self: CheckpointSaver) -> None:
+    def timed_save(self: CheckpointSaver, *, is_last: bool) -> None:
         started = time.perf_counter()
-        save(self)
+        save(self, is_last=is_last)
         pauses[len(ends) - 1] = time.perf_counter() - started
 
     TrainState.count_step, CheckpointSaver.save = timed_step, timed_save

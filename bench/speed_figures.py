@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eval.command import command_parser, reported_errors
-from studies.report.style import COLOURS, DASHES, GREY, HEIGHT, INK, STYLE, WIDTH
+from studies.report.style import COLOURS, DASHES, GREY, HEIGHT, INK, MARKERS, STYLE, WIDTH
 
 OURS, OTHER = COLOURS["adamw"], COLOURS["muon"]
 NOT_PLOTTED = ("AdamW", "forward and backward")
@@ -23,18 +23,17 @@ NOT_PLOTTED = ("AdamW", "forward and backward")
 
 def step_cost(rows: list[dict[str, Any]]) -> Figure:
     """Plot the step time of every preconditioner, divided by AdamW's, by width."""
-    figure, (ax,) = panels(1, height=1.6 * HEIGHT)
+    figure, ax = panel(1.6 * HEIGHT)
     names = [name for name in rows[0]["ratio"] if name not in NOT_PLOTTED]
     ours = [name for name in names if name.startswith("DoPr")]
+    others = [name for name in names if name not in ours]
     widths = [row["width"] for row in rows]
-    for name in names:
-        kind, i = (ours, ours.index(name)) if name in ours else (names, names.index(name))
-        colour = OURS if kind is ours else OTHER
-        values = [row["ratio"][name] for row in rows]
-        ax.plot(widths, values, "o", ls=DASHES[i % len(DASHES)], color=colour, ms=4, label=name)
+    for group, colour in ((ours, OURS), (others, OTHER)):
+        for name, dashes, marker in zip(group, DASHES, MARKERS, strict=False):
+            values = [row["ratio"][name] for row in rows]
+            ax.plot(widths, values, marker, ls=dashes, color=colour, ms=4, label=name)
     ax.axhline(1, color=INK, lw=0.7)
     ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
     ax.set_xticks(widths, [str(width) for width in widths])
     ax.set_xlabel("width")
     ax.set_title("Time of a step, AdamW = 1")
@@ -44,7 +43,7 @@ def step_cost(rows: list[dict[str, Any]]) -> Figure:
 
 def generation(rows: list[dict[str, Any]]) -> Figure:
     """Plot our tokens per second, divided by Hugging Face's."""
-    figure, (ax,) = panels(1)
+    figure, ax = panel(0.5 + 0.2 * len(rows))
     labels = [" ".join(str(row[key]) for key in generation_keys(row)) for row in rows]
     bars(ax, labels, [row["ratio"] for row in rows], OURS)
     ax.set_title("Generated tokens per second, Hugging Face = 1")
@@ -57,7 +56,7 @@ def generation_keys(row: dict[str, Any]) -> list[str]:
 
 def throughput(rows: list[dict[str, Any]]) -> Figure:
     """Plot our training loop's tokens per second, divided by nanoGPT's, round by round."""
-    figure, (ax,) = panels(1)
+    figure, ax = panel(0.7 * HEIGHT)
     (row,) = rows
     times = row["step_ms"]
     ratios = [b / a for a, b in zip(times["ours"], times["nanogpt"], strict=True)]
@@ -73,9 +72,9 @@ FIGURES = {
 }
 
 
-def panels(n: int, height: float = HEIGHT) -> tuple[Figure, list[Axes]]:
+def panel(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    return figure, list(figure.subplots(1, n, squeeze=False)[0])
+    return figure, figure.subplots()
 
 
 def bars(ax: Axes, labels: list[str], values: list[float], colour: str) -> None:

@@ -29,7 +29,7 @@ class CommandParser(argparse.ArgumentParser):
         """Print the help. It is no error if the reader, such as `head`, stops early."""
         try:
             super().print_help(file)
-            sys.stdout.flush()
+            (file or sys.stdout).flush()
         except BrokenPipeError:
             sys.stdout = None  # or Python tries to flush it once more
 

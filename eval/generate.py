@@ -81,7 +81,8 @@ def next_logits(model: GPT, idx: Tensor, cache: KVCache, lengths: Tensor | None 
 def _read(model: GPT, idx: Tensor, cache: KVCache, lengths: Tensor | None = None) -> Tensor:
     """Read tokens idx (B, t) into the cache and return their final hidden states (B, t, C).
 
-    Computes what `GPT.forward` does before the head, without dropout.
+    Computes what `GPT.forward` does before the head, without dropout. Hooks and replaced forwards
+    of the modules do not run.
     """
     parts: Any = model.transformer
     x = (parts.wte(idx) + parts.wpe(cache.begin(idx.size(1)))).flatten(0, 1)  # (B t, C)
@@ -124,16 +125,17 @@ def _head(model: GPT, hidden: Tensor) -> Tensor:  # (n, C) -> (n, V)
 def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:  # (n, K), (N, K) -> (n, N)
     """Return F.linear(x, W, b), up to rounding, in a form that suits few rows on a CPU.
 
-    MKL multiplies x Wᵀ slowly if x has few rows. W xᵀ takes 0.5 (small W) to 0.95 of the time for
-    16 rows, and products of x with every 64 rows of W take 0.7 for 4 to 7 rows and a large W; see
-    docs/log/2026-11-21-generation.md. The result may be a transposed view.
+    MKL multiplies x Wᵀ slowly if x has few rows. W xᵀ takes 0.6 to 0.9 of the time for 8 to 48
+    rows, but its result is a transposed view, which slows down what follows; for more rows this
+    costs more than it saves. Products of x with every 64 rows of W take 0.7 of the time for 4 to 7
+    rows and a large W; see docs/log/2026-11-21-generation.md.
     """
     n, (N, K) = len(x), W.shape
     if not (x.is_cpu and torch.backends.mkl.is_available() and W.dtype in MKL_DTYPES):
         return F.linear(x, W, b)
-    if n == 1 or n >= 8:
+    if n == 1 or 8 <= n < 64:
         y = (W @ x.t()).t()
-    elif n >= 4 and N % 64 == 0:
+    elif 4 <= n < 8 and N % 64 == 0:
         blocks = W.unflatten(0, (-1, 64)).mT  # (N / 64, K, 64)
         y = torch.bmm(x.expand(len(blocks), n, K), blocks).transpose(0, 1).reshape(n, N)
     else:

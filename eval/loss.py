@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eval.generate import wide_device
+from eval.sampling import wide_device
 from model import IGNORE, eval_mode
 
 

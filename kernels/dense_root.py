@@ -12,6 +12,8 @@ from .newton_schulz import check_inverse_root
 from .spd_inverse import invert_spd_
 from .symmetric import mirror_
 
+MAX_BLOCK_CONDITION = 1e5  # beyond it, inverting in blocks loses digits that fp32 holds
+
 
 def dense_inverse_root(
     A: Tensor,  # (..., d, d), symmetric, fp32 or float64
@@ -55,13 +57,17 @@ def is_inverted_in_blocks(sigma: Tensor) -> bool:
 
 
 def _inverses_in_blocks(sigma: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """Invert one matrix after the other, in one buffer."""
+    """Invert one matrix after the other, in one buffer; ill-conditioned ones by LAPACK."""
     X, A = torch.empty_like(sigma), sigma.new_empty(sigma.shape[1:], dtype=torch.float64)
-    is_positive = torch.empty(len(sigma), dtype=torch.bool)
+    is_positive = sigma.new_empty(len(sigma), dtype=torch.bool)
     for i in range(len(sigma)):
         A.copy_(sigma[i]).diagonal().add_(damping[i])
-        is_positive[i] = invert_spd_(A)
-        X[i] = A
+        if sigma[i].trace() <= MAX_BLOCK_CONDITION * damping[i]:  # κ <= 1 + tr(Σ) / damping
+            is_positive[i] = invert_spd_(A)
+            X[i] = A
+        else:
+            inverse, is_positive[i] = (each[0] for each in _batched_inverses(A[None]))
+            X[i] = mirror_(inverse.contiguous())
     return X, is_positive
 
 

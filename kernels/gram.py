@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import check_not_recording, choose_backend
-from .symmetric import add_symmetric_product_, mirror_
+from .symmetric import MIN_STRIP, add_symmetric_product_, mirror_
 
 
 def gram_(
@@ -30,9 +30,9 @@ def gram_(
     If given, `column_sums` grows by Σ z over the same tokens.
 
     z is cut into `blocks` equal slices along its last dimension; S[k] accumulates Σ z_k z_kᵀ. The
-    sum is formed in fp32 (float64 if z is float64), whatever the dtype of z. It is exactly
-    symmetric: the upper triangle is a copy of the lower one. Starting from S = 0 with α = 1, the
-    covariance Σ is S / count.
+    sum is formed in at least fp32, in float64 if z and S are. It is exactly symmetric: the upper
+    triangle is a copy of the lower one. Starting from S = 0 with α = 1, the covariance Σ is
+    S / count.
 
     Sequence number b contributes the tokens (offset + b + j·stride) mod T for j = 0, 1, ...,
     ⌈T / stride⌉ - 1. The first position differs between sequences, so a stride that divides T still
@@ -41,7 +41,7 @@ def gram_(
 
     Raises:
         ValueError: the shapes or devices of S, z and `column_sums` do not match, z is not
-            floating-point, or `stride` is below 1.
+            floating-point, S is neither fp32 nor float64, or `stride` is below 1.
     """
     check_gram(S, z, stride, column_sums)
     rows = _sample(z.detach(), stride, offset)  # (n, d)
@@ -49,7 +49,7 @@ def gram_(
         column_sums += rows.sum(0, dtype=column_sums.dtype)
     slices = rows.reshape(len(rows), *S.shape[:2]).transpose(0, 1)  # (blocks, n, d/blocks)
     with torch.autocast(z.device.type, enabled=False):
-        if S.is_cpu:
+        if S.is_cpu and S.shape[-1] > MIN_STRIP:
             for block, each in zip(S, slices.to(S.dtype), strict=True):
                 add_symmetric_product_(block, each, each, beta=beta, alpha=alpha)
         else:  # a fused multiply-add would break the exact symmetry
@@ -172,6 +172,8 @@ def check_gram(S: Tensor, z: Tensor, stride: int, column_sums: Tensor | None = N
             "gram_: expected S of shape (blocks, d/blocks, d/blocks) for z of shape (..., T, d), "
             f"but S is {tuple(S.shape)} and z is {tuple(z.shape)}"
         )
+    if S.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"gram_: expected S in float32 or float64, but S is {S.dtype}")
     if S.device != z.device:
         raise ValueError(
             f"gram_: expected S and z on one device, but S is on {S.device} and z on {z.device}"

@@ -6,13 +6,13 @@ This is the torch reference and the specification of `_triton_newton_schulz.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain, islice, repeat
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .precision import full_precision
 from .symmetric import mirror_
 
 NSCoefficients = Literal["polar_express", "quintic"]
@@ -199,25 +199,6 @@ def probe_residual(sigma: Tensor, damping: Tensor, X: Tensor, p: int) -> Tensor:
             Y = X @ Y
         residual = V - sigma @ Y - damping[:, None, None] * Y
     return torch.linalg.matrix_norm(residual) / torch.linalg.matrix_norm(V)
-
-
-@contextmanager
-def full_precision(device_type: str) -> Iterator[None]:
-    """Compute matrix products in the precision of their factors: without TF32 and autocast.
-
-    The context manager sets `fp32_precision`, which matrix products read and which can always be
-    queried. torch.get_float32_matmul_precision() raises if `fp32_precision` was set before.
-    """
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
 
 
 def check_inverse_root(A: Tensor, p: int, iterations: int = 0) -> None:

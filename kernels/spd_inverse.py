@@ -22,7 +22,7 @@ def invert_spd_(A: Tensor) -> bool:  # (d, d), exactly symmetric, on the CPU
 
         X₂₂ = S⁻¹        X₂₁ = -S⁻¹ V        X₁₁ = A₁₁⁻¹ + Vᵀ S⁻¹ V
 
-    Use float64: the error grows with the square of the condition number.
+    Use float64 and a condition number of at most 1e5 or so: the error grows with its square.
     """
     d = len(A)
     if d <= MAX_LAPACK_WIDTH:

@@ -14,10 +14,12 @@ from operator import is_not
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, distributed
 
 from .process_group import Collective, ProcessGroup, first_row, owners, row_bounds, row_mesh_dim
 
+MESSAGE_BYTES = 128 * 2**20  # of all processes together, in one all_gather
 Work = Callable[[list[Tensor]], list[Tensor]]  # maps matrices to new matrices of the same shapes
 
 
@@ -93,7 +95,7 @@ class Matrices:
 class Layouts:
     """The layouts of lists of parameters, each computed once for as long as its list is the same.
 
-    The lists must have no parameter in common.
+    The lists must have no parameter in common, and the sharding of a parameter must not change.
     """
 
     def __init__(self) -> None:
@@ -145,17 +147,30 @@ class _Copies:
         """Return the results of `work`."""
         if self.collective.size == 1:
             return work(matrices)
-        rank, sizes = self.collective.rank, [*map(sum, self.numels)]
-        done = work([matrices[i] for i in self.owned[rank]])
-        buffer = matrices[0].new_zeros(max(sizes))  # all_gather needs equal sizes
-        buffer[: sizes[rank]] = _flat(done, buffer)
-        gathered = [torch.empty_like(buffer) for _ in sizes]
-        distributed.all_gather(gathered, buffer, group=self.collective.group)
+        rank, like = self.collective.rank, matrices[0]
+        done = _flat(work([matrices[i] for i in self.owned[rank]]), like)
         results = list(matrices)
-        for owned, numels, values in zip(self.owned, self.numels, gathered, strict=True):
-            for i, piece in zip(owned, values[: sum(numels)].split(numels), strict=True):
+        for values, owned, numels in zip(
+            self._gathered(done), self.owned, self.numels, strict=True
+        ):
+            for i, piece in zip(owned, values.split(numels), strict=True):
                 results[i] = piece.view(self.shapes[i])
         return results
+
+    def _gathered(self, own: Tensor) -> list[Tensor]:
+        """Return the values of all processes, which may differ in number, from bounded messages."""
+        sizes = [*map(sum, self.numels)]
+        whole = [own.new_empty(size) for size in sizes]
+        n = max(1, MESSAGE_BYTES // (own.element_size() * len(sizes)))  # values per process
+        for first in range(0, max(sizes), n):
+            part = own[first : first + n]
+            sent = F.pad(part, (0, min(n, max(sizes) - first) - len(part)))  # all of equal size
+            received = [torch.empty_like(sent) for _ in sizes]
+            distributed.all_gather(received, sent, group=self.collective.group)
+            for target, values in zip(whole, received, strict=True):
+                piece = target[first : first + n]
+                piece.copy_(values[: len(piece)])
+        return whole
 
 
 class _Rows:

@@ -16,8 +16,8 @@ Result = TypeVar("Result")
 class Agreement:
     """Decisions of `size` processes. All processes must call these methods together.
 
-    The methods whose names begin with `start` return at once, with a function that waits for the
-    result. All processes must call this function at the same point, too.
+    The methods whose names begin with `start` do not wait for other processes. They return a
+    function that does, which all processes must call at the same point, or none.
     """
 
     size: int

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from model import GPT, GPTConfig
@@ -11,6 +12,7 @@ from optim.build import build_optimizers
 from optim.mup import forward_mults
 from trainer.presets import DOPR_KEYS
 from trainer.settings import ConfigError, TrainConfig
+from trainer.sharding import shard_like
 
 MODEL_KEYS = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "tie_weights")
 OPTIMIZER_KEYS = (
@@ -27,11 +29,34 @@ def chosen(config: TrainConfig, keys: tuple[str, ...]) -> dict[str, Any]:
     return {key: getattr(config, key) for key in keys}
 
 
-def make_model(config: TrainConfig, vocab_size: int) -> GPT:
-    """Build a GPT with random weights, the same in every process."""
+def make_model(config: TrainConfig, vocab_size: int, *, is_empty: bool = False) -> GPT:
+    """Build a GPT with random weights, the same in every process.
+
+    If `is_empty`, it is on the meta device and has no weights: shard it, then call `draw_shards`.
+    """
     torch.manual_seed(config.seed)
     mults: dict[str, Any] = forward_mults(config.width_mult, config.head_mult)
-    return GPT(GPTConfig(vocab_size=vocab_size, **chosen(config, MODEL_KEYS), **mults))
+    with torch.device("meta" if is_empty else "cpu"):
+        return GPT(GPTConfig(vocab_size=vocab_size, **chosen(config, MODEL_KEYS), **mults))
+
+
+@torch.no_grad()
+def draw_shards(model: GPT, seed: int) -> None:
+    """Draw the weights of a sharded model: those that `make_model` gives a model with this seed.
+
+    They do not depend on the number of processes. Holds one whole parameter at a time.
+    """
+    torch.manual_seed(seed)
+    with torch.device("meta"):
+        template = GPT(model.config)
+    for module in template.modules():  # torch draws weights first, which GPT draws again
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            module.to_empty(device="cpu").reset_parameters()
+            module.to("meta")  # frees the memory
+    for name, parameter in model.named_parameters():
+        whole = torch.empty(parameter.shape, device="cpu")
+        model.draw_(name, whole)
+        parameter.copy_(shard_like(whole, parameter))
 
 
 def make_optimizers(config: TrainConfig, model: GPT, process_group: Any) -> list[Optimizer]:

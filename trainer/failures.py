@@ -33,19 +33,27 @@ class MemoryExhausted(RuntimeError):
     """The device or the machine has too little memory for the run."""
 
 
+def smaller_run(micro_batch_size: int) -> str:
+    """Say what to do if a run needs too much memory."""
+    return (
+        f"use a micro_batch_size below {micro_batch_size}, which does not change the results, a "
+        "smaller block_size, or a smaller model"
+    )
+
+
 @contextmanager
-def memory_errors(micro_batch_size: int) -> Iterator[None]:
-    """Raise MemoryExhausted, which says what to do, in place of the errors of allocators."""
+def memory_errors(remedy: str) -> Iterator[None]:
+    """Raise MemoryExhausted, with what to do, in place of the errors of allocators."""
     try:
         yield
+    except MemoryExhausted:
+        raise
     except (RuntimeError, MemoryError) as error:
         is_plain = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not is_plain and not any(text in str(error) for text in MEMORY_MESSAGES):
             raise
         raise MemoryExhausted(
-            f"the memory does not suffice ({first_line(error) or 'MemoryError'}); use a "
-            f"micro_batch_size below {micro_batch_size}, which does not change the results, a "
-            "smaller block_size, or a smaller model"
+            f"the memory does not suffice ({first_line(error) or 'MemoryError'}); {remedy}"
         ) from error
 
 

@@ -130,6 +130,11 @@ class Parallel(Agreement):
 
     # -- the model
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the weights are sharded over the processes: under fsdp and hsdp."""
+        return self._mesh is not None
+
     def place(self, model: nn.Module) -> None:
         """Move `model` to the device and, under fsdp and hsdp, shard it (`sharding.shard`)."""
         if self._mesh is None:
@@ -188,9 +193,11 @@ class Parallel(Agreement):
 
     # -- tensors: all processes must call these methods together
 
-    def group(self) -> Any:
+    def group(self, backend: str | None = None) -> Any:
         """Create a group of all processes with its own communicator; None with one process."""
-        return distributed.new_group(timeout=self._timeout) if self.size > 1 else None
+        if self.size == 1:
+            return None
+        return distributed.new_group(timeout=self._timeout, backend=backend)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over the processes, in place."""

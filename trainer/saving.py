@@ -21,7 +21,7 @@ class CheckpointSaver:
 
     With async_save=true, checkpoints are written in the background, one at a time, except for the
     first one of a new run and the last one, which are complete when `save` returns. A failure in
-    the background is reported by the next call, or at the end of the run.
+    the background is reported by the next save, or at the end of the run.
 
     Used as a context manager, which waits for the write in progress on exit. All processes must
     create it and call its methods together.
@@ -47,15 +47,17 @@ class CheckpointSaver:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if error := self._writer.close():
-            self._log.say(f"WARNING: {error}")
+        if problem := self._writer.close():
+            self._log.say(f"WARNING: {problem}")
 
-    def save(self) -> None:
+    def save(self, *, is_last: bool) -> None:
         """Save this step, unless the loss of its weights is known not to be finite.
 
-        A failure to write is a warning if an earlier checkpoint of the run exists and this is not
-        the last save.
+        A failure to write is a warning if an earlier checkpoint of the run exists and the run is
+        neither done nor stopped.
 
+        Args:
+            is_last: whether the run ends with this save, which is then complete on return.
         Raises:
             CheckpointError: the first or the last checkpoint could not be written.
             TrainingDiverged: a tensor, or the loss after the last step, is not finite.
@@ -73,14 +75,14 @@ class CheckpointSaver:
         if self._parallel.all_reduce_flag(bool(broken)):
             raise self._diverged(f"after step {state.step}, {broken or 'a tensor'} is not finite")
         must_succeed = self._stop or is_done or state.saved_step < 0  # none written, none resumed
-        is_background = self._config.async_save and not must_succeed
+        is_background = self._config.async_save and not (must_succeed or is_last)
         write = self._writer.start if is_background else self._writer.write
         try:
             write()
         except CheckpointError as error:
             if must_succeed:
                 raise
-            self._log.say(f"WARNING: {error}; training goes on")
+            self._log.say(f"WARNING: {error}" + ("" if is_last else "; training goes on"))
 
     def give_up_if_diverged(self) -> None:
         """Raise TrainingDiverged after `max_skipped` skipped steps in a row."""
@@ -95,7 +97,7 @@ class CheckpointSaver:
         try:
             self._writer.wait()
         except CheckpointError as error:
-            self._log.say(f"WARNING: {error}; training goes on")
+            self._log.say(f"WARNING: {error}")
         waited = time.monotonic() - started
         if waited > NOTABLE_WAIT_S:
             step = self._state.step

@@ -42,12 +42,15 @@ def shard(model: nn.Module, mesh: Any) -> None:
     """Shard every parameter of `model` by rows, in place. The Parameter objects are replaced.
 
     FSDP2 gathers the weights of one transformer block at a time, and the other weights together.
+    The shards of a model on the meta device are allocated, with arbitrary values.
     """
     from torch.distributed.fsdp import fully_shard
 
     for block in transformer_blocks(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model.to_empty(device=mesh.device_type)
 
 
 def full_model(model: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:

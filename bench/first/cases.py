@@ -18,6 +18,7 @@ from optim.kernels._triton_symmetric import CONFIGS as SYMMETRIC
 from optim.kernels._triton_symmetric import symmetric_product
 from optim.kernels.deflation import DEFLATION_RANK, NARROWEST, deflated_condition_bound
 from optim.kernels.newton_schulz import newton_iterations
+from optim.kernels.symmetric import mirror_
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FULL: dict[str, list[Any]] = {
@@ -68,7 +69,7 @@ def gram_checks(B: int, T: int, blocks: int, b: int, stride: int) -> Iterator[Ke
     is_odd = b % 16 > 0
     for dtype in DTYPES if is_odd else (torch.bfloat16, torch.float32):
         z = randn(B, T, blocks * b, dtype=dtype)
-        S = gram.mirror_(randn(blocks, b, b))
+        S = mirror_(randn(blocks, b, b))
         shape = f"{_name(dtype)} {B}x{T} blocks={blocks} b={b} stride={stride}"
         for has_columns in (True,) if is_odd else (False, True):
             check = partial(_gram, S=S, z=z, stride=stride, has_columns=has_columns)
@@ -110,7 +111,7 @@ def _masked_gram(*, z: Tensor, blocks: int, stride: int, backend: str) -> list[T
 def symmetric_checks(N: int, d: int, k: int) -> Iterator[KernelCheck]:
     """Check α A Aᵀ + β C + γ I in every precision, with and without C."""
     for dtype, precision in SYMMETRIC:
-        A, C = randn(N, d, k, dtype=dtype), gram.mirror_(randn(N, d, d)).to(dtype)
+        A, C = randn(N, d, k, dtype=dtype), mirror_(randn(N, d, d)).to(dtype)
         numbers = {"alpha": 0.5, "beta": -2.0, "gamma": 3.0}
         for has_C in (False, True):
             added = C if has_C else None
@@ -156,7 +157,7 @@ def orthogonalize_checks(N: int, m: int, n: int) -> Iterator[KernelCheck]:
 def inverse_checks(N: int, d: int) -> Iterator[KernelCheck]:
     """Check (Σ + γ̄ I)^(-1/p) by Newton-Schulz, and for p = 1 also with deflation."""
     z = activations(N, 4 * d, d).double()
-    sigma = gram.mirror_(z.mT @ z / (4 * d)).float()
+    sigma = mirror_(z.mT @ z / (4 * d)).float()
     damping = GAMMA * sigma.diagonal(dim1=-2, dim2=-1).mean(-1)  # (N,)
     A = sigma + damping[:, None, None] * torch.eye(d, device=DEVICE)
     bound, margin, eigen = d / GAMMA, d**0.5, torch.linalg.eigh(A.double())

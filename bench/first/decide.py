@@ -140,8 +140,11 @@ def pretraining(rows: list[dict[str, Any]]) -> Iterator[Decision]:
     if not rows:
         yield unmeasured("real run")
         return
-    from bench.pretraining import FRESH_SEEDS, VARIANTS, comparison, fresh  # imports the trainer
-
+    try:
+        from bench.pretraining import FRESH_SEEDS, VARIANTS, comparison, fresh
+    except ImportError as error:
+        yield Decision("real run", f"{len(rows)} runs", f"cannot be compared here: {error}")
+        return
     for variant, (_, base) in VARIANTS.items():
         if variant == "muon":
             continue

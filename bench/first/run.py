@@ -91,11 +91,15 @@ def perform(name: str, run: FirstRun) -> bool:
         return True
     limit_s, problem = min(step.limit_s, run.left_s()), obstacle(step, run)
     if not problem and limit_s < LEAST * step.limit_s:
-        print(f"== {name}: not started, {max(0, limit_s):.0f} s are left", flush=True)
+        needed = LEAST * step.limit_s
+        left = f"{max(0, limit_s):.0f} s are left, and it needs {needed:.0f} s"
+        print(f"== {name}: not started, {left}", flush=True)
         return False
     outcome = f"skipped: {problem}" if problem else outcome_of(name, step, run, limit_s)
     seconds = time.perf_counter() - started
     result = read_result(path) or {"environment": run.facts, "rows": []}
+    if n_failed := sum("exception" in row for row in result["rows"]):
+        outcome = f"failed: {n_failed} of {len(result['rows'])} measurements raised; see {name}.log"
     result |= {"outcome": outcome, "seconds": seconds}
     write_result(path, result)
     print(f"== {name}: {outcome}, {seconds:.0f} s", flush=True)
@@ -140,8 +144,9 @@ def compiling(run: FirstRun) -> Iterator[None]:
 def perform_all(names: list[str], run: FirstRun) -> None:
     """Perform the steps in order, until too little time is left for one."""
     for name in names:
-        is_first = not (run.out / f"{name}.json").exists()
-        with compiling(run) if name == "correctness" and is_first else nullcontext():
+        result = read_result(run.out / f"{name}.json", run.facts)
+        is_due = result is None or result.get("outcome") != COMPLETE
+        with compiling(run) if name == "correctness" and is_due else nullcontext():
             is_done = perform(name, run)
         if not is_done:
             print("repeat the command to continue", flush=True)
@@ -211,5 +216,7 @@ def main(argv: list[str]) -> None:
     perform_all(names, run)
     results = read_results(run.out)
     print(f"\n{report(results)}")
-    outcomes = [results[name]["outcome"] for name in names if name in results]
-    raise SystemExit(any(outcome.startswith("failed") for outcome in outcomes))
+    found = [results[name] for name in names if name in results]
+    has_failed = any(result["outcome"].startswith("failed") for result in found)
+    is_wrong = any(row.get("is_right") is False for result in found for row in result["rows"])
+    raise SystemExit(has_failed or is_wrong)

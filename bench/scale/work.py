@@ -8,7 +8,8 @@ from math import ceil
 from bench.scale.hardware import Hardware
 from bench.scale.plan import Placement, layers_by_owner
 from bench.scale.shapes import DoprMode, ModelShape, gpt, layers, matrices, n_weights
-from optim.dopr.layer import Layer, condition_bound
+from optim.dopr.layer import Layer
+from optim.dopr.statistics import condition_bound
 from optim.kernels.cholesky import BF16X3_FLOOR, PLAIN_BF16X3_FLOOR, WANTED_ERROR
 from optim.kernels.deflation import deflated_condition_bound
 from optim.kernels.newton_schulz import newton_iterations

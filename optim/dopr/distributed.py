@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..process_group import Collective, owners
-from .layer import InverseRoot, Layer, mean_eigenvalue
+from .layer import Layer
+from .statistics import InverseRoot, mean_eigenvalue
 
 # Bytes of packed sums per message. While one message is awaited, the next ones are under way.
 MESSAGE_BYTES = 128 * 2**20

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..kernels.newton_schulz import full_precision
+from ..kernels.precision import full_precision
 from ..process_group import Collective
 
 if TYPE_CHECKING:

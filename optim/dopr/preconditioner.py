@@ -29,12 +29,13 @@ from .distributed import gathered_state
 from .forwards import install, remove
 from .grads import FormedGrads, PreconditionedGrads
 from .hooks import RegisteredParams, call_around_steps
-from .layer import Layer, norms
+from .layer import Layer
 from .mean import clear_step_sums, update_means
 from .optimizers import check_optimizers, parameters, unwrapped
 from .refresh import preconditioned, refresh, set_norm_ratios
 from .settings import DoprSettings
 from .state import load_state
+from .statistics import norms
 from .usable import with_gradient
 
 

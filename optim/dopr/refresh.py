@@ -21,17 +21,17 @@ from ..kernels.cholesky import damped_inverse_root
 from ..kernels.dispatch import Backend, choose_backend
 from ..process_group import Collective, first_row, is_sharded
 from .distributed import Sums, made_by_owners
-from .layer import (
+from .layer import Layer
+from .mean import correct_for_mean
+from .settings import DoprSettings
+from .statistics import (
     InverseRoot,
-    Layer,
     Statistics,
     apply_P,
     condition_bound,
     diagonal_inverse_root,
     norm_ratio,
 )
-from .mean import correct_for_mean
-from .settings import DoprSettings
 from .usable import with_usable_sums
 
 # Bytes of Σ inverted in one batch (which takes about 5 times as much), or of gradients multiplied.

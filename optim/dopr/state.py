@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ..legacy_names import renamed_state
 from ..process_group import Collective
-from .layer import InverseRoot, Layer, log
+from .layer import Layer, log
 from .refresh import inverse_roots
 from .settings import DoprSettings
+from .statistics import InverseRoot
 from .weights import without_wrappers
 
 # Only states of inverse="newton_schulz" have it; if absent, the current basis is used.

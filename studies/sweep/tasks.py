@@ -23,5 +23,10 @@ STUDY_TASKS: dict[str, type[TaskBase]] = {task.name: task for task in TRIALS}
 
 
 def trial_type(task: TaskBase) -> TrialType:
-    """Return the kind of trial that trains models for a task."""
+    """Return the kind of trial that trains models for a task.
+
+    Raises KeyError, with what to do, if the class of the task is not listed here.
+    """
+    if type(task) not in TRIALS:
+        raise KeyError(f"{type(task).__name__} is not a task of the studies: add it to {__file__}")
     return TRIALS[type(task)]

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from bench import speed_figures
+from bench.process import ROOT
 
 PEERS = [
     {"width": 128, "ratio": {"AdamW": 1.0, "DoPr, exact": 1.25, "SOAP": 2.5}},
@@ -53,3 +54,10 @@ def test_a_missing_result_is_named(monkeypatch, results, capsys):
     with pytest.raises(SystemExit):
         draw(monkeypatch, results, results)
     assert "generation_cpu.json" in capsys.readouterr().err
+
+
+def test_the_committed_results_can_be_drawn(monkeypatch, tmp_path):
+    draw(monkeypatch, ROOT / "bench/results", tmp_path)
+    assert "DoPr, fast, fresh mean" in (tmp_path / "step_cost.svg").read_text()
+    assert "gpt2 float32 16 greedy" in (tmp_path / "generation.svg").read_text()
+    assert "round 5" in (tmp_path / "throughput.svg").read_text()

@@ -51,13 +51,20 @@ def test_a_cached_forward_has_no_dropout():
     torch.testing.assert_close(logits, expected, rtol=0, atol=CACHE_ATOL)
 
 
-@pytest.mark.parametrize("n", [1, 2, 4, 7, 8, 16])
+@pytest.mark.parametrize("n", [1, 2, 4, 7, 8, 16, 64])
 @pytest.mark.parametrize("N", [61, 192])
 def test_linear_is_that_of_torch_for_any_number_of_rows(n, N):
     x, W, b = (torch.randn(shape, dtype=torch.float64) for shape in ((n, 32), (N, 32), (N,)))
     for bias in (None, b):
         expected = torch.nn.functional.linear(x, W, bias)
         torch.testing.assert_close(linear(x, W, bias), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [64, 200])
+def test_many_rows_take_the_product_of_torch(n, monkeypatch):
+    """Its result is no transposed view, and it is the fastest for many rows."""
+    monkeypatch.setattr(torch, "bmm", lambda *_: pytest.fail("by blocks of 64 rows"))
+    assert linear(torch.randn(n, 32), torch.randn(192, 32)).is_contiguous()
 
 
 def test_ragged_rows_keep_their_own_positions():

@@ -207,3 +207,16 @@ def test_a_wrong_inverse_does_not_pass_for_a_right_one(monkeypatch):
 def test_bad_arguments_are_refused_by_name(bad, message):
     with pytest.raises(ValueError, match=message):
         bad()
+
+
+@pytest.mark.parametrize("gamma", [1e-6, 1e-8])
+def test_a_small_damping_of_a_wide_rank_deficient_covariance_is_kept(gamma):
+    """Inverting in blocks would lose these matrices (kernels/dense_root.py)."""
+    z = torch.randn(80, 600, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sigma = z.mT @ z / 80
+    damping = gamma * mean_eigenvalue(sigma)
+    X, used, failures = damped_inverse_root(sigma, damping, 1)
+    assert failures == 0
+    assert torch.equal(used, damping)
+    exact = torch.linalg.inv(sigma + damping * torch.eye(600, dtype=torch.float64))
+    assert relative_error(X, exact) < 1e-15 * 600 / gamma

@@ -158,6 +158,7 @@ def test_column_sums_grow_by_the_sum_over_the_sampled_rows(stride):
         (lambda: gram_(torch.ones(2, 3, 3), torch.ones(5, 4)), "expected S of shape"),
         (lambda: gram_(torch.ones(1, 4, 4), torch.ones(5, 4), stride=0), "stride=0"),
         (lambda: gram_(torch.ones(1, 4, 4), torch.ones(4)), "expected a floating"),
+        (lambda: gram_(torch.ones(1, 4, 4).bfloat16(), torch.ones(9, 4)), "S is torch.bfloat16"),
         (lambda: gram_(torch.ones(1, 4, 4), torch.ones(9, 4).long()), "expected a floating"),
         (
             lambda: gram_(torch.ones(1, 4, 4), torch.ones(9, 4, device="meta")),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optim.dopr.layer import apply_P
+from optim.dopr.statistics import apply_P
 from tests.kernels.memory import guarded
 from tests.kernels.spectra import relative_error
 from tests.kernels.triton_device import SMALL, randn, triton_apply

@@ -10,7 +10,7 @@ import torch
 import train
 from optim import ActivationPreconditioner
 from optim.adamuon import AdaMuon
-from optim.dopr.layer import apply_P
+from optim.dopr.statistics import apply_P
 from optim.muon import Muon
 from tests.optim.models import backward, mlp
 from tests.optim.runs import assert_same, made, matrices

@@ -21,7 +21,10 @@ from trainer.checkpoint.read import CheckpointError, plain_state
 from trainer.checkpoint.state import TrainState
 from trainer.checkpoint.write import save_checkpoint, start_sharded
 from trainer.evaluation_weights import evaluation_weights
+from trainer.failures import memory_errors
 from trainer.parallel import Parallel
+
+NO_COPY = "async_save=false saves without a copy of the state, but training then waits"
 
 
 class CheckpointWriter:
@@ -53,9 +56,9 @@ class CheckpointWriter:
         self._files: dict[str, Any] = {"manifest": manifest, "tokenizer_json": tokenizer}
         self._files["keep"] = keep
         self._is_sharded = is_sharded
-        self._group = parallel.group() if is_sharded else None
+        self._group = parallel.group(backend="gloo") if is_sharded else None
         self._executor = ThreadPoolExecutor(1, "checkpoint", _use_device, (parallel.device,))
-        self._in_progress: tuple[int, Future[Any]] | None = None  # and the step that it saves
+        self._in_progress: tuple[int, Future[str]] | None = None  # the step and the write
 
     def write(self) -> None:
         """Write a checkpoint of this step.
@@ -76,12 +79,13 @@ class CheckpointWriter:
         Raises:
             CheckpointError: the folder of a sharded checkpoint could not be created. `wait` raises
                 later errors.
+            MemoryExhausted: the memory does not suffice for the copy.
         """
         if self._state.step == self._state.saved_step:
             return
-        with evaluation_weights(self._state.optimizers):
+        with evaluation_weights(self._state.optimizers), memory_errors(NO_COPY):
             write = self._prepare(is_copied=True)
-        self._in_progress = self._state.step, self._executor.submit(write)
+        self._in_progress = self._state.step, self._executor.submit(partial(_problem, write))
 
     def wait(self) -> None:
         """Wait for the write in the background, if there is one.
@@ -92,13 +96,22 @@ class CheckpointWriter:
         if self._in_progress is None:
             return
         (step, future), self._in_progress = self._in_progress, None
-        self._parallel.raise_on_all_ranks(future.result, CheckpointError)
+
+        def check() -> None:
+            if problem := future.result():
+                raise CheckpointError(problem)
+
+        self._parallel.raise_on_all_ranks(check, CheckpointError)
         self._state.saved_step = step
 
-    def close(self) -> BaseException | None:
-        """Wait for the write in the background without the other processes; return its error."""
+    def close(self) -> str:
+        """Wait for the write in the background without the other processes; return its problem."""
         self._executor.shutdown()
-        return self._in_progress[1].exception() if self._in_progress else None
+        if self._in_progress is None:
+            return ""
+        future = self._in_progress[1]
+        error = future.exception()
+        return f"{type(error).__name__}: {error}" if error else future.result()
 
     def _prepare(self, *, is_copied: bool) -> Callable[[], object]:
         """Return the function that writes this state; if `is_copied`, the state may then change."""
@@ -114,6 +127,18 @@ class CheckpointWriter:
         tensors = parallel.full_state_on_main(tensors)
         write = partial(save_checkpoint, self._root, state.step, **tensors, **self._files)
         return write if is_main else lambda: None
+
+
+def _problem(write: Callable[[], object]) -> str:
+    """Call `write`; return the message of its CheckpointError, or "".
+
+    The error itself would keep the copy of the state in memory, through its traceback.
+    """
+    try:
+        write()
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 def _copy_to_cpu(tensor: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from trainer.checkpoint.schema import CheckpointError
 
+# A single process saves without torch.distributed. Set once: threads may not change the filters.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 FOLDER = "shards"  # inside the checkpoint's folder
 PLACEHOLDER = "tensor in shards: "  # followed by a tensor's key, replaces the tensor in a tree
 INDEX = ".metadata"
@@ -225,14 +227,9 @@ def _check_entry(folder: Path, key: str, entry: Any, storage: dict[Any, Any]) ->
 
 @contextmanager
 def _torch_errors_as_oserror() -> Iterator[None]:
-    """Raise torch's CheckpointException, a BaseException, as an OSError.
-
-    Also silences torch's warning that a single process saves without torch.distributed. It stays
-    silent, because `warnings.catch_warnings` is not safe in a thread.
-    """
+    """Raise torch's CheckpointException, a BaseException, as an OSError."""
     from torch.distributed.checkpoint.api import CheckpointException
 
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     try:
         yield
     except CheckpointException as error:

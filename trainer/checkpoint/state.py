@@ -1,4 +1,4 @@
-"""Hold, save and restore the state of a run.
+"""Hold and restore the state of a run.
 
 The state has no random generators and no position in the data, because both are functions of
 (seed, step).

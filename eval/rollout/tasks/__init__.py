@@ -43,10 +43,10 @@ def parse_task(spec: str, tasks: dict[str, Any] = TASKS) -> Any:
             the task is none of `tasks` because it has no tokens.
     """
     name, *settings = spec.removeprefix(PREFIX).split(",")
-    if name in POLICY_TASKS and name not in tasks:
+    if name in POLICY_TASKS and tasks is TASKS:
         raise TaskError(
-            f"task {name} has no tokens, so train.py cannot train on it; use "
-            f"`python -m studies.sweep.compare --task {name}`"
+            f"task {name} has no tokens, so train.py cannot train on it; use `python -m "
+            f"studies.sweep.compare --task {name} --optimizers adamw,dopr-adamw`"
         )
     if name not in tasks:
         raise TaskError(

@@ -31,8 +31,9 @@ if how == "locks":
     Path("{{lock}}.held").touch()
 else:
     rows = earlier_rows(out, facts)
-    write_rows(out, facts, [*rows, dict(arguments=sys.argv[1:-1])])
-if how != "ends":
+    row = dict(arguments=sys.argv[1:-1]) | (dict(exception="") if how == "raises" else dict())
+    write_rows(out, facts, [*rows, row])
+if how not in ("ends", "raises"):
     print("some output\\nthe reason", flush=True)
     sys.exit(3) if how == "fails" else time.sleep(600)
 """
@@ -86,6 +87,18 @@ def test_a_second_call_skips_complete_steps_and_continues_the_others(call, plan,
     perform_all(names, call())
     perform_all(names, call())
     assert [len(result(tmp_path, name)["rows"]) for name in names] == [1, 2]
+
+
+def test_measurements_that_raised_are_no_complete_step_and_are_repeated(call, plan, tmp_path):
+    names = plan(bad=fake("raises"))
+    perform_all(names, call())
+    found = result(tmp_path, "bad")
+    assert found["outcome"] == "failed: 1 of 1 measurements raised; see bad.log"
+    plan(bad=fake("ends"))
+    perform_all(names, call())
+    found = result(tmp_path, "bad")
+    assert found["outcome"] == "complete"
+    assert found["rows"] == [{"arguments": ["ends"]}]
 
 
 @pytest.mark.parametrize("key", ORIGIN)

@@ -8,6 +8,7 @@ import torch
 from torch import distributed, nn
 
 import optim.dopr.distributed
+import optim.matrices
 from optim import ActivationPreconditioner
 from optim.dopr.distributed import pack, unpack
 from optim.process_group import owners, row_bounds
@@ -76,6 +77,25 @@ def test_sums_and_inverses_that_need_several_messages_are_the_same(gang):
             np.testing.assert_array_equal(ours, theirs)
         assert counts["all_reduce"] == 5  # one more than in PLANS
         assert counts["broadcast"] == 2
+
+
+def in_messages_of_eight_numbers(*args):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optim.matrices, "MESSAGE_BYTES", 3 * 8 * 4)  # of three processes
+        return workers.train(*args), workers.counted(*args)[0]
+
+
+def test_updates_that_are_gathered_in_several_messages_are_the_same(gang):
+    case = ("muon", "ddp", 2, EXACT)
+    in_one_message = gang.run(3, in_process_group, workers.train, *case)
+    for ((weights, *_), counts), expected in zip(
+        gang.run(3, in_process_group, in_messages_of_eight_numbers, *case),
+        in_one_message,
+        strict=True,
+    ):
+        for ours, theirs in zip(weights, expected[0], strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        assert counts["all_gather"] == 11  # 7 x 12 numbers; the third process owns no matrix
 
 
 # Number of collectives in a step with a refresh and in one without, in the order of COLLECTIVES.

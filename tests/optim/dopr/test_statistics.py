@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optim.dopr.layer import (
+from optim.dopr.statistics import (
     apply_P,
     condition_bound,
     condition_number,
