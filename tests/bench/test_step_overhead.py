@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import pytest
 import torch
 import torch._dynamo.testing
 
@@ -14,6 +15,7 @@ def variant(width, dopr, preset=TINY):
     return StepVariant(preset, width, partial(make_optimizers, optimizer="adamw", dopr=dopr))
 
 
+@pytest.mark.slow
 def test_dynamo_compiles_every_variant_of_several_widths(monkeypatch):
     """Dynamo runs a code that it compiled eight times eagerly, unless the limit is raised."""
     counter, compile_model = torch._dynamo.testing.CompileCounter(), torch.compile

@@ -149,7 +149,12 @@ BACKGROUND = {
 }
 
 
-@pytest.mark.parametrize("name", BACKGROUND)
+QUICK = ("fsdp", "sharded fsdp")  # in `make test`
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[] if x in QUICK else [pytest.mark.slow]) for x in BACKGROUND]
+)
 def test_a_write_while_training_goes_on_holds_the_state_of_its_step(gang, dataset, tmp_path, name):
     size, how = BACKGROUND[name]
     settings = SETTINGS | MUON | how | {"save_every": 3}

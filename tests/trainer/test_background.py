@@ -56,7 +56,12 @@ def content_of(path: Path) -> dict[str, object]:
     return content | {"manifest.json": manifest}
 
 
-@pytest.mark.parametrize("name", RUNS)
+QUICK = ("adamw", "sharded, other weights are evaluated")  # in `make test`
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[] if x in QUICK else [pytest.mark.slow]) for x in RUNS]
+)
 def test_a_write_while_training_goes_on_gives_the_same_bytes(dataset, tmp_path, name):
     settings = RUNS[name] | {"keep_checkpoints": 9}
     assert train.main(argv(dataset, tmp_path / "sync", **settings, async_save=False)) == 0
@@ -104,8 +109,8 @@ def fail_to_publish(patch, steps, error) -> None:
     ("failing", "code", "kept", "trained"),
     [
         ({0}, 1, [], 0),
-        ({4}, 0, [12, 8, 0], 12),
-        ({8}, 0, [12, 4, 0], 12),
+        pytest.param({4}, 0, [12, 8, 0], 12, marks=pytest.mark.slow),
+        pytest.param({8}, 0, [12, 4, 0], 12, marks=pytest.mark.slow),
         ({4, 8}, 0, [12, 0], 12),
         ({8, 12}, 1, [4, 0], 12),
     ],
@@ -319,7 +324,7 @@ train.main(sys.argv[2:])
 """
 
 
-@pytest.mark.parametrize("form", ["full", "sharded"])
+@pytest.mark.parametrize("form", ["full", pytest.param("sharded", marks=pytest.mark.slow)])
 def test_a_kill_during_a_write_leaves_the_previous_checkpoint(dataset, tmp_path, form):
     out, marker = tmp_path / "run", tmp_path / "marker"
     settings = argv(dataset, out, checkpoint_format=form, save_every=4, max_steps=12)
