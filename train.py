@@ -55,6 +55,7 @@ from trainer.checkpoint.resume import (
     fingerprint,
 )
 from trainer.checkpoint.state import TrainState
+from trainer.environment import environment
 from trainer.failures import (
     MemoryExhausted,
     ProcessLost,
@@ -63,7 +64,7 @@ from trainer.failures import (
     smaller_run,
 )
 from trainer.machine import device_of, lock_out_dir, machine_problems
-from trainer.metrics import MetricsLog, environment, mfu
+from trainer.metrics import MetricsLog, mfu
 from trainer.parallel import Parallel
 from trainer.saving import CheckpointSaver
 from trainer.settings import ConfigError, TrainConfig

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.timing import facts, write_rows
+from bench.results import write_rows
+from bench.timing import facts
 from data.dataset import open_dataset
 from data.loader import train_batches
 from eval.command import command_parser

@@ -22,12 +22,12 @@ import torch
 import transformers
 
 from bench.arguments import bench_parser
-from bench.timing import write_rows
+from bench.results import write_rows
 from data.tokenizer import byte_tokenizer
 from eval.generate import generate
 from eval.hf import export_hf
 from model import GPT, GPTConfig
-from trainer.metrics import environment
+from trainer.environment import environment
 
 SIZES: dict[str, dict[str, Any]] = {
     "demo": {"vocab_size": 8192, "block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 128},

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.arguments import bench_parser
-from bench.timing import DEVICE, Work, compared, facts, interleaved, write_rows
+from bench.results import write_rows
+from bench.timing import DEVICE, Work, compared, facts, interleaved
 from model import TILE, aligned_linear
 
 GPT2, TINY = (16_384, 768, 50_257), (32, 16, 65)  # tokens, width, ids

@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     import torch
 
-    from trainer.metrics import environment
+    from trainer.environment import environment
 
     facts = {
         "seed": arguments.seed,

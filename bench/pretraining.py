@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.arguments import require_gpu
-from bench.timing import DEVICE, facts, write_rows
+from bench.results import write_rows
+from bench.timing import DEVICE, facts
 from data.schema import OpenSchema, read_json
 from data.shards import DataError
 from eval.command import command_parser, leave_on_signals

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.arguments import bench_parser
-from bench.timing import DEVICE, facts, write_rows
+from bench.results import write_rows
+from bench.timing import DEVICE, facts
 from bench.train_throughput import PRESETS, prepare, shape
 from eval.command import leave_on_signals
 

@@ -11,13 +11,14 @@ of its shards, of the largest parameter and of the whole model.
 import json
 import os
 import resource
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.arguments import bench_parser
 from bench.results import write_rows
 from bench.timing import facts
+from eval.command import command_parser
 from model import GPT, GPTConfig
 from optim.process_group import local
 from trainer.build import draw_shards
@@ -66,7 +67,8 @@ def measure(parallel: Parallel, size: str, *, is_whole: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = bench_parser("startup", __doc__, rounds=1)
+    parser = command_parser("bench.startup", __doc__)
+    parser.add_argument("--out", type=Path, help="write the result to this file, as JSON")
     parser.add_argument("--size", choices=SIZES, default="gpt2-xl")
     parser.add_argument("--whole", action="store_true", help="build whole models first")
     arguments = parser.parse_args()

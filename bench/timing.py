@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import platform
 import statistics
 import subprocess
 import time
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from bench.results import write_rows
+from trainer.environment import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("bench", "config", "data", "eval", "kernels", "optim", "trainer", "model.py", "train.py")
@@ -79,18 +79,8 @@ def facts(device: torch.device) -> dict[str, Any]:
     Needs no package besides torch. The digest `source` changes with every source file that a
     benchmark may run; the git revision also changes with other files, and may be unknown.
     """
-    is_cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if is_cuda else platform.processor()
-    result = {
-        "device": name or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": _triton_version(),
-        "git": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
-        "source": source_digest(),
-    }
-    if is_cuda:
+    result = environment(device) | {"triton": _triton_version(), "source": source_digest()}
+    if device.type == "cuda":
         driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         result |= {"driver": driver.split()[0], "cuda": torch.version.cuda}
     return result
@@ -134,9 +124,9 @@ def measure_all(
 
     The result begins with `rows`, which an earlier call measured.
     """
-    environment, rows = facts(DEVICE), list(rows)
+    facts_here, rows = facts(DEVICE), list(rows)
     for case in cases:
         rows.append(measure(case))
         print(describe(rows[-1]), flush=True)
-        write_rows(out, environment, rows)
+        write_rows(out, facts_here, rows)
     return rows

@@ -31,7 +31,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench.arguments import bench_parser, nanogpt_checkout
-from bench.timing import DEVICE, compared, facts, write_rows
+from bench.results import write_rows
+from bench.timing import DEVICE, compared, facts
 from data.dataset import open_dataset
 from eval.command import leave_on_signals
 

@@ -88,9 +88,9 @@ class DecoupledOptimizer(torch.optim.Optimizer):
 
     def _refuse_sparse_gradients(self) -> None:
         for group in self.param_groups:
-            if any(p.grad is not None and p.grad.is_sparse for p in group["params"]):
-                named = named_params(group)
-                name = next(n for n, p in named if p.grad is not None and p.grad.is_sparse)
+            sparse = [p for p in group["params"] if p.grad is not None and p.grad.is_sparse]
+            if sparse:
+                name = next(name for name, param in named_params(group) if param is sparse[0])
                 raise ValueError(f"{type(self).__name__} does not support sparse: {name}")
 
     def _init_state(self, param: Tensor) -> None:

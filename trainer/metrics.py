@@ -9,14 +9,11 @@ import errno
 import json
 import math
 import os
-import platform
 import secrets
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from data.schema import OpenSchema, parse_json
@@ -42,24 +39,6 @@ def mfu(flops_per_s: float, device_name: str, dtype: str) -> float | None:
     """Return the model FLOP/s as a fraction of the device's bf16 peak; None if it is unknown."""
     peaks = [peak for part, peak in PEAK_BF16_FLOPS.items() if part in device_name]
     return flops_per_s / peaks[0] if peaks and dtype == "bfloat16" else None
-
-
-def environment(device: torch.device, world_size: int = 1) -> dict[str, Any]:
-    """Describe the environment of a result: device, processes, versions and git revision."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        revision = "unknown"
-    return {
-        "device": name or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "git": revision,
-        "world": world_size,
-    }
 
 
 class MetricsLog:

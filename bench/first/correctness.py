@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bench.arguments import parse_operations
-from bench.first.attempt import attempt
+from bench.first.attempt import attempt, missing
 from bench.first.cases import CASES, FULL, TINY, KernelCheck
 from bench.results import earlier_rows
 from bench.timing import DEVICE, facts, measure_all
@@ -81,14 +81,7 @@ def main() -> None:
         has_gpu=DEVICE.type == "cuda",
     )
     rows = earlier_rows(arguments.out, facts(DEVICE))
-    sizes, done = (TINY if arguments.tiny else FULL), {row["case"] for row in rows}
-    checks = (
-        check
-        for operation in arguments.operations
-        for size in sizes[operation]
-        for check in CASES[operation](*size)
-        if check.name not in done
-    )
+    checks = missing(CASES, TINY if arguments.tiny else FULL, arguments.operations, rows)
     rows = measure_all(checks, measure, describe, arguments.out, rows)
     wrong = [row["case"] for row in rows if not row["is_right"]]
     print(f"{len(rows) - len(wrong)} of {len(rows)} cases are right")

@@ -8,13 +8,12 @@ the same sources measured on such a machine, and measures the other cases. Needs
 """
 
 import itertools
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from bench import kernels
 from bench.arguments import parse_operations
-from bench.first.attempt import attempt
+from bench.first.attempt import attempt, missing
 from bench.kernels import KernelCase
 from bench.results import earlier_rows
 from bench.timing import DEVICE, facts, measure_all
@@ -25,16 +24,6 @@ SIZES: dict[str, list[Any]] = {
     "apply": kernels.SIZES["apply"],
 }
 SECONDS = 2.0  # From the fourth round on, no round of a case starts after this time.
-
-
-def cases(
-    operations: list[str], sizes: dict[str, list[Any]], done: set[str]
-) -> Iterator[KernelCase]:
-    """Yield the cases whose names are not in `done`."""
-    for operation in operations:
-        for size in sizes[operation]:
-            found = kernels.CASES[operation](*size)
-            yield from (case for case in found if case.name not in done)
 
 
 def measure(case: KernelCase, *, rounds: int) -> dict[str, Any]:
@@ -57,9 +46,9 @@ def main() -> None:
     )
     rows = earlier_rows(arguments.out, facts(DEVICE))
     sizes = kernels.TINY if arguments.tiny else SIZES
-    missing = cases(arguments.operations, sizes, {row["case"] for row in rows})
+    cases = missing(kernels.CASES, sizes, arguments.operations, rows)
     measure_case = partial(measure, rounds=arguments.rounds)
-    measure_all(missing, measure_case, describe, arguments.out, rows)
+    measure_all(cases, measure_case, describe, arguments.out, rows)
 
 
 if __name__ == "__main__":

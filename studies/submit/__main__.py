@@ -27,7 +27,7 @@ from studies.sweep.run_cache import TrialError
 from studies.sweep.runner import Runner
 from studies.sweep.study import run_line
 from studies.sweep.trial import run_trial
-from trainer.metrics import environment
+from trainer.environment import environment
 
 HIDDEN = "hidden.jsonl"
 

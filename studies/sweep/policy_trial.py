@@ -21,7 +21,7 @@ from eval.rollout.tasks.task import TaskBase
 from eval.rollout.ttf import grading_version
 from studies.sweep.trial import Trial, model_settings
 from studies.sweep.variants import FIXED, Variant, parse_variant
-from trainer.metrics import environment
+from trainer.environment import environment
 
 
 class PolicyTrial(Trial):

@@ -17,7 +17,7 @@ from eval.rollout.record import make_record
 from eval.rollout.tasks import parse_task
 from studies.sweep.tasks import STUDY_TASKS
 from studies.sweep.trial import Trial
-from trainer.metrics import environment
+from trainer.environment import environment
 
 
 class ReferenceTrial(Trial):

@@ -21,7 +21,7 @@ from bench.pretraining import (
     table,
 )
 from bench.pretraining import train as train_run
-from bench.timing import write_rows
+from bench.results import write_rows
 from tests.tiny import argv, weights
 from train import EXIT_DIVERGED
 
