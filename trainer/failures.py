@@ -17,6 +17,7 @@ LOSS_MESSAGES = (
     "Connection refused",
     "Broken pipe",
     "imed out",  # "Timed out", "timed out"
+    "timeout caused pair closure",  # of gloo, for a collective after one that timed out
 )
 MEMORY_MESSAGES = ("can't allocate memory", "not enough memory", "out of memory")
 

@@ -162,7 +162,7 @@ def test_the_other_processes_end_and_name_the_one_that_failed(gang, dataset, tmp
     assert time.monotonic() - started < 60
     for rank in (0, 2):
         code, errors = results[rank]
-        assert code == 1
+        assert code == 1, errors
         assert f"error on rank {rank}: {cause}" in errors
     trained(gang, 3, dataset, tmp_path / "run", **RUN)  # the run can be resumed
 
