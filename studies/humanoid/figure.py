@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from eval.command import command_parser, reported_errors
 from studies.humanoid.environment import LIMIT_STEPS, first_states, rollout
 from studies.humanoid.grading import GRADING_SEED
-from studies.humanoid.matched import Row
+from studies.humanoid.matched import Row, key_of
 from studies.humanoid.strobe import HIGH, LOW, film, strobe
 from studies.humanoid.task import Humanoid
 from studies.humanoid.trial import HumanoidTrial, clone_of
@@ -152,6 +152,7 @@ def main(argv: list[str]) -> None:
         names = (arguments.optimizer, FAST_PREFIX + arguments.optimizer)
         rows = json.loads(arguments.results.read_text())["rows"]
         rows = [r for r in rows if r["expert"] == arguments.expert and r["variant"] in names]
+        rows = [row for row in rows if key_of(row).rate_factor == 1]
         figure = draw(rows, [median_film(row) for row in chosen_pair(rows)])
         save_png(figure, arguments.out)
 

@@ -8,6 +8,9 @@ the return as a function of the logarithm of the validation loss, interpolated l
 DoPr is compared with that function at its own validation loss, and only inside the range of the
 runs without DoPr. Finished runs are not repeated, and the rows of earlier commands in FILE are
 kept. With --show, nothing runs and the rows in FILE are printed.
+
+With --rate_factor 0.5, only the optimizers without DoPr run, at half of their tuned rates, to see
+whether another rate than the one that validation chooses gives a better return at an equal loss.
 """
 
 from dataclasses import dataclass
@@ -45,11 +48,15 @@ METRICS = (
 
 @dataclass(frozen=True)
 class Setup:
-    """A row of the comparison: the expert, the variant, and the number of steps."""
+    """A row of the comparison: the expert, the variant, and the number of steps.
+
+    Its rate is the tuned one times `rate_factor`.
+    """
 
     expert: str
     variant: str
     steps: int
+    rate_factor: float = 1.0
 
     def study(self, n: int) -> Study:
         """Return the study of this variant alone, with n graded episodes of each run."""
@@ -72,7 +79,8 @@ def measure(setup: Setup) -> Row:
     """
     tuning, study = setup.study(1), setup.study(Humanoid.default_episodes)
     variant = study.variants[0]
-    lr = sweep(tuning, variant, lambda trials: [run_trial(trial) for trial in trials])
+    tuned = sweep(tuning, variant, lambda trials: [run_trial(trial) for trial in trials])
+    lr = setup.rate_factor * tuned
     trials = [study.trial(variant, "fresh", lr, seed) for seed in study.seeds]
     grades = [run_trial(trial)["grade"] for trial in trials]
     if None in grades:
@@ -80,11 +88,13 @@ def measure(setup: Setup) -> Row:
     metrics = {key: [grade["metrics"][key]["mean"] for grade in grades] for key in METRICS}
     survival = np.mean([grade["curves"]["survival"]["mean"] for grade in grades], axis=0)
     names = {"expert": setup.expert, "variant": setup.variant, "steps": setup.steps, "lr": lr}
+    if setup.rate_factor != 1:
+        names["rate_factor"] = setup.rate_factor
     return names | metrics | {"survival": survival.round(4).tolist()}
 
 
 def key_of(row: Row) -> Setup:
-    return Setup(row["expert"], row["variant"], row["steps"])
+    return Setup(row["expert"], row["variant"], row["steps"], row.get("rate_factor", 1.0))
 
 
 def difference(row: Row, bases: list[Row], key: str) -> list[float]:
@@ -110,10 +120,15 @@ def pooled(rows: list[Row], bases: list[Row], key: str) -> Estimate:
     return over_lengths(zip(*(difference(row, bases, key) for row in rows), strict=True))
 
 
-def bases_of(row: Row, rows: list[Row]) -> list[Row]:
+def bases_of(row: Row, rows: list[Row], rate_factor: float = 1.0) -> list[Row]:
     """Return the rows of the same expert and optimizer without DoPr."""
     name = row["variant"].removeprefix(FAST_PREFIX)
-    return [each for each in rows if (each["expert"], each["variant"]) == (row["expert"], name)]
+    wanted = row["expert"], name, rate_factor
+    return [
+        each
+        for each in rows
+        if (each["expert"], each["variant"], each.get("rate_factor", 1.0)) == wanted
+    ]
 
 
 def table_of(rows: list[Row]) -> str:
@@ -133,15 +148,18 @@ def table_of(rows: list[Row]) -> str:
 
 
 def pooled_lines(rows: list[Row]) -> list[str]:
-    """Return a line for every expert and optimizer: the difference over all numbers of steps."""
+    """Return lines for every expert and optimizer: the difference over all numbers of steps."""
     lines = []
     for expert, name in dict.fromkeys((row["expert"], row["variant"]) for row in rows):
         own = [row for row in rows if (row["expert"], row["variant"]) == (expert, name)]
-        if name.startswith(FAST_PREFIX):
-            bases = bases_of(own[0], rows)
-            gain, falls = (pooled(own, bases, key) for key in ("return", "falls"))
-            shown = f"{with_half(gain, '+,.0f')}, falls {with_half(falls, '+.2f')}"
-            lines.append(f"{expert}, {name} at equal loss, {gain.n} seeds: {shown}")
+        if not name.startswith(FAST_PREFIX):
+            continue
+        for factor in sorted({row.get("rate_factor", 1.0) for row in rows}, reverse=True):
+            if bases := bases_of(own[0], rows, factor):
+                gain, falls = (pooled(own, bases, key) for key in ("return", "falls"))
+                shown = f"{with_half(gain, '+,.0f')}, falls {with_half(falls, '+.2f')}"
+                rates = "" if factor == 1 else f" (base at {factor:g} of its rate)"
+                lines.append(f"{expert}, {name} at equal loss{rates}, {gain.n} seeds: {shown}")
     return lines
 
 
@@ -150,15 +168,18 @@ def main() -> None:
     parser.add_argument("--optimizers", default="adamw", help="comma-separated")
     parser.add_argument("--experts", default="walk-0,walk-1,walk-2", help="comma-separated")
     parser.add_argument("--show", action="store_true", help="run nothing, print the rows of FILE")
+    parser.add_argument("--rate_factor", type=float, default=1.0, help="of the tuned rates")
     parser.add_argument("--longest", type=int, help="print rows of at most so many steps")
     arguments = parser.parse_args()
     names = product(
         arguments.experts.split(","), arguments.optimizers.split(","), ("", FAST_PREFIX)
     )
+    factor = arguments.rate_factor
     setups = [
-        Setup(expert, prefix + name, steps)
+        Setup(expert, prefix + name, steps, factor)
         for expert, name, prefix in names
         for steps in STEPS[bool(prefix)]
+        if factor == 1 or not prefix
     ]
     with reported_errors(parser):
         for setup in setups:

@@ -13,6 +13,7 @@ from studies.humanoid.matched import (
     STEPS,
     Setup,
     difference,
+    key_of,
     main,
     measure,
     pooled,
@@ -81,9 +82,9 @@ def test_a_setup_is_tuned_on_one_episode_and_graded_on_the_fresh_seeds(monkeypat
 
     def run_trial(trial):
         seen.append((trial.role, trial.n, trial.seed))
-        metrics = {key: {"mean": trial.seed} for key in METRICS}
-        grade = {"metrics": metrics, "curves": {"survival": {"mean": [1.0, 0.5]}}}
-        return {"val_loss": abs(np.log(trial.lr / 1e-3)), "grade": grade}
+        curves = {"survival": {"mean": [1.0, 0.5]}}
+        found = grade(trial.seed) | {"curves": curves}
+        return {"val_loss": abs(np.log(trial.lr / 1e-3)), "grade": found}
 
     monkeypatch.setattr(matched, "run_trial", run_trial)
     found = measure(Setup("walk-2", "adamw", 500))
@@ -92,6 +93,44 @@ def test_a_setup_is_tuned_on_one_episode_and_graded_on_the_fresh_seeds(monkeypat
     assert found["survival"] == [1.0, 0.5]
     assert {each for each in seen if each[0] == "tuning"} == {("tuning", 1, 0)}
     assert [each[1:] for each in seen if each[0] == "fresh"] == [(20, s) for s in found["return"]]
+
+
+def test_other_rates_are_a_base_of_their_own(bases):
+    """At half of the rate, this base has 100 more at the same losses."""
+    seeds = np.arange(FRESH_SEEDS)
+    own = row(FAST_PREFIX + "adamw", 500, LOSSES[1] * (1 + seeds), 1250 + seeds)
+    slower = [
+        base | {"rate_factor": 0.5, "return": [each + 100 for each in base["return"]]}
+        for base in bases
+    ]
+    tuned, half = pooled_lines([*bases, *slower, own])
+    assert tuned == "walk-1, fast-dopr-adamw at equal loss, 8 seeds: +250 ± 0, falls +0.00 ± 0.00"
+    assert "(base at 0.5 of its rate), 8 seeds: +150 ± 0" in half
+
+
+def test_a_rate_factor_multiplies_the_tuned_rate_of_the_base(monkeypatch, tmp_path):
+    seen = []
+
+    def measured(setup):
+        seen.append(setup)
+        return row(setup.variant, setup.steps, 1e-3, 0) | {"rate_factor": setup.rate_factor}
+
+    monkeypatch.setattr(rows, "iterate_in_pool", lambda _, setups, __: map(measured, setups))
+    command = ["matched", "--out", str(tmp_path / "f.json"), "--experts", "walk-1"]
+    monkeypatch.setattr("sys.argv", [*command, "--rate_factor", "0.5"])
+    main()
+    assert seen == [Setup("walk-1", "adamw", steps, 0.5) for steps in STEPS[False]]
+    monkeypatch.setattr(matched, "sweep", lambda *_: 4e-3)
+    monkeypatch.setattr(matched, "run_trial", lambda trial: {"grade": grade(trial.lr)})
+    found = measure(seen[0])
+    assert found["lr"] == found["return"][0] == 2e-3
+    assert key_of(found) == seen[0]
+
+
+def grade(value):
+    """Return a grade whose metrics all have this value."""
+    metrics = {key: {"mean": value} for key in METRICS}
+    return {"metrics": metrics, "curves": {"survival": {"mean": [1.0]}}}
 
 
 def test_rows_of_earlier_commands_are_kept(monkeypatch, tmp_path, capsys):
