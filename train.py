@@ -98,16 +98,15 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
 
     # -- model
     checkpoint = find_checkpoint(config, dataset, parallel)
-    is_imported = bool(config.init_from) and not checkpoint
-    is_empty = parallel.is_sharded and not is_imported  # no process holds the whole model
+    is_empty = parallel.is_sharded  # no process holds the whole model
     model, ema = make_model(config, dataset.tokenizer.n_vocab, is_empty=is_empty), None
-    if is_imported:
-        load_initial_weights(model, config, dataset.tokenizer)
     if config.ema_decay:
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
     for each in [model, *([ema.module] if ema else [])]:
         parallel.place(each)
-        if is_empty and not checkpoint:
+        if config.init_from and not checkpoint:
+            load_initial_weights(each, config, dataset.tokenizer)
+        elif is_empty and not checkpoint:
             draw_shards(each, config.seed)
 
     # -- optimizers, and DoPr in front of them

@@ -3,8 +3,10 @@
 import dataclasses
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from zipfile import is_zipfile
 
 import torch
 from pydantic import Field, model_validator
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from data.schema import MAX_PROBLEMS, OpenSchema, read_json
 from data.tokenizer import Tokenizer
+from eval.deferred import DeferredTensors
 from model import GPT, GPTConfig
 from trainer.checkpoint.tensors import weight_problems
 from trainer.settings import ConfigError, TrainConfig
@@ -70,10 +73,23 @@ def is_hf_folder(path: Path) -> bool:
 
 
 def load_hf(folder: str | Path, block_size: int | None = None) -> GPT:
-    """Load a GPT-2 from a folder with config.json and weights.
+    """Load a GPT-2 from a folder with config.json and weights; see `open_hf`.
+
+    Dropout is 0, whatever config.json says.
+    """
+    config, weights = open_hf(folder, block_size)
+    model = GPT(config)
+    model.load_state_dict(weights)
+    return model
+
+
+def open_hf(
+    folder: str | Path, block_size: int | None = None
+) -> tuple[GPTConfig, Mapping[str, Tensor]]:
+    """Check a GPT-2 in a folder with config.json and weights; return its sizes and its weights.
 
     The weights are in model.safetensors or pytorch_model.bin, in one file or in shards. They are
-    converted to float32. Dropout is 0, whatever config.json says.
+    read and converted to float32 when they are asked for.
 
     Args:
         block_size: keep only this many of the first positions. Defaults to all.
@@ -88,12 +104,15 @@ def load_hf(folder: str | Path, block_size: int | None = None) -> GPT:
     if problems := weight_problems(weights, config):
         listed = "; ".join(problems[:MAX_PROBLEMS])
         raise ValueError(f"{path} does not fit its config.json: {listed}")
-    if block_size is not None:
-        config = dataclasses.replace(config, block_size=min(block_size, config.block_size))
-        weights[WPE] = weights[WPE][: config.block_size]
-    model = GPT(config)
-    model.load_state_dict(weights)
-    return model
+    n = config.block_size if block_size is None else min(block_size, config.block_size)
+    cropped = dict.fromkeys(weights, slice(None)) | {WPE: slice(n)}  # rows to keep
+    return dataclasses.replace(config, block_size=n), DeferredTensors(
+        {key: partial(_rows_of, weights, key, rows) for key, rows in cropped.items()}
+    )
+
+
+def _rows_of(weights: Mapping[str, Tensor], key: str, rows: slice) -> Tensor:
+    return weights[key][rows]
 
 
 def _weights_file(folder: Path) -> Path | None:
@@ -120,7 +139,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        mmap = is_zipfile(path)  # what torch wrote before version 1.6 is no zip file
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a safetensors file, or damaged ({error})") from None
     except Exception as error:  # torch raises many types for a pickle that it refuses
@@ -132,17 +152,21 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def _renamed(tensors: Mapping[str, Tensor], tie_weights: bool) -> dict[str, Tensor]:
+def _renamed(tensors: Mapping[str, Tensor], tie_weights: bool) -> Mapping[str, Tensor]:
     """Convert tensors to the names, the orientation and the type of model.py."""
-    weights = {}
+    makers = {}
     for key, tensor in tensors.items():
         if BUFFERS.search(key) or (tie_weights and key == "lm_head.weight"):
             continue
         ours = key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
-        if tensor.is_floating_point():  # any other type is refused
-            tensor = tensor.float()
-        weights[ours] = tensor.T if TRANSPOSED.search(ours) and tensor.dim() == 2 else tensor
-    return weights
+        makers[ours] = partial(_converted, tensor, bool(TRANSPOSED.search(ours)))
+    return DeferredTensors(makers)
+
+
+def _converted(tensor: Tensor, is_transposed: bool) -> Tensor:
+    if tensor.is_floating_point():  # any other type is refused
+        tensor = tensor.float()
+    return tensor.T if is_transposed and tensor.dim() == 2 else tensor
 
 
 def take_shape(config: TrainConfig, origins: dict[str, str]) -> tuple[TrainConfig, dict[str, str]]:

@@ -10,7 +10,7 @@ import torch
 from data.dataset import DataError, Dataset
 from data.loader import ValBatches
 from data.tokenizer import Tokenizer
-from eval.hf_import import check_shape, check_tokenizer, load_hf
+from eval.hf_import import check_shape, check_tokenizer, open_hf
 from eval.loss import evaluate
 from eval.mup_export import unfolded_weights
 from eval.rollout.tasks import Task
@@ -77,16 +77,18 @@ def grade_rollouts(
 def load_initial_weights(model: GPT, config: TrainConfig, tokenizer: Tokenizer) -> None:
     """Load the weights of the Hugging Face folder `init_from` into the model.
 
+    If the model is sharded, a process copies only the rows that it holds.
+
     Raises:
         ConfigError: the folder cannot be used, its model is another function than `model`, or its
             tokenizer is not the data's `tokenizer` and `allow_tokenizer_mismatch` is false.
     """
     folder = Path(config.init_from)
     try:
-        source = load_hf(folder, model.config.block_size)
-        check_shape(folder, source.config, model.config)
+        found, weights = open_hf(folder, model.config.block_size)
+        check_shape(folder, found, model.config)
         if not config.allow_tokenizer_mismatch:
             check_tokenizer(folder, tokenizer)
     except (ValueError, OSError) as error:
         raise ConfigError(f"init_from={folder}: {error}") from error
-    load_into(model, unfolded_weights(source.state_dict(), model.config), folder)
+    load_into(model, unfolded_weights(weights, model.config), folder)

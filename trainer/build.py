@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from model import GPT, GPTConfig
@@ -22,6 +22,7 @@ OPTIMIZER_KEYS = (
     *("width_mult", "wd_scaling", "dopr"),
 )
 SCHEDULE_KEYS = ("schedule", "warmup_steps", "max_steps", "min_lr_ratio")
+MAPPED_NUMEL = 2**23 + 1  # more than 32 MiB of fp32
 
 
 def chosen(config: TrainConfig, keys: tuple[str, ...]) -> dict[str, Any]:
@@ -51,12 +52,24 @@ def draw_shards(model: GPT, seed: int) -> None:
         template = GPT(model.config)
     for module in template.modules():  # torch draws weights first, which GPT draws again
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            module.to_empty(device="cpu").reset_parameters()
+            for name, parameter in module.named_parameters():
+                setattr(module, name, nn.Parameter(_memory_for(parameter)))
+            module.reset_parameters()
             module.to("meta")  # frees the memory
     for name, parameter in model.named_parameters():
-        whole = torch.empty(parameter.shape, device="cpu")
+        whole = _memory_for(parameter)
         model.draw_(name, whole)
         parameter.copy_(shard_like(whole, parameter))
+
+
+def _memory_for(parameter: Tensor) -> Tensor:
+    """Return an empty tensor of the whole shape on the CPU, which leaves no hole when it is freed.
+
+    From 32 MiB on, glibc's malloc returns freed memory at once. Smaller tensors of several sizes
+    between the shards fragmented it to twice the memory of the shards.
+    """
+    numel = parameter.numel()
+    return torch.empty(max(numel, MAPPED_NUMEL), device="cpu")[:numel].view(parameter.shape)
 
 
 def make_optimizers(config: TrainConfig, model: GPT, process_group: Any) -> list[Optimizer]:
