@@ -3,11 +3,12 @@
     python -m bench.scale_model [--hardware h200] [--network 25e9] [--models 1.5B] [--out FOLDER]
     python -m bench.scale_model --measured bench/results/gpu_step_adamw.json    # compare with it
 
-Collectives and bytes come from the code that trains (bench/scale/plan.py), and tests count them in
+Collectives and bytes come from the code that trains (plan.py and base_plan.py); tests count them in
 real runs. Times follow from the numbers in bench/scale/hardware.py, each of which has an option.
 The GPUs share a model's batch, but each gets at least --tokens_per_gpu. Exact mode computes P every
 step. Fast mode computes P every 10 steps from one token in 8, in blocks as wide as the model. Fresh
-mean is fast mode with fresh_mean=True, the settings of config/gpt2_dopr.py.
+mean is fast mode with fresh_mean=True, the settings of config/gpt2_dopr.py. Statistics are sharded
+under FSDP2 and HSDP, unless --statistics=replicated.
 """
 
 import argparse
@@ -17,15 +18,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from bench.scale import fits
+from bench.scale.calls import Placement
 from bench.scale.figure import draw
 from bench.scale.hardware import HARDWARE, NUMBERS, Hardware
 from bench.scale.measured import comparison
-from bench.scale.plan import Placement
 from bench.scale.shapes import MODES, SHAPES, DoprMode, ModelShape
 from bench.scale.step import StepEstimate, estimate
 from bench.scale.tables import details, overview, sensitivity
 from eval.command import command_parser
-from optim.dopr.settings import INVERSES
+from optim.dopr.settings import INVERSES, STATISTICS, Statistics
 from studies.report.style import save_png
 
 SIZES = (1, 8, 16, 64, 128, 512, 1024, 4096)
@@ -62,6 +64,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--tokens_per_gpu", type=int, default=4096, help="least tokens per GPU and step"
     )
     parser.add_argument("--inverse", choices=INVERSES, default="cholesky")
+    parser.add_argument("--statistics", choices=STATISTICS[:2], default=STATISTICS[0])
     parser.add_argument(
         "--measured", type=Path, help="compare with a result of bench.step_overhead"
     )
@@ -93,11 +96,13 @@ def hardware_of(arguments: argparse.Namespace) -> Hardware:
     return replace(HARDWARE[arguments.hardware], **given)
 
 
-def placements(names: list[str], sizes: list[int], per_node: int) -> list[Placement]:
+def placements(
+    names: list[str], sizes: list[int], per_node: int, statistics: Statistics = "auto"
+) -> list[Placement]:
     """Return the placements that differ: one GPU counts as ddp, and hsdp needs two nodes."""
     min_size = {"ddp": 1, "fsdp": 2, "hsdp": 2 * per_node}
     return [
-        Placement(name, size, per_node)
+        Placement(name, size, per_node, statistics)
         for name in names
         for size in sorted(sizes)
         if size >= min_size[name] and (name != "hsdp" or size % per_node == 0)
@@ -107,7 +112,9 @@ def placements(names: list[str], sizes: list[int], per_node: int) -> list[Placem
 def estimates(arguments: argparse.Namespace, hardware: Hardware) -> list[StepEstimate]:
     batch = {"batch_tokens": arguments.batch_tokens} if arguments.batch_tokens else {}
     shapes: list[ModelShape] = [replace(SHAPES[name], **batch) for name in arguments.models]
-    all_placements = placements(arguments.placements, arguments.gpus, hardware.per_node)
+    all_placements = placements(
+        arguments.placements, arguments.gpus, hardware.per_node, arguments.statistics
+    )
     return [
         estimate(shape, placement, base, mode, hardware, arguments.tokens_per_gpu)
         for shape in shapes
@@ -135,19 +142,31 @@ def report(arguments: argparse.Namespace, hardware: Hardware) -> None:
         print(details([row for row in base_rows if (row.shape, *row.placement[:2]) in DETAILED]))
     print("\nSensitivity, with AdamW\n")
     print(sensitivity(modes(arguments), hardware, arguments.tokens_per_gpu))
-    write(arguments.out, hardware, arguments, rows)
+    needs = [need for name in arguments.models for need in fits.needs(SHAPES[name])]
+    print("\nGB per GPU with micro-batches of one sequence, by number of GPUs with FSDP2\n")
+    print(fits.gigabytes(needs, list(SHOWN)))
+    print("\nThe fewest GPUs on which a model fits, with FSDP2\n")
+    print(fits.fewest(needs, [HARDWARE["h100"], HARDWARE["h200"]]))
+    write(arguments.out, hardware, arguments, rows, needs)
 
 
 def write(
-    out: Path, hardware: Hardware, arguments: argparse.Namespace, rows: list[StepEstimate]
+    out: Path,
+    hardware: Hardware,
+    arguments: argparse.Namespace,
+    rows: list[StepEstimate],
+    needs: list[fits.Need],
 ) -> None:
     """Write estimates.json, with one row per line, and estimates.png."""
     out.mkdir(parents=True, exist_ok=True)
-    keys = ("tokens_per_gpu", "batch_tokens", "inverse")
+    keys = ("tokens_per_gpu", "batch_tokens", "inverse", "statistics")
     header = {"hardware": asdict(hardware)} | {key: getattr(arguments, key) for key in keys}
-    lines = ",\n".join(json.dumps(row_of(each), ensure_ascii=False) for each in rows)
-    text = json.dumps(header, indent=1)[:-2] + f',\n "rows": [\n{lines}\n]\n}}\n'
-    (out / "estimates.json").write_text(text)
+    text = json.dumps(header, indent=1)[:-2]
+    parts = {"rows": map(row_of, rows), "memory": (rounded(fits.row_of(each)) for each in needs)}
+    for name, part in parts.items():
+        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in part)
+        text += f',\n "{name}": [\n{lines}\n]'
+    (out / "estimates.json").write_text(text + "\n}\n")
     save_png(draw(rows), out / "estimates.png")
     print(f"\n{out}/estimates.json, {out}/estimates.png")
 

@@ -39,12 +39,12 @@ class Matrices:
         sets: dict[Any, list[int]] = defaultdict(list)  # indices of params with one layout
         for i, param in enumerate(params):
             sets[_layout(param, process_group)].append(i)
-        self._plans = [
-            (_Rows if is_sharded else _Copies)(
-                indices, [self.shapes[i] for i in indices], Collective(group)
-            )
-            for (group, is_sharded, _), indices in sets.items()
-        ]
+        self._plans: list[tuple[list[int], Rows | Copies]] = []
+        for (group, is_sharded, _), indices in sets.items():
+            shapes, collective = [self.shapes[i] for i in indices], Collective(group)
+            owner = owners_of(shapes, collective.size)
+            plan = (Rows if is_sharded else Copies)(shapes, collective, owner)
+            self._plans.append((indices, plan))
 
     def by_owners(self, shards: list[Tensor], work: Work) -> list[Tensor]:
         """Apply `work` to the whole matrices; return the local shards of the results.
@@ -54,9 +54,9 @@ class Matrices:
             work: returns matrices of the shapes and dtypes of its input, which it may overwrite.
         """
         results = list(shards)
-        for plan in self._plans:
-            done = plan.apply(work, [shards[i] for i in plan.indices])
-            for i, result in zip(plan.indices, done, strict=True):
+        for indices, plan in self._plans:
+            done = plan.apply(work, [shards[i] for i in indices])
+            for i, result in zip(indices, done, strict=True):
                 results[i] = result
         return results
 
@@ -66,14 +66,14 @@ class Matrices:
         Plain matrices need no communication.
         """
         results = list(shards)
-        for plan in self._plans:
-            if isinstance(plan, _Copies):
-                for i in plan.indices:
+        for indices, plan in self._plans:
+            if isinstance(plan, Copies):
+                for i in indices:
                     results[i] = torch.linalg.vector_norm(shards[i].reshape(row_blocks, -1), dim=1)
                 continue
-            squares = [self._local_squares(i, shards[i], row_blocks) for i in plan.indices]
+            squares = [self._local_squares(i, shards[i], row_blocks) for i in indices]
             total = plan.collective.sum_(torch.stack(squares)).sqrt()  # (n, row_blocks)
-            for i, norms in zip(plan.indices, total, strict=True):
+            for i, norms in zip(indices, total, strict=True):
                 results[i] = norms
         return results
 
@@ -131,14 +131,17 @@ def _cost(shape: tuple[int, ...]) -> float:
     return float(shape[0] * shape[1] * min(shape))
 
 
-class _Copies:
-    """Work on plain matrices: each in its owner, whose results all processes gather."""
+class Copies:
+    """Work on plain matrices: each in its owner, whose results all processes gather.
+
+    Args:
+        owner: the rank in the collective that does the work on each matrix.
+    """
 
     def __init__(
-        self, indices: list[int], shapes: list[tuple[int, ...]], collective: Collective
+        self, shapes: list[tuple[int, ...]], collective: Collective, owner: list[int]
     ) -> None:
-        self.indices, self.shapes, self.collective = indices, shapes, collective
-        owner = owners_of(shapes, collective.size)
+        self.shapes, self.collective = shapes, collective
         numels = [math.prod(shape) for shape in shapes]
         self.owned = [_owned_by(rank, owner) for rank in range(collective.size)]
         self.numels = [[numels[i] for i in owned] for owned in self.owned]  # [rank][matrix]
@@ -173,18 +176,18 @@ class _Copies:
         return whole
 
 
-class _Rows:
+class Rows:
     """Work on matrices with sharded rows: each in its owner, which gets the rows and returns them.
 
     `to_owner` and `from_rank` count the elements that this process sends to each process and gets
-    from it.
+    from it. See `Copies` for the arguments.
     """
 
     def __init__(
-        self, indices: list[int], shapes: list[tuple[int, ...]], collective: Collective
+        self, shapes: list[tuple[int, ...]], collective: Collective, owner: list[int]
     ) -> None:
-        self.indices, self.shapes, self.collective = indices, shapes, collective
-        owner, ranks = owners_of(shapes, collective.size), range(collective.size)
+        self.shapes, self.collective = shapes, collective
+        ranks = range(collective.size)
         bounds = [row_bounds(shape[0], collective.size) for shape in shapes]
         n_rows = [[b[rank + 1] - b[rank] for b in bounds] for rank in ranks]  # [rank][matrix]
         owned = [_owned_by(rank, owner) for rank in ranks]

@@ -35,6 +35,16 @@ class Collective:
             return distributed.all_reduce(tensor, group=self.group, async_op=True)
         return None
 
+    def start_reduce_(self, tensor: Tensor, destination: int) -> Any:
+        """Start to replace `tensor` of rank `destination` by the sum; return a handle.
+
+        The tensors of the other processes have arbitrary values afterwards.
+        """
+        if self.group is not None and self.size > 1:
+            rank = distributed.get_global_rank(self.group, destination)
+            return distributed.reduce(tensor, rank, group=self.group, async_op=True)
+        return None
+
     def start_broadcast_(self, tensor: Tensor, source: int) -> Any:
         """Start to replace `tensor` by that of rank `source` in the group; return a handle."""
         if self.group is not None and self.size > 1:

@@ -14,7 +14,7 @@ from trainer.settings import FIELDS
 
 DOPR_KEYS = (  # arguments of DoPr's preconditioner that have no effect with dopr=false
     *("gamma", "sigma_beta", "refresh_every", "collect_every", "token_stride", "exponent"),
-    *("inverse", "trace_normalized", "fresh_mean", "block_diagonal", "embeddings"),
+    *("inverse", "trace_normalized", "fresh_mean", "block_diagonal", "embeddings", "statistics"),
 )
 OWN_KEYS = ("beta1", "beta2", "eps", "momentum", "nesterov")  # other classes have their own
 ADAMW_KEYS = ("beta1", "beta2", "eps")

@@ -82,6 +82,7 @@ class TrainConfig:
     fresh_mean: bool = False  # use the mean of the inputs of every step, also between updates
     block_diagonal: int | None = None  # largest block of Σ; none: full Σ
     embeddings: bool = False  # also precondition embeddings, by token frequency
+    statistics: Literal["auto", "replicated", "sharded"] = "auto"  # auto: sharded if weights are
     include: str | None = None  # comma-separated names of layers, with * and ?; none: all
     exclude: str | None = None  # names of layers to exclude; none: an untied output head
     # -- schedule

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from bench.scale.calls import Placement
 from bench.scale.hardware import Hardware
-from bench.scale.plan import Placement
 from bench.scale.shapes import DoprMode, ModelShape
 from bench.scale.step import estimate
 from bench.step_overhead import PRESETS, StepPreset

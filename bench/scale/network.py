@@ -9,8 +9,8 @@ slow hops. Collectives are assumed not to slow each other down.
 from math import ceil, log2
 from typing import NamedTuple
 
+from bench.scale.calls import CollectiveCall, Placement
 from bench.scale.hardware import Hardware
-from bench.scale.plan import CollectiveCall, Placement
 
 
 class CollectiveGroup(NamedTuple):
@@ -44,7 +44,8 @@ def seconds(call: CollectiveCall, placement: Placement, hardware: Hardware) -> f
     if call.kind == "all_to_all":
         return all_to_all_seconds(call.n_bytes, group, hardware)
     rounds = 2 if call.kind == "all_reduce" else 1
-    share = 1.0 if call.kind == "broadcast" else rounds * (group.n - 1) / group.n
+    is_whole = call.kind in ("broadcast", "reduce")  # every byte passes every link of the ring
+    share = 1.0 if is_whole else rounds * (group.n - 1) / group.n
     hops = rounds * ring_latency(group, hardware)
     if call.kind == "all_reduce":
         hops = min(hops, tree_latency(group, hardware))

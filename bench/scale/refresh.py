@@ -1,13 +1,15 @@
 """Estimate the time of a refresh.
 
-Sums of z zᵀ travel while layers whose sums have arrived are inverted. Nothing else overlaps.
+Sums of z zᵀ travel while layers whose sums have arrived are inverted. Nothing else overlaps. With
+sharded statistics only HSDP sends sums here: a backward has brought those of one copy to its owner.
 """
 
 from bench.scale import work
+from bench.scale.calls import Placement
 from bench.scale.hardware import Hardware
 from bench.scale.network import broadcasts, seconds, total
-from bench.scale.plan import Placement, layers_by_owner, refresh_calls
-from bench.scale.shapes import DoprMode, ModelShape, layers
+from bench.scale.plan import layers_by_owner, norm_calls, refresh_calls
+from bench.scale.shapes import DoprMode, ModelShape
 from optim.dopr.layer import Layer
 from optim.dopr.refresh import chunks
 
@@ -15,29 +17,33 @@ from optim.dopr.refresh import chunks
 def refresh_seconds(
     shape: ModelShape, placement: Placement, mode: DoprMode, hardware: Hardware
 ) -> dict[str, float]:
-    """Return the seconds of a refresh: sums, inversions by the owners, and P to all processes."""
-    calls = refresh_calls(shape, mode, placement)
-    packing = work.repacking(shape, mode, placement, hardware)
-    if calls is None:
-        all_chunks = chunks(layers(shape, mode), lambda layer: (layer.sigma,))
-        inversions = sum(work.inverse(chunk, mode, hardware) for chunk in all_chunks)
-        return {"inverses": inversions, "packing": packing}
-    arrival, clock = {}, 0.0
-    for call, message in calls.sums:
-        clock += seconds(call, placement, hardware)
-        arrival |= dict.fromkeys(message, clock)
-    small_calls = [calls.counts_and_traces, calls.failures, *calls.norms]
-    finish = max(
-        inversion_end(owned, arrival, mode, hardware)
-        for owned in layers_by_owner(shape, mode, placement.size).values()
-    )
-    return {
-        "sums of Σ": clock,
-        "inverses": finish - clock,
-        "P to all": broadcasts(calls.inverses, placement, hardware),
-        "packing": packing,
-        "agreement": total(small_calls, placement, hardware) + 3 * hardware.host_read,
+    """Return the seconds of a refresh: sums, inversions by the owners, and P to all processes.
+
+    They are those of the process that finishes last.
+    """
+    finish, sums_end = 0.0, 0.0
+    for rank, owned in layers_by_owner(shape, mode, placement).items():
+        calls = refresh_calls(shape, mode, placement, rank)
+        arrival, clock = dict.fromkeys(owned, 0.0), 0.0
+        for call, message in calls.sums if calls else []:
+            clock += seconds(call, placement, hardware)
+            arrival |= dict.fromkeys(message, clock)
+        sums_end = max(sums_end, clock)
+        finish = max(finish, inversion_end(owned, arrival, mode, hardware))
+    found = {
+        "inverses": finish - sums_end,
+        "packing": work.repacking(shape, mode, placement, hardware),
     }
+    calls = refresh_calls(shape, mode, placement, 0)
+    if calls is None:
+        return found
+    small_calls = [calls.counts_and_traces, calls.flags, *norm_calls(shape, mode, placement)]
+    found["agreement"] = total(small_calls, placement, hardware) + 3 * hardware.host_read
+    if sums_end:
+        found["sums of Σ"] = sums_end
+    if calls.inverses:
+        found["P to all"] = broadcasts(calls.inverses, placement, hardware)
+    return found
 
 
 def inversion_end(

@@ -113,5 +113,6 @@ def units(shape: ModelShape) -> tuple[list[list[Tensor]], list[Tensor]]:
     return blocks, [param for param in model.parameters() if param not in in_blocks]
 
 
+@lru_cache
 def n_weights(shape: ModelShape) -> int:
     return gpt(shape).n_parameters()

@@ -1,27 +1,22 @@
 """Estimate the time of a step, the bytes sent and the bytes held, with and without DoPr.
 
 The model overlaps what the code overlaps. FSDP2 gathers and scatters weights during forward and
-backward of other transformer blocks. DDP reduces gradients during the last backward. In a refresh,
-sums of z zᵀ travel while layers whose sums have arrived are inverted. Nothing else overlaps: the
-sums start after the backward, P is sent after the last inversion, and then follow G P and the base
-optimizer. With `fresh_mean`, the sums of z of all layers travel before everything else.
+backward of other transformer blocks. DDP reduces gradients during the last backward. With sharded
+statistics, sums of z zᵀ go to their owners during the backward, over the network that FSDP2 uses,
+too. In a refresh, sums of z zᵀ travel while layers whose sums have arrived are inverted. Nothing
+else overlaps: P is sent after the last inversion, or with sharded statistics the rows of G and M
+travel in every step, and then follows the base optimizer. With `fresh_mean`, the sums of z of all
+layers travel before everything else.
 """
 
 from dataclasses import dataclass
 
 from bench.scale import memory, work
+from bench.scale.base_plan import gradient_calls, micro_batch_calls, muon_calls
+from bench.scale.calls import CollectiveCall, Placement, sent_bytes
 from bench.scale.hardware import Hardware
 from bench.scale.network import seconds, total
-from bench.scale.plan import (
-    CollectiveCall,
-    Placement,
-    gradient_calls,
-    mean_calls,
-    micro_batch_calls,
-    muon_calls,
-    refresh_calls,
-    sent_bytes,
-)
+from bench.scale.plan import exchange_calls, mean_calls, reduce_calls, step_calls
 from bench.scale.refresh import refresh_seconds
 from bench.scale.shapes import DoprMode, ModelShape
 from bench.scale.work import Batch
@@ -77,7 +72,10 @@ def estimate(
         sizes = [n for n in micro_batch_sizes(shape) if n <= max_tokens]
         batches = [Batch(shape, placement.size, min_tokens, n) for n in sizes]
         held = [memory.base_bytes(shape, placement, base, batch) for batch in batches]
-        peaks = [memory.peaks(n_bytes, memory_of_dopr)[index] for n_bytes in held]
+        peaks = [
+            memory.peaks(n_bytes, memory_of_dopr, each.n_micro)[index]
+            for n_bytes, each in zip(held, batches, strict=True)
+        ]
         fitting = [i for i, peak in enumerate(peaks) if peak <= room]
         first = fitting[0] if fitting else 0
         return batches[first], peaks[first]
@@ -100,7 +98,7 @@ def estimate(
         base_s=base_s,
         dopr_s=dopr_s,
         base_sent=sent,
-        dopr_sent=own_sent(shape, placement, mode) + sent_with_dopr - sent,
+        dopr_sent=own_sent(shape, placement, mode, dopr_batch) + sent_with_dopr - sent,
         base_bytes=base_bytes,
         dopr_bytes=dopr_bytes,
         fits="yes" if dopr_bytes <= room else "base" if base_bytes <= room else "no",
@@ -128,12 +126,17 @@ def total_sent(calls: list[CollectiveCall], placement: Placement) -> float:
     return sum(sent_bytes(call, placement) for call in calls)
 
 
-def own_sent(shape: ModelShape, placement: Placement, mode: DoprMode) -> float:
-    """Return the bytes that DoPr itself sends, averaged over the steps between refreshes."""
-    refresh = refresh_calls(shape, mode, placement)
-    due = mean_calls(shape, mode, placement, is_due=True) + (refresh.calls if refresh else [])
-    not_due = mean_calls(shape, mode, placement, is_due=False)
-    return averaged(total_sent(due, placement), total_sent(not_due, placement), mode)
+def own_sent(shape: ModelShape, placement: Placement, mode: DoprMode, batch: Batch) -> float:
+    """Return the bytes that DoPr itself sends, averaged over the steps between refreshes.
+
+    Where processes differ, they are those of the first one.
+    """
+    due, not_due = (
+        total_sent(step_calls(shape, mode, placement, is_due=is_due, rank=0), placement)
+        for is_due in (True, False)
+    )
+    reduced = batch.n_micro * total_sent(reduce_calls(shape, mode, placement), placement)
+    return averaged(due, not_due, mode) + reduced / mode.collect_every
 
 
 def averaged(due: float, not_due: float, mode: DoprMode) -> float:
@@ -160,11 +163,13 @@ def forward_backward_seconds(
     batch: Batch,
     hardware: Hardware,
     extra_backward: float = 0.0,
+    extra_calls: list[CollectiveCall] | None = None,
 ) -> float:
     """Return the seconds of forward and backward, including collectives that nothing hides.
 
-    The forward is a third of the computation; `extra_backward` adds seconds of computation to the
-    backward. The first gather of FSDP2 and the last all-reduce of DDP are not hidden.
+    The forward is a third of the computation. `extra_backward` adds seconds of computation to the
+    backwards of a step, and `extra_calls` adds collectives to each of them, with sharded weights.
+    The first gather of FSDP2 and the last all-reduce of DDP are not hidden.
     """
     compute = work.forward_backward(shape, batch.micro_tokens, hardware)
     forward, backward = compute / 3, compute * 2 / 3 + extra_backward / batch.n_micro
@@ -176,9 +181,10 @@ def forward_backward_seconds(
     for call in micro_batch_calls(shape, placement):
         times[call.kind].append(seconds(call, placement, hardware))
     first, *rest = times["all_gather"]
-    gathers, scatters = sum(rest) / 2, sum(times["reduce_scatter"])
-    before_last = first + max(forward, gathers) + max(backward, gathers + scatters)
-    last = first + max(forward, gathers) + max(backward, gathers + scatters + sum(gradients))
+    gathers = sum(rest) / 2
+    others = gathers + sum(times["reduce_scatter"]) + total(extra_calls or [], placement, hardware)
+    before_last = first + max(forward, gathers) + max(backward, others)
+    last = first + max(forward, gathers) + max(backward, others + sum(gradients))
     return (batch.n_micro - 1) * before_last + last
 
 
@@ -196,6 +202,10 @@ def dopr_seconds(
         **{name: value / mode.refresh_every for name, value in refresh.items()},
         "G P": work.apply(shape, mode, placement, hardware),
     }
+    if placement.shares_statistics:
+        seconds_of["rows to owners"] = total(
+            exchange_calls(shape, mode, placement), placement, hardware
+        )
     if not mode.fresh_mean:
         return seconds_of
     due, not_due = (
@@ -219,6 +229,7 @@ def statistics_seconds(
     is_collecting: bool,
 ) -> float:
     """Return the seconds that statistics add to forward and backward of one step."""
-    extra = work.statistics(shape, mode, batch, hardware, is_collecting=is_collecting)
-    with_extra = forward_backward_seconds(shape, placement, batch, hardware, extra)
+    extra = work.statistics(shape, placement, mode, batch, hardware, is_collecting=is_collecting)
+    calls = reduce_calls(shape, mode, placement) if is_collecting else []
+    with_extra = forward_backward_seconds(shape, placement, batch, hardware, extra, calls)
     return with_extra - forward_backward_seconds(shape, placement, batch, hardware)

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
+from bench.scale.calls import Placement
 from bench.scale.hardware import Hardware
-from bench.scale.plan import Placement
 from bench.scale.shapes import MODES, SHAPES, DoprMode
 from bench.scale.step import StepEstimate, estimate
 from eval.tables import markdown

@@ -3,24 +3,32 @@
 The time of matrix products follows from their FLOPs, the time of everything else from its bytes.
 """
 
+from collections.abc import Callable, Iterable
 from math import ceil
 
+from bench.scale.base_plan import matrix_owners
+from bench.scale.calls import Placement
 from bench.scale.hardware import Hardware
-from bench.scale.plan import Placement, layers_by_owner
+from bench.scale.plan import busiest, exchange_chunks, layers_by_owner, local_rows, placed_layers
 from bench.scale.shapes import DoprMode, ModelShape, gpt, layers, matrices, n_weights
 from optim.dopr.layer import Layer
 from optim.dopr.statistics import condition_bound
+from optim.dopr.triangles import packed_numel
 from optim.kernels.cholesky import BF16X3_FLOOR, PLAIN_BF16X3_FLOOR, WANTED_ERROR
 from optim.kernels.deflation import deflated_condition_bound
 from optim.kernels.newton_schulz import newton_iterations
-from optim.matrices import owners_of
 
 NS_STEPS = 5  # of Muon
 # Bytes of memory traffic, counted by reading the code.
-PACK = 40  # per element of a packed triangle: read and written by index, with the indices made
-SIGMA = 24  # per element of Σ: gram / count, the average, a cleared sum
+PACK = 8  # per element of a packed triangle: read, written
+JOIN = 8  # the same: joined with those of other layers for one message
+UNPACK = 8  # per element of Σ: read from a packed triangle, written
+CLEAR_SUM = 4  # per element of a sum of z zᵀ: set to zero
+ADD_SUM = 12  # per element of a sum of z zᵀ that an owner received: added to the earlier ones
+SIGMA = 20  # per element of Σ: gram / count, the average
 CENTRED = 16  # per element of Σ with a fresh mean: μ μᵀ made, subtracted
 APPLY_G = 24  # per element of G: stacked, multiplied, normed, written back
+MOVE_G = 16  # per element of G that is sent or received: collected before and after
 APPLY_P = 12  # per element of P: stacked
 CORRECT_M = 12  # per element of M: M μ, and M updated in place
 CORRECT_P = 4  # per element of P: P μ
@@ -68,7 +76,7 @@ def orthogonalization(shape: ModelShape, placement: Placement, hardware: Hardwar
     size, flops = placement.owners, 0.0
     for shapes, qkv_blocks in matrices(shape):
         load = [0.0] * size
-        for (rows, columns), rank in zip(shapes, owners_of(shapes, size), strict=True):
+        for (rows, columns), rank in zip(shapes, matrix_owners(tuple(shapes), size), strict=True):
             m, n = sorted((rows // qkv_blocks, columns))
             load[rank] += qkv_blocks * NS_STEPS * (3 * m * m * n + m**3)
         flops += max(load)
@@ -79,11 +87,18 @@ def orthogonalization(shape: ModelShape, placement: Placement, hardware: Hardwar
 
 
 def statistics(
-    shape: ModelShape, mode: DoprMode, batch: Batch, hardware: Hardware, *, is_collecting: bool
+    shape: ModelShape,
+    placement: Placement,
+    mode: DoprMode,
+    batch: Batch,
+    hardware: Hardware,
+    *,
+    is_collecting: bool,
 ) -> float:
     """Return the time of the statistics in the backwards of a step, which may add to Σ or not."""
     n_bytes = batch.tokens * token_bytes(shape, mode, is_collecting=is_collecting)
-    return passes(n_bytes, hardware) + is_collecting * gram(shape, mode, batch, hardware)
+    added = gram(shape, placement, mode, batch, hardware) if is_collecting else 0.0
+    return passes(n_bytes, hardware) + added
 
 
 def token_bytes(shape: ModelShape, mode: DoprMode, *, is_collecting: bool) -> float:
@@ -101,36 +116,85 @@ def token_bytes(shape: ModelShape, mode: DoprMode, *, is_collecting: bool) -> fl
     return (sampling + masking + SUM_Z * d_in * (not is_collecting)) / mode.token_stride
 
 
-def gram(shape: ModelShape, mode: DoprMode, batch: Batch, hardware: Hardware) -> float:
+def gram(
+    shape: ModelShape, placement: Placement, mode: DoprMode, batch: Batch, hardware: Hardware
+) -> float:
     """Return the time to sum z zᵀ in a step that collects statistics.
 
-    It is half of a matrix product, and a pass over Σ per micro-batch.
+    It is half of a matrix product, and a pass over Σ per micro-batch. If the sum goes to an owner,
+    it also starts from zero and is packed, and the owner unpacks it and, unless it is the first
+    one since a refresh, adds it.
     """
-    numel = sum(layer.sigma.numel() for layer in layers(shape, mode))
-    flops = batch.tokens / mode.token_stride * numel  # a multiply and an add, of one triangle
-    n_bytes = batch.n_micro * 2 * 4 * numel
+    covered = layers(shape, mode)
+    flops = batch.tokens / mode.token_stride * numel(covered)  # a multiply and an add, one triangle
+    n_bytes = batch.n_micro * 2 * 4 * numel(covered)
+    if placement.shares_statistics:
+        own = numel(busiest_owned(shape, mode, placement))
+        formed = CLEAR_SUM * numel(covered) + PACK * packed(covered)
+        n_added = batch.n_micro - mode.collect_every / mode.refresh_every
+        n_bytes += batch.n_micro * (formed + UNPACK * own) + n_added * ADD_SUM * own
     return flops / (hardware.bf16 * hardware.gram_fraction) + passes(n_bytes, hardware)
 
 
+def busiest_owned(shape: ModelShape, mode: DoprMode, placement: Placement) -> list[Layer]:
+    """Return the layers of the process that inverts the most elements of Σ."""
+    return max(layers_by_owner(shape, mode, placement).values(), key=numel)
+
+
+def numel(covered: Iterable[Layer]) -> int:
+    """Return the elements of all Σ."""
+    return sum(layer.sigma.numel() for layer in covered)
+
+
+def packed(covered: Iterable[Layer]) -> int:
+    """Return the elements of all Σ when packed."""
+    return sum(packed_numel(layer.shape) for layer in covered)
+
+
 def apply(shape: ModelShape, mode: DoprMode, placement: Placement, hardware: Hardware) -> float:
-    """Return the time of M = G P for the rows of one GPU, as three tf32 products."""
-    flops = n_bytes = 0.0
-    for layer in layers(shape, mode):
-        rows = ceil(layer.covered.weight.shape[0] / placement.shards)
-        flops += 2 * rows * layer.P.numel()
-        n_bytes += APPLY_G * rows * layer.covered.d_in + APPLY_P * layer.P.numel()
-    return flops / (hardware.tf32 / 3 * hardware.apply_fraction) + passes(n_bytes, hardware)
+    """Return the time of M = G P, as three tf32 products: of local rows, or of whole G by owners.
+
+    The owners' time is that of the busiest one in each chunk of layers.
+    """
+
+    def product(layer: Layer, rows: int) -> float:
+        flops = 2 * rows * layer.P.numel()
+        n_bytes = APPLY_G * rows * layer.covered.d_in + APPLY_P * layer.P.numel()
+        return flops / (hardware.tf32 / 3 * hardware.apply_fraction) + passes(n_bytes, hardware)
+
+    moved = 0.0
+    for chunk in exchange_chunks(shape, mode, placement):
+        moved += busiest(chunk, lambda layer: layer.covered.weight.numel())
+        moved += sum(local_rows(layer, placement) * layer.covered.d_in for layer in chunk)
+    return by_rows(shape, mode, placement, product) + passes(MOVE_G * moved, hardware)
 
 
 def correction(
     shape: ModelShape, mode: DoprMode, placement: Placement, hardware: Hardware
 ) -> float:
-    """Return the time to correct the rows of M of one GPU for the mean, with `fresh_mean`."""
-    n_bytes = 0.0
-    for layer in layers(shape, mode):
-        rows = ceil(layer.covered.weight.shape[0] / placement.shards)
-        n_bytes += CORRECT_M * rows * layer.covered.d_in + CORRECT_P * layer.P.numel()
-    return passes(n_bytes, hardware)
+    """Return the time to correct M for the mean, with `fresh_mean`, where M is computed."""
+
+    def correct(layer: Layer, rows: int) -> float:
+        n_bytes = CORRECT_M * rows * layer.covered.d_in + CORRECT_P * layer.P.numel()
+        return passes(n_bytes, hardware)
+
+    return by_rows(shape, mode, placement, correct)
+
+
+def by_rows(
+    shape: ModelShape,
+    mode: DoprMode,
+    placement: Placement,
+    seconds_of: Callable[[Layer, int], float],  # of a layer and a number of rows of its G
+) -> float:
+    """Return the time for all layers: for the local rows, or for all rows by the owners."""
+    if not placement.shares_statistics:
+        covered = placed_layers(shape, mode, placement)
+        return sum(seconds_of(layer, local_rows(layer, placement)) for layer in covered)
+    return sum(
+        busiest(chunk, lambda layer: seconds_of(layer, layer.covered.weight.shape[0]))
+        for chunk in exchange_chunks(shape, mode, placement)
+    )
 
 
 def inverse(chunk: list[Layer], mode: DoprMode, hardware: Hardware) -> float:
@@ -153,16 +217,24 @@ def _inverse(layer: Layer, mode: DoprMode, hardware: Hardware) -> float:
 
 
 def repacking(shape: ModelShape, mode: DoprMode, placement: Placement, hardware: Hardware) -> float:
-    """Return the time to pack and unpack triangles and to average Σ, in the busiest process."""
-    numel = sum(layer.sigma.numel() for layer in layers(shape, mode))
-    averaging = (SIGMA + CENTRED * mode.fresh_mean) * numel
-    if placement.size == 1:
-        return passes(averaging, hardware)
-    owned_numel = max(  # of a process that unpacks its Σ once more and packs its P
-        sum(layer.sigma.numel() for layer in owned)
-        for owned in layers_by_owner(shape, mode, placement.size).values()
-    )
-    return passes(averaging + PACK / 2 * (3 * numel + 2 * owned_numel), hardware)
+    """Return the time of a refresh to average Σ, twice where P is computed, and to pack triangles.
+
+    It is that of the busiest process. With replicated statistics, each process packs its sums and
+    the P that it computed, unpacks the sums of all, its own twice, and every P, and clears its
+    sums. With HSDP, an owner packs the sums of its own layers and unpacks them twice.
+    """
+    own, held = busiest_owned(shape, mode, placement), layers(shape, mode)
+    if placement.shares_statistics:
+        held = own
+    n_bytes = (SIGMA + CENTRED * mode.fresh_mean) * (numel(held) + numel(own))
+    if not placement.shares_statistics:
+        n_bytes += CLEAR_SUM * numel(held)
+        if placement.size > 1:
+            n_bytes += (PACK + JOIN) * (packed(held) + packed(own))
+            n_bytes += UNPACK * (2 * numel(held) + numel(own))
+    elif placement.copies > 1:
+        n_bytes += (PACK + JOIN) * packed(own) + UNPACK * 2 * numel(own)
+    return passes(n_bytes, hardware)
 
 
 def passes(n_bytes: float, hardware: Hardware) -> float:

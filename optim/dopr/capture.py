@@ -19,13 +19,14 @@ from torch import Tensor
 
 from ..kernels.dispatch import Backend, check_not_recording
 from ..kernels.gram import accumulate_gram
+from .reduction import Reduction, reduce_gram
 
 
 class Capture:
     """Hold the running sum of one layer's input statistics since the last refresh.
 
     Args:
-        shape: shape of `gram`: (blocks, d/blocks, d/blocks), or (d,) for a diagonal covariance.
+        shape: of S: (blocks, d/blocks, d/blocks), or (d,) for a diagonal covariance.
         weight: the layer's weight, which determines the device and the dtype of the sum.
         stride: samples one token in `stride`, starting at `offset` (see kernels/gram.py). Token ids
             are all counted.
@@ -49,8 +50,10 @@ class Capture:
         backend: Backend,
         label: str,
     ) -> None:
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.gram = torch.zeros(shape, dtype=dtype, device=weight.device)  # S, the sum of z zᵀ
+        self.shape = shape
+        self.dtype = torch.promote_types(weight.dtype, torch.float32)
+        # S, the sum of z zᵀ; the layer allocates it. Without any block, another process holds it.
+        self.gram = self.no_gram = torch.zeros(0, dtype=self.dtype, device=weight.device)
         self.count = torch.zeros((), dtype=torch.int64, device=weight.device)  # tokens summed
         self.offset = torch.zeros((), dtype=torch.int64, device=weight.device)
         d = shape[0] * shape[-1]
@@ -63,14 +66,44 @@ class Capture:
         self.label = label
         self.rank, self.size = 0, 1  # of this process in the data-parallel group
         self.is_collecting = True  # whether the backward passes of this step add to the sum
+        self.reduction: Reduction | None = None  # if one process holds S of all processes
+        self.owner, self.key = 0, -1  # the rank of that process, and the name of this capture
 
     @property
     def is_needed(self) -> bool:
         """Whether the backward passes of this step change anything."""
         return self.is_collecting or self.column_sums is not None
 
+    def reduce_by(self, reduction: Reduction, owner: int | None) -> None:
+        """From now on, add what is seen to S in process `owner`; None: to S in this process.
+
+        With an owner, what was seen before is dropped.
+        """
+        self.reduction = None
+        if owner is not None:
+            self.reduction, self.owner, self.key = reduction, owner, reduction.register(self)
+            self.clear()
+
+    def _release(self) -> None:
+        """Free S. The next sum that arrives allocates it again, in the process that holds it."""
+        self.gram = self.gram.new_zeros(0, *self.shape[1:])
+
+    def set_gram(self, S: Tensor) -> None:
+        """Set S, in place unless it was freed."""
+        if self.reduction:
+            self.gram = self.gram.new_empty(S.shape)
+        self.gram.copy_(S)
+
+    def finish(self) -> None:
+        """Wait until all sums have arrived where they belong."""
+        if self.reduction:
+            self.reduction.finish()
+
     def clear(self) -> None:
-        """Reset the sum and the token count to zero, in place."""
+        """Reset the sums to zero; in place, because compiled code holds them, or by freeing S."""
+        self.finish()
+        if self.reduction:
+            self._release()
         self.gram.zero_()
         self.count.zero_()
         if self.column_sums is not None:
@@ -78,18 +111,21 @@ class Capture:
 
     @property
     def changing(self) -> list[Tensor]:
-        """Everything that a backward changes."""
+        """Everything that a backward changes, S first."""
         tensors = [self.gram, self.count, self.offset]
         return tensors if self.column_sums is None else [*tensors, self.column_sums]
 
     def sums(self) -> tuple[Tensor, ...]:
         """Return a copy of everything that a backward changes."""
+        self.finish()
         return tuple(each.clone() for each in self.changing)
 
     @torch.no_grad()
     def set_sums(self, sums: tuple[Tensor, ...]) -> None:
-        """Set what `sums` returned, in place."""
-        for own, value in zip(self.changing, sums, strict=True):
+        """Set what `sums` returned."""
+        self.finish()
+        self.set_gram(sums[0])
+        for own, value in zip(self.changing[1:], sums[1:], strict=True):
             own.copy_(value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -164,20 +200,29 @@ def _accumulate(capture: Capture, z: Tensor, grad_y: Tensor) -> None:
     """
     if not capture.is_needed:
         return
-    S, count, is_paused = capture.gram, capture.count, capture.is_paused
+    count, is_paused = capture.count, capture.is_paused
     grad = None if capture.count_masked else grad_y.detach()
     z = z.detach()
-    if S.dim() == 1:
-        accumulate_token_counts(S, count, z, is_paused, grad)
+    if len(capture.shape) == 1:
+        accumulate_token_counts(capture.gram, count, z, is_paused, grad)
         return
     if z.dim() == 1:
         z, grad = z[None], grad if grad is None else grad[None]
     stride, backend, rank, size = capture.stride, capture.backend, capture.rank, capture.size
     sums, sums_only = capture.column_sums, not capture.is_collecting
-    offset = capture.offset
-    accumulate_gram(
-        *(S, count, z, offset, is_paused, stride, backend, rank, size), grad, sums, sums_only
-    )
+    common = (count, z, capture.offset, is_paused, stride, backend, rank, size, grad, sums)
+    if capture.reduction is not None:  # compiled code must not depend on S, which comes and goes
+        if sums_only:
+            accumulate_gram(capture.no_gram, *common, sums_only)
+        else:
+            reduce_gram(capture.key, capture.reduction.ticket, *common)
+        return
+    if not len(capture.gram):
+        raise RuntimeError(
+            f"{capture.label}: a backward ran before attach(), which decides what process holds "
+            "the statistics: call attach() first, or use statistics='replicated'"
+        )
+    accumulate_gram(capture.gram, *common, sums_only)
 
 
 @torch.library.custom_op(

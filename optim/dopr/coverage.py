@@ -47,16 +47,11 @@ class CoveredLayer:
         return None if grad is None else local(grad)
 
     def check_layout(self) -> None:
-        """Raise ValueError unless each process can compute its rows of M from its rows of G."""
+        """Raise ValueError if the weight is sharded in a way other than by rows."""
         try:
-            is_row_sharded = row_mesh_dim(self.weight) is not None
+            row_mesh_dim(self.weight)
         except ValueError as error:
             raise ValueError(f"{self.name}.weight cannot be preconditioned: {error}") from None
-        if is_row_sharded and self.is_transposed and not self.is_diagonal:
-            raise ValueError(
-                f"{self.name}.weight is (d_in, d_out) and its rows are sharded over processes, but "
-                "M = G P needs whole columns: exclude this layer, or use DDP"
-            )
 
     def as_matrix(self, weight_like: Tensor) -> Tensor:
         """Return the weight or its gradient as (d_out, d_in), as a view if the strides allow."""

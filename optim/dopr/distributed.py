@@ -1,6 +1,6 @@
 """Share statistics between processes: all-reduce the sums, broadcast each P from its owner.
 
-Messages hold only the upper triangle of each symmetric matrix. A single process copies nothing.
+What only its owner holds (ownership.py) is not sent. A single process copies nothing.
 """
 
 from __future__ import annotations
@@ -11,35 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..process_group import Collective, owners
+from ..process_group import Collective
 from .layer import Layer
+from .ownership import Processes, held, owners_of
 from .statistics import InverseRoot, mean_eigenvalue
+from .triangles import pack, packed_numel, unpack
 
 # Bytes of packed sums per message. While one message is awaited, the next ones are under way.
 MESSAGE_BYTES = 128 * 2**20
-
-
-def pack(S: Tensor) -> Tensor:
-    """Return the upper triangles of (blocks, b, b) as one vector. Returns (d,) unchanged."""
-    if S.dim() == 1:
-        return S
-    i, j = torch.triu_indices(*S.shape[-2:], device=S.device)
-    return S[:, i, j].flatten()  # (blocks b (b + 1) / 2,)
-
-
-def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
-    """Return a copy of the symmetric blocks of this shape that `pack` packed."""
-    if len(shape) == 1:
-        return packed.clone()
-    i, j = torch.triu_indices(*shape[-2:], device=packed.device)
-    S = packed.new_empty(shape)
-    S[:, i, j] = S[:, j, i] = packed.view(shape[0], -1)
-    return S
-
-
-def packed_numel(shape: torch.Size) -> int:
-    """Return the number of elements that `pack` returns for this shape."""
-    return shape[0] if len(shape) == 1 else shape[0] * shape[-1] * (shape[-1] + 1) // 2
 
 
 class Sums:
@@ -53,54 +32,81 @@ class Sums:
             eigenvalue tr(S) / d_in of the sum S of z zᵀ.
     """
 
-    def __init__(self, layers: list[Layer], collective: Collective) -> None:
-        self._collective = collective
+    def __init__(self, layers: list[Layer], processes: Processes) -> None:
+        everybody = processes.everybody
+        self._processes = processes
         self._packed: dict[Layer, Tensor] = {}
         self._works: dict[Layer, Any] = {}
-        rows = [
-            torch.stack([each.capture.count.double(), mean_eigenvalue(each.capture.gram).double()])
-            for each in layers
-        ]
-        summed = collective.sum_(torch.stack(rows)) if collective.size > 1 and layers else rows
-        self.counts_and_mean_eigenvalues = dict(zip(layers, summed, strict=True))
+        rows = [torch.stack([each.capture.count.double(), _trace_mean(each)]) for each in layers]
+        sending = [each.capture.reduction for each in layers if each.capture.reduction]
+        digests = [rows[0].new_tensor([each.digest, 0]) for each in sending[:1]]
+        summed = [*rows, *digests]
+        if everybody.size > 1 and layers:
+            summed = [*everybody.sum_(torch.stack(summed))]
+        self.counts_and_mean_eigenvalues = dict(zip(layers, summed[: len(layers)], strict=True))
+        ends = zip(summed[len(layers) :], digests, strict=True)
+        self._digests = [(total[0], own[0]) for total, own in ends]
+
+    def check_order(self) -> None:
+        """Raise RuntimeError if the processes sent the sums of other layers, or in another order.
+
+        Waits for the device.
+        """
+        size = self._processes.everybody.size
+        if any(float(total) != size * float(own) for total, own in self._digests):
+            raise RuntimeError(
+                "the processes ran backward passes through other layers, or in another order, so "
+                "that the sums of different layers were added: use statistics='replicated', which "
+                "allows it"
+            )
 
     def start(self, layers: Iterable[Layer]) -> None:
-        """Start to sum the matrices of these layers asynchronously, message by message."""
-        if self._collective.size == 1:
+        """Start to sum the matrices of these layers asynchronously, message by message.
+
+        Those of an owner are summed over the processes that own the same layers.
+        """
+        layers = list(layers)
+        replicated = [layer for layer in layers if layer.owner is None]
+        own = [layer for layer in held(layers) if layer.owner is not None]
+        self._start(replicated, self._processes.everybody)
+        self._start(own, self._processes.replicas)
+
+    def _start(self, layers: list[Layer], collective: Collective) -> None:
+        if collective.size == 1:
             return
         for message in messages(layers):
-            buffer = torch.cat([pack(layer.capture.gram) for layer in message])
-            work = self._collective.start_sum_(buffer)
-            sizes = [packed_numel(layer.capture.gram.shape) for layer in message]
+            buffer = torch.cat([pack(layer.gram) for layer in message])
+            work = collective.start_sum_(buffer)
+            sizes = [packed_numel(layer.shape) for layer in message]
             self._packed |= zip(message, buffer.split(sizes), strict=True)
             self._works |= dict.fromkeys(message, work)
 
+    def is_summed(self, layer: Layer) -> bool:
+        """Return whether the sum of a layer comes from several processes."""
+        return layer in self._works
+
     def gram(self, layer: Layer) -> Tensor:
-        """Wait for and return the sum of z zᵀ of a layer that was passed to `start`."""
-        if self._collective.size == 1:
-            return layer.capture.gram
-        self._collective.wait([self._works[layer]])
+        """Wait for and return the sum of z zᵀ of a layer that was passed to `start`.
+
+        The processes that do not hold it get a sum without blocks.
+        """
+        if not self.is_summed(layer):
+            return layer.gram
+        Collective.wait([self._works[layer]])
         self._works[layer] = None
-        return unpack(self._packed[layer], layer.capture.gram.shape)
+        return unpack(self._packed[layer], layer.shape)
 
     def count(self, layer: Layer) -> Tensor:
         """Return the number of tokens in `gram`, () int64."""
-        if self._collective.size == 1:
+        if self._processes.everybody.size == 1:
             return layer.capture.count
         return self.counts_and_mean_eigenvalues[layer][0].long()
 
 
-def gathered_state(layers: list[Layer], collective: Collective) -> dict[str, Any]:
-    """Return {layer: {key: value}} in every process, with the running sums of all processes."""
-    state = {layer.name: layer.state_dict() for layer in layers}
-    if collective.size > 1:
-        sums = Sums(layers, collective)
-        sums.start(layers)
-        for layer in layers:
-            state[layer.name] |= {"gram": sums.gram(layer), "count": sums.count(layer)}
-            if layer.has_mean:
-                collective.sum_(state[layer.name]["column_sums"])  # a copy
-    return state
+def _trace_mean(layer: Layer) -> Tensor:  # () float64
+    """Return tr(S) / d_in of the sum that this process has; 0 if it has none."""
+    S = layer.capture.gram
+    return mean_eigenvalue(S).double() if len(S) else S.new_zeros((), dtype=torch.float64)
 
 
 def messages(layers: Iterable[Layer]) -> list[list[Layer]]:
@@ -108,7 +114,7 @@ def messages(layers: Iterable[Layer]) -> list[list[Layer]]:
     result: list[list[Layer]] = []
     room, dtype = 0, None
     for layer in layers:
-        n_bytes = packed_numel(layer.sigma.shape) * layer.sigma.element_size()
+        n_bytes = packed_numel(layer.shape) * layer.sigma.element_size()
         if n_bytes > room or layer.sigma.dtype != dtype:
             result.append([])
             room, dtype = MESSAGE_BYTES, layer.sigma.dtype
@@ -120,45 +126,57 @@ def messages(layers: Iterable[Layer]) -> list[list[Layer]]:
 def made_by_owners(
     layers: list[Layer],
     make: Callable[[list[Layer]], list[tuple[Layer, InverseRoot]]],
-    collective: Collective,
+    processes: Processes,
 ) -> list[tuple[Layer, InverseRoot]]:
-    """Compute the P of each layer with `make` in one process, its owner, and broadcast it.
+    """Compute the P of each layer with `make` in one process, its owner.
 
-    Owners are chosen so that all processes have about equal work, see `_cost`. If `make` raises
-    FloatingPointError in one process, all processes raise it.
+    The owner broadcasts it, unless only the owner holds the statistics; the other processes then
+    get a P without blocks. Owners are chosen so that all processes have about equal work, see
+    `owners_of`. If `make` raises FloatingPointError in one process, all processes raise it.
     """
+    replicated = [layer for layer in layers if layer.owner is None]
+    owned = {layer: layer.owner for layer in layers if layer.owner is not None}
+    owner = owners_of(replicated, processes.everybody.size)
+    made = _made_by_owners(owner, make, processes.everybody, is_sent=True)
+    return made + _made_by_owners(owned, make, processes.shards, is_sent=False)
+
+
+def _made_by_owners(
+    owner: dict[Layer, int],
+    make: Callable[[list[Layer]], list[tuple[Layer, InverseRoot]]],
+    collective: Collective,
+    *,
+    is_sent: bool,
+) -> list[tuple[Layer, InverseRoot]]:
+    layers = list(owner)
     if collective.size == 1 or not layers:
         return make(layers)
-    owner = owners_of(layers, collective.size)
     own = [layer for layer in layers if owner[layer] == collective.rank]
     made, error = {}, None
     try:
         made = dict(make(own))
     except FloatingPointError as caught:
         error = caught
-    flags = _exchange_flags(layers, own, made, collective)
+    means, flags = _exchange_flags(layers, own, made, collective)
     if error is not None:
         raise error
     if missing := [layer.label for layer, (*_, is_missing) in flags.items() if is_missing]:
         raise FloatingPointError(
             f"another process cannot invert Σ of at least one of these layers: {', '.join(missing)}"
         )
-    tensors = _broadcast(layers, owner, made, collective)
+    if is_sent:
+        tensors = _broadcast(layers, owner, made, collective)
+    else:
+        tensors = {layer: made[layer][:3] if layer in made else _nothing(layer) for layer in layers}
     return [
-        (layer, InverseRoot(*tensors[layer], int(n_failed), bool(is_damped_more)))
-        for layer, (n_failed, is_damped_more, _) in flags.items()
+        (layer, InverseRoot(*tensors[layer], means[layer], int(n), bool(is_more)))
+        for layer, (n, is_more, _) in flags.items()
     ]
 
 
-def owners_of(layers: list[Layer], size: int) -> dict[Layer, int]:
-    """Return which of `size` processes computes the P of each layer."""
-    return dict(zip(layers, owners([_cost(each) for each in layers], size), strict=True))
-
-
-def _cost(layer: Layer) -> float:
-    """Estimate the work of computing P, up to a constant factor."""
-    shape = layer.sigma.shape
-    return float(shape[0] if len(shape) == 1 else shape[0] * shape[-1] ** 3)
+def _nothing(layer: Layer) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return P, damping and U of a layer that this process does not hold, without blocks."""
+    return layer.P, layer.damping, layer.deflation_basis
 
 
 def _exchange_flags(
@@ -166,16 +184,24 @@ def _exchange_flags(
     own: list[Layer],
     made: dict[Layer, InverseRoot],
     collective: Collective,
-) -> dict[Layer, list[float]]:
-    """Return [n_failed, is_damped_more, is_missing] of every layer's P, in all processes."""
-    rows = {
-        layer: [made[layer].n_failed, made[layer].is_damped_more, 0] if layer in made else [0, 0, 1]
-        for layer in own
-    }
-    table = [rows.get(layer, [0, 0, 0]) for layer in layers]  # zeros for the layers of others
-    device = layers[0].sigma.device
-    table = collective.sum_(torch.tensor(table, dtype=torch.float64, device=device))
-    return dict(zip(layers, table.tolist(), strict=True))
+) -> tuple[dict[Layer, Tensor], dict[Layer, list[float]]]:
+    """Return what all processes must know of every P that its owner made.
+
+    These are its mean eigenvalue, and [n_failed, is_damped_more, is_missing]. Waits for the device
+    once.
+    """
+    rows = [
+        [0, made[x].n_failed, made[x].is_damped_more, 0] if x in made else [0, 0, 0, x in own]
+        for x in layers
+    ]
+    table = torch.tensor(rows, dtype=torch.float64, device=layers[0].sigma.device)
+    if made:
+        index = [i for i, layer in enumerate(layers) if layer in made]
+        table[index, 0] = torch.stack([made[layers[i]].mean_eigenvalue for i in index]).double()
+    collective.sum_(table)
+    flags = dict(zip(layers, table[:, 1:].tolist(), strict=True))
+    means = dict(zip(layers, table[:, 0], strict=True))
+    return {layer: mean.to(layer.P.dtype, copy=True) for layer, mean in means.items()}, flags
 
 
 def _broadcast(
@@ -210,7 +236,7 @@ def _broadcast(
 def sent_sizes(layer: Layer) -> tuple[int, int, int]:
     """Return the numbers of elements of P, damping and U in a message."""
     U = layer.deflation_basis
-    return packed_numel(layer.P.shape), len(layer.damping), 0 if U is None else U.numel()
+    return packed_numel(layer.shape), layer.blocks, 0 if U is None else U.numel()
 
 
 def _parts(made: InverseRoot) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.deflation import first_deflation_basis
+from ..process_group import row_mesh_dim
 from .capture import Capture
 from .coverage import CoveredLayer
 from .mean import centred, uncentred
@@ -33,20 +34,29 @@ log = logging.getLogger("dopr")
 class Layer:
     """Hold the statistics of one covered layer's inputs, and the P computed from them."""
 
-    TENSORS = ("sigma", "P", "damping", "norm_ratio")
+    # What only the processes that hold the statistics have (ownership.py); dimension 0: blocks.
+    HELD = ("sigma", "P", "damping", "deflation_basis", "gram")
     NUMBERS = ("step", "next_refresh", "n_refreshes", "n_fallbacks")
 
-    def __init__(self, covered: CoveredLayer, settings: DoprSettings, is_paused: Tensor) -> None:
+    def __init__(
+        self,
+        covered: CoveredLayer,
+        settings: DoprSettings,
+        is_paused: Tensor,
+        *,
+        is_held: bool = True,
+    ) -> None:
         self.covered = covered
         self.name = covered.name
         # The name for messages. A model that is itself the layer has the name "".
         self.label = covered.name or type(covered.module).__name__
         self.settings = settings
         d, max_width = covered.d_in, settings.block_diagonal
-        covariance_blocks = 1 if covered.is_diagonal else n_covariance_blocks(d, max_width)
-        b = d // covariance_blocks
+        self.blocks = 1 if covered.is_diagonal else n_covariance_blocks(d, max_width)
+        b = d // self.blocks
+        self.shape = (d,) if covered.is_diagonal else (self.blocks, b, b)  # of Σ and P
         self.capture = Capture(
-            (d,) if covered.is_diagonal else (covariance_blocks, b, b),
+            self.shape,
             covered.weight,
             settings.token_stride,
             is_paused,
@@ -55,14 +65,9 @@ class Layer:
             settings.backend,
             self.label,
         )
-        self.sigma = torch.zeros_like(self.capture.gram)  # Σ
-        self.P = torch.zeros_like(self.capture.gram)  # zero before the first refresh
-        self.damping = self.sigma.new_zeros(covariance_blocks)  # γ̄ of each block
-        self.deflation_basis = None  # U, (blocks, b, k), carried from one inverse to the next
-        if settings.inverse == "newton_schulz" and not covered.is_diagonal:
-            self.deflation_basis = first_deflation_basis(self.sigma, settings.exponent)
+        self._allocate(is_held or covered.is_diagonal)
         self.has_mean = self.capture.column_sums is not None
-        self.mean = self.sigma.new_zeros(self.sigma.shape[:-1] if self.has_mean else 0)  # μ
+        self.mean = self.sigma.new_zeros(self.shape[:-1] if self.has_mean else 0)  # μ
         self.mean_eigenvalue = self.sigma.new_zeros(())  # of Σ at the last refresh
         self.norm_ratio = self.sigma.new_ones(())  # ‖M‖ / ‖G‖ at the last refresh
         self.step = 0  # steps of the optimizer that holds the weight
@@ -70,6 +75,27 @@ class Layer:
         self.n_refreshes = 0  # 0: there is no P yet
         self.n_fallbacks = 0  # failed inverses and unusable sums that a fallback replaced
         self.made_with = settings.p_settings  # the settings that P was computed with
+
+    def _allocate(self, is_held: bool) -> None:
+        """Set the statistics to zero. A process that does not hold them has 0 blocks of them."""
+        self.owner: int | None = None  # the rank that holds the statistics; None: all do
+        self.is_held = is_held
+        blocks = self.shape[0] if is_held else 0
+        shape = (blocks, *self.shape[1:])
+        self.capture.gram = self.capture.count.new_zeros(shape, dtype=self.capture.dtype)
+        self.sigma = torch.zeros_like(self.capture.gram)  # Σ
+        self.P = torch.zeros_like(self.capture.gram)  # zero before the first refresh
+        self.damping = self.sigma.new_zeros(self.blocks if is_held else 0)  # γ̄ of each block
+        self.deflation_basis = None  # U, (blocks, b, k), carried from one inverse to the next
+        if self.settings.inverse == "newton_schulz" and not self.covered.is_diagonal:
+            self.deflation_basis = first_deflation_basis(self.sigma, self.settings.exponent)
+
+    def hold(self, owner: int | None, rank: int) -> None:
+        """Hold the statistics if `rank`, this process, is the owner or there is none."""
+        is_held = owner in (None, rank)
+        if is_held != self.is_held:
+            self._allocate(is_held)
+        self.owner = owner
 
     @property
     def is_due(self) -> bool:
@@ -87,6 +113,12 @@ class Layer:
         self.capture.is_collecting = on_schedule or self.is_due
         self.capture.offset.fill_(self.step // self.settings.collect_every)
 
+    @property
+    def gram(self) -> Tensor:
+        """S, the sum of z zᵀ; zeros if it was freed, and without blocks if it is held elsewhere."""
+        S = self.capture.gram
+        return self.sigma.new_zeros(self.shape) if self.is_held and not len(S) else S
+
     def next_statistics(self, gram: Tensor, count: Tensor, gram_mean: Tensor) -> Statistics:
         """Return the statistics updated with those of the tokens of all processes.
 
@@ -103,13 +135,15 @@ class Layer:
     def set_inverse_root(self, new: InverseRoot) -> None:
         """Use a new P from now on. If any attempt failed, count one fallback, however many did."""
         self.P, self.damping, self.deflation_basis = new.P, new.damping, new.deflation_basis
+        self.mean_eigenvalue = new.mean_eigenvalue
         self.made_with = self.settings.p_settings
         if new.n_failed:
             is_iterative = self.settings.inverse == "newton_schulz"
             failure = (
                 "Newton-Schulz failed, redone by Cholesky" if is_iterative else "Cholesky failed"
             )
-            more = f"; damping is now {new.damping.max():.1e}" if new.is_damped_more else ""
+            shown = f"{new.damping.max():.1e}" if self.is_held else "larger"
+            more = f"; damping is now {shown}" if new.is_damped_more else ""
             self.count_fallback(failure + more)
 
     def count_fallback(self, reason: str) -> None:
@@ -129,17 +163,33 @@ class Layer:
                 "on its device and in its dtype"
             )
 
+    def check_whole_columns(self) -> None:
+        """Raise ValueError if this process would need other columns of G than those it has."""
+        covered = self.covered
+        needs_columns = covered.is_transposed and not covered.is_diagonal and self.owner is None
+        weight: Any = covered.weight
+        dim = row_mesh_dim(weight) if needs_columns else None
+        if dim is not None and weight.device_mesh.size(dim) > 1:
+            raise ValueError(
+                f"{self.label}.weight is (d_in, d_out) and its rows are sharded over processes, "
+                "but M = G P needs whole columns, unless one process per layer computes it: shard "
+                "all covered layers over the same processes, without statistics='replicated', or "
+                "exclude this layer"
+            )
+
     @property
     def n_bytes(self) -> int:
-        """Memory of Σ, its running sum, P, U, μ and the sums of z, in bytes."""
-        more = (self.deflation_basis, self.mean, self.capture.column_sums)
-        return 3 * self.sigma.nbytes + sum(0 if each is None else each.nbytes for each in more)
+        """Memory in this process of Σ, its running sum, P, U, μ and the sums of z, in bytes."""
+        held = (self.sigma, self.P, self.capture.gram, self.deflation_basis, self.mean)
+        held = (*held, self.capture.column_sums)
+        return sum(0 if each is None else each.nbytes for each in held)
 
     def report(self, *, condition: bool) -> dict[str, Any]:
         """Return the layer's row of the report; `condition` costs an eigendecomposition."""
         has_P = self.n_refreshes > 0
-        sigma = uncentred(self.sigma, self.mean) if self.has_mean else self.sigma
-        kappa = condition_number(sigma, self.damping) if condition and has_P else None
+        sigma = uncentred(self.sigma, self.mean) if self.has_mean and self.is_held else self.sigma
+        is_known = condition and has_P and self.is_held
+        kappa = condition_number(sigma, self.damping) if is_known else None
         return {
             "name": self.covered.full_name,
             "shape": tuple(self.covered.weight.shape),
@@ -153,10 +203,27 @@ class Layer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of the state, without copying them."""
-        own = {key: getattr(self, key) for key in self.TENSORS}
         U = {} if self.deflation_basis is None else {"deflation_basis": self.deflation_basis}
-        means = {"mean": self.mean, "mean_eigenvalue": self.mean_eigenvalue}
-        return own | U | (means if self.has_mean else {}) | self.running_sums()
+        return {key: getattr(self, key) for key in self._keys()} | U | self.running_sums()
+
+    def _keys(self) -> tuple[str, ...]:
+        """Return the attributes that every state has and that no backward pass changes."""
+        means = ("mean", "mean_eigenvalue") if self.has_mean else ()
+        return "sigma", "P", "damping", "norm_ratio", *means
+
+    def needs(self, key: str) -> bool:
+        """Return whether this process reads `key` when it loads a state."""
+        return self.is_held or key not in self.HELD
+
+    def whole(self, key: str) -> Tensor:
+        """Return a tensor without memory, of the shape that `tensors()[key]` has where it is held.
+
+        It is on the meta device.
+        """
+        own = self.tensors()[key]
+        is_sharded = key in self.HELD and self.owner is not None
+        shape = (self.blocks, *own.shape[1:]) if is_sharded else own.shape
+        return own.new_empty(shape, device="meta")
 
     def running_sums(self) -> dict[str, Tensor]:
         """Return the sums that backward passes change, without copying them."""
@@ -167,8 +234,9 @@ class Layer:
     def state_dict(self) -> dict[str, Any]:
         """Return the state of this process. The running sums are copied, as they change."""
         numbers = {key: getattr(self, key) for key in (*self.NUMBERS, "made_with")}
-        running = {key: each.clone() for key, each in self.running_sums().items()}
-        return self.tensors() | running | numbers
+        running = self.running_sums() | {"gram": self.gram}  # zeros if it was freed
+        copies = {key: each.clone() for key, each in running.items()}
+        return self.tensors() | copies | numbers
 
     def statistics_in(self, state: dict[str, Any]) -> Statistics:
         """Return the statistics of a state, with the current U if the state has none."""
@@ -178,18 +246,25 @@ class Layer:
         mean = state["mean_eigenvalue"].to(sigma) if self.has_mean else mean_eigenvalue(sigma)
         return Statistics(sigma, mean, U)
 
-    def load_state_dict(self, state: dict[str, Any], *, with_sums: bool = True) -> None:
+    def load_state_dict(
+        self, state: dict[str, Any], *, with_tokens: bool = True, with_gram: bool = True
+    ) -> None:
         """Load a state that `state_problems` accepted.
 
-        Copies tensors, so earlier state dicts stay valid. Only one process loads the running sums
-        (`with_sums`); the others start from zero.
+        Copies tensors, so earlier state dicts stay valid. The sums of all processes are in one
+        state, so only one process loads the number of tokens and the sum of z (`with_tokens`) and
+        one the sum of z zᵀ (`with_gram`); the others start from zero.
         """
-        for key in (*self.TENSORS, *(("mean", "mean_eigenvalue") if self.has_mean else ())):
-            setattr(self, key, state[key].to(getattr(self, key), copy=True))
-        self.deflation_basis = self.statistics_in(state).deflation_basis
+        for key in self._keys():
+            if self.needs(key):
+                setattr(self, key, state[key].to(getattr(self, key), copy=True))
+        if self.is_held:
+            self.deflation_basis = self.statistics_in(state).deflation_basis
         self.capture.clear()  # in place, because compiled graphs hold `gram` and `count`
-        if with_sums:
-            for key, own in self.running_sums().items():
+        if with_gram:
+            self.capture.set_gram(state["gram"])
+        for key, own in self.running_sums().items():
+            if with_tokens and key != "gram":
                 own.copy_(state[key])
         for key in (*self.NUMBERS, "made_with"):
             setattr(self, key, state[key])

@@ -25,16 +25,18 @@ from ..kernels.dispatch import Backend, check_backend
 from ..process_group import Collective, ProcessGroup, everybody, is_sharded, n_processes
 from .census import Census
 from .coverage import Selection, find_layers
-from .distributed import gathered_state
+from .exchange import Exchange
 from .forwards import install, remove
 from .grads import FormedGrads, PreconditionedGrads
 from .hooks import RegisteredParams, call_around_steps
 from .layer import Layer
 from .mean import clear_step_sums, update_means
 from .optimizers import check_optimizers, parameters, unwrapped
+from .ownership import Processes, share, shares_statistics
+from .reduction import Reduction
 from .refresh import preconditioned, refresh, set_norm_ratios
-from .settings import DoprSettings
-from .state import load_state
+from .settings import DoprSettings, Statistics
+from .state import Gather, gathered_state, load_state
 from .statistics import norms
 from .usable import with_gradient
 
@@ -81,6 +83,10 @@ class ActivationPreconditioner:
             The mean samples tokens like Σ, but in every step.
         count_masked: also count tokens whose output gradient is exactly zero, such as padding and
             masked prompts. They add nothing to G, and by default nothing to Σ.
+        statistics: which processes hold Σ, its sum and P: "replicated", all of them; "sharded", one
+            process per layer, which gets the rows of G and returns those of M; "auto", sharded if
+            the weights are (FSDP2, HSDP), else replicated. Sharded statistics need the same
+            backward passes in the same order in all processes, as FSDP2 does.
         backend: "auto", "torch" or "triton", for Σ, Newton-Schulz and G P; see kernels/dispatch.py.
         include, exclude: names of the modules to cover or to skip, or of their weights, as
             `report()` prints them; `*` and `?` are wildcards. A weight that is frozen now is never
@@ -107,6 +113,7 @@ class ActivationPreconditioner:
         embeddings: bool = False,
         fresh_mean: bool = False,
         count_masked: bool = False,
+        statistics: Statistics = "auto",
         backend: Backend = "auto",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
@@ -124,16 +131,22 @@ class ActivationPreconditioner:
             embeddings=embeddings,
             fresh_mean=fresh_mean,
             count_masked=count_masked,
+            statistics=statistics,
             backend=backend,
         )
         selection = Selection(include, exclude, embeddings)
         covered, _ = find_layers(model, selection)
         check_backend(backend, [each.weight for each in covered])
         self._is_paused = torch.zeros((), dtype=torch.bool, device="cpu")  # read in the backward
-        self.layers = [Layer(each, self.settings, self._is_paused) for each in covered]
+        is_held = not shares_statistics(statistics, covered)  # attach() decides in the end
+        self.layers = [
+            Layer(each, self.settings, self._is_paused, is_held=is_held) for each in covered
+        ]
         self._hooks: list[Any] = []
         self._sums_before_step: list[tuple[Tensor, ...]] = []
-        self._collective = Collective()
+        self._processes = Processes.of(Collective())
+        self._exchange = Exchange(self._processes.shards)
+        self._reduction = Reduction(self._processes.shards)
         self._preconditioned_grads = PreconditionedGrads()
         self._formed_grads = FormedGrads(self._is_paused)
         self._census = Census(model, selection, self.layers)
@@ -147,7 +160,8 @@ class ActivationPreconditioner:
         """Precondition before every step of these optimizers.
 
         Together, the optimizers must hold all covered weights, each of them once. If
-        torch.distributed is initialized after attach(), call it again.
+        torch.distributed is initialized after attach(), call it again. This drops the tokens seen
+        so far if the statistics are then sharded.
 
         Args:
             optimizers: torch optimizers, lists or containers of them, or the wrappers of accelerate
@@ -160,7 +174,8 @@ class ActivationPreconditioner:
             ValueError: if a covered weight is in no optimizer or in several, an optimizer is a
                 wrapper (SAM, Lookahead) of the one to attach, the model was moved or cast, this
                 preconditioner is attached already or was detached, the columns of a covered weight
-                are sharded over processes, or the processes cover different layers.
+                are sharded over processes, the processes cover different layers, or statistics
+                are to be sharded but the weights are not all sharded in the same way.
             RuntimeError: if covered layers were replaced, tied or frozen after construction.
         """
         self._check_not_detached()
@@ -172,11 +187,16 @@ class ActivationPreconditioner:
         for layer in self.layers:
             layer.check_device_and_dtype()
             layer.covered.check_layout()
-        self._collective = Collective(process_group) if process_group else everybody()
-        shapes = {layer.name: tuple(layer.sigma.shape) for layer in self.layers}
-        self._collective.check_same(f"{shapes}, {self.settings}", self.layers[0].sigma.device)
+        together = Collective(process_group) if process_group else everybody()
+        shapes = {layer.name: layer.shape for layer in self.layers}
+        together.check_same(f"{shapes}, {self.settings}", self.layers[0].sigma.device)
+        self._processes = share(self.layers, together, self.settings.statistics)
+        self._exchange = Exchange(self._processes.shards)
+        self._reduction = Reduction(self._processes.shards)
         for layer in self.layers:
-            layer.capture.rank, layer.capture.size = self._collective.rank, self._collective.size
+            layer.check_whole_columns()
+            layer.capture.rank, layer.capture.size = together.rank, together.size
+            layer.capture.reduce_by(self._reduction, layer.owner)
         self._remove_hooks()
         self._registered_params = RegisteredParams(plain, self._weights())
         self._hooks = [
@@ -226,15 +246,24 @@ class ActivationPreconditioner:
         finally:
             self._is_paused.copy_(before)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, gather: Gather = "all") -> dict[str, Any]:
         """Return everything that resuming needs, by layer. Save it beside the optimizer's state.
 
-        All processes must call this together. All get the same state, which any number of processes
-        can load.
+        All processes must call this together. The state does not depend on their number, and any
+        number of processes can load it.
+
+        Args:
+            gather: which processes get statistics that only one process holds, as tensors on the
+                CPU: "all" of them, the "first" of the group, or "none", which leaves them where
+                they are. Tensors that a process does not get are on the meta device; leave them out
+                for torch.distributed.checkpoint.
+        Raises:
+            ValueError: if `gather` is none of the three.
+            RuntimeError: if there are several processes and `attach` was not called.
         """
         self._check_not_detached()
         self._check_attached_to_group()
-        return gathered_state(self.layers, self._collective)
+        return gathered_state(self.layers, self._processes, gather)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a `state_dict()`, to continue bit for bit. With several processes, attach first.
@@ -242,7 +271,8 @@ class ActivationPreconditioner:
         If gamma, exponent or trace_normalized differ from the saved run, P is recomputed from the
         saved Σ. fresh_mean may not differ. block_diagonal, embeddings, include and exclude may not
         differ where they change the covered layers or the shapes of Σ. All other settings may
-        differ, and apply from now on. Nothing changes on error.
+        differ, and apply from now on. Nothing changes on error. A process needs only the statistics
+        that it holds; the others may be on the meta device, or absent.
 
         Raises:
             ValueError: if layers, shapes or types differ or values are not finite (all are listed).
@@ -251,7 +281,7 @@ class ActivationPreconditioner:
         """
         self._check_not_detached()
         self._check_attached_to_group()
-        load_state(state, self.layers, self.settings, self._collective)
+        load_state(state, self.layers, self.settings, self._processes)
         self._preconditioned_grads.reset_counts()
         self._formed_grads.clear(self.layers)
 
@@ -299,18 +329,19 @@ class ActivationPreconditioner:
         ]
         if due := [layer for layer in layers if layer.is_due]:
             self._census.check(layers)
-        gram_means = update_means(layers, due, self._collective)
-        refreshed, unused = refresh(due, gram_means, self.settings, self._collective)
+        self._reduction.finish()
+        gram_means = update_means(layers, due, self._processes.everybody)
+        refreshed, unused = refresh(due, gram_means, self.settings, self._processes)
         if len(unused) == len(layers) or self._is_empty_step(layers, due):
             self._formed_grads.clear(layers)
             return
         written, local_norms = [], {}
-        for layer, grad, G, M in preconditioned(layers, self.settings.backend):
+        for layer, grad, G, M in preconditioned(layers, self.settings.backend, self._exchange):
             if layer in refreshed:
                 local_norms[layer] = norms(M, G)
             layer.covered.write(M, grad)
             written.append((grad, layer.capture.count))
-        set_norm_ratios(local_norms, refreshed, self._collective)
+        set_norm_ratios(local_norms, refreshed, self._processes.everybody)
         clear_step_sums(layers)
         for layer in layers:
             layer.step += 1
@@ -348,7 +379,7 @@ class ActivationPreconditioner:
     @property
     def _misses_processes(self) -> bool:
         """Whether there are several processes, but `attach` knew of one only."""
-        return self._collective.group is None and n_processes() > 1
+        return self._processes.everybody.group is None and n_processes() > 1
 
     def _check_attached_to_group(self) -> None:
         if self._misses_processes:

@@ -21,8 +21,10 @@ from ..kernels.cholesky import damped_inverse_root
 from ..kernels.dispatch import Backend, choose_backend
 from ..process_group import Collective, first_row, is_sharded
 from .distributed import Sums, made_by_owners
+from .exchange import Exchange
 from .layer import Layer
 from .mean import correct_for_mean
+from .ownership import Processes
 from .settings import DoprSettings
 from .statistics import (
     InverseRoot,
@@ -43,14 +45,15 @@ def refresh(
     layers: list[Layer],
     gram_means: dict[Layer, Tensor],
     settings: DoprSettings,
-    collective: Collective,
+    processes: Processes,
 ) -> tuple[list[Layer], list[Layer]]:
     """Compute Σ and P from the running sums of all processes.
 
     All processes must call this together. All P are computed before the first layer changes, so an
     error leaves every Σ, P and schedule as it was, at the cost of holding every P twice for a
     while. Sums that are not finite or all zero are dropped even so. Waits for the device a few
-    times per chunk of layers, not per layer.
+    times per chunk of layers, not per layer. Processes that do not hold the statistics of a layer
+    only take note of the refresh.
 
     Args:
         gram_means: what `update_means` returned.
@@ -64,17 +67,17 @@ def refresh(
     """
     for layer in layers:
         layer.check_device_and_dtype()
-    sums = Sums(layers, collective)
-    usable, unused = with_usable_sums(layers, sums, collective)
+    sums = Sums(layers, processes)
+    usable, unused = with_usable_sums(layers, sums, processes.everybody)
     sums.start(usable)
 
     def next_statistics(layer: Layer) -> Statistics:
         gram_mean = gram_means.get(layer, layer.mean)
         return layer.next_statistics(sums.gram(layer), sums.count(layer), gram_mean)
 
-    for layer, new in inverse_roots(usable, next_statistics, settings, collective):
-        statistics = next_statistics(layer)  # computed again, to save the memory of all Σ
-        layer.sigma, layer.mean_eigenvalue = statistics.sigma, statistics.mean_eigenvalue
+    for layer, new in inverse_roots(usable, next_statistics, settings, processes):
+        if layer.is_held:
+            layer.sigma = next_statistics(layer).sigma  # again, to save the memory of all Σ
         layer.set_inverse_root(new)
         layer.n_refreshes += 1
         layer.next_refresh = layer.following_refresh
@@ -86,7 +89,7 @@ def inverse_roots(
     layers: list[Layer],
     statistics_of: Callable[[Layer], Statistics],
     settings: DoprSettings,
-    collective: Collective,
+    processes: Processes,
 ) -> list[tuple[Layer, InverseRoot]]:
     """Return each layer with its P.
 
@@ -105,7 +108,7 @@ def inverse_roots(
             computed += zip(chunk, new, strict=True)
         return computed
 
-    return made_by_owners(layers, compute, collective)
+    return made_by_owners(layers, compute, processes)
 
 
 def _batched_inverse_roots(
@@ -141,6 +144,7 @@ def _batched_inverse_roots(
             P=P[i] * scales[i],
             damping=damping[i].clone(),
             deflation_basis=None if U is None else U[i].clone(),
+            mean_eigenvalue=means[i].clone(),
             n_failed=n_failed[i],
             is_damped_more=more[i],
         )
@@ -161,9 +165,25 @@ def _raise_with_layer_name(
 
 
 def preconditioned(
-    layers: list[Layer], backend: Backend
+    layers: list[Layer], backend: Backend, exchange: Exchange
 ) -> Iterator[tuple[Layer, Tensor, Tensor, Tensor]]:
     """Yield layer, grad, its (d_out, d_in) view G, and M = G P, for layers with a grad and a P.
+
+    If only its owner holds P, the owner computes M.
+    """
+    yield from _preconditioned_here([each for each in layers if each.owner is None], backend)
+
+    def product(layer: Layer, G: Tensor) -> Tensor:
+        return _corrected(layer, next(products([G], [layer.P], backend)))
+
+    elsewhere = [layer for layer in layers if layer.owner is not None and layer.n_refreshes]
+    yield from exchange.products(elsewhere, product)
+
+
+def _preconditioned_here(
+    layers: list[Layer], backend: Backend
+) -> Iterator[tuple[Layer, Tensor, Tensor, Tensor]]:
+    """Do what `preconditioned` does for layers whose P every process holds.
 
     G is a copy where the strides forbid a view. If the weight is sharded, grad, G and M are its
     local rows. A chunk holds at most `CHUNK_BYTES` of gradients; their M, in at least fp32, may be

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from ..kernels.cholesky import Inverse
 from ..kernels.dispatch import BACKENDS, Backend
 
+Statistics = Literal["auto", "replicated", "sharded"]
+STATISTICS = get_args(Statistics)
 INVERSES = get_args(Inverse)
 P_SETTINGS = ("gamma", "exponent", "trace_normalized", "fresh_mean")
 
@@ -34,6 +36,7 @@ class DoprSettings:
     embeddings: bool
     fresh_mean: bool
     count_masked: bool
+    statistics: Statistics
     backend: Backend
 
     def __post_init__(self) -> None:
@@ -51,7 +54,7 @@ class DoprSettings:
 def settings_problems(settings: dict[str, Any]) -> list[str]:
     """List everything that is wrong with these settings, one line each.
 
-    `count_masked` and `fresh_mean` may be absent.
+    `count_masked`, `fresh_mean` and `statistics` may be absent.
     """
     rules = {
         key: rule
@@ -114,5 +117,6 @@ _RULES = {  # key: (whether a value is valid, the rule as text)
         "an integer >= 1, or None for a single block",
     ),
     **dict.fromkeys(("trace_normalized", "embeddings", "fresh_mean", "count_masked"), _BOOL),
+    "statistics": (lambda value: value in STATISTICS, f"one of {', '.join(STATISTICS)}"),
     "backend": (lambda value: value in BACKENDS, f"one of {', '.join(BACKENDS)}"),
 }

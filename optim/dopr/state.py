@@ -3,26 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from ..legacy_names import renamed_state
 from ..process_group import Collective
+from .distributed import Sums
 from .layer import Layer, log
+from .ownership import Processes
 from .refresh import inverse_roots
 from .settings import DoprSettings
 from .statistics import InverseRoot
 from .weights import without_wrappers
 
+Gather = Literal["all", "first", "none"]
 # Only states of inverse="newton_schulz" have it; if absent, the current basis is used.
 OPTIONAL_KEYS = {"deflation_basis"}
 # `gram` may be non-finite: the next refresh drops it.
 FINITE_KEYS = ("sigma", "P", "damping", "deflation_basis", "mean", "mean_eigenvalue")
 
 
+def gathered_state(layers: list[Layer], processes: Processes, gather: Gather) -> dict[str, Any]:
+    """Return {layer: {key: value}}; see `ActivationPreconditioner.state_dict`."""
+    everybody = processes.everybody
+    if gather not in get_args(Gather):
+        raise ValueError(f"gather={gather!r}: must be one of {', '.join(get_args(Gather))}")
+    if everybody.size == 1:
+        return {layer.name: layer.state_dict() for layer in layers}
+    for layer in layers:
+        layer.capture.finish()
+    sums = Sums(layers, processes)
+    sums.start(layers)
+    state = {}
+    for layer in layers:
+        own = layer.state_dict() | {"count": sums.count(layer)}
+        if sums.is_summed(layer):
+            own["gram"] = sums.gram(layer)
+        if layer.has_mean:
+            everybody.sum_(own["column_sums"])  # a copy
+        if layer.owner is not None:
+            own |= _spread(layer, own, processes, gather)
+        state[layer.name] = own
+    return state
+
+
+def _spread(
+    layer: Layer, state: dict[str, Any], processes: Processes, gather: Gather
+) -> dict[str, Tensor]:
+    """Return the tensors that only the layer's owner holds, where `gather` wants them."""
+    found = {}
+    for key in layer.HELD:
+        if key not in state:
+            continue
+        whole = layer.whole(key)
+        if gather == "none":
+            found[key] = state[key] if layer.is_held else whole
+            continue
+        held = state[key] if layer.is_held else torch.empty_like(whole, device=layer.P.device)
+        assert layer.owner is not None
+        Collective.wait([processes.shards.start_broadcast_(held, layer.owner)])
+        is_wanted = gather == "all" or processes.everybody.rank == 0
+        found[key] = held.to("cpu", copy=True) if is_wanted else whole
+    return found
+
+
 def load_state(
-    state: Any, layers: Sequence[Layer], settings: DoprSettings, collective: Collective
+    state: Any, layers: Sequence[Layer], settings: DoprSettings, processes: Processes
 ) -> None:
     """Load a state; see `ActivationPreconditioner.load_state_dict`. Nothing changes on error."""
     state = renamed_state(state)
@@ -31,17 +79,28 @@ def load_state(
         state = {
             name if name in names else without_wrappers(name): each for name, each in state.items()
         }
-    if problems := state_problems(state, layers):
+    problems = state_problems(state, layers)
+    if any(layer.owner is not None for layer in layers):  # the processes read different tensors
+        n_problems = processes.everybody.sum_(layers[0].capture.count.new_tensor(len(problems)))
+        if n_problems and not problems:
+            problems = ["another process found what is wrong"]
+    if problems:
         raise ValueError("preconditioner state does not fit: " + "; ".join(problems))
-    recomputed = _outdated_inverse_roots(state, layers, settings, collective)
+    recomputed = _outdated_inverse_roots(state, layers, settings, processes)
+    is_first = processes.everybody.rank == 0
     for layer in layers:
-        layer.load_state_dict(state[layer.name], with_sums=collective.rank == 0)
+        is_first_holder = layer.is_held and processes.replicas.rank == 0
+        layer.load_state_dict(
+            state[layer.name],
+            with_tokens=is_first,
+            with_gram=is_first if layer.owner is None else is_first_holder,
+        )
     for layer, new in recomputed:
         layer.set_inverse_root(new)
 
 
 def _outdated_inverse_roots(
-    state: dict[str, Any], layers: Sequence[Layer], settings: DoprSettings, collective: Collective
+    state: dict[str, Any], layers: Sequence[Layer], settings: DoprSettings, processes: Processes
 ) -> list[tuple[Layer, InverseRoot]]:
     """Recompute every P of the state that was made with other settings, from the Σ of the state."""
     outdated = [
@@ -53,7 +112,7 @@ def _outdated_inverse_roots(
     if outdated:
         log.info("recomputing P of %d layers, saved with other settings", len(outdated))
     return inverse_roots(
-        outdated, lambda layer: layer.statistics_in(state[layer.name]), settings, collective
+        outdated, lambda layer: layer.statistics_in(state[layer.name]), settings, processes
     )
 
 
@@ -79,17 +138,19 @@ def _layer_problems(state: Any, layer: Layer) -> list[str]:
         saved_with = made_with.get("fresh_mean", False)
         if saved_with != layer.settings.fresh_mean:
             return [f"{layer.label} was saved with fresh_mean={saved_with}"]
-    missing = {*layer.tensors(), *layer.NUMBERS, "made_with"} - state.keys() - OPTIONAL_KEYS
-    if missing:
+    needed = {key for key in layer.tensors() if layer.needs(key)} - OPTIONAL_KEYS
+    if missing := {*needed, *layer.NUMBERS, "made_with"} - state.keys():
         return [f"{layer.label} has no {', '.join(sorted(missing))}"]
     problems = []
     for key, own in layer.tensors().items():
-        value = state.get(key, own)
-        shape = tuple(value.shape) if isinstance(value, Tensor) else None
-        if shape is None:
-            problems.append(f"{key} is a {type(value).__name__}, but must be a tensor")
-        elif shape != tuple(own.shape):
-            problems.append(f"{key} is {shape}, but must be {tuple(own.shape)}")
+        value, wanted = state.get(key, own), tuple(layer.whole(key).shape)
+        if not layer.needs(key):  # another process reads it
+            continue
+        if not isinstance(value, Tensor) or value.is_meta:
+            kind = "tensor without values" if isinstance(value, Tensor) else type(value).__name__
+            problems.append(f"{key} is a {kind}, but must be a tensor")
+        elif tuple(value.shape) != wanted:
+            problems.append(f"{key} is {tuple(value.shape)}, but must be {wanted}")
         elif key in FINITE_KEYS and not value.isfinite().all():
             problems.append(f"{key} is not finite")
     for key in layer.NUMBERS:

@@ -118,5 +118,6 @@ class InverseRoot(NamedTuple):
     P: Tensor  # (blocks, b, b), or (d,) for a diagonal
     damping: Tensor  # (blocks,) γ̄, larger in blocks whose inverse needed more damping
     deflation_basis: Tensor | None  # U (blocks, b, k), the deflation basis (kernels/deflation.py)
+    mean_eigenvalue: Tensor  # tr(Σ) / d, ()
     n_failed: int  # number of failed attempts
     is_damped_more: bool  # whether a block needed more damping than γ asks for

@@ -20,6 +20,7 @@ def with_usable_sums(
     eigenvalues are enough: because |z_i z_j| <= (z_i² + z_j²) / 2, the sum of z zᵀ is zero or
     finite if its mean eigenvalue is.
     """
+    sums.check_order()
     unseen, not_finite, zero, usable = [], [], [], []
     values = list(sums.counts_and_mean_eigenvalues.values())
     rows = torch.stack([v.to(values[0].device) for v in values]).tolist() if values else []

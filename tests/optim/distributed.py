@@ -41,10 +41,10 @@ def in_process_group(function, *args):
     return result
 
 
-def message_of(function, *args):
+def message_of(function, *args, **kwargs):
     """Return the type and message of the error that `function` raises."""
     with pytest.raises((ValueError, RuntimeError, FloatingPointError)) as caught:
-        function(*args)
+        function(*args, **kwargs)
     return f"{type(caught.value).__name__}: {caught.value}"
 
 
@@ -113,14 +113,15 @@ def train(base: str, how: str, n_steps: int, settings: dict, device: str = "cpu"
     model, forward, optimizer, preconditioner = parts(base, how, device, **settings)
     for number in range(n_steps):
         step(forward, optimizer, number)
+    states = preconditioner.state_dict().values()
     return (
         [full_tensor(param).numpy() for param in model.parameters()],
-        [(layer.sigma.cpu().numpy(), layer.P.cpu().numpy()) for layer in preconditioner.layers],
+        [(layer["sigma"].cpu().numpy(), layer["P"].cpu().numpy()) for layer in states],
         [row["norm_ratio"] for row in preconditioner.report()],
     )
 
 
-COLLECTIVES = ("all_reduce", "broadcast", "all_gather", "all_to_all_single")
+COLLECTIVES = ("all_reduce", "broadcast", "all_gather", "all_to_all_single", "reduce")
 
 
 def counted(base: str, how: str, n_steps: int, settings: dict) -> list[dict[str, int]]:
@@ -152,7 +153,8 @@ def fingerprint(base: str, how: str, n_steps: int, settings: dict) -> tuple[str,
     for number in range(n_steps):
         step(forward, optimizer, number)
     weights = [local(param.detach()) for param in model.parameters()]
-    statistics = [each for layer in preconditioner.layers for each in (layer.sigma, layer.P)]
+    states = preconditioner.state_dict().values()
+    statistics = [each for layer in states for each in (layer["sigma"], layer["P"])]
     return digest(weights), digest(statistics)
 
 

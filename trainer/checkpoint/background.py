@@ -116,7 +116,8 @@ class CheckpointWriter:
     def _prepare(self, *, is_copied: bool) -> Callable[[], object]:
         """Return the function that writes this state; if `is_copied`, the state may then change."""
         state, parallel, is_main = self._state, self._parallel, self._parallel.is_main
-        tensors: Any = {"model": plain_state(state.model), "train": state.to_dict()}
+        train = state.to_dict(is_sharded=self._is_sharded)
+        tensors: Any = {"model": plain_state(state.model), "train": train}
         tensors["ema"] = plain_state(state.ema) if state.ema else None
         if self._is_sharded:
             tensors = sharded.copy_to_cpu(tensors) if is_copied else tensors

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from trainer.checkpoint.schema import CheckpointError
 
@@ -82,7 +83,7 @@ class StoredTensor:
 
 
 def copy_to_cpu(tree: Any) -> Any:
-    """Copy the tensors in nested dicts and lists; a process copies only the rows that it holds."""
+    """Copy the tensors in nested dicts and lists; a process copies only what it holds."""
     from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
     stager = DefaultStager(
@@ -93,8 +94,9 @@ def copy_to_cpu(tree: Any) -> Any:
             use_non_blocking_copy=False,
         )
     )
+    stage: Any = stager.stage
     try:
-        return stager.stage(tree)
+        return tree_map_only(Tensor, lambda x: x if x.is_meta else stage({"": x})[""], tree)
     finally:
         stager.close()
 
@@ -165,7 +167,8 @@ def read_all(tree: Any) -> Any:
 def _replace_tensors(tree: Any, key: str, tensors: dict[str, Tensor]) -> Any:
     """Return the tree with placeholders for its tensors, which are added to `tensors`."""
     if isinstance(tree, Tensor):
-        tensors[key] = tree.detach()
+        if not tree.is_meta:  # else another process holds it
+            tensors[key] = tree.detach()
         return PLACEHOLDER + key
     if isinstance(tree, dict):
         return {k: _replace_tensors(value, f"{key}/{k}", tensors) for k, value in tree.items()}

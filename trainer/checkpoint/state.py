@@ -95,16 +95,19 @@ class TrainState:
             for kind, is_third in kinds
         ]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, *, is_sharded: bool) -> dict[str, Any]:
         """Return everything except weights, as types that `torch.load(weights_only=True)` accepts.
 
-        Hyperparameters are left out because they always come from the run's settings.
+        Hyperparameters are left out because they always come from the run's settings. Tensors that
+        other processes hold are on the meta device; unless `is_sharded`, the main process gets
+        DoPr's.
         """
+        gather = "none" if is_sharded else "first"
         pairs = zip(self._first_groups, self.optimizers, strict=True)
         return {
             "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
             "groups": [changes_since(first, optimizer) for first, optimizer in pairs],
-            "dopr": self.preconditioner.state_dict() if self.preconditioner else None,
+            "dopr": self.preconditioner and self.preconditioner.state_dict(gather=gather),
             "n_averaged": int(self.ema.n_averaged) if self.ema else 0,
             "skipped": self.skipped,
             "skipped_in_row": self.skipped_in_row,
@@ -197,14 +200,26 @@ def _restore_preconditioner(
         raise CheckpointError(
             f"checkpoint {checkpoint.path} was written without DoPr; resume with dopr=false"
         )
-    for layer in preconditioner.layers:
-        problems = layer_problems(saved.get(layer.name, {}), layer.tensors())
+    layers = {layer.name: layer for layer in preconditioner.layers}
+    for name, layer in layers.items():
+        problems = layer_problems(saved.get(name, {}), layer.tensors())
         if problems:
             raise CheckpointError(
                 f"checkpoint {checkpoint.path}: the preconditioner state of {layer.name}: "
                 + "; ".join(problems)
             )
+    state, unread = {}, None
     try:
-        preconditioner.load_state_dict(read_all(saved))
+        state = {  # a process reads only what it holds
+            name: {
+                key: read_all(value) if name not in layers or layers[name].needs(key) else value
+                for key, value in values.items()
+            }
+            for name, values in saved.items()
+        }
+    except CheckpointError as error:
+        unread = error  # raised after all processes have refused the state together
+    try:
+        preconditioner.load_state_dict(state)
     except (ValueError, FloatingPointError) as error:
-        raise CheckpointError(f"checkpoint {checkpoint.path}: {error}") from error
+        raise unread or CheckpointError(f"checkpoint {checkpoint.path}: {error}") from error

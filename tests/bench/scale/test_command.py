@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.scale.fits import SIZES
 from bench.scale.tables import percent
 from bench.scale_model import main, placements
 
@@ -27,6 +28,9 @@ def test_the_committed_numbers_agree_with_the_code(written):
     rows = [r for r in committed["rows"] if (r["shape"], r["placement"]) == ("124M", "ddp")]
     assert written_now["rows"] == [row for row in rows if row["gpus"] in (1, 8)]
     assert len(written_now["rows"]) == 12
+    memory = [row for row in committed["memory"] if row["shape"] == "124M"]
+    assert written_now["memory"] == memory
+    assert len(memory) == len(SIZES) + 1
     assert (written / "estimates.png").stat().st_size > 10_000
 
 

@@ -7,18 +7,20 @@ import pytest
 import torch
 
 from bench.scale import network, work
+from bench.scale.calls import CollectiveCall, Placement, sent_bytes
 from bench.scale.hardware import HARDWARE
 from bench.scale.memory import dopr_bytes
-from bench.scale.plan import CollectiveCall, Placement, refresh_calls, sent_bytes
+from bench.scale.plan import reduce_calls, refresh_calls
 from bench.scale.refresh import refresh_seconds
 from bench.scale.shapes import EXACT, FAST, FRESH_MEAN, MODES, SHAPES, ModelShape, gpt, layers
-from bench.scale.step import estimate
+from bench.scale.step import estimate, statistics_seconds
 from model import GPT
 from optim import ActivationPreconditioner
 
 H100, SMALL = HARDWARE["h100"], SHAPES["124M"]
 FREE = {"memory_rate": math.inf, "host_read": 0.0, "start": 0.0}
 D, L = SMALL.n_embd, SMALL.n_layer
+TRIANGLE = 17 / 32  # the part of a matrix that is sent, in 16 strips of rows
 
 
 def step_of(placement, mode=FAST, hardware=H100):
@@ -53,6 +55,8 @@ def test_pipelined_broadcasts_count_the_latency_of_the_ring_once():
     calls, placement = 5 * [CollectiveCall("broadcast", 10**6)], Placement("ddp", 64)
     one, five = (network.broadcasts(each, placement, H100) for each in (calls[:1], calls))
     assert five - one == pytest.approx(4 * (14e-6 + 1e6 / 340e9))
+    reduce = CollectiveCall("reduce", 10**6)
+    assert network.seconds(reduce, placement, H100) == pytest.approx(one)
 
 
 def test_the_flops_equal_the_closed_forms():
@@ -61,8 +65,41 @@ def test_the_flops_equal_the_closed_forms():
     assert work.apply(SMALL, EXACT, one_gpu, hardware) == 48 * L * D**3
     assert work.apply(SMALL, FAST, one_gpu, hardware) == 24 * L * D**3
     batch = work.Batch(SMALL, 8, 1, SMALL.micro_tokens)
-    assert work.gram(SMALL, EXACT, batch, hardware) == 2**16 * 19 * L * D**2
-    assert work.gram(SMALL, FAST, batch, hardware) == 2**13 * 7 * L * D**2
+    assert work.gram(SMALL, one_gpu, EXACT, batch, hardware) == 2**16 * 19 * L * D**2
+    assert work.gram(SMALL, one_gpu, FAST, batch, hardware) == 2**13 * 7 * L * D**2
+
+
+def test_a_sum_that_goes_to_an_owner_is_cleared_packed_and_added():
+    hardware = replace(H100, memory_rate=1, memory_fraction=1, bf16=math.inf)
+    batch = work.Batch(SMALL, 8, 1, 2**14)  # 4 micro-batches
+    whole, shared = (
+        work.gram(SMALL, placement, FAST, batch, hardware)
+        for placement in (Placement("ddp", 12), Placement("fsdp", 12))
+    )
+    assert whole == 4 * 8 * 7 * L * D**2
+    formed = (4 + 8 * TRIANGLE) * 7 * L * D**2
+    received = (4 * 8 + 3 * 12) * 7 * D**2  # each owns a twelfth of Σ; the first sum is not added
+    assert shared - whole == 4 * formed + received
+
+
+def test_a_refresh_packs_and_unpacks_what_it_sends():
+    hardware = replace(H100, memory_rate=1, memory_fraction=1)
+    one, whole, replicated, shared, copies = (
+        work.repacking(SMALL, FAST, placement, hardware)
+        for placement in (
+            Placement("ddp", 1),
+            Placement("ddp", 12),
+            Placement("fsdp", 12, statistics="replicated"),
+            Placement("fsdp", 12),
+            Placement("hsdp", 24, 12),
+        )
+    )
+    own = 7 * D**2  # of 12 processes; one process has L times as much
+    assert one == (2 * 20 + 4) * L * own
+    packing = 16 * TRIANGLE * (L + 1) + 8 * (2 * L + 1)
+    assert whole == replicated == (20 * (L + 1) + 4 * L + packing) * own
+    assert shared == 2 * 20 * own
+    assert copies - shared == (16 * TRIANGLE + 2 * 8) * own
 
 
 def test_the_bytes_of_the_statistics_equal_the_closed_forms():
@@ -88,15 +125,21 @@ def test_the_bytes_of_the_statistics_equal_the_closed_forms():
     }
 
 
-def test_a_fresh_mean_corrects_the_rows_of_a_gpu():
+def test_a_fresh_mean_corrects_m_where_it_is_computed():
     hardware = replace(H100, memory_rate=1, memory_fraction=1)
-    whole, shared = (
+    whole, rows, owner = (
         work.correction(SMALL, FRESH_MEAN, placement, hardware)
-        for placement in (Placement("ddp", 8), Placement("fsdp", 8))
+        for placement in (
+            Placement("ddp", 8),
+            Placement("fsdp", 8, statistics="replicated"),
+            Placement("fsdp", 12),
+        )
     )
     m_bytes, p_bytes = 12 * 12 * L * D**2, 4 * 7 * L * D**2
     assert whole == m_bytes + p_bytes
-    assert shared == m_bytes / 8 + p_bytes
+    assert rows == m_bytes / 8 + p_bytes
+    # Every GPU owns one wide and three narrow inputs; the three may be those with the most rows.
+    assert owner == 12 * (4 + 3 * 4) * D**2 + p_bytes / 12
 
 
 def test_a_fresh_mean_adds_a_sum_of_z_in_every_step_and_a_second_one_in_a_refresh():
@@ -126,11 +169,13 @@ def test_the_memory_between_steps_equals_that_of_a_real_preconditioner(mode):
 
 
 def test_a_triangle_of_each_sum_and_inverse_is_sent():
-    calls = refresh_calls(SMALL, EXACT, Placement("ddp", 8)).calls
-    triangles = L * (3 * D * (D + 1) + 4 * D * (4 * D + 1)) // 2
+    refresh = refresh_calls(SMALL, EXACT, Placement("ddp", 8), rank=0)
+    assert refresh
+    calls = refresh.calls
+    triangles = TRIANGLE * L * (3 + 16) * D**2
     sums = sum(call.n_bytes for call in calls if call.kind == "all_reduce")
     made = sum(call.n_bytes for call in calls if call.kind == "broadcast")
-    assert sums == 4 * triangles + 48 * (2 + 3) * 8
+    assert sums == 4 * triangles + 48 * (2 + 4) * 8
     assert made == 4 * (triangles + 48)  # and the damping of each
     assert sent_bytes(calls[0], Placement("ddp", 8)) == 2 * 7 / 8 * 48 * 2 * 8
 
@@ -142,10 +187,40 @@ def test_one_gpu_sends_nothing():
     assert step_of(Placement("ddp", 1), FRESH_MEAN).dopr_s["sums of z"] == 0
 
 
-def test_sharded_rows_are_multiplied_on_their_own_gpus():
-    hardware = replace(H100, **FREE)
-    whole, shared = (step_of(Placement(how, 64), EXACT, hardware).dopr_s for how in ("ddp", "fsdp"))
-    assert whole["G P"] == pytest.approx(64 * shared["G P"])
+def test_gradients_are_multiplied_by_owners_or_where_their_rows_are():
+    hardware = replace(H100, **FREE, tf32=3, apply_fraction=1)
+    whole, rows, owner = (
+        work.apply(SMALL, EXACT, placement, hardware)
+        for placement in (
+            Placement("ddp", 12),
+            Placement("fsdp", 12, statistics="replicated"),
+            Placement("fsdp", 12),
+        )
+    )
+    assert whole == 48 * L * D**3
+    assert rows == whole / 12
+    assert owner == (32 + 3 * 8) * D**3  # one wide input, and three with the most rows
+
+
+def test_sums_to_owners_share_the_network_with_the_weights():
+    placement, batch = Placement("fsdp", 64), work.Batch(SMALL, 8, 1, 2**14)  # 4 micro-batches
+    slow, fast = (replace(H100, network=network) for network in (1e8, 1e15))
+    reduces = network.total(reduce_calls(SMALL, FAST, placement), placement, slow)
+    shown, hidden = (
+        statistics_seconds(SMALL, placement, FAST, batch, hardware, is_collecting=True)
+        for hardware in (slow, fast)
+    )
+    assert shown == pytest.approx(4 * reduces)
+    computed = work.statistics(SMALL, placement, FAST, batch, fast, is_collecting=True)
+    assert hidden == pytest.approx(computed)
+
+
+def test_owners_invert_while_the_sums_of_other_copies_arrive():
+    hsdp, fsdp = (step_of(placement) for placement in (Placement("hsdp", 64), Placement("fsdp", 8)))
+    assert "sums of Σ" in hsdp.dopr_s
+    assert "sums of Σ" not in fsdp.dopr_s
+    both = hsdp.dopr_s["sums of Σ"] + hsdp.dopr_s["inverses"]
+    assert fsdp.dopr_s["inverses"] < both < 1.1 * fsdp.dopr_s["inverses"]
 
 
 @pytest.mark.parametrize("name", ["network", "cholesky_fraction", "apply_fraction", "memory_rate"])
@@ -161,7 +236,8 @@ def test_memory_limits_what_fits_and_the_size_of_micro_batches():
     sizes = {"yes": 80e9, "base": 5e9, "no": 1e9}
     for fits, memory in sizes.items():
         assert step_of(placement, EXACT, replace(H100, memory=memory)).fits == fits
-    tight = step_of(Placement("fsdp", 8), EXACT, replace(H100, memory=30.5e9))
+    placement = Placement("fsdp", 8, statistics="replicated")
+    tight = step_of(placement, EXACT, replace(H100, memory=30.5e9))
     assert tight.fits == "yes"
     assert tight.dopr_bytes < tight.base_bytes  # micro-batches half as large
-    assert tight.dopr_sent > step_of(Placement("fsdp", 8), EXACT).dopr_sent  # more gathers
+    assert tight.dopr_sent > step_of(placement, EXACT).dopr_sent  # more gathers

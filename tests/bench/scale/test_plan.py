@@ -5,16 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from bench.scale.plan import (
-    Placement,
-    gradient_calls,
-    mean_calls,
-    micro_batch_calls,
-    muon_calls,
-    refresh_calls,
-)
+from bench.scale.base_plan import gradient_calls, micro_batch_calls, muon_calls
+from bench.scale.calls import Placement
+from bench.scale.plan import reduce_calls, step_calls
 from bench.scale.shapes import EXACT, DoprMode, ModelShape
-from tests.bench.scale.counted import steps
+from tests.bench.scale.counted import small_messages, steps
 
 pytestmark = pytest.mark.xdist_group("gang")  # all tests share one gang of processes
 
@@ -27,84 +22,110 @@ PLACEMENTS = {
     "ddp": Placement("ddp", 2),
     "fsdp": Placement("fsdp", 3),
     "hsdp": Placement("hsdp", 4, 2),
+    "replicated": Placement("fsdp", 3, statistics="replicated"),
 }
-
-
-def counted(gang, shape, placement, base, mode, n):
-    """Return the calls of `steps` with the largest number of bytes over all processes."""
-    results = gang.run(placement.size, steps, shape, placement, base, mode, n)
-    return [[max(each) for each in zip(*part, strict=True)] for part in zip(*results, strict=True)]
+MEAN = "all_reduce", 4 * TINY.n_layer * (7 * TINY.n_embd + 4)  # Σ z and a count per layer
 
 
 def planned(calls, placement):
     return [(call.kind, call.n_bytes, placement.ranks(call.over)) for call in calls]
 
 
+def kinds(calls):
+    return [kind for kind, *_ in calls]
+
+
+def check(gang, shape, placement, base, mode, n, *, is_due, is_small=False):
+    """Check the collectives of every process in the last of n steps; return those of the first."""
+    results = gang.run(placement.size, steps, shape, placement, base, mode, n, is_small)
+    micro = planned(micro_batch_calls(shape, placement), placement)
+    if is_due:
+        micro += planned(reduce_calls(shape, mode, placement), placement)
+    gradients = planned(gradient_calls(shape, placement), placement)
+    for process, (first, last, end) in enumerate(results):
+        rank = process % placement.shards
+        calls = step_calls(shape, mode, placement, is_due=is_due, rank=rank)
+        calls += muon_calls(shape, placement, rank) if base == "muon" else []
+        assert Counter(first) == Counter(micro)
+        assert Counter(last) == Counter(micro + gradients)
+        assert end == planned(calls, placement)
+    return results[0]
+
+
 @pytest.mark.parametrize("base", ["adamw", "muon"])
 @pytest.mark.parametrize("how", PLACEMENTS)
 def test_a_step_with_a_refresh_calls_the_planned_collectives(gang, how, base):
+    first, _, end = check(gang, TINY, PLACEMENTS[how], base, EXACT, 3, is_due=True)
+    n_muon = 2 if base == "muon" else 0  # param groups: q, k and v, and the other matrices
+    assert kinds(first).count("reduce") == (8 if how in ("fsdp", "hsdp") else 0)
+    assert kinds(end) == {
+        "ddp": ["all_reduce"] * 3 + ["broadcast"] * 2 + ["all_gather"] * n_muon,
+        "fsdp": ["all_reduce"] * 2 + ["all_to_all"] * 2 + ["all_reduce"],
+        "hsdp": ["all_reduce"] * 3 + ["all_to_all"] * 2 + ["all_reduce"],
+        "replicated": ["all_reduce"] * 3 + ["broadcast"] * 3 + ["all_reduce"],
+    }[how] + ["all_to_all"] * (0 if how == "ddp" else 2 * n_muon)
+
+
+@pytest.mark.parametrize("how", PLACEMENTS)
+def test_bounded_messages_are_sent_one_after_the_other(gang, how):
     placement = PLACEMENTS[how]
-    first, last, end = counted(gang, TINY, placement, base, EXACT, 3)
-    micro = planned(micro_batch_calls(TINY, placement), placement)
-    gradients = planned(gradient_calls(TINY, placement), placement)
-    assert Counter(first) == Counter(micro)
-    assert Counter(last) == Counter(micro + gradients)
-    expected = refresh_calls(TINY, EXACT, placement).calls
-    expected += muon_calls(TINY, placement) if base == "muon" else []
-    assert end == planned(expected, placement)
+    with small_messages():
+        _, _, end = check(gang, TINY, placement, "muon", EXACT, 1, is_due=True, is_small=True)
+    found = Counter(kinds(end))
+    assert {
+        "ddp": found["all_gather"] > 2 and found["broadcast"] > 2 and found["all_reduce"] > 3,
+        "fsdp": found["all_to_all"] > 2 + 4,
+        "hsdp": found["all_to_all"] > 2 + 4 and found["all_reduce"] > 4,
+        "replicated": found["broadcast"] > 3 and found["all_reduce"] > 4,
+    }[how]
 
 
 @pytest.mark.parametrize("n", [3, 4])
-def test_blocks_of_sigma_are_sent_only_by_a_refresh(gang, n):
-    placement = PLACEMENTS["ddp"]
-    *_, end = counted(gang, TINY, placement, "adamw", LAZY, n)
-    expected = refresh_calls(TINY, LAZY, placement).calls if n == 4 else []
-    assert end == planned(expected, placement)
+@pytest.mark.parametrize("how", PLACEMENTS)
+def test_statistics_are_sent_only_where_they_are_collected(gang, how, n):
+    is_due = n == 4
+    first, _, end = check(gang, TINY, PLACEMENTS[how], "adamw", LAZY, n, is_due=is_due)
+    is_shared = how in ("fsdp", "hsdp")
+    assert ("reduce" in kinds(first)) == (is_shared and is_due)
+    if not is_due:
+        assert kinds(end) == (["all_to_all"] * 2 if is_shared else [])
 
 
 @pytest.mark.parametrize("n", [3, 4])
 @pytest.mark.parametrize("how", PLACEMENTS)
 def test_a_fresh_mean_is_sent_in_every_step(gang, how, n):
     placement, is_due = PLACEMENTS[how], n == 4
-    first, _, end = counted(gang, TINY, placement, "adamw", LAZY_MEAN, n)
-    assert Counter(first) == Counter(planned(micro_batch_calls(TINY, placement), placement))
-    means = mean_calls(TINY, LAZY_MEAN, placement, is_due=is_due)
-    (sums_of_z,) = planned(means, placement)
-    d, n_layer = TINY.n_embd, TINY.n_layer
+    _, _, (mean, *_) = check(gang, TINY, placement, "adamw", LAZY_MEAN, n, is_due=is_due)
     rows = 2 if is_due else 1  # also the sums over the tokens in Σ
-    assert sums_of_z == ("all_reduce", rows * 4 * n_layer * (7 * d + 4), placement.size)
-    refresh = refresh_calls(TINY, LAZY_MEAN, placement).calls if is_due else []
-    assert end == planned(means + refresh, placement)
+    kind, n_bytes = MEAN
+    assert mean == (kind, rows * n_bytes, placement.size)
 
 
-def test_muon_sends_a_fresh_mean_before_its_matrices(gang):
-    placement = PLACEMENTS["fsdp"]
-    *_, end = counted(gang, TINY, placement, "muon", LAZY_MEAN, 2)
-    means = mean_calls(TINY, LAZY_MEAN, placement, is_due=False)
-    assert end == planned(means + muon_calls(TINY, placement), placement)
+def test_muon_sends_its_matrices_after_the_rows_of_a_fresh_mean(gang):
+    _, _, end = check(gang, TINY, PLACEMENTS["fsdp"], "muon", LAZY_MEAN, 2, is_due=False)
+    assert kinds(end) == ["all_reduce"] + ["all_to_all"] * (2 + 4)
 
 
 def test_the_deflation_basis_is_sent_with_its_inverse(gang):
     placement = PLACEMENTS["ddp"]
-    *_, end = counted(gang, WIDE, placement, "adamw", DEFLATED, 1)
-    plain = refresh_calls(WIDE, EXACT, placement)
-    expected = refresh_calls(WIDE, DEFLATED, placement)
-    assert end == planned(expected.calls, placement)
+    check(gang, WIDE, placement, "adamw", DEFLATED, 1, is_due=True)
+    plain, deflated = (
+        sum(call.n_bytes for call in step_calls(WIDE, mode, placement, is_due=True, rank=0))
+        for mode in (EXACT, DEFLATED)
+    )
     columns = 16 * 4 * (3 * WIDE.n_embd + 4 * WIDE.n_embd)  # of the fp32 U of all four inputs
-    more = [a.n_bytes - b.n_bytes for a, b in zip(expected.inverses, plain.inverses, strict=True)]
-    assert sum(more) == columns
+    assert deflated - plain == columns
 
 
 def test_adamw_without_dopr_sends_only_gradients(gang):
-    placement = PLACEMENTS["fsdp"]
-    *_, end = counted(gang, TINY, placement, "adamw", None, 1)
-    assert end == []
+    for _, _, end in gang.run(3, steps, TINY, PLACEMENTS["fsdp"], "adamw", None, 1):
+        assert end == []
 
 
 def test_gradients_larger_than_a_bucket_are_sent_in_several_buckets(gang):
     placement = PLACEMENTS["ddp"]
     shape = replace(WIDE, n_layer=4)
-    _, last, _ = counted(gang, shape, placement, "adamw", None, 3)
     expected = planned(gradient_calls(shape, placement), placement)
     assert len(expected) > 1
-    assert last == expected
+    for _, last, _ in gang.run(2, steps, shape, placement, "adamw", None, 3):
+        assert last == expected

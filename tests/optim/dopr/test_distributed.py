@@ -10,7 +10,7 @@ from torch import distributed, nn
 import optim.dopr.distributed
 import optim.matrices
 from optim import ActivationPreconditioner
-from optim.dopr.distributed import pack, unpack
+from optim.dopr.triangles import pack, packed_numel, unpack
 from optim.process_group import owners, row_bounds
 from tests.optim import distributed as workers
 from tests.optim.distributed import in_process_group
@@ -21,18 +21,20 @@ pytestmark = pytest.mark.xdist_group("gang")  # share one set of worker processe
 TOLERANCE = 1e-5  # fp32 sums in a different order, amplified by the condition number of Σ
 EXACT, FAST = {}, {"refresh_every": 3, "collect_every": 1, "sigma_beta": 0.9}
 FRESH = FAST | {"fresh_mean": True}
+REPLICATED = {"statistics": "replicated"}  # test_sharded_statistics.py has the others
 
 
 @pytest.mark.parametrize(
     ("size", "how", "settings"),
     [
-        *((4, "ddp", FAST), (4, "fsdp", FRESH)),
+        *((4, "ddp", FAST), (4, "fsdp", FRESH), (4, "fsdp", FRESH | REPLICATED)),
         pytest.param(4, "fsdp", FAST, marks=pytest.mark.slow),
         pytest.param(3, "ddp", FRESH, marks=pytest.mark.slow),
         pytest.param(4, "hsdp", FRESH, marks=pytest.mark.slow),
         pytest.param(2, "ddp", EXACT, marks=pytest.mark.slow),
         pytest.param(4, "fsdp", EXACT, marks=pytest.mark.slow),
         pytest.param(4, "hsdp", EXACT, marks=pytest.mark.slow),
+        pytest.param(4, "hsdp", FRESH | REPLICATED, marks=pytest.mark.slow),
     ],
 )
 def test_ragged_tokens_and_empty_shards_train_as_one_process_with_all_tokens(
@@ -68,7 +70,7 @@ def in_messages_of_a_layer(*args):
 
 def test_sums_and_inverses_that_need_several_messages_are_the_same(gang):
     """One message per layer gives the same bits as one message for all layers."""
-    case = ("sgd", "fsdp", 2, EXACT)
+    case = ("sgd", "fsdp", 2, EXACT | REPLICATED)
     in_one_message = gang.run(2, in_process_group, workers.train, *case)
     for ((weights, *_), counts), expected in zip(
         gang.run(2, in_process_group, in_messages_of_a_layer, *case), in_one_message, strict=True
@@ -102,17 +104,17 @@ def test_updates_that_are_gathered_in_several_messages_are_the_same(gang):
 # A refresh reduces counts and traces, sums, and flags; each of the two owners broadcasts its P.
 # Muon exchanges the rows with their owners; AdaMuon also reduces the norms of sharded rows.
 PLANS = {
-    ("adamw", "ddp"): ((3, 2, 0, 0), (0, 0, 0, 0)),
-    ("adamw", "fsdp"): ((4, 2, 0, 0), (0, 0, 0, 0)),  # also the norms ‖M‖ and ‖G‖ of sharded rows
-    ("muon", "ddp"): ((3, 2, 1, 0), (0, 0, 1, 0)),
-    ("muon", "fsdp"): ((4, 2, 0, 2), (0, 0, 0, 2)),
-    ("adamuon", "fsdp"): ((5, 2, 0, 2), (1, 0, 0, 2)),
+    ("adamw", "ddp"): ((3, 2, 0, 0, 0), (0, 0, 0, 0, 0)),
+    ("adamw", "fsdp"): ((4, 2, 0, 0, 0), (0, 0, 0, 0, 0)),  # also the norms of sharded rows
+    ("muon", "ddp"): ((3, 2, 1, 0, 0), (0, 0, 1, 0, 0)),
+    ("muon", "fsdp"): ((4, 2, 0, 2, 0), (0, 0, 0, 2, 0)),
+    ("adamuon", "fsdp"): ((5, 2, 0, 2, 0), (1, 0, 0, 2, 0)),
 }
 
 
 @pytest.mark.parametrize(("base", "how"), PLANS)
 def test_a_step_takes_the_collectives_of_the_plan(gang, base, how):
-    settings = {"refresh_every": 3, "collect_every": 3}
+    settings = {"refresh_every": 3, "collect_every": 3} | REPLICATED
     refresh, other = PLANS[base, how]
     for counts in gang.run(2, in_process_group, workers.counted, base, how, 4, settings):
         assert [tuple(each.values()) for each in counts] == [refresh, other, other, refresh]
@@ -120,7 +122,7 @@ def test_a_step_takes_the_collectives_of_the_plan(gang, base, how):
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_a_fresh_mean_takes_one_reduction_more_in_every_step(gang, how):
-    settings = {"refresh_every": 3, "collect_every": 3, "fresh_mean": True}
+    settings = {"refresh_every": 3, "collect_every": 3, "fresh_mean": True} | REPLICATED
     for counts in gang.run(2, in_process_group, workers.counted, "adamw", how, 4, settings):
         refresh, other = ((n + 1, *more) for n, *more in PLANS["adamw", how])
         assert [tuple(each.values()) for each in counts] == [refresh, other, other, refresh]
@@ -244,10 +246,12 @@ def test_loaded_sums_are_counted_once(gang):
     assert counts == [[workers.N] * 2, [0, 0], [0, 0]]
 
 
-def test_packed_matrices_come_back_exactly():
-    S = randn(3, 5, 5, seed=0)
+@pytest.mark.parametrize(("b", "numel"), [(1, 1), (5, 15), (16, 136), (17, 161), (40, 859)])
+def test_packed_matrices_come_back_exactly(b, numel):
+    """Up to 16 rows, a strip is a row; of 17 rows there are 8 strips of two and one of one."""
+    S = randn(3, b, b, seed=0)
     S = S + S.mT
-    assert pack(S).shape == (45,)
+    assert packed_numel(S.shape) == pack(S).numel() == 3 * numel
     assert torch.equal(unpack(pack(S), S.shape), S)
     assert torch.equal(unpack(pack(S[0, 0]), S[0, 0].shape), S[0, 0])
 

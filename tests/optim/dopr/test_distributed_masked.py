@@ -34,7 +34,7 @@ def masked_training(how: str):
         optimizer.zero_grad()
     return (
         [full_tensor(parameter).numpy() for parameter in model.parameters()],
-        [layer.sigma.numpy() for layer in preconditioner.layers],
+        [layer["sigma"].numpy() for layer in preconditioner.state_dict().values()],
     )
 
 
