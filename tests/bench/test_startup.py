@@ -23,6 +23,7 @@ def in_process(arguments):
     return measured(**arguments)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_built_whole_takes_more(gang):
     """GPT-2 has 474 MiB of weights, which are 158 in each of three processes."""
     options = {"size": "gpt2", "init_from": None}

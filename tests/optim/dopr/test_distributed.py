@@ -27,7 +27,8 @@ REPLICATED = {"statistics": "replicated"}  # test_sharded_statistics.py has the 
 @pytest.mark.parametrize(
     ("size", "how", "settings"),
     [
-        *((4, "ddp", FAST), (4, "fsdp", FRESH), (4, "fsdp", FRESH | REPLICATED)),
+        *((4, "ddp", FAST), (4, "fsdp", FRESH | REPLICATED)),
+        pytest.param(4, "fsdp", FRESH, marks=pytest.mark.slow),
         pytest.param(4, "fsdp", FAST, marks=pytest.mark.slow),
         pytest.param(3, "ddp", FRESH, marks=pytest.mark.slow),
         pytest.param(4, "hsdp", FRESH, marks=pytest.mark.slow),
