@@ -102,12 +102,13 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
     model, ema = make_model(config, dataset.tokenizer.n_vocab, is_empty=is_empty), None
     if config.ema_decay:
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-    for each in [model, *([ema.module] if ema else [])]:
+    models = [model, *([ema.module] if ema else [])]
+    for each in models:
         parallel.place(each)
-        if config.init_from and not checkpoint:
-            load_initial_weights(each, config, dataset.tokenizer)
-        elif is_empty and not checkpoint:
+        if is_empty and not (checkpoint or config.init_from):
             draw_shards(each, config.seed)
+    if config.init_from and not checkpoint:
+        load_initial_weights(models, config, dataset.tokenizer)
 
     # -- optimizers, and DoPr in front of them
     optimizers = make_optimizers(config, model, parallel.group())

@@ -27,7 +27,7 @@ from bench.scale.shapes import MODES, SHAPES, DoprMode, ModelShape
 from bench.scale.step import StepEstimate, estimate
 from bench.scale.tables import details, overview, sensitivity
 from eval.command import command_parser
-from optim.dopr.settings import INVERSES, STATISTICS, Statistics
+from optim.dopr.settings import INVERSES, STATISTICS, Sharing
 from studies.report.style import save_png
 
 SIZES = (1, 8, 16, 64, 128, 512, 1024, 4096)
@@ -97,7 +97,7 @@ def hardware_of(arguments: argparse.Namespace) -> Hardware:
 
 
 def placements(
-    names: list[str], sizes: list[int], per_node: int, statistics: Statistics = "auto"
+    names: list[str], sizes: list[int], per_node: int, statistics: Sharing = "auto"
 ) -> list[Placement]:
     """Return the placements that differ: one GPU counts as ddp, and hsdp needs two nodes."""
     min_size = {"ddp": 1, "fsdp": 2, "hsdp": 2 * per_node}

@@ -6,16 +6,18 @@ from torch import Tensor
 
 
 class DeferredTensors(Mapping[str, Tensor]):
-    """Tensors by name, each made anew whenever it is asked for: nobody holds all of them."""
+    """The tensors change(name, tensor), computed when they are asked for: nobody holds all."""
 
-    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
-        self._makers = makers
+    def __init__(
+        self, tensors: Mapping[str, Tensor], change: Callable[[str, Tensor], Tensor]
+    ) -> None:
+        self._tensors, self._change = tensors, change
 
     def __getitem__(self, key: str) -> Tensor:
-        return self._makers[key]()
+        return self._change(key, self._tensors[key])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._makers)
+        return iter(self._tensors)
 
     def __len__(self) -> int:
-        return len(self._makers)
+        return len(self._tensors)

@@ -3,7 +3,6 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from zipfile import is_zipfile
@@ -105,14 +104,8 @@ def open_hf(
         listed = "; ".join(problems[:MAX_PROBLEMS])
         raise ValueError(f"{path} does not fit its config.json: {listed}")
     n = config.block_size if block_size is None else min(block_size, config.block_size)
-    cropped = dict.fromkeys(weights, slice(None)) | {WPE: slice(n)}  # rows to keep
-    return dataclasses.replace(config, block_size=n), DeferredTensors(
-        {key: partial(_rows_of, weights, key, rows) for key, rows in cropped.items()}
-    )
-
-
-def _rows_of(weights: Mapping[str, Tensor], key: str, rows: slice) -> Tensor:
-    return weights[key][rows]
+    cropped = DeferredTensors(weights, lambda key, weight: weight[:n] if key == WPE else weight)
+    return dataclasses.replace(config, block_size=n), cropped
 
 
 def _weights_file(folder: Path) -> Path | None:
@@ -154,19 +147,19 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 def _renamed(tensors: Mapping[str, Tensor], tie_weights: bool) -> Mapping[str, Tensor]:
     """Convert tensors to the names, the orientation and the type of model.py."""
-    makers = {}
+    renamed = {}
     for key, tensor in tensors.items():
         if BUFFERS.search(key) or (tie_weights and key == "lm_head.weight"):
             continue
         ours = key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
-        makers[ours] = partial(_converted, tensor, bool(TRANSPOSED.search(ours)))
-    return DeferredTensors(makers)
+        renamed[ours] = tensor
+    return DeferredTensors(renamed, _converted)
 
 
-def _converted(tensor: Tensor, is_transposed: bool) -> Tensor:
+def _converted(name: str, tensor: Tensor) -> Tensor:
     if tensor.is_floating_point():  # any other type is refused
         tensor = tensor.float()
-    return tensor.T if is_transposed and tensor.dim() == 2 else tensor
+    return tensor.T if TRANSPOSED.search(name) and tensor.dim() == 2 else tensor
 
 
 def take_shape(config: TrainConfig, origins: dict[str, str]) -> tuple[TrainConfig, dict[str, str]]:

@@ -1,5 +1,6 @@
 """Evaluate the validation loss and the model's own rollouts during training."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -74,21 +75,22 @@ def grade_rollouts(
     return row
 
 
-def load_initial_weights(model: GPT, config: TrainConfig, tokenizer: Tokenizer) -> None:
-    """Load the weights of the Hugging Face folder `init_from` into the model.
+def load_initial_weights(models: Sequence[GPT], config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Load the weights of the Hugging Face folder `init_from` into models of one configuration.
 
-    If the model is sharded, a process copies only the rows that it holds.
+    If they are sharded, a process copies only the rows that it holds.
 
     Raises:
-        ConfigError: the folder cannot be used, its model is another function than `model`, or its
+        ConfigError: the folder cannot be used, its model is another function than theirs, or its
             tokenizer is not the data's `tokenizer` and `allow_tokenizer_mismatch` is false.
     """
-    folder = Path(config.init_from)
+    folder, wanted = Path(config.init_from), models[0].config
     try:
-        found, weights = open_hf(folder, model.config.block_size)
-        check_shape(folder, found, model.config)
+        found, weights = open_hf(folder, wanted.block_size)
+        check_shape(folder, found, wanted)
         if not config.allow_tokenizer_mismatch:
             check_tokenizer(folder, tokenizer)
     except (ValueError, OSError) as error:
         raise ConfigError(f"init_from={folder}: {error}") from error
-    load_into(model, unfolded_weights(weights, model.config), folder)
+    for model in models:
+        load_into(model, unfolded_weights(weights, wanted), folder)

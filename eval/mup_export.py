@@ -9,7 +9,6 @@ The logits are equal bit for bit if the multipliers are powers of two, else up t
 """
 
 from collections.abc import Mapping
-from functools import partial
 
 from torch import Tensor, cat
 
@@ -32,8 +31,7 @@ def unfolded_weights(weights: Mapping[str, Tensor], config: GPTConfig) -> Mappin
 def _scaled(weights: Mapping[str, Tensor], logits: float, attention: float) -> DeferredTensors:
     """Multiply ln_f by `logits` and the q parts by `attention`."""
 
-    def scaled(key: str) -> Tensor:
-        tensor = weights[key]
+    def scaled(key: str, tensor: Tensor) -> Tensor:
         if ".ln_f." in key and logits != 1:
             return tensor * logits
         if ".c_attn." in key and attention != 1:
@@ -41,4 +39,4 @@ def _scaled(weights: Mapping[str, Tensor], logits: float, attention: float) -> D
             return cat([q * attention, k_and_v])
         return tensor
 
-    return DeferredTensors({key: partial(scaled, key) for key in weights})
+    return DeferredTensors(weights, scaled)

@@ -4,7 +4,7 @@ from functools import lru_cache
 from math import prod
 from typing import Literal, NamedTuple
 
-from optim.dopr.settings import Statistics
+from optim.dopr.settings import Sharing
 from optim.process_group import row_bounds
 
 Kind = Literal["all_reduce", "reduce", "broadcast", "all_gather", "reduce_scatter", "all_to_all"]
@@ -18,7 +18,7 @@ class Placement(NamedTuple):
     parallel: str  # ddp, fsdp or hsdp
     size: int  # GPUs
     shard_size: int = 8  # GPUs that hold one copy of the weights with hsdp
-    statistics: Statistics = "auto"  # sharded if the weights are
+    statistics: Sharing = "auto"  # sharded if the weights are
 
     @property
     def shards(self) -> int:

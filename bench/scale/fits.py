@@ -12,7 +12,7 @@ from bench.scale.memory import base_bytes, dopr_bytes, peaks
 from bench.scale.shapes import MODES, ModelShape
 from bench.scale.work import Batch
 from eval.tables import markdown
-from optim.dopr.settings import Statistics
+from optim.dopr.settings import Sharing
 
 SIZES = (*range(1, 9), *range(16, 136, 8), *(2**i for i in range(8, 13)))
 MARGIN = 1.1  # the rule to test: DoPr fits if a GPU has 10 % more than training without it needs
@@ -36,7 +36,7 @@ def needs(shape: ModelShape) -> list[Need]:
 def need(shape: ModelShape, placement: Placement) -> Need:
     batch = Batch(shape, placement.size, min_tokens=1, max_micro_tokens=shape.block_size)
     base = base_bytes(shape, placement, "adamw", batch)
-    choices: dict[str, Statistics] = {"": "auto", ", replicated": "replicated"}
+    choices: dict[str, Sharing] = {"": "auto", ", replicated": "replicated"}
     found: dict[str, float] = {}
     for suffix, statistics in choices.items():
         placed = placement._replace(statistics=statistics)

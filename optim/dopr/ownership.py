@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ..process_group import Collective, is_sharded, n_processes, owners, row_mesh_dim
 from .coverage import CoveredLayer
 from .layer import Layer
-from .settings import Statistics
+from .settings import Sharing
 
 
 class Processes(NamedTuple):
@@ -35,14 +35,14 @@ class Processes(NamedTuple):
         return cls(everybody, shards, replicas)
 
 
-def shares_statistics(statistics: Statistics, covered: Sequence[CoveredLayer]) -> bool:
+def shares_statistics(statistics: Sharing, covered: Sequence[CoveredLayer]) -> bool:
     """Return whether the statistics are sharded. "auto": if all covered weights are."""
     if n_processes() == 1 or statistics == "replicated":
         return False
     return statistics == "sharded" or all(is_sharded(each.weight) for each in covered)
 
 
-def share(layers: Sequence[Layer], everybody: Collective, statistics: Statistics) -> Processes:
+def share(layers: Sequence[Layer], everybody: Collective, statistics: Sharing) -> Processes:
     """Let every layer hold its statistics here or leave them to its owner; return the processes.
 
     All processes must call this together, after the weights were sharded.

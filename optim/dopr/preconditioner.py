@@ -35,7 +35,7 @@ from .optimizers import check_optimizers, parameters, unwrapped
 from .ownership import Processes, share, shares_statistics
 from .reduction import Reduction
 from .refresh import preconditioned, refresh, set_norm_ratios
-from .settings import DoprSettings, Statistics
+from .settings import DoprSettings, Sharing
 from .state import Gather, gathered_state, load_state
 from .statistics import norms
 from .usable import with_gradient
@@ -113,7 +113,7 @@ class ActivationPreconditioner:
         embeddings: bool = False,
         fresh_mean: bool = False,
         count_masked: bool = False,
-        statistics: Statistics = "auto",
+        statistics: Sharing = "auto",
         backend: Backend = "auto",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,

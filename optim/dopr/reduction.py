@@ -104,18 +104,5 @@ def reduce_gram(
 
 
 @reduce_gram.register_fake
-def _(
-    key: int,
-    ticket: Tensor,
-    count: Tensor,
-    z: Tensor,
-    offset: Tensor,
-    is_paused: Tensor,
-    stride: int,
-    backend: str,
-    rank: int,
-    size: int,
-    grad_y: Tensor | None = None,
-    column_sums: Tensor | None = None,
-) -> None:
+def _(*args: Any, **kwargs: Any) -> None:
     return None

@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 from ..kernels.cholesky import Inverse
 from ..kernels.dispatch import BACKENDS, Backend
 
-Statistics = Literal["auto", "replicated", "sharded"]
-STATISTICS = get_args(Statistics)
+Sharing = Literal["auto", "replicated", "sharded"]
+STATISTICS = get_args(Sharing)
 INVERSES = get_args(Inverse)
 P_SETTINGS = ("gamma", "exponent", "trace_normalized", "fresh_mean")
 
@@ -36,7 +36,7 @@ class DoprSettings:
     embeddings: bool
     fresh_mean: bool
     count_masked: bool
-    statistics: Statistics
+    statistics: Sharing
     backend: Backend
 
     def __post_init__(self) -> None:

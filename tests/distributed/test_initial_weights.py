@@ -57,7 +57,7 @@ def imported(arguments):
     with Parallel(torch.device("cpu"), mode="fsdp", timeout_s=60) as parallel:
         model = make_model(config, VOCAB_SIZE, is_empty=True)
         parallel.place(model)
-        load_initial_weights(model, config, byte_tokenizer())
+        load_initial_weights([model], config, byte_tokenizer())
         weights = dict(model.named_parameters())
         rows = {name: len(local(weight)) for name, weight in weights.items()}
         return rows, {name: full_tensor(w.detach()).numpy() for name, w in weights.items()}

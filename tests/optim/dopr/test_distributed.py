@@ -13,12 +13,11 @@ from optim import ActivationPreconditioner
 from optim.dopr.triangles import pack, packed_numel, unpack
 from optim.process_group import owners, row_bounds
 from tests.optim import distributed as workers
-from tests.optim.distributed import in_process_group
+from tests.optim.distributed import TOLERANCE, in_process_group
 from tests.optim.models import mlp, randn
 
 pytestmark = pytest.mark.xdist_group("gang")  # share one set of worker processes
 
-TOLERANCE = 1e-5  # fp32 sums in a different order, amplified by the condition number of Σ
 EXACT, FAST = {}, {"refresh_every": 3, "collect_every": 1, "sigma_beta": 0.9}
 FRESH = FAST | {"fresh_mean": True}
 REPLICATED = {"statistics": "replicated"}  # test_sharded_statistics.py has the others
@@ -41,14 +40,7 @@ REPLICATED = {"statistics": "replicated"}  # test_sharded_statistics.py has the 
 def test_ragged_tokens_and_empty_shards_train_as_one_process_with_all_tokens(
     gang, size, how, settings
 ):
-    for base in workers.BASES:
-        weights, layers, ratios = workers.train(base, "alone", 5, settings)
-        for found in gang.run(size, in_process_group, workers.train, base, how, 5, settings):
-            for ours, theirs in zip(found[0], weights, strict=True):
-                np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, err_msg=base)
-            for ours, theirs in zip(found[1], layers, strict=True):
-                np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-4, atol=1e-5)
-            assert found[2] == pytest.approx(ratios, rel=1e-4)
+    workers.assert_trains_as_one_process(gang, size, how, settings)
 
 
 def test_the_directions_of_a_deflated_inverse_are_the_owners_in_every_process(gang):

@@ -11,12 +11,11 @@ import optim.dopr.exchange
 import optim.dopr.refresh
 from optim import ActivationPreconditioner
 from tests.optim import distributed as workers
-from tests.optim.distributed import full_tensor, in_process_group, message_of
+from tests.optim.distributed import TOLERANCE, full_tensor, in_process_group, message_of
 from tests.optim.models import backward, mlp, randn, regression
 
 pytestmark = pytest.mark.xdist_group("gang")  # share one set of worker processes
 
-TOLERANCE = 1e-5  # fp32 sums in a different order, amplified by the condition number of Σ
 SETTINGS = {
     "exact": {},
     "fast": {"refresh_every": 3, "sigma_beta": 0.9},
@@ -39,14 +38,7 @@ SETTINGS = {
 )
 def test_sharded_statistics_train_as_one_process(gang, size, how, mode):
     settings = SETTINGS[mode] | {"statistics": "sharded"}
-    for base in workers.BASES:
-        weights, states, ratios = workers.train(base, "alone", 5, settings)
-        for found in gang.run(size, in_process_group, workers.train, base, how, 5, settings):
-            for ours, theirs in zip(found[0], weights, strict=True):
-                np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, err_msg=base)
-            for ours, theirs in zip(found[1], states, strict=True):
-                np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-4, atol=1e-5)
-            assert found[2] == pytest.approx(ratios, rel=1e-4)
+    workers.assert_trains_as_one_process(gang, size, how, settings)
 
 
 def final_weights(how, statistics):
