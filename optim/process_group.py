@@ -1,7 +1,8 @@
 """Collective operations over the processes that train one model, and layouts of sharded tensors.
 
 A parameter is either a plain tensor with the same values in every process (one process, DDP) or a
-DTensor of which every process stores some rows (FSDP2). `local` returns the local part of either.
+DTensor of which every process stores some rows (FSDP2) or columns (row-parallel layers). `local`
+returns the local part of any of them.
 """
 
 from __future__ import annotations
@@ -110,15 +111,50 @@ def row_mesh_dim(tensor: Any) -> int | None:
         ValueError: if the tensor has any other layout. Products with P and orthogonalization need
             whole rows.
     """
-    if not is_sharded(tensor):
-        return None
-    sharded = [i for i, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    sharded = _mesh_dims(tensor)
     if len(sharded) > 1 or any(str(tensor.placements[i]) != "S(0)" for i in sharded):
         raise ValueError(
             f"its layout is {tuple(tensor.placements)}: only rows may be sharded, over one mesh "
             "dimension (Shard(0), as FSDP2 does), not columns (Shard(1), as row-parallel layers do)"
         )
     return sharded[0] if sharded else None
+
+
+def column_mesh_dim(tensor: Any) -> int | None:
+    """Return the mesh dimension over which the columns of a matrix are sharded.
+
+    Returns None if this process stores whole rows, which may be sharded in any way.
+
+    Raises:
+        ValueError: if the columns are sharded over several mesh dimensions, or the tensor is a sum
+            over processes.
+    """
+    sharded = _mesh_dims(tensor)
+    columns = [i for i in sharded if tensor.placements[i].is_shard(1)]
+    if len(columns) > 1 or any(tensor.placements[i].is_partial() for i in sharded):
+        raise ValueError(
+            f"its layout is {tuple(tensor.placements)}: columns may be sharded over one mesh "
+            "dimension only (Shard(1), as row-parallel layers do)"
+        )
+    return columns[0] if columns else None
+
+
+def rank_and_size(tensor: Any) -> tuple[int, int]:
+    """Return the rank of this process in the last dimension of a DTensor's mesh, and its size.
+
+    That is the tensor-parallel dimension if there is one, because FSDP2 puts its own first.
+    """
+    if not is_sharded(tensor):
+        return 0, 1
+    mesh = tensor.device_mesh
+    return mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
+
+
+def _mesh_dims(tensor: Any) -> list[int]:
+    """Return the dimensions of a DTensor's mesh over which processes store different parts."""
+    if not is_sharded(tensor):
+        return []
+    return [i for i, placement in enumerate(tensor.placements) if not placement.is_replicate()]
 
 
 def first_row(tensor: Any) -> int:

@@ -132,7 +132,7 @@ def exchange_chunks(shape: ModelShape, mode: DoprMode, placement: Placement) -> 
     """Return the layers whose rows travel together to their owners (optim/dopr/exchange.py)."""
     if not placement.shares_statistics:
         return []
-    return [*exchange_chunks_of(placed_layers(shape, mode, placement))]
+    return [*exchange_chunks_of({x: x.owner for x in placed_layers(shape, mode, placement)})]
 
 
 def busiest(chunk: Iterable[Layer], cost: Callable[[Layer], float]) -> float:

@@ -10,6 +10,7 @@ gradient, so it is not counted. `forwards.py` replaces the forward of a module b
 
 from __future__ import annotations
 
+import zlib
 from types import NoneType
 from typing import Any
 
@@ -61,10 +62,12 @@ class Capture:
         self.column_sums = self.gram.new_zeros(2, d + 1) if has_mean else None
         self.stride = stride
         self.is_paused = is_paused
+        self.skips = is_paused  # the same for tensor-parallel layers, see `share_tokens`
         self.count_masked = count_masked
         self.backend = backend
         self.label = label
-        self.rank, self.size = 0, 1  # of this process in the data-parallel group
+        self.rank, self.size = 0, 1  # of this process in the group that trains the layer
+        self.part: tuple[int, int] = 0, 1  # rank and size among the tensor-parallel processes
         self.is_collecting = True  # whether the backward passes of this step add to the sum
         self.reduction: Reduction | None = None  # if one process holds S of all processes
         self.owner, self.key = 0, -1  # the rank of that process, and the name of this capture
@@ -73,6 +76,12 @@ class Capture:
     def is_needed(self) -> bool:
         """Whether the backward passes of this step change anything."""
         return self.is_collecting or self.column_sums is not None
+
+    def share_tokens(self, rank: int, size: int) -> None:
+        """Let only one of `size` tensor-parallel processes count the tokens of this layer."""
+        self.part = rank, size
+        is_chosen = rank == zlib.crc32(self.label.encode()) % size
+        self.skips = self.is_paused if is_chosen else torch.ones_like(self.is_paused)
 
     def reduce_by(self, reduction: Reduction, owner: int | None) -> None:
         """From now on, add what is seen to S in process `owner`; None: to S in this process.
@@ -152,7 +161,7 @@ class CapturedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         z, W = ctx.saved_tensors  # (..., d_in), (d_out, d_in)
-        _accumulate(ctx.capture, z, grad_y)
+        accumulate(ctx.capture, z, grad_y)
         rows = grad_y.reshape(-1, W.shape[0])  # (n, d_out)
         with torch.autocast(z.device.type, enabled=False):  # the caller may have enabled it
             grad_z = grad_y @ W.to(grad_y.dtype) if ctx.needs_input_grad[0] else None
@@ -184,45 +193,64 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         (z,) = ctx.saved_tensors
         if ctx.geometry is None:
-            _accumulate(ctx.capture, z, grad_y)
+            accumulate(ctx.capture, z, grad_y)
         elif ctx.capture.is_needed:
-            _accumulate(ctx.capture, F.unfold(z, *ctx.geometry).mT, grad_y.flatten(-2).mT)
+            accumulate(ctx.capture, F.unfold(z, *ctx.geometry).mT, grad_y.flatten(-2).mT)
         return grad_y, None, None, None
 
 
 @torch.no_grad()
-def _accumulate(capture: Capture, z: Tensor, grad_y: Tensor) -> None:
+def accumulate(
+    capture: Capture, z: Tensor, grad_y: Tensor | None, skips: Tensor | None = None
+) -> None:
     """Add the statistics of z to the sums, if this step needs them.
 
     Args:
         z: activations (..., d), or token ids (...) of an embedding.
-        grad_y: the gradient of the output, (..., d_out).
+        grad_y: (..., d_out), zero where a token is masked: the gradient of the output. None if no
+            token is.
+        skips: () bool on the CPU, whether to add nothing; by default, while paused.
     """
     if not capture.is_needed:
         return
-    count, is_paused = capture.count, capture.is_paused
-    grad = None if capture.count_masked else grad_y.detach()
+    skips = capture.is_paused if skips is None else skips
+    grad_y = None if capture.count_masked or grad_y is None else grad_y.detach()
     z = z.detach()
     if len(capture.shape) == 1:
-        accumulate_token_counts(capture.gram, count, z, is_paused, grad)
+        accumulate_token_counts(capture.gram, capture.count, z, skips, grad_y)
         return
-    if z.dim() == 1:
-        z, grad = z[None], grad if grad is None else grad[None]
-    stride, backend, rank, size = capture.stride, capture.backend, capture.rank, capture.size
-    sums, sums_only = capture.column_sums, not capture.is_collecting
-    common = (count, z, capture.offset, is_paused, stride, backend, rank, size, grad, sums)
+    if not capture.is_collecting:
+        assert capture.column_sums is not None  # or nothing would be needed
+        accumulate_column_sums(capture, z, grad_y, capture.column_sums, skips)
+        return
+    common = _common(capture, z, grad_y, capture.column_sums, skips)
     if capture.reduction is not None:  # compiled code must not depend on S, which comes and goes
-        if sums_only:
-            accumulate_gram(capture.no_gram, *common, sums_only)
-        else:
-            reduce_gram(capture.key, capture.reduction.ticket, *common)
+        reduce_gram(capture.key, capture.reduction.ticket, capture.is_paused, *common)
         return
     if not len(capture.gram):
         raise RuntimeError(
             f"{capture.label}: a backward ran before attach(), which decides what process holds "
             "the statistics: call attach() first, or use statistics='replicated'"
         )
-    accumulate_gram(capture.gram, *common, sums_only)
+    accumulate_gram(capture.gram, *common)
+
+
+def accumulate_column_sums(
+    capture: Capture, z: Tensor, grad_y: Tensor | None, sums: Tensor, skips: Tensor
+) -> None:
+    """Add z (..., d) and the number of its tokens to row 0 of `sums` (2, d + 1), unless `skips`."""
+    gram = capture.gram if capture.reduction is None else capture.no_gram  # not read
+    accumulate_gram(gram, *_common(capture, z, grad_y, sums, skips), True)
+
+
+def _common(
+    capture: Capture, z: Tensor, grad_y: Tensor | None, sums: Tensor | None, skips: Tensor
+) -> tuple[Any, ...]:
+    """Return the arguments of `accumulate_gram` and `reduce_gram` after the first."""
+    if z.dim() == 1:
+        z, grad_y = z[None], grad_y if grad_y is None else grad_y[None]
+    settings = capture.stride, capture.backend, capture.rank, capture.size
+    return capture.count, z, capture.offset, skips, *settings, grad_y, sums
 
 
 @torch.library.custom_op(

@@ -6,13 +6,13 @@ import math
 from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from ..process_group import local, row_mesh_dim
+from ..process_group import column_mesh_dim, local, row_mesh_dim
 from .forwards import TAKEN, why_replaced
 from .weights import Weight, weights_of
 
@@ -42,16 +42,26 @@ class CoveredLayer:
 
     @property
     def grad(self) -> Tensor | None:
-        """The local part of the gradient: all of it, or some rows under FSDP2."""
+        """The local part of the gradient: all of it, or some rows or columns of the weight."""
         grad = self.weight.grad
         return None if grad is None else local(grad)
 
-    def check_layout(self) -> None:
-        """Raise ValueError if the weight is sharded in a way other than by rows."""
+    def column_mesh_dim(self) -> int | None:
+        """Return the mesh dimension over which the columns of G (d_out, d_in) are sharded, or None.
+
+        Raises:
+            ValueError: if the weight is sharded in a way that is not supported.
+        """
+        weight: Any = self.weight
         try:
-            row_mesh_dim(self.weight)
+            if self.is_transposed or weight.dim() > 2:
+                rows = row_mesh_dim(weight)  # nothing else may be sharded
+                dim = rows if self.is_transposed and not self.is_diagonal else None
+            else:
+                dim = column_mesh_dim(weight)
         except ValueError as error:
-            raise ValueError(f"{self.name}.weight cannot be preconditioned: {error}") from None
+            raise ValueError(f"{self.full_name} cannot be preconditioned: {error}") from None
+        return None if dim is None or weight.device_mesh.size(dim) == 1 else dim
 
     def as_matrix(self, weight_like: Tensor) -> Tensor:
         """Return the weight or its gradient as (d_out, d_in), as a view if the strides allow."""

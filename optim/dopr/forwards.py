@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..process_group import is_sharded
 from .capture import Capture, CapturedLinear, Tap
+from .tensor_parallel import tensor_parallel_linear
 
 TAKEN = "another preconditioner is on it: call its detach() first"
 
@@ -46,9 +47,10 @@ def why_replaced(module: nn.Module) -> str:
     """
     if "forward" not in vars(module):
         return ""
-    if "_dopr_capture" in vars(module):
-        is_copy = module._dopr_capture is None
-        return "" if is_copy else TAKEN
+    if vars(module).get("_dopr_capture") is not None:
+        return TAKEN
+    if getattr(module.forward, "__func__", None) in _FORWARDS:
+        return ""
     if hasattr(module, "_hf_hook"):
         return (
             "hooks of accelerate replaced its forward: call "
@@ -74,6 +76,9 @@ def _is_off(module: Any) -> bool:
 def _linear_forward(self: Any, input: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
     if _is_off(self):
         return F.linear(input, self.weight, self.bias)
+    if is_sharded(input) and is_sharded(self.weight):
+        z = input.to(_autocast_dtype(input))
+        return tensor_parallel_linear(self._dopr_capture, z, self.weight, self.bias)
     return _captured_linear(self._dopr_capture, input, self.weight, self.bias)
 
 
@@ -125,14 +130,15 @@ def _captured_linear(capture: Capture, z: Tensor, W: Tensor, b: Tensor | None) -
 
 
 def _check_supported(capture: Capture, z: Tensor, W: Tensor) -> None:
-    """Raise RuntimeError for a weight that is still sharded in the forward, or on another device.
+    """Raise RuntimeError for an input or weight that is sharded here, or on another device.
 
-    FSDP2 gathers weights before the forward; tensor parallelism does not.
+    FSDP2 gathers weights before the forward. Tensor parallelism shards inputs and weights.
     """
     if is_sharded(W) or is_sharded(z):
         raise RuntimeError(
-            f"{capture.label} is tensor-parallel (a DTensor enters its forward), "
-            "which is not supported: pass it to exclude=, or shard the model with FSDP2"
+            f"{capture.label}: a DTensor enters its forward, but only nn.Linear may be "
+            "tensor-parallel, if both its input and its weight are DTensors: pass it to exclude=, "
+            "or shard the model with FSDP2"
         )
     if z.device != W.device:
         raise RuntimeError(

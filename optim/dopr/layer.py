@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..kernels.deflation import first_deflation_basis
-from ..process_group import row_mesh_dim
 from .capture import Capture
 from .coverage import CoveredLayer
 from .mean import centred, uncentred
@@ -161,20 +160,6 @@ class Layer:
                 f"{self.label}.weight is {weight.dtype} on {weight.device}, but its statistics are "
                 f"{sigma.dtype} on {sigma.device}: construct the preconditioner after the model is "
                 "on its device and in its dtype"
-            )
-
-    def check_whole_columns(self) -> None:
-        """Raise ValueError if this process would need other columns of G than those it has."""
-        covered = self.covered
-        needs_columns = covered.is_transposed and not covered.is_diagonal and self.owner is None
-        weight: Any = covered.weight
-        dim = row_mesh_dim(weight) if needs_columns else None
-        if dim is not None and weight.device_mesh.size(dim) > 1:
-            raise ValueError(
-                f"{self.label}.weight is (d_in, d_out) and its rows are sharded over processes, "
-                "but M = G P needs whole columns, unless one process per layer computes it: shard "
-                "all covered layers over the same processes, without statistics='replicated', or "
-                "exclude this layer"
             )
 
     @property

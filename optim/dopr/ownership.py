@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from torch import distributed
+
 from ..process_group import Collective, is_sharded, n_processes, owners, row_mesh_dim
 from .coverage import CoveredLayer
 from .layer import Layer
@@ -35,6 +37,21 @@ class Processes(NamedTuple):
         return cls(everybody, shards, replicas)
 
 
+def check_group(group: Collective, covered: Iterable[CoveredLayer]) -> None:
+    """Raise ValueError if a weight is sharded over processes that are not in the group."""
+    weights: dict[str, Any] = {x.full_name: x.weight for x in covered if is_sharded(x.weight)}
+    if not weights:
+        return
+    inside = {*distributed.get_process_group_ranks(group.group)} if group.group else {0}
+    meshes = {weight.device_mesh: name for name, weight in weights.items()}
+    for mesh, name in meshes.items():
+        if outside := {*mesh.mesh.flatten().tolist()} - inside:
+            raise ValueError(
+                f"{name} is sharded over processes {sorted(outside)}, which are not in the process "
+                "group: pass a process_group of all processes that train this layer together"
+            )
+
+
 def shares_statistics(statistics: Sharing, covered: Sequence[CoveredLayer]) -> bool:
     """Return whether the statistics are sharded. "auto": if all covered weights are."""
     if n_processes() == 1 or statistics == "replicated":
@@ -48,20 +65,20 @@ def share(layers: Sequence[Layer], everybody: Collective, statistics: Sharing) -
     All processes must call this together, after the weights were sharded.
 
     Raises:
-        ValueError: if statistics="sharded" and the weights are sharded in several ways, or not over
-            all of the processes.
+        ValueError: if statistics="sharded" and the weights are sharded in several ways, not by rows
+            alone, or not over all of the processes.
     """
     covered = [layer.covered for layer in layers]
     processes = Processes.of(everybody)
     is_shared = everybody.size > 1 and shares_statistics(statistics, covered)
     if is_shared:
-        meshes = [_mesh_of(each.weight) for each in covered]
-        if problem := _problem(meshes, covered[0].weight, everybody.size):
+        try:
+            processes = Processes.of(everybody, _mesh_of(covered, everybody.size))
+        except ValueError as error:
             if statistics == "sharded":
-                raise ValueError(f"statistics='sharded': {problem}; use statistics='replicated'")
+                message = f"statistics='sharded': {error}; use statistics='replicated'"
+                raise ValueError(message) from None
             is_shared = False
-        else:
-            processes = Processes.of(everybody, meshes[0])
     matrices = [layer for layer in layers if not layer.covered.is_diagonal]
     owner = owners_of(matrices, processes.shards.size) if is_shared else {}
     for layer in layers:
@@ -69,27 +86,25 @@ def share(layers: Sequence[Layer], everybody: Collective, statistics: Sharing) -
     return processes
 
 
-def _mesh_of(weight: Any) -> Any:
-    """Return the mesh over which the rows of a weight are sharded, or None."""
-    return None if row_mesh_dim(weight) is None else weight.device_mesh
-
-
-def _problem(meshes: list[Any], weight: Any, size: int) -> str:
-    """Return why statistics cannot be sharded over these meshes, one per weight, or "".
+def _mesh_of(covered: Sequence[CoveredLayer], size: int) -> Any:
+    """Return the mesh over which the rows of all weights are sharded; None if they are whole.
 
     Args:
-        weight: the first of the weights.
         size: number of processes that train the model.
+    Raises:
+        ValueError: if there is no such mesh of at most two dimensions, the last of which shards.
     """
-    mesh = meshes[0]
-    if any(each != mesh for each in meshes):
-        return "the covered weights are sharded over different processes"
-    if mesh is None:
-        return ""
-    is_known = mesh.ndim <= 2 and row_mesh_dim(weight) == mesh.ndim - 1
-    if mesh.size() != size or not is_known:
-        return f"the weights are sharded over {mesh}, but {size} processes train the model"
-    return ""
+    weights: list[Any] = [each.weight for each in covered]
+    dims = [*map(row_mesh_dim, weights)]
+    meshes = [None if d is None else w.device_mesh for w, d in zip(weights, dims, strict=True)]
+    mesh, dim = meshes[0], dims[0]
+    if any(each != mesh for each in meshes) or any(each != dim for each in dims):
+        raise ValueError("the covered weights are sharded over different processes")
+    if mesh is not None and (mesh.size() != size or (mesh.ndim, dim) not in ((1, 0), (2, 1))):
+        raise ValueError(
+            f"the weights are sharded over {mesh}, but {size} processes train the model"
+        )
+    return mesh
 
 
 def owners_of(layers: list[Layer], size: int) -> dict[Layer, int]:

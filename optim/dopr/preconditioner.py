@@ -22,7 +22,14 @@ from torch.optim import Optimizer
 
 from ..kernels.cholesky import Inverse
 from ..kernels.dispatch import Backend, check_backend
-from ..process_group import Collective, ProcessGroup, everybody, is_sharded, n_processes
+from ..process_group import (
+    Collective,
+    ProcessGroup,
+    everybody,
+    is_sharded,
+    n_processes,
+    rank_and_size,
+)
 from .census import Census
 from .coverage import Selection, find_layers
 from .exchange import Exchange
@@ -32,7 +39,7 @@ from .hooks import RegisteredParams, call_around_steps
 from .layer import Layer
 from .mean import clear_step_sums, update_means
 from .optimizers import check_optimizers, parameters, unwrapped
-from .ownership import Processes, share, shares_statistics
+from .ownership import Processes, check_group, share, shares_statistics
 from .reduction import Reduction
 from .refresh import preconditioned, refresh, set_norm_ratios
 from .settings import DoprSettings, Sharing
@@ -145,7 +152,7 @@ class ActivationPreconditioner:
         self._hooks: list[Any] = []
         self._sums_before_step: list[tuple[Tensor, ...]] = []
         self._processes = Processes.of(Collective())
-        self._exchange = Exchange(self._processes.shards)
+        self._exchange = Exchange((), self._processes.shards)
         self._reduction = Reduction(self._processes.shards)
         self._preconditioned_grads = PreconditionedGrads()
         self._formed_grads = FormedGrads(self._is_paused)
@@ -166,16 +173,18 @@ class ActivationPreconditioner:
         Args:
             optimizers: torch optimizers, lists or containers of them, or the wrappers of accelerate
                 and Lightning.
-            process_group: the processes that train the model together, each on a part of the batch
-                (DDP, FSDP2). Defaults to a new group of all processes of torch.distributed. All of
-                them must call this, after the weights were sharded.
+            process_group: the processes that train these layers together: on different parts of the
+                batch (DDP, FSDP2), or on different parts of the layers (tensor parallelism).
+                Defaults to a new group of all processes of torch.distributed. All of them must call
+                this, after the weights were sharded.
         Raises:
             TypeError: if an argument is not a torch.optim.Optimizer, or has no step hooks.
             ValueError: if a covered weight is in no optimizer or in several, an optimizer is a
                 wrapper (SAM, Lookahead) of the one to attach, the model was moved or cast, this
-                preconditioner is attached already or was detached, the columns of a covered weight
-                are sharded over processes, the processes cover different layers, or statistics
-                are to be sharded but the weights are not all sharded in the same way.
+                preconditioner is attached already or was detached, a covered weight is sharded in a
+                way that is not supported or over processes outside the group, the processes cover
+                different layers, or statistics are to be sharded but the weights are not all
+                sharded by rows in the same way.
             RuntimeError: if covered layers were replaced, tied or frozen after construction.
         """
         self._check_not_detached()
@@ -186,16 +195,17 @@ class ActivationPreconditioner:
         check_optimizers(plain, self._weights())
         for layer in self.layers:
             layer.check_device_and_dtype()
-            layer.covered.check_layout()
+            layer.covered.column_mesh_dim()  # checks the layout
         together = Collective(process_group) if process_group else everybody()
+        check_group(together, [layer.covered for layer in self.layers])
         shapes = {layer.name: layer.shape for layer in self.layers}
         together.check_same(f"{shapes}, {self.settings}", self.layers[0].sigma.device)
         self._processes = share(self.layers, together, self.settings.statistics)
-        self._exchange = Exchange(self._processes.shards)
+        self._exchange = Exchange(self.layers, self._processes.shards)
         self._reduction = Reduction(self._processes.shards)
         for layer in self.layers:
-            layer.check_whole_columns()
             layer.capture.rank, layer.capture.size = together.rank, together.size
+            layer.capture.share_tokens(*rank_and_size(layer.covered.weight))
             layer.capture.reduce_by(self._reduction, layer.owner)
         self._remove_hooks()
         self._registered_params = RegisteredParams(plain, self._weights())

@@ -77,10 +77,11 @@ class Reduction:
 def reduce_gram(
     key: int,  # of the capture
     ticket: Tensor,  # of the reduction
+    is_paused: Tensor,
     count: Tensor,
     z: Tensor,
     offset: Tensor,
-    is_paused: Tensor,
+    skips: Tensor,  # whether this process adds nothing; the others may
     stride: int,
     backend: str,
     rank: int,
@@ -99,7 +100,7 @@ def reduce_gram(
     ticket += 1
     S = torch.zeros(capture.shape, dtype=capture.dtype, device=z.device)
     common = (stride, backend, rank, size, grad_y, column_sums)
-    accumulate_gram(S, count, z, offset, is_paused, *common)
+    accumulate_gram(S, count, z, offset, skips, *common)
     capture.reduction.start(capture, S)
 
 

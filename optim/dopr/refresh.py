@@ -169,21 +169,21 @@ def preconditioned(
 ) -> Iterator[tuple[Layer, Tensor, Tensor, Tensor]]:
     """Yield layer, grad, its (d_out, d_in) view G, and M = G P, for layers with a grad and a P.
 
-    If only its owner holds P, the owner computes M.
+    If this process has not all that M needs, another process may compute it (exchange.py).
     """
-    yield from _preconditioned_here([each for each in layers if each.owner is None], backend)
+    yield from _preconditioned_here([x for x in layers if not exchange.carries(x)], backend)
 
     def product(layer: Layer, G: Tensor) -> Tensor:
         return _corrected(layer, next(products([G], [layer.P], backend)))
 
-    elsewhere = [layer for layer in layers if layer.owner is not None and layer.n_refreshes]
-    yield from exchange.products(elsewhere, product)
+    carried = [layer for layer in layers if exchange.carries(layer) and layer.n_refreshes]
+    yield from exchange.products(carried, product)
 
 
 def _preconditioned_here(
     layers: list[Layer], backend: Backend
 ) -> Iterator[tuple[Layer, Tensor, Tensor, Tensor]]:
-    """Do what `preconditioned` does for layers whose P every process holds.
+    """Do what `preconditioned` does for layers of which this process has P and whole rows of G.
 
     G is a copy where the strides forbid a view. If the weight is sharded, grad, G and M are its
     local rows. A chunk holds at most `CHUNK_BYTES` of gradients; their M, in at least fp32, may be

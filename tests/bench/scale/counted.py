@@ -21,7 +21,7 @@ from bench.scale.shapes import DoprMode, ModelShape
 from model import GPT, GPTConfig
 from optim import ActivationPreconditioner
 from optim.build import build_optimizers
-from optim.dopr.capture import _accumulate
+from optim.dopr.capture import accumulate
 from optim.dopr.refresh import preconditioned
 from optim.process_group import Collective
 from trainer.parallel import Parallel
@@ -166,7 +166,7 @@ def peaks(shape: ModelShape, placement: Placement, mode: DoprMode) -> dict[str, 
             for each in (wide[0], wide[1], wide[0]):
                 each.is_collecting = True
                 z = torch.ones(1, 1, each.shape[0] * each.shape[-1])
-                _accumulate(each, z, grad_y=torch.ones(1, 1, 1))
+                accumulate(each, z, grad_y=torch.ones(1, 1, 1))
             each.finish()
 
         def exchange() -> None:

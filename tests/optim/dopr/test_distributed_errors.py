@@ -46,18 +46,19 @@ def test_weights_that_took_the_place_of_others_are_noticed(gang, function):
         assert "0.weight, 2.weight was replaced after attach" in message
 
 
-def with_sharded_columns():
+def with_columns_sharded_twice():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
     model = mlp()
-    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
-    model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh, [Shard(1)]))
+    mesh = init_device_mesh("cpu", (1, distributed.get_world_size()))
+    layout = [Shard(1), Shard(1)]
+    model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh, layout))
     ActivationPreconditioner(model, gamma=0.1).attach(torch.optim.AdamW(model.parameters()))
 
 
-def test_columns_that_are_spread_over_processes_are_refused(gang):
-    for message in gang.run(2, in_process_group, message_of, with_sharded_columns):
+def test_columns_that_are_sharded_over_two_mesh_dimensions_are_refused(gang):
+    for message in gang.run(2, in_process_group, message_of, with_columns_sharded_twice):
         assert "0.weight cannot be preconditioned" in message
         assert "Shard(1)" in message
 

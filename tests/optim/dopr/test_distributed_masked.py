@@ -133,19 +133,6 @@ def fsdp1(*, first: bool):
     (preconditioner or ActivationPreconditioner(model, gamma=0.1)).attach(optimizer)
 
 
-def column_parallel():
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-
-    model = nn.Sequential(nn.Linear(8, 16))
-    mesh = init_device_mesh("cpu", (2,))
-    parallelize_module(model, mesh, {"0": ColwiseParallel(output_layouts=Replicate())})
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    ActivationPreconditioner(model, gamma=0.1).attach(optimizer)
-    model(torch.ones(3, 8))
-
-
 def zero1(*, inner: bool):
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -159,7 +146,6 @@ def zero1(*, inner: bool):
 REFUSED = {
     "FSDP1, then DoPr": (fsdp1, {"first": False}, "FSDP1"),
     "DoPr, then FSDP1": (fsdp1, {"first": True}, "FSDP1"),
-    "tensor parallel": (column_parallel, {}, "tensor-parallel"),
     "ZeRO-1": (zero1, {"inner": False}, "ZeRO-1"),
     "the optimizer inside ZeRO-1": (zero1, {"inner": True}, "ZeRO-1"),
 }

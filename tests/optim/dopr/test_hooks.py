@@ -235,3 +235,15 @@ def test_a_step_without_a_backward_uses_the_same_m(refresh_every, discards):
             preconditioner.discard()
         optimizer.step()
         assert torch.equal(model[0].weight.grad, M)
+
+
+def test_a_forward_that_others_put_around_ours_is_not_replaced_by_the_next_preconditioner():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    first = ActivationPreconditioner(model, gamma=0.1)
+    inner = model[0].forward
+    model[0].forward = lambda x: 2 * inner(x)  # pyright: ignore
+    first.detach()
+    second = ActivationPreconditioner(model, gamma=0.1)
+    assert "0.weight (its forward was replaced on the instance" in second.summary()
+    x = torch.ones(3, 4)
+    torch.testing.assert_close(model[:1](x), 2 * nn.functional.linear(x, *model[0].parameters()))

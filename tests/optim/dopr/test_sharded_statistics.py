@@ -262,14 +262,12 @@ def conv1d_weights(how):
     return [full_tensor(parameter).numpy() for parameter in model.parameters()]
 
 
-def test_sharded_rows_of_a_conv1d_need_sharded_statistics(gang):
+@pytest.mark.parametrize("statistics", ["sharded", "replicated"])
+def test_sharded_rows_of_a_conv1d_go_to_one_process(gang, statistics):
     expected = conv1d_weights("alone")
-    for found in gang.run(2, in_process_group, conv1d_weights, "sharded"):
+    for found in gang.run(2, in_process_group, conv1d_weights, statistics):
         for ours, theirs in zip(found, expected, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
-    for message in gang.run(2, in_process_group, message_of, conv1d_weights, "replicated"):
-        assert "M = G P needs whole columns" in message
-        assert "without statistics='replicated'" in message
 
 
 def with_paused_backwards(how):

@@ -1,0 +1,377 @@
+"""Tensor parallelism: column-parallel and row-parallel layers train as those of one process."""
+
+import contextlib
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from optim import ActivationPreconditioner
+from optim.muon import Muon
+from tests.optim.distributed import (
+    BASES,
+    COLLECTIVES,
+    TOLERANCE,
+    counting,
+    full_tensor,
+    in_process_group,
+    message_of,
+)
+from tests.optim.models import mlp, regression
+
+pytestmark = pytest.mark.xdist_group("gang")  # share one set of worker processes
+
+N = 30  # tokens per step
+WIDTH = 8  # of the hidden layer
+SETTINGS = {
+    "exact": {},
+    "fast": {"refresh_every": 2, "sigma_beta": 0.9},
+    "fresh mean": {"refresh_every": 3, "sigma_beta": 0.9, "fresh_mean": True},
+    "blocks": {"block_diagonal": 4},
+    "masked tokens counted": {"count_masked": True},
+    "rare": {"refresh_every": 4, "collect_every": 2, "fresh_mean": True},
+}
+SLOW = ("blocks", "masked tokens counted", "rare")
+CASES = [pytest.param(x, marks=[pytest.mark.slow] if x in SLOW else []) for x in SETTINGS]
+
+
+def parallel():
+    """Return the model, and the part of the batch that this process sees.
+
+    With two processes, the layers are tensor-parallel over both; with four, over pairs, and FSDP2
+    shards their rows over the others.
+    """
+    model = mlp(d=WIDTH)
+    model[1] = nn.ReLU()
+    if not distributed.is_initialized():
+        return model, slice(0, N)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    replicas = distributed.get_world_size() // 2
+    mesh = init_device_mesh("cpu", (replicas, 2), mesh_dim_names=("dp", "tp"))
+    parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    if replicas == 1:
+        return model, slice(0, N)
+    fully_shard(model, mesh=mesh["dp"])
+    return model, (slice(0, 7), slice(7, N))[mesh.get_local_rank("dp")]
+
+
+def steps(model, rows, optimizer, numbers):
+    """Take the steps with these numbers; a third of the tokens of each are masked."""
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    replicas = distributed.get_world_size() // 2 if distributed.is_initialized() else 1
+    for number in numbers:
+        x, target = (each[rows] for each in regression(number, N))
+        mask = (torch.arange(N) % 3 != 0)[rows, None]
+        error = (model(x) - target) * mask
+        (error.square().sum() * replicas / N).backward()  # FSDP2 takes the mean
+        nn.utils.clip_grad_norm_(weights, 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def train(base: str, settings: dict):
+    """Return the weights, Σ and P, and the ratios of norms after five steps."""
+    model, rows = parallel()
+    optimizer = BASES[base](list(model.parameters()), None)
+    preconditioner = ActivationPreconditioner(model, gamma=0.1, **settings).attach(optimizer)
+    steps(model, rows, optimizer, range(5))
+    states = preconditioner.state_dict().values()
+    return (
+        [full_tensor(parameter).numpy() for parameter in model.parameters()],
+        [state[key].numpy() for state in states for key in ("sigma", "P")],
+        [row["norm_ratio"] for row in preconditioner.report()],
+    )
+
+
+def assert_equals_one_process(gang, size: int, settings: dict, bases=("adamw", "sgd", "signum")):
+    for base in bases:
+        weights, statistics, ratios = train(base, settings)
+        for found in gang.run(size, in_process_group, train, base, settings):
+            for ours, theirs in zip(found[0], weights, strict=True):
+                np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, err_msg=base)
+            for ours, theirs in zip(found[1], statistics, strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5, err_msg=base)
+            assert found[2] == pytest.approx(ratios, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_tensor_parallel_processes_train_as_one(gang, name):
+    assert_equals_one_process(gang, 2, SETTINGS[name])
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_fsdp2_over_tensor_parallel_pairs_trains_as_one_process(gang, name):
+    assert_equals_one_process(gang, 4, SETTINGS[name], bases=("adamw",))
+
+
+def tokens_seen_by_one_half():
+    """Return Σ, and the number of tokens whose hidden features are zero in one half only."""
+    model, _ = parallel()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    preconditioner = ActivationPreconditioner(model, gamma=0.1).attach(optimizer)
+    x, target = regression(0, N)
+    (model(x) - target).square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        is_dead = [half.amax(-1) <= 0 for half in model[:1](x).chunk(2, dim=-1)]
+    states = [*preconditioner.state_dict().values()]
+    return states[0]["sigma"].numpy(), int((is_dead[0] != is_dead[1]).sum())
+
+
+def test_a_token_counts_if_any_process_has_a_gradient_for_it(gang):
+    sigma, n = tokens_seen_by_one_half()
+    assert n > 0  # else this test shows nothing
+    for found, _ in gang.run(2, in_process_group, tokens_seen_by_one_half):
+        np.testing.assert_allclose(found, sigma, rtol=1e-5, atol=1e-6)
+
+
+class Sent(TorchDispatchMode):
+    """Count the numbers that DTensor sends from this process, by collective."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        if function.namespace == "_c10d_functional" and name.startswith(("all_", "reduce_")):
+            self.numel[name] = self.numel.get(name, 0) + args[0].numel()
+        return function(*args, **(kwargs or {}))
+
+
+def sent(settings: dict | None):
+    """Return, per step, what DTensor sends in the backward; None: without DoPr."""
+    model, rows = parallel()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if settings is not None:
+        ActivationPreconditioner(model, gamma=0.1, **settings).attach(optimizer)
+    counts = []
+    for number in range(3):
+        x, target = (each[rows] for each in regression(number, N))
+        loss = (model(x) - target).square().sum() / N
+        with Sent() as mode:
+            loss.backward()
+        counts.append(mode.numel)
+        optimizer.step()
+        optimizer.zero_grad()
+    return counts
+
+
+def added(gang, settings):
+    """Return what DoPr adds to the messages of each step's backward in a process."""
+    (plain, _), (found, _) = (gang.run(2, in_process_group, sent, s) for s in (None, settings))
+    return [
+        {key: now[key] - before.get(key, 0) for key in now if now[key] != before.get(key, 0)}
+        for now, before in zip(found, plain, strict=True)
+    ]
+
+
+GATHERED = {"all_gather_into_tensor": N * WIDTH // 2}  # half of the row-parallel layer's z
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"count_masked": True}, [GATHERED] * 3),
+        ({"count_masked": True, "refresh_every": 2}, [GATHERED] * 3),
+        ({"count_masked": True, "refresh_every": 2, "collect_every": 2}, [GATHERED, {}, GATHERED]),
+        (
+            {"count_masked": True, "refresh_every": 2, "collect_every": 2, "fresh_mean": True},
+            [GATHERED, {}, GATHERED],
+        ),
+        ({}, [GATHERED | {"all_reduce": N}] * 3),  # which tokens of the column-parallel layer count
+    ],
+)
+def test_the_input_of_a_row_parallel_layer_travels_only_if_it_is_collected(
+    gang, settings, expected
+):
+    assert added(gang, settings) == expected
+
+
+def gradient_messages():
+    """Return the collectives of torch.distributed in a step without a refresh."""
+    model, rows = parallel()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ActivationPreconditioner(model, gamma=0.1, refresh_every=2).attach(optimizer)
+    counts = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in COLLECTIVES:
+            patch.setattr(distributed, name, counting(name, getattr(distributed, name), counts))
+        for number in range(2):
+            counts.append(dict.fromkeys(COLLECTIVES, 0))
+            steps(model, rows, optimizer, [number])
+    return {name: n for name, n in counts[1].items() if n}
+
+
+def test_columns_of_the_gradient_go_to_one_process_and_back(gang):
+    assert gang.run(2, in_process_group, gradient_messages) == [{"all_to_all_single": 2}] * 2
+
+
+def continued(base: str, settings: dict, before: int, state=None):
+    """Train `before` steps, or load their state; return the state and the weights after 5."""
+    model, rows = parallel()
+    optimizer = BASES[base](list(model.parameters()), None)
+    preconditioner = ActivationPreconditioner(model, gamma=0.1, **settings).attach(optimizer)
+    if state is not None:
+        preconditioner.load_state_dict(state)
+    steps(model, rows, optimizer, range(before))
+    return preconditioner.state_dict(), [full_tensor(x).numpy() for x in model.parameters()]
+
+
+def test_a_state_of_tensor_parallel_processes_loads_in_one_and_back(gang):
+    settings = SETTINGS["fresh mean"]
+    alone, _ = continued("sgd", settings, 2)
+    parallel_state = gang.run(2, in_process_group, continued, "sgd", settings, 2)[0][0]
+    _, expected = continued("sgd", settings, 3, alone)
+    _, loaded = continued("sgd", settings, 3, parallel_state)
+    runs = gang.run(2, in_process_group, continued, "sgd", settings, 3, alone)
+    for found in (loaded, *(weights for _, weights in runs)):
+        for ours, theirs in zip(found, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
+
+
+def compiled():
+    """Return the weights after three steps of compiled code."""
+    model, rows = parallel()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    settings = SETTINGS["fresh mean"]
+    ActivationPreconditioner(model, gamma=0.1, **settings).attach(optimizer)
+    is_parallel = distributed.is_initialized()
+    forward = torch.compile(model) if is_parallel else model
+    steps(forward, rows, optimizer, range(3))
+    return [full_tensor(parameter).numpy() for parameter in model.parameters()]
+
+
+@pytest.mark.slow
+def test_compiled_tensor_parallel_layers_are_captured(gang):
+    expected = compiled()
+    for found in gang.run(2, in_process_group, compiled):
+        for ours, theirs in zip(found, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
+
+
+def with_autocast():
+    """Return Σ after a step whose forward runs in bf16."""
+    model, rows = parallel()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    preconditioner = ActivationPreconditioner(model, gamma=0.1).attach(optimizer)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(regression(0, N)[0][rows]).square().sum().backward()
+    optimizer.step()
+    return [state["sigma"].numpy() for state in preconditioner.state_dict().values()]
+
+
+def test_autocast_sums_the_rounded_inputs(gang):
+    alone = with_autocast()
+    for found in gang.run(2, in_process_group, with_autocast):
+        np.testing.assert_allclose(found[0], alone[0], rtol=1e-6)  # exact: inputs are the same
+        np.testing.assert_allclose(found[1], alone[1], rtol=0.02, atol=0.02)
+
+
+def column_parallel_only(statistics: Any):
+    """Train one column-parallel layer, whose statistics may be sharded; return its weight."""
+    model: Any = nn.Sequential(mlp(d=WIDTH)[0])
+    if distributed.is_initialized():
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Replicate
+        from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+        mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+        parallelize_module(model, mesh, {"0": ColwiseParallel(output_layouts=Replicate())})
+    optimizer = Muon([model[0].weight], lr=1e-2, ns_dtype="float32")
+    preconditioner = ActivationPreconditioner(model, gamma=0.1, statistics=statistics)
+    preconditioner.attach(optimizer)
+    for number in range(3):
+        x = regression(number, N)[0]
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return full_tensor(model[0].weight).numpy(), [x.owner for x in preconditioner.layers]
+
+
+@pytest.mark.parametrize(("statistics", "owner"), [("auto", 0), ("replicated", None)])
+def test_muon_trains_column_parallel_layers(gang, statistics, owner):
+    expected, _ = column_parallel_only(statistics)
+    for found, owners in gang.run(2, in_process_group, column_parallel_only, statistics):
+        assert owners == [owner]
+        np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+
+
+def of_two_stages():
+    """Train another model in each process, as in a pipeline; return the weights."""
+    rank = distributed.get_rank() if distributed.is_initialized() else None
+    found = []
+    groups = [distributed.new_group([0]), distributed.new_group([1])] if rank is not None else None
+    for stage in (0, 1) if rank is None else (rank,):
+        model = mlp(d=WIDTH + stage)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        preconditioner = ActivationPreconditioner(model, gamma=0.1)
+        preconditioner.attach(optimizer, process_group=groups[stage] if groups else None)
+        steps(model, slice(0, N), optimizer, range(2))
+        found.append([parameter.detach().numpy() for parameter in model.parameters()])
+    return found
+
+
+def test_each_stage_of_a_pipeline_has_a_process_group_of_its_own(gang):
+    expected = of_two_stages()
+    for stage, (found,) in enumerate(gang.run(2, in_process_group, of_two_stages)):
+        for ours, theirs in zip(found, expected[stage], strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def refused(case: str):
+    """Do what is not supported, and return the message of the error."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+
+    if case == "embedding":
+        mesh = init_device_mesh("cpu", (2,))
+        model = nn.Sequential(nn.Embedding(8, 4))
+        parallelize_module(model, mesh, {"0": RowwiseParallel()})
+        preconditioner = ActivationPreconditioner(model, gamma=0.1, embeddings=True)
+        preconditioner.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+        return message_of(model, torch.arange(8))
+    model: Any
+    model, rows = parallel()
+    if case == "muon":
+        return message_of(lambda: steps(model, rows, Muon([model[2].weight], lr=0.1), range(1)))
+    if case == "sharded statistics":
+        preconditioner = ActivationPreconditioner(model, gamma=0.1, statistics="sharded")
+        return message_of(preconditioner.attach, torch.optim.SGD(model.parameters(), lr=0.1))
+    preconditioner = ActivationPreconditioner(model, gamma=0.1)
+    preconditioner.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    if case == "sharded tokens":
+        mesh = model[0].weight.device_mesh
+        z = DTensor.from_local(torch.ones(3, 12), mesh, [Shard(0)])
+        with contextlib.ExitStack() as stack:
+            hooks = model[0]._forward_pre_hooks
+            stack.callback(hooks.update, dict(hooks))
+            hooks.clear()
+            return message_of(model[0], z)
+    raise AssertionError(case)
+
+
+REFUSALS = {
+    "embedding": "only nn.Linear may be tensor-parallel",
+    "muon": "only rows may be sharded",
+    "sharded statistics": "use statistics='replicated'",
+    "sharded tokens": "neither column-parallel nor row-parallel",
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_is_not_supported_is_refused(gang, case):
+    for message in gang.run(2, in_process_group, refused, case):
+        assert REFUSALS[case] in message
