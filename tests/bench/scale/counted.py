@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from io import StringIO
-from itertools import accumulate
+from itertools import accumulate as running_sums
 from typing import Any
 from unittest.mock import patch
 
@@ -188,7 +188,7 @@ def peak(work: Callable[[], None]) -> int:
         profiler: Any = run.profiler
         events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
         changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-        found.append(max(accumulate(changes)))
+        found.append(max(running_sums(changes)))
     return min(found)
 
 

@@ -1,7 +1,4 @@
-"""The Python blocks of docs/integrations.md run as they stand."""
-
-import re
-from pathlib import Path
+"""The Python blocks of docs/integrations.md run as they stand; torchtitan's in its own test."""
 
 import pytest
 import torch
@@ -13,12 +10,10 @@ import lightning.pytorch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
+from tests.optim.integrations.page import block_of
 from tests.optim.integrations.tiny import examples, gpt2, tokenizer
 from tests.optim.models import mlp, regression
 
-ROOT = Path(__file__).parents[3]
-PAGE = (ROOT / "docs" / "integrations.md").read_text("utf-8")
-SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries
 
 
@@ -55,10 +50,9 @@ def names_of(section: str) -> dict[str, object]:
     [("Hugging Face Trainer", 4), ("TRL", 2), ("Lightning", 4), ("Accelerate", 4), ("PEFT", 0)],
 )
 def test_a_block_of_the_page_runs(section, steps, tmp_path, monkeypatch):
-    (block,) = re.findall(r"```python\n(.*?)```", SECTIONS[section], re.DOTALL)
-    assert block.count("\n") <= 13  # 12 lines and an empty one
+    block = block_of(section)
     monkeypatch.chdir(tmp_path)
     names = names_of(section)
-    exec(block.replace("from dopr", "from optim"), names)
+    exec(block, names)
     attached = names["callback" if "callback" in names else "preconditioner"]
     assert f"steps: {steps}," in attached.summary()
