@@ -6,7 +6,7 @@ from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 
-from studies.board import STAGES
+from studies.board.stages import STAGES
 from studies.stats import consistency
 from studies.stats.records import (
     RECORDS,

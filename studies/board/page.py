@@ -1,0 +1,138 @@
+"""Write the tables and the figure of the board from the records that studies.submit added to it.
+
+    python -m studies.board.page [--board studies/results/board] [--figure docs/board.png]
+
+A table for each task, of the published and of the hidden seeds: the rollout error with DoPr over
+that without, each at its own learning rate and at equal rates, with 95 % intervals over seeds. The
+figure shows the rollout error against the time of a step (bench.board_costs); an arrow leads from
+an optimizer alone to the same with DoPr.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from data.files import write_atomic
+from eval.command import command_parser
+from eval.tables import markdown
+from studies.board.stages import TASKS
+from studies.report.format import number, times
+from studies.report.style import GREY, INK, STYLE, save_png
+from studies.rollout.results import plain
+from studies.stats.analysis import LeaderboardRow, leaderboard
+from studies.stats.records import RECORDS, AnalysisError, Record, read_records
+from studies.submit.__main__ import HIDDEN
+from studies.sweep.variants import FAST_PREFIX
+
+COSTS = Path("bench/results/board_costs.json")
+SEEDS = {RECORDS: "published seeds", HIDDEN: "hidden seeds"}
+
+
+def boards(place: Path) -> dict[str, dict[str, list[Record]]]:
+    """Return {task: {RECORDS or HIDDEN: records}} of the tasks that have any."""
+    found = {task: {name: read_records(place / task / name) for name in SEEDS} for task in TASKS}
+    return {task: records for task, records in found.items() if records[RECORDS]}
+
+
+def tables(board: dict[str, dict[str, list[Record]]], costs: dict[str, dict[str, float]]) -> str:
+    """Return the tables of all tasks in Markdown."""
+    parts = ["# The board", "", "Written by `python -m studies.board.page`.", ""]
+    for task, records in board.items():
+        parts += [f"## {task}", "", task_table(records, costs), ""]
+    return "\n".join(parts)
+
+
+def task_table(records: dict[str, list[Record]], costs: dict[str, dict[str, float]]) -> str:
+    """Return a row for each optimizer without DoPr, with the gain that DoPr brings."""
+    published, hidden = (_rows(records[name]) for name in SEEDS)
+    metric = records[RECORDS][0]["primary"]
+    header = ["optimizer", "rate", f"{metric} alone", "with DoPr", "DoPr / alone, own rates"]
+    header += ["equal rates", "hidden seeds", "ms a step", "with DoPr", "state, MiB", "with DoPr"]
+    lines = []
+    for name, row in published.items():
+        if row.variant != row.base or not (pair := published.get(FAST_PREFIX + name)):
+            continue
+        again = hidden.get(FAST_PREFIX + name)
+        lines.append(
+            [
+                *(name, f"{row.lr:g}, {pair.lr:g}"),
+                *(number(each.primary.mean) for each in (row, pair)),
+                *map(_factor, (pair.versus_base, pair.at_this_rate)),
+                _factor(again.versus_base if again else None),
+                *(
+                    number(costs[each][key]) if each in costs else ""
+                    for key in ("ms", "MiB")
+                    for each in (name, FAST_PREFIX + name)
+                ),
+            ]
+        )
+    return markdown(header, lines)
+
+
+def _rows(records: list[Record]) -> dict[str, LeaderboardRow]:
+    return {row.variant: row for row in leaderboard(records)}
+
+
+def _factor(compared: object) -> str:
+    difference = getattr(compared, "difference", None)
+    return plain(times(difference)) if difference is not None else ""
+
+
+def draw(board: dict[str, dict[str, list[Record]]], costs: dict[str, dict[str, float]]) -> Figure:
+    """Draw a panel for each task: rollout error against the time of a step."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.8 * len(board), 3.6), layout="constrained")
+        panels = figure.subplots(1, len(board), squeeze=False)[0]
+        for ax, (task, records) in zip(panels, board.items(), strict=True):
+            _panel(ax, task, records[RECORDS], costs)
+        return figure
+
+
+def _panel(ax: Axes, task: str, records: list[Record], costs: dict[str, dict[str, float]]) -> None:
+    rows = _rows(records)
+    for name, row in rows.items():
+        pair = rows.get(FAST_PREFIX + name)
+        if pair is None or name not in costs:
+            continue
+        x = [costs[each]["ms"] for each in (name, FAST_PREFIX + name)]
+        y = [math.exp(each.mean_log_error) for each in (row, pair)]
+        ax.annotate("", (x[1], y[1]), (x[0], y[0]), arrowprops={"arrowstyle": "->", "color": GREY})
+        ax.plot(x[:1], y[:1], "o", color=GREY, ms=4)
+        ax.plot(x[1:], y[1:], "o", color=INK, ms=4)
+        ax.annotate(
+            name.split("+")[0], (x[0], y[0]), (0, 5), textcoords="offset points", fontsize=7
+        )
+    error = records[0]["primary"]
+    ax.set_title(task)
+    ax.set_xlabel("milliseconds a step")
+    ax.set_ylabel(f"rollout error ({error}), lower is better")
+    ax.margins(0.12)
+
+
+def main(argv: list[str]) -> None:
+    parser = command_parser("studies.board.page", __doc__)
+    parser.add_argument("--board", type=Path, default=Path("studies/results/board"))
+    parser.add_argument("--costs", type=Path, default=COSTS)
+    parser.add_argument("--figure", type=Path, default=Path("docs/board.png"))
+    arguments = parser.parse_args(argv)
+    try:
+        board = boards(arguments.board)
+        if not board:
+            raise AnalysisError(
+                f"{arguments.board} contains no records; add some by studies.submit"
+            )
+        costs = {row["variant"]: row for row in json.loads(arguments.costs.read_text())["rows"]}
+        write_atomic(arguments.board / "tables.md", tables(board, costs))
+        save_png(draw(board, costs), arguments.figure)
+    except (AnalysisError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
+    print(f"{arguments.board / 'tables.md'}\n{arguments.figure}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,82 @@
+"""Test the stages of the board, and its tables and figure on made-up records."""
+
+import json
+
+import pytest
+
+from eval.rollout.record import write_records
+from studies.board import page
+from studies.board.stages import BASES, STAGES, TASKS
+from studies.sweep.compare import parse, study_of
+from tests.studies.records import SEEDS, record
+
+COSTS = {"adamw": (10.0, 0.5), "fast-dopr-adamw": (11.0, 1.25)}
+
+
+def runs(variant: str, errors: list[float], role: str = "fresh", lr: float = 0.01):
+    return [
+        record(variant, seed, error, role=role, lr=lr)
+        for seed, error in zip(SEEDS, errors, strict=True)
+    ]
+
+
+@pytest.fixture
+def board(tmp_path, monkeypatch):
+    """Write a board with an optimizer alone, with DoPr, and one whose DoPr is missing."""
+    place = tmp_path / "board" / "pdfa"
+    place.mkdir(parents=True)
+    alone, pair = runs("adamw", [8.0, 4.0, 2.0]), runs("fast-dopr-adamw", [4.0, 2.0, 1.0], lr=0.02)
+    control = runs("adamw", [16.0, 8.0, 4.0], "control", lr=0.02)
+    write_records(place / "records.jsonl", [*alone, *pair, *control, *runs("sgd", [9.0] * 3)])
+    write_records(place / "hidden.jsonl", [*alone, *runs("fast-dopr-adamw", [8.0, 4.0, 2.0])])
+    rows = [{"variant": name, "ms": ms, "MiB": mib} for name, (ms, mib) in COSTS.items()]
+    (tmp_path / "costs.json").write_text(json.dumps({"rows": rows}))
+    return tmp_path
+
+
+def write(folder) -> None:
+    places = {"board": "board", "costs": "costs.json", "figure": "board.png"}
+    page.main([word for key, name in places.items() for word in (f"--{key}", str(folder / name))])
+
+
+def test_a_row_shows_the_gain_at_own_rates_at_equal_rates_and_on_hidden_seeds(board):
+    write(board)
+    lines = (board / "board" / "tables.md").read_text().splitlines()
+    (row,) = [line for line in lines if line.startswith("| adamw ")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:4] == ["adamw", "0.01, 0.02", "4.667", "2.333"]
+    assert [cell.split()[0] for cell in cells[4:7]] == ["0.500", "0.250", "1.00"]
+    assert cells[7:] == ["10.00", "11.00", "0.5000", "1.250"]
+
+
+def test_an_optimizer_without_its_pair_has_no_row(board):
+    write(board)
+    assert "sgd" not in (board / "board" / "tables.md").read_text()
+
+
+def test_the_figure_has_an_arrow_for_each_pair_with_costs(board):
+    costs = {name: {"ms": ms, "MiB": mib} for name, (ms, mib) in COSTS.items()}
+    (ax,) = page.draw(page.boards(board / "board"), costs).axes
+    arrows = [each for each in ax.texts if each.arrow_patch is not None]  # pyright: ignore
+    assert [each.xy for each in arrows] == [(11.0, pytest.approx(2.0))]
+    write(board)
+    assert (board / "board.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_empty_board_says_what_to_do(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        write(tmp_path)
+    assert "studies.submit" in capsys.readouterr().err
+
+
+def test_every_task_compares_every_optimizer_with_dopr_and_without(tmp_path):
+    assert len(STAGES) == len(TASKS) * len(BASES)
+    assert len({stage.name for stage in STAGES}) == len(STAGES)
+
+
+@pytest.mark.parametrize("stage", STAGES[:: len(BASES) + 1], ids=lambda stage: stage.name)
+def test_compare_accepts_a_stage(stage, tmp_path):
+    study = study_of(parse(stage.argv(tmp_path, 1))[1])
+    base, pair = study.variants
+    assert pair.base == base.name
+    assert study.out == tmp_path / stage.name
