@@ -18,7 +18,7 @@ SETTINGS = {"n_embd": 20, "bias": "false", "batch_size": 12, "micro_batch_size":
 SETTINGS |= {"warmup_steps": 1, "grad_clip": 0.5, "ns_dtype": "float32", "log_every": 1}
 
 OPTIMIZERS = {
-    "adamw": {"lr": 3e-3, "eps": 1e-6},
+    "adamw": {"lr": 3e-3, "eps": 1e-5},
     "muon": {"lr": 3e-3},
     "signum": {"lr": 1e-3},
     "adamuon": {"lr": 3e-3},

@@ -76,7 +76,8 @@ def test_shards_are_read_from_a_hugging_face_folder(gang, tmp_path):
 def test_a_sharded_run_starts_from_a_folder_as_one_process_does(gang, dataset, tmp_path, ema_decay):
     folder = tmp_path / "hf"
     export_hf(gpt(vocab_size=VOCAB_SIZE, **SIZES), byte_tokenizer(), folder)
-    settings = {"init_from": folder, "ema_decay": ema_decay, "bias": "true", **SIZES}
+    # The gradient of a key's bias is only rounding error, which a small eps turns into a step.
+    settings = {"init_from": folder, "ema_decay": ema_decay, "bias": "true", "eps": 1e-5, **SIZES}
     alone = trained(None, 1, dataset, tmp_path / "alone", **settings)
     out = trained(gang, 3, dataset, tmp_path / "run", parallel="fsdp", **settings)
     assert distance(out, alone) < 1e-5
