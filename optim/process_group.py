@@ -130,7 +130,7 @@ def column_mesh_dim(tensor: Any) -> int | None:
             over processes.
     """
     sharded = _mesh_dims(tensor)
-    columns = [i for i in sharded if tensor.placements[i].is_shard(1)]
+    columns = [i for i in sharded if getattr(tensor.placements[i], "dim", None) == 1]
     if len(columns) > 1 or any(tensor.placements[i].is_partial() for i in sharded):
         raise ValueError(
             f"its layout is {tuple(tensor.placements)}: columns may be sharded over one mesh "
@@ -139,15 +139,13 @@ def column_mesh_dim(tensor: Any) -> int | None:
     return columns[0] if columns else None
 
 
-def rank_and_size(tensor: Any) -> tuple[int, int]:
-    """Return the rank of this process in the last dimension of a DTensor's mesh, and its size.
+def last_mesh_ranks(tensor: Any) -> tuple[int, ...]:
+    """Return the ranks, in the default group, of this process's last dimension of a DTensor's mesh.
 
     That is the tensor-parallel dimension if there is one, because FSDP2 puts its own first.
     """
-    if not is_sharded(tensor):
-        return 0, 1
     mesh = tensor.device_mesh
-    return mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
+    return (*distributed.get_process_group_ranks(mesh.get_group(mesh.ndim - 1)),)
 
 
 def _mesh_dims(tensor: Any) -> list[int]:

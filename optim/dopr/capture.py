@@ -10,7 +10,6 @@ gradient, so it is not counted. `forwards.py` replaces the forward of a module b
 
 from __future__ import annotations
 
-import zlib
 from types import NoneType
 from typing import Any
 
@@ -62,12 +61,14 @@ class Capture:
         self.column_sums = self.gram.new_zeros(2, d + 1) if has_mean else None
         self.stride = stride
         self.is_paused = is_paused
-        self.skips = is_paused  # the same for tensor-parallel layers, see `share_tokens`
         self.count_masked = count_masked
         self.backend = backend
         self.label = label
         self.rank, self.size = 0, 1  # of this process in the group that trains the layer
-        self.part: tuple[int, int] = 0, 1  # rank and size among the tensor-parallel processes
+        # What a tensor-parallel layer uses instead (`share_tokens`): whether its backward adds
+        # nothing here, and the rank by whose numbers it samples.
+        self.tp_skips, self.tp_first = is_paused, 0
+        self.tp_rank, self.tp_size = 0, 1
         self.is_collecting = True  # whether the backward passes of this step add to the sum
         self.reduction: Reduction | None = None  # if one process holds S of all processes
         self.owner, self.key = 0, -1  # the rank of that process, and the name of this capture
@@ -77,11 +78,16 @@ class Capture:
         """Whether the backward passes of this step change anything."""
         return self.is_collecting or self.column_sums is not None
 
-    def share_tokens(self, rank: int, size: int) -> None:
-        """Let only one of `size` tensor-parallel processes count the tokens of this layer."""
-        self.part = rank, size
-        is_chosen = rank == zlib.crc32(self.label.encode()) % size
-        self.skips = self.is_paused if is_chosen else torch.ones_like(self.is_paused)
+    def share_tokens(self, ranks: tuple[int, ...], chosen: int) -> None:
+        """Let only process `chosen` count the tokens of this layer, if it is tensor-parallel.
+
+        Args:
+            ranks: of the tensor-parallel processes, in the default group; the first of them stands
+                for all, so that all sample the same tokens.
+        """
+        rank = torch.distributed.get_rank()
+        self.tp_rank, self.tp_size, self.tp_first = ranks.index(rank), len(ranks), ranks[0]
+        self.tp_skips = self.is_paused if rank == chosen else torch.ones_like(self.is_paused)
 
     def reduce_by(self, reduction: Reduction, owner: int | None) -> None:
         """From now on, add what is seen to S in process `owner`; None: to S in this process.
@@ -201,7 +207,11 @@ class Tap(torch.autograd.Function):
 
 @torch.no_grad()
 def accumulate(
-    capture: Capture, z: Tensor, grad_y: Tensor | None, skips: Tensor | None = None
+    capture: Capture,
+    z: Tensor,
+    grad_y: Tensor | None,
+    skips: Tensor | None = None,
+    rank: int | None = None,
 ) -> None:
     """Add the statistics of z to the sums, if this step needs them.
 
@@ -210,10 +220,12 @@ def accumulate(
         grad_y: (..., d_out), zero where a token is masked: the gradient of the output. None if no
             token is.
         skips: () bool on the CPU, whether to add nothing; by default, while paused.
+        rank: the process by whose numbers tokens are sampled; by default, this one.
     """
     if not capture.is_needed:
         return
     skips = capture.is_paused if skips is None else skips
+    rank = capture.rank if rank is None else rank
     grad_y = None if capture.count_masked or grad_y is None else grad_y.detach()
     z = z.detach()
     if len(capture.shape) == 1:
@@ -221,9 +233,9 @@ def accumulate(
         return
     if not capture.is_collecting:
         assert capture.column_sums is not None  # or nothing would be needed
-        accumulate_column_sums(capture, z, grad_y, capture.column_sums, skips)
+        accumulate_column_sums(capture, z, grad_y, capture.column_sums, skips, rank)
         return
-    common = _common(capture, z, grad_y, capture.column_sums, skips)
+    common = _common(capture, z, grad_y, capture.column_sums, skips, rank)
     if capture.reduction is not None:  # compiled code must not depend on S, which comes and goes
         reduce_gram(capture.key, capture.reduction.ticket, capture.is_paused, *common)
         return
@@ -236,20 +248,25 @@ def accumulate(
 
 
 def accumulate_column_sums(
-    capture: Capture, z: Tensor, grad_y: Tensor | None, sums: Tensor, skips: Tensor
+    capture: Capture, z: Tensor, grad_y: Tensor | None, sums: Tensor, skips: Tensor, rank: int
 ) -> None:
     """Add z (..., d) and the number of its tokens to row 0 of `sums` (2, d + 1), unless `skips`."""
     gram = capture.gram if capture.reduction is None else capture.no_gram  # not read
-    accumulate_gram(gram, *_common(capture, z, grad_y, sums, skips), True)
+    accumulate_gram(gram, *_common(capture, z, grad_y, sums, skips, rank), True)
 
 
 def _common(
-    capture: Capture, z: Tensor, grad_y: Tensor | None, sums: Tensor | None, skips: Tensor
+    capture: Capture,
+    z: Tensor,
+    grad_y: Tensor | None,
+    sums: Tensor | None,
+    skips: Tensor,
+    rank: int,
 ) -> tuple[Any, ...]:
     """Return the arguments of `accumulate_gram` and `reduce_gram` after the first."""
     if z.dim() == 1:
         z, grad_y = z[None], grad_y if grad_y is None else grad_y[None]
-    settings = capture.stride, capture.backend, capture.rank, capture.size
+    settings = capture.stride, capture.backend, rank, capture.size
     return capture.count, z, capture.offset, skips, *settings, grad_y, sums
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from ..process_group import n_processes
+from ..process_group import local, n_processes
 from .layer import Layer, log
 
 
@@ -78,7 +78,7 @@ class PreconditionedGrads:
     """
 
     def __init__(self) -> None:
-        self._seen = WeakTensorKeyDictionary()  # gradient: (its version, its layer's token count)
+        self._seen = WeakTensorKeyDictionary()  # gradient: (its versions, its layer's token count)
 
     def add(self, gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Record all (gradient, token count) pairs of a step in one call.
@@ -87,16 +87,21 @@ class PreconditionedGrads:
         the last of them was written.
         """
         for grad, count in gradients:
-            self._seen[grad] = grad._version, count.clone()
+            self._seen[grad] = _versions(grad), count.clone()
 
     def is_unchanged(self, grad: Tensor | None, count: Tensor) -> bool:
         """Return whether `grad` is still M. Synchronizes with the device only if versions agree."""
         if grad is None or grad not in self._seen:
             return False
-        version, seen_count = self._seen[grad]
-        return grad._version == version and bool(seen_count == count)
+        versions, seen_count = self._seen[grad]
+        return _versions(grad) == versions and bool(seen_count == count)
 
     def reset_counts(self) -> None:
         """Set the recorded token counts to zero, after the captures were cleared without a step."""
         for _, count in self._seen.values():
             count.zero_()
+
+
+def _versions(grad: Tensor) -> tuple[int, int]:
+    """Return the versions of a DTensor and of its local part: a write may change either."""
+    return grad._version, local(grad)._version

@@ -10,12 +10,21 @@ replicated, and so are the means.
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import distributed
 
-from ..process_group import Collective, is_sharded, n_processes, owners, row_mesh_dim
+from ..process_group import (
+    Collective,
+    is_sharded,
+    last_mesh_ranks,
+    n_processes,
+    owners,
+    row_mesh_dim,
+)
 from .coverage import CoveredLayer
 from .layer import Layer
 from .settings import Sharing
@@ -105,6 +114,18 @@ def _mesh_of(covered: Sequence[CoveredLayer], size: int) -> Any:
             f"the weights are sharded over {mesh}, but {size} processes train the model"
         )
     return mesh
+
+
+def share_tokens(layers: Iterable[Layer]) -> None:
+    """Let one process of each tensor-parallel group count a layer's tokens, with even work."""
+    together: dict[tuple[int, ...], list[Layer]] = defaultdict(list)
+    for layer in layers:
+        if is_sharded(layer.covered.weight):
+            together[last_mesh_ranks(layer.covered.weight)].append(layer)
+    for ranks, members in together.items():
+        costs = [float(math.prod(layer.shape)) for layer in members]
+        for layer, chosen in zip(members, owners(costs, len(ranks)), strict=True):
+            layer.capture.share_tokens(ranks, ranks[chosen])
 
 
 def owners_of(layers: list[Layer], size: int) -> dict[Layer, int]:

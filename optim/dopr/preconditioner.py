@@ -28,7 +28,6 @@ from ..process_group import (
     everybody,
     is_sharded,
     n_processes,
-    rank_and_size,
 )
 from .census import Census
 from .coverage import Selection, find_layers
@@ -39,7 +38,7 @@ from .hooks import RegisteredParams, call_around_steps
 from .layer import Layer
 from .mean import clear_step_sums, update_means
 from .optimizers import check_optimizers, parameters, unwrapped
-from .ownership import Processes, check_group, share, shares_statistics
+from .ownership import Processes, check_group, share, share_tokens, shares_statistics
 from .reduction import Reduction
 from .refresh import preconditioned, refresh, set_norm_ratios
 from .settings import DoprSettings, Sharing
@@ -205,8 +204,8 @@ class ActivationPreconditioner:
         self._reduction = Reduction(self._processes.shards)
         for layer in self.layers:
             layer.capture.rank, layer.capture.size = together.rank, together.size
-            layer.capture.share_tokens(*rank_and_size(layer.covered.weight))
             layer.capture.reduce_by(self._reduction, layer.owner)
+        share_tokens(self.layers)
         self._remove_hooks()
         self._registered_params = RegisteredParams(plain, self._weights())
         self._hooks = [
@@ -334,8 +333,7 @@ class ActivationPreconditioner:
         layers = [
             layer
             for layer in self.layers
-            if layer.covered.weight in held
-            and not self._preconditioned_grads.is_unchanged(layer.covered.grad, layer.capture.count)
+            if layer.covered.weight in held and not self._is_preconditioned(layer)
         ]
         if due := [layer for layer in layers if layer.is_due]:
             self._census.check(layers)
@@ -350,7 +348,7 @@ class ActivationPreconditioner:
             if layer in refreshed:
                 local_norms[layer] = norms(M, G)
             layer.covered.write(M, grad)
-            written.append((grad, layer.capture.count))
+            written.append((layer.covered.weight.grad, layer.capture.count))
         set_norm_ratios(local_norms, refreshed, self._processes.everybody)
         clear_step_sums(layers)
         for layer in layers:
@@ -360,6 +358,12 @@ class ActivationPreconditioner:
         self._formed_grads.clear(layers)
         if any(grad.requires_grad for grad, _ in written):  # the step may differentiate them again
             self._sums_before_step = [layer.capture.sums() for layer in self.layers]
+
+    def _is_preconditioned(self, layer: Layer) -> bool:
+        """Return whether the gradient is still the M of an earlier step, alike in all processes."""
+        grad, count = layer.covered.weight.grad, layer.capture.count
+        was_formed = self._formed_grads.any([layer])
+        return not was_formed and self._preconditioned_grads.is_unchanged(grad, count)
 
     def _is_empty_step(self, layers: list[Layer], due: list[Layer]) -> bool:
         """Return whether no backward preceded this step and all gradients are zero.

@@ -169,7 +169,7 @@ def preconditioned(
 ) -> Iterator[tuple[Layer, Tensor, Tensor, Tensor]]:
     """Yield layer, grad, its (d_out, d_in) view G, and M = G P, for layers with a grad and a P.
 
-    If this process has not all that M needs, another process may compute it (exchange.py).
+    If this process lacks something that M needs, one that gets all of it computes M (exchange.py).
     """
     yield from _preconditioned_here([x for x in layers if not exchange.carries(x)], backend)
 

@@ -6,11 +6,11 @@ RowwiseParallel of torch lay them out:
     column-parallel    z whole in every process; rows of W and features of y sharded
     row-parallel       features of z and columns of W sharded; y is a sum over processes
 
-torch computes y and G. Σ is that of the whole z. A layer's tokens are counted in one of these
-processes, which differs from layer to layer, and the sums are later added over all processes. The
-backward of a row-parallel layer gathers z in steps that collect; a fresh mean needs no message. A
-token is masked if its output gradient is zero in all processes. All processes run the same code,
-which torch.compile needs.
+torch computes y and G. Σ is that of the whole z. One of these processes counts a layer's tokens,
+and the sums are later added over all processes. The backward of a row-parallel layer gathers z in
+steps that collect; a fresh mean needs no message. A token is masked if its output gradient is zero
+in all processes. All processes run the same code and gather z, though only one of them counts:
+torch.compile fails if they differ.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def tensor_parallel_linear(capture: Capture, z: Any, W: Any, b: Any) -> Any:
     Raises RuntimeError if z and W have other layouts than those above, or before `attach`.
     """
     _check_layouts(capture.label, z, W)
-    if capture.part[1] != W.device_mesh.size():
-        raise RuntimeError(f"{capture.label}: call attach() before the first forward")
+    if capture.tp_size != W.device_mesh.size():
+        raise RuntimeError(f"{capture.label}: call attach() before a forward with gradients")
     return _Tap.apply(F.linear(z, W, b), z.detach(), capture)
 
 
@@ -77,7 +77,7 @@ def _observe(capture: Capture, z: Any, grad_y: Any) -> None:
     else:
         _add_column_sums(capture, z, is_seen)
         return
-    accumulate(capture, whole, is_seen, capture.skips)
+    accumulate(capture, whole, is_seen, capture.tp_skips, capture.tp_first)
 
 
 def _is_nonzero(grad_y: Any) -> Tensor:  # (..., 1) uint8
@@ -94,12 +94,11 @@ def _is_nonzero(grad_y: Any) -> Tensor:  # (..., 1) uint8
 
 
 def _add_column_sums(capture: Capture, z: Any, is_seen: Tensor | None) -> None:
-    """Add the local features of z, and a part of the number of tokens, to the sums of this step."""
-    part, sums = z.to_local(), capture.column_sums
+    """Add the local features of z, and a share of the token count, to the sums of this step."""
+    z_here, sums = z.to_local(), capture.column_sums
     assert sums is not None
-    own = sums.new_zeros(2, part.shape[-1] + 1)
-    accumulate_column_sums(capture, part, is_seen, own, capture.is_paused)
-    rank, size = capture.part
-    first = row_bounds(z.shape[-1], size)[rank]
-    sums[0, first : first + part.shape[-1]] += own[0, :-1]
-    sums[0, -1] += own[0, -1] / size
+    own = sums.new_zeros(2, z_here.shape[-1] + 1)
+    accumulate_column_sums(capture, z_here, is_seen, own, capture.is_paused, capture.tp_first)
+    first = row_bounds(z.shape[-1], capture.tp_size)[capture.tp_rank]
+    sums[0, first : first + z_here.shape[-1]] += own[0, :-1]
+    sums[0, -1] += own[0, -1] / capture.tp_size

@@ -34,7 +34,7 @@ SETTINGS = {
     "masked tokens counted": {"count_masked": True},
     "rare": {"refresh_every": 4, "collect_every": 2, "fresh_mean": True},
 }
-SLOW = ("blocks", "masked tokens counted", "rare")
+SLOW = ("blocks", "masked tokens counted", "fast")
 CASES = [pytest.param(x, marks=[pytest.mark.slow] if x in SLOW else []) for x in SETTINGS]
 
 
@@ -279,6 +279,60 @@ def test_autocast_sums_the_rounded_inputs(gang):
         np.testing.assert_allclose(found[1], alone[1], rtol=0.02, atol=0.02)
 
 
+def with_kept_gradients(in_place: bool):
+    """Return the weights after steps whose gradients are set to zero in place, not removed."""
+    model, rows = parallel()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    preconditioner = ActivationPreconditioner(model, gamma=0.1, refresh_every=2, collect_every=2)
+    preconditioner.attach(optimizer)
+    for number in range(4):
+        x, target = (each[rows] for each in regression(number, N))
+        with preconditioner.paused():
+            (5 * model(x)).square().sum().backward()
+        for parameter in model.parameters():
+            parameter.grad.zero_()  # pyright: ignore
+        ((model(x) - target).square().sum() / N).backward()
+        optimizer.step()
+        optimizer.step()  # leaves M as it is
+        optimizer.zero_grad(set_to_none=not in_place)
+    steps_taken = [layer.step for layer in preconditioner.layers]
+    return steps_taken, [full_tensor(parameter).numpy() for parameter in model.parameters()]
+
+
+def test_gradients_that_are_zeroed_in_place_are_preconditioned_in_every_step(gang):
+    _, expected = with_kept_gradients(False)
+    for in_place in (False, True):
+        for taken, found in gang.run(2, in_process_group, with_kept_gradients, in_place):
+            assert taken == [4, 4]
+            for ours, theirs in zip(found, expected, strict=True):
+                np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
+
+
+def strided_means():
+    """Return the means of the row-parallel layer for equal tokens, of which some are masked."""
+    model, _ = parallel()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    settings = {"refresh_every": 4, "collect_every": 4, "token_stride": 4, "fresh_mean": True}
+    preconditioner = ActivationPreconditioner(model, gamma=0.1, **settings).attach(optimizer)
+    x = regression(0, 1)[0].expand(8, 12)
+    mask = torch.tensor([1, 1, 0, 0, 1, 0, 0, 0])[:, None]
+    means = []
+    for _ in range(3):
+        (model(x) * mask).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        means.append(preconditioner.layers[1].mean.flatten().numpy())
+    return means
+
+
+def test_all_features_of_a_mean_come_from_the_same_tokens(gang):
+    model = mlp(d=WIDTH)
+    z = torch.relu(model[0](regression(0, 1)[0])).detach().numpy()[0]
+    for means in gang.run(2, in_process_group, strided_means):
+        for mean in means:
+            np.testing.assert_allclose(mean, z, rtol=1e-5, atol=1e-6)
+
+
 def column_parallel_only(statistics: Any):
     """Train one column-parallel layer, whose statistics may be sharded; return its weight."""
     model: Any = nn.Sequential(mlp(d=WIDTH)[0])
@@ -335,6 +389,7 @@ def refused(case: str):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard
     from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+    from torch.distributed.tensor.placement_types import _StridedShard
 
     if case == "embedding":
         mesh = init_device_mesh("cpu", (2,))
@@ -345,6 +400,22 @@ def refused(case: str):
         return message_of(model, torch.arange(8))
     model: Any
     model, rows = parallel()
+    if case == "too few processes":
+        alone = [distributed.new_group([rank]) for rank in range(2)][distributed.get_rank()]
+        preconditioner = ActivationPreconditioner(model, gamma=0.1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return message_of(preconditioner.attach, optimizer, process_group=alone)
+    if case == "not attached":
+        ActivationPreconditioner(model, gamma=0.1)
+        return message_of(model, torch.ones(3, 12))
+    if case == "columns sharded twice":
+        mesh = init_device_mesh("cpu", (1, 2))
+        layout = [_StridedShard(1, split_factor=2), Shard(1)]
+        weight = DTensor.from_local(torch.ones(4, 3), mesh, layout)
+        model = nn.Sequential(nn.Linear(6, 4))
+        model[0].weight = nn.Parameter(weight)
+        preconditioner = ActivationPreconditioner(model, gamma=0.1)
+        return message_of(preconditioner.attach, torch.optim.SGD(model.parameters(), lr=0.1))
     if case == "muon":
         return message_of(lambda: steps(model, rows, Muon([model[2].weight], lr=0.1), range(1)))
     if case == "sharded statistics":
@@ -367,6 +438,9 @@ REFUSALS = {
     "embedding": "only nn.Linear may be tensor-parallel",
     "muon": "only rows may be sharded",
     "sharded statistics": "use statistics='replicated'",
+    "too few processes": "which are not in the process group",
+    "not attached": "call attach() before a forward with gradients",
+    "columns sharded twice": "columns may be sharded over one mesh dimension only",
     "sharded tokens": "neither column-parallel nor row-parallel",
 }
 
