@@ -47,10 +47,12 @@ def why_replaced(module: nn.Module) -> str:
     """
     if "forward" not in vars(module):
         return ""
-    if vars(module).get("_dopr_capture") is not None:
-        return TAKEN
-    if getattr(module.forward, "__func__", None) in _FORWARDS:
-        return ""
+    if "_dopr_capture" in vars(module):
+        if module._dopr_capture is not None:
+            return TAKEN
+        inside = getattr(module.forward, "__func__", None)
+        if inside in (*_FORWARDS, type(module).forward):  # the second, if the copy was pickled
+            return ""
     if hasattr(module, "_hf_hook"):
         return (
             "hooks of accelerate replaced its forward: call "
