@@ -80,3 +80,10 @@ def test_compare_accepts_a_stage(stage, tmp_path):
     base, pair = study.variants
     assert pair.base == base.name
     assert study.out == tmp_path / stage.name
+
+
+def test_the_committed_tables_are_those_of_the_committed_records():
+    place = page.Path("studies/results/board")
+    rows = json.loads(page.COSTS.read_text())["rows"]
+    costs = {row["variant"]: row for row in rows}
+    assert page.tables(page.boards(place), costs) == (place / "tables.md").read_text()
