@@ -237,7 +237,7 @@ def accumulate(
         return
     common = _common(capture, z, grad_y, capture.column_sums, skips, rank)
     if capture.reduction is not None:  # compiled code must not depend on S, which comes and goes
-        reduce_gram(capture.key, capture.reduction.ticket, capture.is_paused, *common)
+        reduce_gram(capture.key, capture.reduction.ticket, *common)
         return
     if not len(capture.gram):
         raise RuntimeError(
@@ -251,8 +251,7 @@ def accumulate_column_sums(
     capture: Capture, z: Tensor, grad_y: Tensor | None, sums: Tensor, skips: Tensor, rank: int
 ) -> None:
     """Add z (..., d) and the number of its tokens to row 0 of `sums` (2, d + 1), unless `skips`."""
-    gram = capture.gram if capture.reduction is None else capture.no_gram  # not read
-    accumulate_gram(gram, *_common(capture, z, grad_y, sums, skips, rank), True)
+    accumulate_gram(capture.no_gram, *_common(capture, z, grad_y, sums, skips, rank), True)
 
 
 def _common(

@@ -77,7 +77,6 @@ class Reduction:
 def reduce_gram(
     key: int,  # of the capture
     ticket: Tensor,  # of the reduction
-    is_paused: Tensor,
     count: Tensor,
     z: Tensor,
     offset: Tensor,
@@ -95,7 +94,7 @@ def reduce_gram(
     """
     check_not_recording(z.device)
     capture = _captures.get(key)
-    if is_paused or capture is None or capture.reduction is None:
+    if capture is None or capture.reduction is None or capture.is_paused:
         return
     ticket += 1
     S = torch.zeros(capture.shape, dtype=capture.dtype, device=z.device)

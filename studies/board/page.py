@@ -24,22 +24,24 @@ from studies.board.stages import TASKS
 from studies.report.format import number, times
 from studies.report.style import GREY, INK, STYLE, save_png
 from studies.rollout.results import plain
-from studies.stats.analysis import LeaderboardRow, leaderboard
+from studies.stats.analysis import Compared, LeaderboardRow, leaderboard
 from studies.stats.records import RECORDS, AnalysisError, Record, read_records
-from studies.submit.__main__ import HIDDEN
+from studies.submit.repeat import HIDDEN
 from studies.sweep.variants import FAST_PREFIX
 
 COSTS = Path("bench/results/board_costs.json")
-SEEDS = {RECORDS: "published seeds", HIDDEN: "hidden seeds"}
+FILES = (RECORDS, HIDDEN)  # of the published and of the hidden seeds
+Board = dict[str, dict[str, list[Record]]]  # {task: {name of the file: records}}
+Costs = dict[str, dict[str, float]]  # {variant: {"ms": time of a step, "MiB": its state}}
 
 
-def boards(place: Path) -> dict[str, dict[str, list[Record]]]:
-    """Return {task: {RECORDS or HIDDEN: records}} of the tasks that have any."""
-    found = {task: {name: read_records(place / task / name) for name in SEEDS} for task in TASKS}
+def boards(place: Path) -> Board:
+    """Return the records of the tasks that have any."""
+    found = {task: {name: read_records(place / task / name) for name in FILES} for task in TASKS}
     return {task: records for task, records in found.items() if records[RECORDS]}
 
 
-def tables(board: dict[str, dict[str, list[Record]]], costs: dict[str, dict[str, float]]) -> str:
+def tables(board: Board, costs: Costs) -> str:
     """Return the tables of all tasks in Markdown."""
     parts = ["# The board", "", "Written by `python -m studies.board.page`.", ""]
     for task, records in board.items():
@@ -47,9 +49,9 @@ def tables(board: dict[str, dict[str, list[Record]]], costs: dict[str, dict[str,
     return "\n".join(parts)
 
 
-def task_table(records: dict[str, list[Record]], costs: dict[str, dict[str, float]]) -> str:
+def task_table(records: dict[str, list[Record]], costs: Costs) -> str:
     """Return a row for each optimizer without DoPr, with the gain that DoPr brings."""
-    published, hidden = (_rows(records[name]) for name in SEEDS)
+    published, hidden = (_rows(records[name]) for name in FILES)
     metric = records[RECORDS][0]["primary"]
     header = ["optimizer", "rate", f"{metric} alone", "with DoPr", "DoPr / alone, own rates"]
     header += ["equal rates", "hidden seeds", "ms a step", "with DoPr", "state, MiB", "with DoPr"]
@@ -78,12 +80,11 @@ def _rows(records: list[Record]) -> dict[str, LeaderboardRow]:
     return {row.variant: row for row in leaderboard(records)}
 
 
-def _factor(compared: object) -> str:
-    difference = getattr(compared, "difference", None)
-    return plain(times(difference)) if difference is not None else ""
+def _factor(compared: Compared | None) -> str:
+    return plain(times(compared.difference)) if compared else ""
 
 
-def draw(board: dict[str, dict[str, list[Record]]], costs: dict[str, dict[str, float]]) -> Figure:
+def draw(board: Board, costs: Costs) -> Figure:
     """Draw a panel for each task: rollout error against the time of a step."""
     with rc_context(STYLE):
         figure = Figure(figsize=(4.8 * len(board), 3.6), layout="constrained")
@@ -93,7 +94,7 @@ def draw(board: dict[str, dict[str, list[Record]]], costs: dict[str, dict[str, f
         return figure
 
 
-def _panel(ax: Axes, task: str, records: list[Record], costs: dict[str, dict[str, float]]) -> None:
+def _panel(ax: Axes, task: str, records: list[Record], costs: Costs) -> None:
     rows = _rows(records)
     for name, row in rows.items():
         pair = rows.get(FAST_PREFIX + name)

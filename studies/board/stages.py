@@ -13,16 +13,18 @@ BASES = (
     *("lion", "adopt", "adabelief", "ademamix", "lamb", "adabound", "came", "soap", "kron"),
     *("mars+weight_decay_1d=0", "prodigy", FREE),  # MARS has a decay of its own for gains
 )
-TASKS = ("pdfa", "ctrl", "nav", "humanoid")
 CHANGES = ("weight_decay=0",)  # it is coupled to the gradient in some classes and not in others
+TASKS = {  # name: task with its knobs, steps of a run, settings of train.py
+    **{name: (name, STEPS, CHANGES) for name in ("pdfa", "ctrl", "nav")},
+    "humanoid": (HUMANOID, CLONE_STEPS, ()),
+}
 
 
 def stage(task: str, base: str) -> RolloutStage:
     """Return the comparison of an optimizer with DoPr and without, on a task."""
-    of_run = (HUMANOID, CLONE_STEPS) if task == "humanoid" else (task, STEPS)
-    changes = () if task == "humanoid" else CHANGES
+    spec, steps, changes = TASKS[task]
     pair = (base, FAST_PREFIX + base)
-    return RolloutStage(f"{task}-{base}", *of_run, pair, SEEDS, TUNING_SEEDS, changes)
+    return RolloutStage(f"{task}-{base}", spec, steps, pair, SEEDS, TUNING_SEEDS, changes)
 
 
 STAGES = tuple(stage(task, base) for task in TASKS for base in BASES)

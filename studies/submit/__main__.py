@@ -20,7 +20,7 @@ from eval.command import at_least, command_parser
 from studies.report.tables import leaderboard_text
 from studies.stats.analysis import leaderboard
 from studies.stats.records import RECORDS, Record
-from studies.submit.repeat import chosen_run, hidden_trials, repeat
+from studies.submit.repeat import HIDDEN, chosen_run, hidden_trials, repeat
 from studies.submit.rules import rule_problems, submitted_study
 from studies.sweep.results import unite
 from studies.sweep.run_cache import TrialError
@@ -28,8 +28,6 @@ from studies.sweep.runner import Runner
 from studies.sweep.study import run_line
 from studies.sweep.trial import run_trial
 from trainer.environment import environment
-
-HIDDEN = "hidden.jsonl"
 
 
 def table(records: list[Record]) -> str:

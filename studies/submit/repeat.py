@@ -9,6 +9,7 @@ from studies.sweep.run_cache import TrialError
 from studies.sweep.study import Study
 from studies.sweep.trial import Trial, run_folder, run_trial
 
+HIDDEN = "hidden.jsonl"  # the records of the hidden seeds, beside RECORDS
 N_HIDDEN = 5  # seeds
 
 

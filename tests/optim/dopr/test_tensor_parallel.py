@@ -93,14 +93,17 @@ def train(base: str, settings: dict):
     )
 
 
+def assert_all_close(found, expected, **tolerance) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, **tolerance)
+
+
 def assert_equals_one_process(gang, size: int, settings: dict, bases=("adamw", "sgd", "signum")):
     for base in bases:
         weights, statistics, ratios = train(base, settings)
         for found in gang.run(size, in_process_group, train, base, settings):
-            for ours, theirs in zip(found[0], weights, strict=True):
-                np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, err_msg=base)
-            for ours, theirs in zip(found[1], statistics, strict=True):
-                np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5, err_msg=base)
+            assert_all_close(found[0], weights, atol=TOLERANCE, err_msg=base)
+            assert_all_close(found[1], statistics, rtol=1e-4, atol=1e-5, err_msg=base)
             assert found[2] == pytest.approx(ratios, rel=1e-4)
 
 
@@ -237,8 +240,7 @@ def test_a_state_of_tensor_parallel_processes_loads_in_one_and_back(gang):
     _, loaded = continued("sgd", settings, 3, parallel_state)
     runs = gang.run(2, in_process_group, continued, "sgd", settings, 3, alone)
     for found in (loaded, *(weights for _, weights in runs)):
-        for ours, theirs in zip(found, expected, strict=True):
-            np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
+        assert_all_close(found, expected, atol=TOLERANCE)
 
 
 def compiled():
@@ -257,8 +259,7 @@ def compiled():
 def test_compiled_tensor_parallel_layers_are_captured(gang):
     expected = compiled()
     for found in gang.run(2, in_process_group, compiled):
-        for ours, theirs in zip(found, expected, strict=True):
-            np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
+        assert_all_close(found, expected, atol=TOLERANCE)
 
 
 def with_autocast():
@@ -304,8 +305,7 @@ def test_gradients_that_are_zeroed_in_place_are_preconditioned_in_every_step(gan
     for in_place in (False, True):
         for taken, found in gang.run(2, in_process_group, with_kept_gradients, in_place):
             assert taken == [4, 4]
-            for ours, theirs in zip(found, expected, strict=True):
-                np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
+            assert_all_close(found, expected, atol=TOLERANCE)
 
 
 def strided_means():

@@ -21,7 +21,7 @@ def runs(variant: str, errors: list[float], role: str = "fresh", lr: float = 0.0
 
 
 @pytest.fixture
-def board(tmp_path, monkeypatch):
+def board(tmp_path):
     """Write a board with an optimizer alone, with DoPr, and one whose DoPr is missing."""
     place = tmp_path / "board" / "pdfa"
     place.mkdir(parents=True)
@@ -69,7 +69,7 @@ def test_an_empty_board_says_what_to_do(tmp_path, capsys):
     assert "studies.submit" in capsys.readouterr().err
 
 
-def test_every_task_compares_every_optimizer_with_dopr_and_without(tmp_path):
+def test_every_task_compares_every_optimizer_with_dopr_and_without():
     assert len(STAGES) == len(TASKS) * len(BASES)
     assert len({stage.name for stage in STAGES}) == len(STAGES)
 
