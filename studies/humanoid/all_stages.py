@@ -4,14 +4,14 @@
     python -m studies.humanoid.all_stages noise           the stages whose names begin like this
 
 A stage is one command of studies.sweep.compare, with a folder of its own under --out. The clones
-are those of the expert `walk-1`, except in the stage `stand`. The comparison at equal validation
-loss is a command of its own, studies.humanoid.matched.
+are those of the expert `walk-1`, except in the stages `stand` and `grid`. The comparison at equal
+validation loss is a command of its own, studies.humanoid.matched.
 """
 
 import sys
 
 from studies.humanoid.tables import table
-from studies.rollout.all_stages import RolloutStage
+from studies.rollout.all_stages import BASES, RolloutStage
 from studies.stages import run_stages
 from studies.stats.records import RECORDS
 
@@ -25,6 +25,20 @@ OPTIMIZERS = (
     *("muon", "fast-dopr-muon", "dopr-muon", "fast-dopr-muon+fresh_mean=true"),
     *("signum", "fast-dopr-signum", "adamuon", "fast-dopr-adamuon", "sgd", "fast-dopr-sgd"),
 )
+MODES = ("{}", "dopr-{}", "fast-dopr-{}", "fast-dopr-{}+fresh_mean=true")
+GRID = tuple(  # every optimizer in every mode; less tuning and shorter grading than the others
+    RolloutStage(
+        f"grid-{expert}-{n}",
+        f"humanoid,expert={expert},demonstrations={n}",
+        STEPS,
+        tuple(mode.format(base) for base in BASES for mode in MODES),
+        SEEDS,
+        tuning_seeds=1,
+        episodes=10,
+    )
+    for n in (10, 20)
+    for expert in ("walk-0", "walk-1", "walk-2")
+)
 STAGES = (
     RolloutStage("optimizers", TASK, STEPS, OPTIMIZERS),
     RolloutStage("noise", f"{TASK},noise=0.08", STEPS, PAIR, SEEDS),
@@ -33,6 +47,7 @@ STAGES = (
     RolloutStage("demonstrations-20", f"{TASK},demonstrations=20", STEPS, PAIR, SEEDS),
     RolloutStage("stand", "humanoid,expert=stand", STEPS, (*PAIR, "muon"), SEEDS),
     RolloutStage("ten-times-the-steps", TASK, 10 * STEPS, PAIR[:1], SEEDS),
+    *GRID,
 )
 
 

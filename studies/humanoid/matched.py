@@ -169,17 +169,20 @@ def main() -> None:
     parser.add_argument("--experts", default="walk-0,walk-1,walk-2", help="comma-separated")
     parser.add_argument("--show", action="store_true", help="run nothing, print the rows of FILE")
     parser.add_argument("--rate_factor", type=float, default=1.0, help="of the tuned rates")
-    parser.add_argument("--longest", type=int, help="print rows of at most so many steps")
+    longest = max(STEPS[False])
+    parser.add_argument(
+        "--longest", type=int, default=longest, help="run and print only up to so many steps"
+    )
     arguments = parser.parse_args()
     names = product(
         arguments.experts.split(","), arguments.optimizers.split(","), ("", FAST_PREFIX)
     )
-    factor = arguments.rate_factor
+    factor, longest = arguments.rate_factor, arguments.longest
     setups = [
         Setup(expert, prefix + name, steps, factor)
         for expert, name, prefix in names
         for steps in STEPS[bool(prefix)]
-        if factor == 1 or not prefix
+        if steps <= longest and (factor == 1 or not prefix)
     ]
     with reported_errors(parser):
         for setup in setups:
@@ -189,7 +192,7 @@ def main() -> None:
             workers=arguments.workers,
             header={"stride": STRIDE},
         )
-        rows = [row for row in rows if row["steps"] <= (arguments.longest or row["steps"])]
+        rows = [row for row in rows if row["steps"] <= longest]
         print(table_of(rows), *pooled_lines(rows), sep="\n")
 
 

@@ -43,6 +43,7 @@ class RolloutStage:
     seeds: int = 8
     tuning_seeds: int = 2
     changes: tuple[str, ...] = ()  # settings of train.py for all optimizers, key=value
+    episodes: int | None = None  # graded in each run; None means EPISODES
 
     @property
     def command(self) -> ModuleType:
@@ -53,7 +54,8 @@ class RolloutStage:
         words += ["--optimizers", ",".join(self.optimizers), "--workers", workers]
         words += ["--tuning_seeds", self.tuning_seeds]
         words += ["--set", *self.changes] if self.changes else []
-        words += ["--episodes", EPISODES[self.task.split(",")[0]], "--out", out / self.name]
+        episodes = self.episodes or EPISODES[self.task.split(",")[0]]
+        words += ["--episodes", episodes, "--out", out / self.name]
         return list(map(str, words))
 
 
