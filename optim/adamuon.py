@@ -109,7 +109,7 @@ class AdaMuon(MatrixOptimizer):
         weight_decay: float = 0.1,
         ns_steps: int = 5,
         ns_coefficients: NSCoefficients = "polar_express",
-        ns_dtype: IterationDtype = "bfloat16",
+        ns_dtype: IterationDtype = "auto",
         backend: Backend = "auto",
         process_group: ProcessGroup | None = None,
     ) -> None:

@@ -61,7 +61,7 @@ def build_optimizers(
     nesterov: bool = True,
     adjust_lr: AdjustLR = "match_rms_adamw",
     ns_coefficients: NSCoefficients = "polar_express",
-    ns_dtype: IterationDtype = "bfloat16",
+    ns_dtype: IterationDtype = "auto",
     backend: Backend = "auto",
     process_group: ProcessGroup | None = None,
     width_mult: float = 1.0,

@@ -18,7 +18,7 @@ from .matrices import Layouts, Matrices
 from .process_group import ProcessGroup, local
 
 AdjustLR = Literal["match_rms_adamw", "unit_rms_norm", "original"]
-IterationDtype = Literal["bfloat16", "float32"]
+IterationDtype = Literal["auto", "bfloat16", "float32"]
 
 # Factors on an orthogonal (d_out, d_in) matrix, whose spectral norm is 1 and whose RMS entry is
 # 1/√max(d_out, d_in).
@@ -27,7 +27,7 @@ ADJUST_LR: dict[str, Callable[[int, int], float]] = {
     "unit_rms_norm": lambda d_out, d_in: math.sqrt(d_out / d_in),
     "original": lambda d_out, d_in: math.sqrt(max(1, d_out / d_in)),
 }
-ITERATION_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+ITERATION_DTYPES = ("auto", "bfloat16", "float32")
 
 
 def muon_update(
@@ -104,12 +104,22 @@ def orthogonalize_all(
         d_out, d_in = shape
         batch = torch.stack([matrices[i] for i in indices])  # (n, d_out, d_in)
         batch = batch.view(-1, d_out // qkv_blocks, d_in)  # (n·qkv_blocks, d_out/qkv_blocks, d_in)
-        dtype = ITERATION_DTYPES[ns_dtype]
+        dtype = iteration_dtype(ns_dtype, batch.device)
         implementation = _choose_orthogonalize(backend, batch, dtype)
         batch = implementation(batch, steps=steps, ns_coefficients=ns_coefficients, dtype=dtype)
         for i, matrix in zip(indices, batch.reshape(-1, d_out, d_in), strict=True):
             result[i] = matrix
     return result
+
+
+def iteration_dtype(ns_dtype: IterationDtype, device: torch.device) -> torch.dtype:
+    """Return the dtype that `ns_dtype` names; "auto" is float32 on a CPU and bfloat16 elsewhere.
+
+    CPUs without instructions for bfloat16 multiply it many times more slowly than float32.
+    """
+    if ns_dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return torch.float32 if ns_dtype == "float32" else torch.bfloat16
 
 
 def _choose_orthogonalize(backend: Backend, G: Tensor, dtype: torch.dtype) -> Callable[..., Tensor]:
@@ -207,8 +217,10 @@ class Muon(MatrixOptimizer):
             AdamW update, so that AdamW's lr and weight decay can be reused (Liu et al., arXiv
             2502.16982). "unit_rms_norm": √(d_out/d_in), which changes outputs by an RMS that does
             not depend on the width. "original": √max(1, d_out/d_in).
-        ns_steps, ns_coefficients, ns_dtype: number of steps, coefficients and dtype of the
-            iteration; see `orthogonalize` in kernels/newton_schulz.py.
+        ns_steps, ns_coefficients: number of steps and coefficients of the iteration; see
+            `orthogonalize` in kernels/newton_schulz.py.
+        ns_dtype: dtype of the iteration: "bfloat16", "float32", or "auto", which is float32 on a
+            CPU and bfloat16 elsewhere.
         backend: "auto", "torch" or "triton"; see `choose_backend` in kernels/dispatch.py.
         process_group: the processes that store the same parameters (DDP) and share the
             orthogonalization. If None, every process orthogonalizes all parameters. Sharded
@@ -233,7 +245,7 @@ class Muon(MatrixOptimizer):
         adjust_lr: AdjustLR = "match_rms_adamw",
         ns_steps: int = 5,
         ns_coefficients: NSCoefficients = "polar_express",
-        ns_dtype: IterationDtype = "bfloat16",
+        ns_dtype: IterationDtype = "auto",
         backend: Backend = "auto",
         process_group: ProcessGroup | None = None,
     ) -> None:

@@ -67,7 +67,9 @@ class TrainConfig:
     nesterov: bool = True  # of muon and adamuon
     adjust_lr: Literal["unit_rms_norm", "match_rms_adamw", "original"] = "match_rms_adamw"  # muon
     ns_coefficients: Literal["polar_express", "quintic"] = "polar_express"  # of Newton-Schulz
-    ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of Newton-Schulz
+    ns_dtype: Literal["auto", "bfloat16", "float32"] = (
+        "auto"  # of Newton-Schulz; auto: fp32 on CPUs
+    )
     grad_clip: float = 1.0  # maximum global norm of the raw gradient; 0: off
     # -- DoPr: activation preconditioning before the optimizer (optim/dopr/preconditioner.py)
     dopr: bool = False

@@ -9,7 +9,7 @@ import torch
 from optim import matrices
 from optim.kernels.newton_schulz import orthogonalize
 from optim.matrices import Matrices
-from optim.muon import ADJUST_LR, Muon, orthogonalize_all
+from optim.muon import ADJUST_LR, Muon, iteration_dtype, orthogonalize_all
 
 TORCH_LIKE = {"adjust_lr": "original", "ns_coefficients": "quintic", "weight_decay": 0.1}
 SHAPES = [(8, 8), (16, 8), (8, 24), (8, 8)]
@@ -48,7 +48,8 @@ def reference_muon(param, grads, *, lr, momentum, nesterov, adjust_lr, weight_de
 )
 def test_equals_torch_muon_up_to_bfloat16(adjust_lr, adjust_lr_fn, nesterov):
     settings = {"lr": 0.01, "nesterov": nesterov}
-    ours = stepped(Muon, **TORCH_LIKE | {"adjust_lr": adjust_lr}, **settings)
+    like_torch = TORCH_LIKE | {"ns_dtype": "bfloat16", "adjust_lr": adjust_lr}
+    ours = stepped(Muon, **like_torch, **settings)
     reference = stepped(torch.optim.Muon, adjust_lr_fn=adjust_lr_fn, **settings)
     for a, b in zip(ours, reference, strict=True):
         largest = 3 * 0.01 * ADJUST_LR[adjust_lr](*a.shape)  # three updates with entries below 1
@@ -66,6 +67,16 @@ def test_equals_the_reference_with_fp32_iterations(adjust_lr, nesterov):
         grads = [randn(*shape, seed=100 * step + i) for step in range(3)]
         expected = reference_muon(randn(*shape, seed=i), grads, weight_decay=0.1, **settings)
         torch.testing.assert_close(ours[i], expected, **FP32)
+
+
+def test_by_default_the_iteration_is_in_float32_on_a_cpu_and_in_bfloat16_elsewhere():
+    default, fp32, bf16 = (
+        stepped(Muon, **settings)
+        for settings in ({}, {"ns_dtype": "float32"}, {"ns_dtype": "bfloat16"})
+    )
+    assert all(torch.equal(a, b) for a, b in zip(default, fp32, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(default, bf16, strict=True))
+    assert iteration_dtype("auto", torch.device("cuda")) == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -167,7 +178,7 @@ def test_lr_mult_scales_the_update_and_not_the_decay():
             {"ns_coefficients": [(3.0, -4.0, 2.0)]},
             r"ns_coefficients=\[\(3.0, .*\)\]: must be one of polar_express, quintic",
         ),
-        ({"ns_dtype": "float16"}, "ns_dtype='float16': must be one of bfloat16, float32"),
+        ({"ns_dtype": "float16"}, "ns_dtype='float16': must be one of auto, bfloat16, float32"),
         ({"ns_steps": 0}, "ns_steps=0: must be an integer, at least 1"),
         ({"momentum": 1.0}, "Muon: momentum=1.0"),
         ({"lr": float("inf")}, "Muon: lr=inf"),
