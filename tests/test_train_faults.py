@@ -67,7 +67,14 @@ def test_the_run_survives_kill_9_and_ends_as_if_nothing_had_happened(dataset, tm
     assert not list((out / "checkpoints").glob("*.tmp"))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "signum",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_ends_the_run_quickly_with_a_checkpoint_and_no_traceback(
     dataset, tmp_path, signum
 ):

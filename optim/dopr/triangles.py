@@ -7,6 +7,7 @@ are copied faster than single elements are gathered, and need no memory for indi
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 from torch import Tensor
 
@@ -40,6 +41,7 @@ def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     return S
 
 
+@cache
 def packed_numel(shape: tuple[int, ...]) -> int:
     """Return the number of elements that `pack` returns for this shape."""
     if len(shape) == 1:

@@ -31,7 +31,8 @@ def is_quick(optimizer, dopr, parallel):
     """Return whether a case is in `make test`."""
     if dopr in ("fast", "fresh mean"):
         return (optimizer, parallel) == ("adamw", "fsdp")
-    return dopr == "exact" and (optimizer in ("adamw", "muon") or parallel == "hsdp")
+    others = [("adamw", "ddp"), ("muon", "fsdp")]
+    return dopr == "exact" and (parallel == "hsdp" or (optimizer, parallel) in others)
 
 
 CASES = [

@@ -56,7 +56,8 @@ def undisturbed(gang, dataset, tmp_path_factory):
 @pytest.mark.parametrize(
     "place",
     [
-        *("a step", "validation"),
+        "a step",
+        pytest.param("validation", marks=pytest.mark.slow),
         pytest.param("a save", marks=pytest.mark.slow),
         pytest.param("the wait for data", marks=pytest.mark.slow),
     ],

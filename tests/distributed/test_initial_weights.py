@@ -72,7 +72,7 @@ def test_shards_are_read_from_a_hugging_face_folder(gang, tmp_path):
             assert rows[name] <= -(-len(weight) // 3)
 
 
-@pytest.mark.parametrize("ema_decay", [0, 0.9])
+@pytest.mark.parametrize("ema_decay", [pytest.param(0, marks=pytest.mark.slow), 0.9])
 def test_a_sharded_run_starts_from_a_folder_as_one_process_does(gang, dataset, tmp_path, ema_decay):
     folder = tmp_path / "hf"
     export_hf(gpt(vocab_size=VOCAB_SIZE, **SIZES), byte_tokenizer(), folder)

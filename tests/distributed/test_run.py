@@ -16,7 +16,9 @@ PDFA = "task:pdfa,states=4,alphabet=4,horizon=16,n_documents=64"
 RUN = {"lr": 3e-3, "max_steps": 4, "dopr": "true"}
 
 
-@pytest.mark.parametrize(("size", "parallel"), [(2, "ddp"), (3, "fsdp")])
+@pytest.mark.parametrize(
+    ("size", "parallel"), [pytest.param(2, "ddp", marks=pytest.mark.slow), (3, "fsdp")]
+)
 def test_rollouts_are_graded_as_in_one_process(gang, tmp_path, size, parallel):
     """The episodes are divided among the processes; 8 do not divide evenly among 3."""
     settings = RUN | {"ttf_every": 2, "ttf_episodes": 8}

@@ -19,10 +19,15 @@ SHARDED = {
     "adabelief": {"lr": 3e-3, "optimizer_args": "eps=1e-10"},
     "schedulefreeadamw": {"lr": 3e-3, "schedule": "constant"},
 }
+QUICK = ("kron", "lion", "schedulefreeadamw")  # in `make test`
+
+
+def cases(names):
+    return [pytest.param(x, marks=[] if x in QUICK else [pytest.mark.slow]) for x in names]
 
 
 @pytest.mark.parametrize("dopr", [pytest.param("false", marks=pytest.mark.slow), "true"])
-@pytest.mark.parametrize("optimizer", DDP)
+@pytest.mark.parametrize("optimizer", cases(DDP))
 def test_ddp_trains_any_class_as_one_process(gang, dataset, tmp_path, optimizer, dopr):
     settings = {"optimizer": optimizer, "dopr": dopr} | DDP[optimizer]
     alone = trained(gang, 1, dataset, tmp_path / "alone", **settings)
@@ -31,7 +36,7 @@ def test_ddp_trains_any_class_as_one_process(gang, dataset, tmp_path, optimizer,
 
 
 @pytest.mark.parametrize("parallel", ["fsdp", pytest.param("hsdp", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("optimizer", SHARDED)
+@pytest.mark.parametrize("optimizer", cases(SHARDED))
 def test_shards_train_elementwise_classes_as_one_process(
     gang, dataset, tmp_path, optimizer, parallel
 ):

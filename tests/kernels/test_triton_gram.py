@@ -75,7 +75,9 @@ def test_integer_valued_inputs_give_the_exact_sum():
     assert torch.equal(S, expected)
 
 
-@pytest.mark.parametrize(("b", "blocks"), [(40, 1), (5, 3), (33, 2), (128, 1)])
+@pytest.mark.parametrize(
+    ("b", "blocks"), [(40, 1), (5, 3), (33, 2), pytest.param(128, 1, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("stride", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_column_sums_are_those_of_the_reference_and_change_no_bit_of_s(

@@ -32,9 +32,21 @@ SLOW = {"test_triton_deflation"}  # an option of Newton-Schulz that waits for a 
     ],
 )
 def test_a_kernel_is_right_in_the_interpreter(file):
+    passes_in_the_interpreter(file, "-m", "not slow")
+
+
+@needs_interpreter
+@pytest.mark.slow
+def test_the_slow_cases_are_right_in_the_interpreter():
+    passes_in_the_interpreter(*FILES, "-m", "slow")
+
+
+def passes_in_the_interpreter(*arguments):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_ADDOPTS", None)  # set for the outer run, which may use workers
-    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", file]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

@@ -167,7 +167,11 @@ def test_true_in_the_arguments_means_the_last_checkpoint(six_steps, tmp_path):
     assert_equal(weights(run.model), weights(six_steps.model))
 
 
-@pytest.mark.parametrize("logging", [{}, {"logging_strategy": "no"}], ids=["logged", "not logged"])
+@pytest.mark.parametrize(
+    "logging",
+    [{}, pytest.param({"logging_strategy": "no"}, marks=pytest.mark.slow)],
+    ids=["logged", "not logged"],
+)
 def test_the_state_of_another_run_is_refused(tmp_path, logging):
     changes = {"max_steps": 2, "save_steps": 1, **logging}
     trainer(tmp_path / "one", **changes).train()

@@ -116,6 +116,7 @@ def command(dataset, out, *more):
     return [*words, "--set", f"dataset={dataset}", *TINY, "mup_base_width=32"]
 
 
+@pytest.mark.slow
 def test_the_command_checks_a_tiny_model_and_continues_its_grid(dataset, tmp_path, capsys):
     axes = ["--optimizers", "dopr-muon", "--parametrisations"]
     main(command(dataset, tmp_path, *axes, "sp"))

@@ -125,7 +125,13 @@ def rates(monkeypatch):
     return best
 
 
-@pytest.mark.parametrize(("lost", "other"), [("adamw", "dopr-adamw"), ("dopr-adamw", "adamw")])
+@pytest.mark.parametrize(
+    ("lost", "other"),
+    [
+        ("adamw", "dopr-adamw"),
+        pytest.param("dopr-adamw", "adamw", marks=pytest.mark.slow),
+    ],
+)
 def test_a_variant_without_a_best_rate_does_not_stop_the_others(
     tmp_path, rates, capsys, lost, other
 ):
