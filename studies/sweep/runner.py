@@ -1,21 +1,15 @@
 """Run trials side by side in worker processes, and collect their records as they finish."""
 
-import contextlib
-import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from functools import partial
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from tqdm import tqdm
 
+from studies.pool import worker_pool
 from studies.stats.records import Record
 from studies.sweep.run_cache import read_record
 
@@ -49,18 +43,15 @@ class Runner:
     ) -> None:
         self.records: dict[Path, Record] = {}
         self._work, self._line = work, line
-        context = get_context("spawn")
-        worker_end, self._alive = context.Pipe(duplex=False)
-        self._pool = ProcessPoolExecutor(workers, context, start_worker, (worker_end,))
+        self._opening = worker_pool(workers)
         self._bar = tqdm(desc=name, unit="run", total=total, disable=not sys.stderr.isatty())
 
     def __enter__(self) -> "Runner":
+        self._pool = self._opening.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._pool.shutdown(wait=kind is None, cancel_futures=True)
-        self._alive.close()  # ends the workers, even in the middle of a run
-        self._pool.shutdown()
+    def __exit__(self, *exception: Any) -> None:
+        self._opening.__exit__(*exception)
         self._bar.close()
 
     def run(self, trials: Sequence[HasFolder]) -> list[Record]:
@@ -86,19 +77,3 @@ def _run(work: Callable[[Any], Any], trial: HasFolder) -> None:
     break the pool. The parent reads it from disk.
     """
     work(trial)
-
-
-def start_worker(parent: Connection) -> None:
-    """Initialise a worker: use one thread, and exit when the other end of `parent` is closed.
-
-    That end closes at the latest when the parent is killed. Ctrl-C is left to the parent.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with, args=[parent], daemon=True).start()
-
-
-def _end_with(parent: Connection) -> None:
-    with contextlib.suppress(EOFError, OSError):
-        parent.recv()
-    os._exit(1)

@@ -4,15 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from studies.sweep.compare import main
 from tests.studies.records import read_lines
 from tests.studies.sweep.test_study import ROOT, TINY
-
-TIMEOUT = 300  # seconds
+from tests.waiting import PATIENCE, wait_until
 
 
 def add_other_run(folder, name):
@@ -61,19 +59,12 @@ def test_a_stopped_study_leaves_no_process_behind(tmp_path, signum, code):
     try:
         wait_until(lambda: len([*tmp_path.glob("runs/*/metrics.jsonl")]) == 2)
         started.send_signal(signum)  # to the parent alone
-        assert started.wait(timeout=TIMEOUT) == code
+        assert started.wait(timeout=PATIENCE) == code
         wait_until(lambda: not alive(started.pid))
     finally:
         if alive(started.pid):
             os.killpg(started.pid, signal.SIGKILL)
         started.wait()
-
-
-def wait_until(holds):
-    deadline = time.monotonic() + TIMEOUT
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def alive(group):
