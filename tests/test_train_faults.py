@@ -48,7 +48,8 @@ def has_trained(out: Path) -> bool:
 
 
 def test_the_run_survives_kill_9_and_ends_as_if_nothing_had_happened(dataset, tmp_path):
-    changes = {"max_steps": 400, "eval_every": 400, "save_every": 400, "log_every": 50}
+    steps = 150
+    changes = {"max_steps": steps, "eval_every": steps, "save_every": steps, "log_every": 50}
     assert train.main(argv(dataset, tmp_path / "whole", **changes)) == 0
     out = tmp_path / "killed"
     latest = out / "checkpoints/latest"
@@ -61,9 +62,9 @@ def test_the_run_survives_kill_9_and_ends_as_if_nothing_had_happened(dataset, tm
         process.communicate()
         found = checkpoint.newest_good(out / "checkpoints", pytest.fail)
         assert found is not None
-        assert found.step < 400, "the run must still be going when it is killed"
+        assert found.step < steps, "the run must still be going when it is killed"
     assert train.main(argv(dataset, out, **changes)) == 0
-    assert weights(out, 400) == weights(tmp_path / "whole", 400)
+    assert weights(out, steps) == weights(tmp_path / "whole", steps)
     assert not list((out / "checkpoints").glob("*.tmp"))
 
 

@@ -10,6 +10,8 @@ from tests.kernels.spectra import exact_inverse_root, relative_error
 from tests.kernels.test_deflation import D, covariance, damped
 from tests.kernels.triton_device import DEVICE, triton_newton_schulz
 
+pytestmark = pytest.mark.slow  # an option of Newton-Schulz that waits for a GPU
+
 
 @pytest.fixture
 def launches(monkeypatch):

@@ -1,4 +1,4 @@
-"""Run the tests of the Triton kernels in Triton's interpreter, one process per file."""
+"""Run the tests of the Triton kernels in Triton's interpreter, in processes of their own."""
 
 import os
 import subprocess
@@ -11,28 +11,20 @@ from tests.kernels.interpreter import needs_interpreter
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent.parent
-
-
 FILES = sorted(
     path
     for path in FOLDER.glob("test_*.py")
     if "\nfrom tests.kernels.triton_device " in path.read_text()
 )
-
-
-SLOW = {"test_triton_deflation"}  # an option of Newton-Schulz that waits for a GPU
+GRAM = [path for path in FILES if path.stem == "test_triton_gram"]  # takes half of the time
+OTHERS = [path for path in FILES if path not in GRAM]
 
 
 @needs_interpreter
-@pytest.mark.parametrize(
-    "file",
-    [
-        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in SLOW))
-        for path in FILES
-    ],
-)
-def test_a_kernel_is_right_in_the_interpreter(file):
-    passes_in_the_interpreter(file, "-m", "not slow")
+@pytest.mark.parametrize("files", [GRAM, OTHERS], ids=["gram", "others"])
+def test_the_kernels_are_right_in_the_interpreter(files):
+    assert files
+    passes_in_the_interpreter(*files, "-m", "not slow")
 
 
 @needs_interpreter

@@ -25,7 +25,7 @@ def covariances(d, conditions):
 
 
 @pytest.mark.parametrize("precision", TOLERANCE)
-@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("p", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_batch_of_inverse_roots_equals_float64(p, precision):
     A, lower, condition = covariances(31, [1e3, 30])
     iterations = newton_iterations(condition, p)

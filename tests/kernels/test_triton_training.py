@@ -73,7 +73,7 @@ def sgd(params):
         # 1e-3: WANTED_ERROR of Newton-Schulz in kernels/cholesky.py
         ({}, 0, 1e-4),
         (FAST | BLOCKS, 0, 1e-4),
-        (NEWTON_SCHULZ | BLOCKS, 3, 1e-3),
+        pytest.param(NEWTON_SCHULZ | BLOCKS, 3, 1e-3, marks=pytest.mark.slow),
         (NEWTON_SCHULZ | FAST, 2, 1e-3),
     ],
 )

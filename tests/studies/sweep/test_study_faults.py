@@ -43,11 +43,9 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize(
-    ("signum", "code"),
-    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGKILL, -9)],
-)
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_stopped_study_leaves_no_process_behind(tmp_path, signum, code):
     command = ["--task", TINY, "--steps", "1000000", "--optimizers", "adamw,sgd"]
     started = subprocess.Popen(
