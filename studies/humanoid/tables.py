@@ -47,6 +47,11 @@ def with_half(found: Estimate, form: str) -> str:
     return f"{found.mean:{form}}{interval}"
 
 
+def mean_of(values: list[float], form: str) -> str:
+    """Format the mean; "" without values."""
+    return f"{np.mean(values):{form}}" if values else ""
+
+
 def difference(own: list[Record], others: list[Record]) -> str:
     """Return the mean paired difference of the returns; "" without pairs."""
     returns = {record["seed"]: primary(record) for record in others if is_finished(record)}
@@ -88,9 +93,9 @@ def table(folder: Path, reference: str | None = None) -> str:
             (
                 f"`{name}`",
                 f"{lr:g}",
-                f"{np.mean(list(map(val_loss, own))):.5f}",
-                with_half(over_seeds(list(map(primary, own))), ",.0f") + lost,
-                f"{np.mean([each['grade']['metrics']['falls']['mean'] for each in own]):.2f}",
+                mean_of(list(map(val_loss, own)), ".5f"),
+                (with_half(over_seeds(list(map(primary, own))), ",.0f") + lost).strip(),
+                mean_of([each["grade"]["metrics"]["falls"]["mean"] for each in own], ".2f"),
                 difference(own, fresh.get(base, [])) if name != base else "",
                 difference(own, at_this_lr) if name != base else "",
                 rate_of_rollouts(tuning[name], lr) if name in tuning else "",

@@ -50,6 +50,14 @@ def test_a_diverged_run_is_counted_and_enters_no_mean(folder):
     assert "| +20 ± 25 |" in lines[3]
 
 
+def test_an_optimizer_whose_runs_all_diverged_has_no_means(folder):
+    kept = [each for each in read_records(folder / RECORDS) if each["variant"] != "dopr-adamw"]
+    lost = [run("dopr-adamw", seed, 0.0, grade=None, val_loss=None) for seed in (1, 2)]
+    write_records(folder / RECORDS, [*kept, *lost])
+    line = next(line for line in table(folder).split("\n") if "dopr-adamw" in line)
+    assert "|  | (2 of 2 diverged) |  |  |  |" in line
+
+
 def test_the_command_prints_the_name_of_the_folder(folder, capsys):
     main([str(folder)])
     assert capsys.readouterr().out.startswith("study\n\n| ")
