@@ -16,6 +16,7 @@ from studies.stages import run_stages
 from studies.stats.records import RECORDS
 
 TASK = "humanoid,expert=walk-1"
+STAND = "humanoid,expert=stand,demonstrations=90,length=100"  # later it hardly moves
 STEPS, SEEDS = 2000, 5
 PAIR = ("adamw", "fast-dopr-adamw")
 OPTIMIZERS = (
@@ -45,7 +46,7 @@ STAGES = (
     RolloutStage("whitening-0.5", f"{TASK},whitening=0.5", STEPS, PAIR, SEEDS),
     RolloutStage("whitening-0.9", f"{TASK},whitening=0.9", STEPS, PAIR, SEEDS),
     RolloutStage("demonstrations-20", f"{TASK},demonstrations=20", STEPS, PAIR, SEEDS),
-    RolloutStage("stand", "humanoid,expert=stand", STEPS, (*PAIR, "muon"), SEEDS),
+    RolloutStage("stand", STAND, STEPS, (*PAIR, "muon"), SEEDS),
     RolloutStage("ten-times-the-steps", TASK, 10 * STEPS, PAIR[:1], SEEDS),
     *GRID,
 )

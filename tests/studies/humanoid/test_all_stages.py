@@ -12,7 +12,7 @@ from studies.sweep.compare import notes, parse, study_of
 def test_every_stage_is_a_command_that_compare_takes(stage, tmp_path):
     study = study_of(parse(stage.argv(tmp_path, 1))[1])
     words = stage.name.split("-")
-    expert, demonstrations = "stand" if stage.name == "stand" else "walk-1", 10
+    expert, demonstrations = ("stand", 90) if stage.name == "stand" else ("walk-1", 10)
     if words[0] == "grid":
         expert, demonstrations = "-".join(words[1:3]), int(words[3])
         assert (len(study.variants), study.tuning_seeds, study.n) == (20, 1, 10)
