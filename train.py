@@ -29,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from data.dataset import DataError
 from data.files import write_atomic
 from data.loader import Batch, next_step, train_batches, val_batches
-from eval.hf_import import take_shape
+from eval.hf_import import missing_shape
 from eval.in_training import grade_rollouts, load_initial_weights, validate
 from eval.rollout.tasks import open_data, task_of
 from eval.rollout.ttf import check_fits
@@ -127,6 +127,8 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
     if checkpoint:
         check_same_function(checkpoint, asdict(model.config))
         state.restore(checkpoint)
+        if checkpoint.is_of(out_dir):
+            state.saved_step = state.step
         print(f"resumed {checkpoint.path} at step {state.step}")
         print(describe_changes(checkpoint.manifest["config"], config), end="")
         checkpoint = None  # frees its tensors, which are as large as the state
@@ -251,7 +253,11 @@ def count_scored(micro_batches: list[Batch]) -> int:
 
 
 def random_seed(seed: int, step: int, rank: int) -> int:
-    """Return the seed of a step: dropout has one for every rank, all optimizers that of rank -1."""
+    """Return the seed of a step.
+
+    Dropout uses a different seed on each rank; optimizers that draw random numbers use rank=-1, the
+    same on all ranks.
+    """
     return (seed * 1_000_003 + step + rank * 2_654_435_761) % 2**32
 
 
@@ -262,7 +268,7 @@ def run(argv: list[str]) -> int:
         USER_ERRORS: the settings, the data or a checkpoint cannot be used, the run diverged
             (TrainingDiverged), the memory does not suffice, or another process failed.
     """
-    config, origins = take_shape(*load_config(argv, machine_problems))
+    config, origins = load_config(argv, machine_problems, missing_shape)
     with ExitStack() as stack:
         parallel = Parallel(
             device_of(config.device),

@@ -28,7 +28,6 @@ SHARED_LIMIT = {
     80: 163 * 1024,
     90: 227 * 1024,
 }  # bytes per block: CUDA C++ Programming Guide, table 15
-SHARED_RESERVED = {80: 1024, 90: 1024}  # bytes of these that the system reserves
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 ROW = "{:20} {:>4} {:>7} {:>5} {:>6} {:>9} {:>7} {:>7} {:>5} {:>4} {:>6}"
 

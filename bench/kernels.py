@@ -25,7 +25,7 @@ from bench.timing import DEVICE, compared, interleaved, measure_all
 from optim.dopr.statistics import apply_P
 from optim.kernels import _triton_apply, _triton_gram, _triton_newton_schulz, gram, newton_schulz
 from optim.kernels.deflation import DEFLATION_RANK, deflate, deflated_condition_bound, restore
-from optim.kernels.dense_root import dense_inverse_root
+from optim.kernels.dense_root import inverse_root_by_factorization
 from optim.kernels.newton_schulz import newton_iterations
 from optim.kernels.precision import full_precision
 from optim.kernels.symmetric import mirror_
@@ -122,7 +122,7 @@ def inverse_cases(N: int, d: int) -> Iterator[KernelCase]:
     options = {"lower_bound": damping, "iterations": iterations}
     triton = partial(_triton_newton_schulz.inverse_root, A, 1, **options)
     contenders = {
-        "cholesky": lambda: dense_inverse_root(A, 1)[0],
+        "cholesky": lambda: inverse_root_by_factorization(sigma, damping, 1)[0],
         "cholesky fp32": lambda: torch.cholesky_inverse(torch.linalg.cholesky(A)),
         **({"eigh fp32": partial(_by_eigh, A)} if d <= 1024 else {}),  # takes minutes if wider
         "newton_schulz": partial(newton_schulz.inverse_root, A, 1, **options),

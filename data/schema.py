@@ -87,13 +87,20 @@ def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json_lines(
-    path: Path, schema: type[S], error: type[Exception] = DataError
+    path: Path,
+    schema: type[S],
+    error: type[Exception] = DataError,
+    *,
+    may_be_cut: bool = False,
 ) -> Iterator[tuple[int, S]]:
-    """Yield the number, from 1, and the content of each line that is not empty."""
+    """Yield the number, from 1, and the content of each line that is not empty.
+
+    If it `may_be_cut`, a last line without an end is skipped.
+    """
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                if line.strip():
+                if line.strip() and (line.endswith(b"\n") or not may_be_cut):
                     yield number, parse_json(line, f"{path}, line {number}", schema, error)
     except OSError as problem:
         raise error(f"{path}: cannot be read ({problem.strerror})") from None

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from zipfile import is_zipfile
@@ -18,11 +18,12 @@ from data.tokenizer import Tokenizer
 from eval.deferred import DeferredTensors
 from model import GPT, GPTConfig
 from trainer.checkpoint.tensors import weight_problems
-from trainer.settings import ConfigError, TrainConfig
+from trainer.settings import ConfigError
 
 TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # Conv1D stores (d_in, d_out)
 BUFFERS = re.compile(r"\.attn\.(masked_)?bias$")  # the causal mask, which old files contain
 WPE = "transformer.wpe.weight"
+TABLES = ("transformer.wte.weight", "lm_head.weight")  # one row for each id
 INDEX = ".index.json"  # ends the name of the file that lists the shards
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # each in one file, or in shards with an index
 SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "tie_weights")
@@ -71,19 +72,21 @@ def is_hf_folder(path: Path) -> bool:
     return not is_ours and (path / "config.json").is_file() and _weights_file(path) is not None
 
 
-def load_hf(folder: str | Path, block_size: int | None = None) -> GPT:
+def load_hf(
+    folder: str | Path, block_size: int | None = None, vocab_size: int | None = None
+) -> GPT:
     """Load a GPT-2 from a folder with config.json and weights; see `open_hf`.
 
     Dropout is 0, whatever config.json says.
     """
-    config, weights = open_hf(folder, block_size)
+    config, weights = open_hf(folder, block_size, vocab_size)
     model = GPT(config)
     model.load_state_dict(weights)
     return model
 
 
 def open_hf(
-    folder: str | Path, block_size: int | None = None
+    folder: str | Path, block_size: int | None = None, vocab_size: int | None = None
 ) -> tuple[GPTConfig, Mapping[str, Tensor]]:
     """Check a GPT-2 in a folder with config.json and weights; return its sizes and its weights.
 
@@ -92,6 +95,7 @@ def open_hf(
 
     Args:
         block_size: keep only this many of the first positions. Defaults to all.
+        vocab_size: keep only this many of the first ids. Defaults to all.
     Raises:
         ValueError: a file is missing or damaged, the model is not a GPT-2, or weights are missing,
             unexpected, of another shape or not finite.
@@ -103,9 +107,11 @@ def open_hf(
     if problems := weight_problems(weights, config):
         listed = "; ".join(problems[:MAX_PROBLEMS])
         raise ValueError(f"{path} does not fit its config.json: {listed}")
-    n = config.block_size if block_size is None else min(block_size, config.block_size)
-    cropped = DeferredTensors(weights, lambda key, weight: weight[:n] if key == WPE else weight)
-    return dataclasses.replace(config, block_size=n), cropped
+    T = min(block_size or config.block_size, config.block_size)
+    V = min(vocab_size or config.vocab_size, config.vocab_size)
+    n_rows = {WPE: T} | dict.fromkeys(TABLES, V)
+    cropped = DeferredTensors(weights, lambda key, weight: weight[: n_rows.get(key)])
+    return dataclasses.replace(config, block_size=T, vocab_size=V), cropped
 
 
 def _weights_file(folder: Path) -> Path | None:
@@ -162,26 +168,20 @@ def _converted(name: str, tensor: Tensor) -> Tensor:
     return tensor.T if TRANSPOSED.search(name) and tensor.dim() == 2 else tensor
 
 
-def take_shape(config: TrainConfig, origins: dict[str, str]) -> tuple[TrainConfig, dict[str, str]]:
-    """Take each size that was not given from the folder `init_from`, if there is one.
+def missing_shape(folder: str, given: Container[str]) -> dict[str, Any]:
+    """Return the sizes of the model in a Hugging Face folder that are not among the given settings.
 
-    Args:
-        origins: the source of every setting that was given.
-    Returns:
-        The settings and their sources.
     Raises:
         ConfigError: the folder has no config.json of a GPT-2.
     """
-    missing = [key for key in SHAPE_KEYS if key not in origins]
-    if not config.init_from or not missing:
-        return config, origins
-    path = Path(config.init_from) / "config.json"
+    missing = [key for key in SHAPE_KEYS if key not in given]
+    if not missing:
+        return {}
     try:
-        found = read_json(path, HFConfig, ValueError).to_gpt()
+        found = read_json(Path(folder) / "config.json", HFConfig, ValueError).to_gpt()
     except ValueError as error:
-        raise ConfigError(f"init_from={config.init_from}: {error}") from None
-    taken = {key: getattr(found, key) for key in missing}
-    return dataclasses.replace(config, **taken), origins | dict.fromkeys(missing, str(path))
+        raise ConfigError(f"init_from={folder}: {error}") from None
+    return {key: getattr(found, key) for key in missing}
 
 
 def check_shape(folder: Path, found: GPTConfig, wanted: GPTConfig) -> None:

@@ -30,6 +30,9 @@ class Run:
 def load_run(path: str | Path, *, device: str | torch.device = "cpu", ema: bool = False) -> Run:
     """Load a run from disk.
 
+    The ids with which the vocabulary of a Hugging Face folder may be padded are dropped; the model
+    then gives them no probability.
+
     Args:
         path: a run's out_dir (its newest undamaged checkpoint is loaded), a checkpoint's folder, or
             a Hugging Face folder of a GPT-2 with its tokenizer.
@@ -43,8 +46,9 @@ def load_run(path: str | Path, *, device: str | torch.device = "cpu", ema: bool 
     if is_hf_folder(path):
         if ema:
             raise ValueError(f"{path} has no averaged weights: it is a Hugging Face folder")
-        model = load_hf(path).to(device).eval()
-        return Run(path, 0, model, Tokenizer.load(path / "tokenizer.json"), {}, {})
+        tokenizer = Tokenizer.load(path / "tokenizer.json")
+        model = load_hf(path, vocab_size=tokenizer.n_vocab).to(device).eval()
+        return Run(path, 0, model, tokenizer, {}, {})
     return run_of(open_checkpoint(path), device=device, ema=ema)
 
 

@@ -35,8 +35,11 @@ class MetricsRow(OpenSchema):
 
 
 def read_metrics(out_dir: Path, kind: str) -> list[MetricsRow]:
-    """Read the rows of one kind in a run's metrics.jsonl. Raises ValueError naming a bad line."""
-    rows = read_json_lines(out_dir / "metrics.jsonl", MetricsRow, ValueError)
+    """Read the rows of one kind in a run's metrics.jsonl. Raises ValueError naming a bad line.
+
+    A last line without an end, which a kill has cut, is skipped.
+    """
+    rows = read_json_lines(out_dir / "metrics.jsonl", MetricsRow, ValueError, may_be_cut=True)
     return [row for _, row in rows if row.kind == kind]
 
 

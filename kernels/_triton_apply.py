@@ -1,7 +1,7 @@
 """M = G P on the GPU: multiply gradients by their preconditioners, for layers of equal shape.
 
 P amplifies rounding errors by up to its condition number, so G is never rounded to bf16. The
-reference is `apply_P` in optim/dopr/layer.py.
+reference is `apply_P` in optim/dopr/statistics.py.
 """
 
 from __future__ import annotations

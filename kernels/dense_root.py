@@ -8,32 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .newton_schulz import check_inverse_root
 from .spd_inverse import invert_spd_
 from .symmetric import mirror_
 
 MAX_BLOCK_CONDITION = 1e5  # beyond it, inverting in blocks loses digits that fp32 holds
-
-
-def dense_inverse_root(
-    A: Tensor,  # (..., d, d), symmetric, fp32 or float64
-    p: int,  # 1, 2 or 4
-) -> tuple[Tensor, Tensor]:  # X (..., d, d), like A and exactly symmetric; ok (...) bool
-    """Compute X = A^(-1/p) by Cholesky (p = 1) or eigendecomposition (p = 2, 4).
-
-    Where A is not finite or not positive definite, or where X overflows, `ok` is false and X is
-    NaN.
-
-    Raises:
-        ValueError: the shape or dtype of A, or `p`, is invalid.
-    """
-    check_inverse_root(A, p)
-    is_finite = A.isfinite().all(dim=(-2, -1))[..., None, None]
-    zeroed = A.masked_fill(~is_finite, 0).reshape(-1, *A.shape[-2:])  # 0 is reported as not ok
-    X, is_positive = inverse_root_by_factorization(zeroed, A.new_zeros(len(zeroed)), p)
-    X, is_positive = X.view(A.shape), is_positive.view(A.shape[:-2])
-    ok = is_positive & X.isfinite().all(dim=(-2, -1))
-    return X.masked_fill_(~ok[..., None, None], torch.nan), ok
 
 
 def inverse_root_by_factorization(sigma: Tensor, damping: Tensor, p: int) -> tuple[Tensor, Tensor]:

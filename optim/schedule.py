@@ -14,7 +14,6 @@ def lr_scale(
     warmup_steps: int,
     max_steps: int,
     min_lr_ratio: float,
-    decay_fraction: float = DECAY_FRACTION,
 ) -> float:
     """Return the factor in [0, 1] on the peak learning rate at step number `step`.
 
@@ -22,7 +21,7 @@ def lr_scale(
 
         warmup    step < w    (step + 1) / (w + 1): 1/(w + 1) at step 0, which reaches 1 at step w
         cosine    step >= w   half a cosine from 1 at step w to min_lr_ratio at step s
-        wsd       step >= w   1 up to step (1 - decay_fraction) s, or step w if that is later; then
+        wsd       step >= w   1 up to step (1 - DECAY_FRACTION) s, or step w if that is later; then
                               linear to min_lr_ratio at step s
         constant  step >= w   1
 
@@ -32,7 +31,7 @@ def lr_scale(
     Raises:
         ValueError: if the schedule is unknown or a number is out of range.
     """
-    _check(step, schedule, warmup_steps, max_steps, min_lr_ratio, decay_fraction)
+    _check(step, schedule, warmup_steps, max_steps, min_lr_ratio)
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     if schedule == "constant":
@@ -41,7 +40,7 @@ def lr_scale(
         progress = _progress(step, warmup_steps, max_steps)
         height = 0.5 * (1 + math.cos(math.pi * progress))
     else:
-        decay_start = max(warmup_steps, (1 - decay_fraction) * max_steps)
+        decay_start = max(warmup_steps, (1 - DECAY_FRACTION) * max_steps)
         height = 1 - _progress(step, decay_start, max_steps)
     return min_lr_ratio + (1 - min_lr_ratio) * height
 
@@ -52,12 +51,7 @@ def _progress(step: int, start: float, end: int) -> float:
 
 
 def _check(
-    step: int,
-    schedule: str,
-    warmup_steps: int,
-    max_steps: int,
-    min_lr_ratio: float,
-    decay_fraction: float,
+    step: int, schedule: str, warmup_steps: int, max_steps: int, min_lr_ratio: float
 ) -> None:
     if schedule not in SCHEDULES:
         close = difflib.get_close_matches(schedule, SCHEDULES, n=1)
@@ -71,5 +65,3 @@ def _check(
         raise ValueError(f"warmup_steps={warmup_steps}: must be below max_steps={max_steps}")
     if not 0 <= min_lr_ratio <= 1:
         raise ValueError(f"min_lr_ratio={min_lr_ratio}: must be in [0, 1]")
-    if not 0 < decay_fraction <= 1:
-        raise ValueError(f"decay_fraction={decay_fraction}: must be in (0, 1]")

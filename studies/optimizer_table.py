@@ -90,7 +90,7 @@ def sweep(
     optimizer: str, changes: dict[str, Any], *, seed: int = TUNING_SEED
 ) -> dict[float, float]:
     """Return {learning rate: loss on the tuning seed}, with the best rate inside the grid."""
-    return search_rates(lambda lr: run(optimizer, lr, seed, **changes), RATES[optimizer])
+    return search_rates(lambda lr: run(optimizer, lr, seed, **changes), RATES[optimizer], optimizer)
 
 
 def headline(variant: tuple[str, str]) -> dict[str, Any]:

@@ -65,6 +65,50 @@ def test_a_run_resumed_twice_equals_an_uninterrupted_one_bit_for_bit(dataset, tm
         assert (parts / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.parametrize("where", ["new", "old"])
+def test_a_run_from_a_given_checkpoint_continues_by_the_same_command(
+    dataset, tmp_path, capsys, where
+):
+    old, new = tmp_path / "old", tmp_path / where
+    assert train.main(argv(dataset, old, keep_checkpoints=9)) == 0
+    start = old / "checkpoints/step-00000004"
+    assert train.main(argv(dataset, tmp_path / "whole", resume=start, lr=1e-3)) == 0
+    command = argv(dataset, new, save_every=2, resume=start, lr=1e-3)
+    capsys.readouterr()
+    for stop_after, begin in ((5, start), (9, new / "checkpoints/step-00000005")):
+        with pytest.MonkeyPatch.context() as patch:
+            request_stop_after(patch, stop_after)
+            assert train.main(command) == 128 + signal.SIGTERM
+        assert f"resumed {begin} at" in capsys.readouterr().out
+    assert train.main(command) == 0
+    output = capsys.readouterr().out
+    assert f"resume={start}: {new} already holds the run that started there" in output
+    assert f"resumed {new / 'checkpoints/step-00000009'} at" in output
+    assert weights(new, 12) == weights(tmp_path / "whole", 12)
+
+
+def test_a_run_that_is_killed_before_its_first_save_starts_from_the_given_checkpoint_again(
+    dataset, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "run"
+    assert train.main(argv(dataset, out, keep_checkpoints=9)) == 0
+    command = argv(dataset, out, save_every=5, resume=out / "checkpoints/step-00000004")
+    with monkeypatch.context() as patch:
+        patch.setattr(train.CheckpointSaver, "save", None)  # fails at the first save
+        with pytest.raises(TypeError):
+            train.main(command)
+    assert train.main(command) == 0
+    assert capsys.readouterr().out.count("step-00000004 at step 4") == 2
+
+
+def test_a_checkpoint_of_another_run_is_also_written_to_the_new_out_dir(dataset, tmp_path):
+    start = tmp_path / "old/checkpoints/step-00000012"
+    assert train.main(argv(dataset, tmp_path / "old")) == 0
+    assert train.main(argv(dataset, tmp_path / "new", resume=start)) == 0
+    assert open_checkpoint(tmp_path / "new").step == 12
+    assert weights(tmp_path / "new", 12) == weights(tmp_path / "old", 12)
+
+
 def losses(out):
     """Return the logged training and validation losses with their steps."""
     train_rows = [(row["step"], row["loss"]) for row in metrics(out, "train")]

@@ -68,6 +68,7 @@ BAD = {
     "cuda": ({"device": "cuda"}, "torch finds no CUDA device"),
     "init_from": ({"init_from": "/nowhere"}, "init_from=/nowhere"),
     "pattern": ({"dopr": True, "include": "nonsense"}, "nonsense.* matches no module"),
+    "eps": ({"optimizer": "adamuon", "eps": 0}, "error: .*eps=0"),
     "many": ({"n_head": 5, "gamma": -1, "dopr": True, "lr": "x"}, r"(?s)lr='x'.*gamma.*n_embd=32"),
 }
 
@@ -81,6 +82,12 @@ def test_bad_input_is_one_clear_error_before_any_work(dataset, tmp_path, capsys,
     assert re.search(message, output.err)
     assert "Traceback" not in output.err
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_spaces_between_the_names_of_layers_are_ignored(dataset, tmp_path, capsys):
+    names = {"include": "transformer.h.0.*, transformer.h.1.*", "exclude": "*c_attn , *c_fc"}
+    assert train.main(argv(dataset, tmp_path / "run", dopr=True, max_steps=3, **names)) == 0
+    assert "DoPr covers 4 weights" in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_another_model_optimizer_or_tokenizer_is_refused(dataset, tmp_path, capsys):

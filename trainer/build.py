@@ -11,7 +11,7 @@ from optim import ActivationPreconditioner
 from optim.build import build_optimizers
 from optim.mup import forward_mults
 from trainer.presets import DOPR_KEYS
-from trainer.settings import ConfigError, TrainConfig
+from trainer.settings import ConfigError, TrainConfig, split_names
 from trainer.sharding import shard_like
 
 MODEL_KEYS = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "tie_weights")
@@ -73,8 +73,16 @@ def _memory_for(parameter: Tensor) -> Tensor:
 
 
 def make_optimizers(config: TrainConfig, model: GPT, process_group: Any) -> list[Optimizer]:
-    """Build the optimizers; together they hold every trainable parameter once."""
-    return build_optimizers(model, **chosen(config, OPTIMIZER_KEYS), process_group=process_group)
+    """Build the optimizers; together they hold every trainable parameter once.
+
+    Raises:
+        ConfigError: the settings cannot be used with this model.
+    """
+    settings = chosen(config, OPTIMIZER_KEYS)
+    try:
+        return build_optimizers(model, **settings, process_group=process_group)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def make_preconditioner(config: TrainConfig, model: GPT) -> ActivationPreconditioner:
@@ -84,8 +92,8 @@ def make_preconditioner(config: TrainConfig, model: GPT) -> ActivationPreconditi
         ConfigError: the settings cannot be used with this model.
     """
     head = None if config.tie_weights else ["lm_head"]
-    include = config.include.split(",") if config.include else None
-    exclude = config.exclude.split(",") if config.exclude else head
+    include = split_names(config.include) or None
+    exclude = split_names(config.exclude) or head
     try:
         return ActivationPreconditioner(
             model, include=include, exclude=exclude, **chosen(config, (*DOPR_KEYS, "backend"))

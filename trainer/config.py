@@ -20,7 +20,7 @@ from types import ModuleType, NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from trainer.nanogpt_names import Given, nanogpt_hint
-from trainer.presets import adjustments, dopr_problems, optimizer_arg_problems
+from trainer.presets import adjustments, damping_problems, moot_problems
 from trainer.settings import FIELDS, RUN_ONLY, ConfigError, TrainConfig
 from trainer.usage import print_help
 
@@ -82,7 +82,9 @@ _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", 
 
 
 def load_config(
-    argv: list[str], check_machine: Callable[[dict[str, Any]], list[str]] = lambda values: []
+    argv: list[str],
+    check_machine: Callable[[dict[str, Any]], list[str]] = lambda values: [],
+    missing_shape: Callable[[str, dict[str, str]], dict[str, Any]] = lambda folder, given: {},
 ) -> tuple[TrainConfig, dict[str, str]]:
     """Return the settings, and for every setting that was given, its source.
 
@@ -90,6 +92,8 @@ def load_config(
         argv: config files (`*.py`) and `--key=value` overrides.
         check_machine: function that returns a message for each setting, in the complete dict of
             settings, that this machine does not support.
+        missing_shape: function that returns the sizes of the model in the folder `init_from` that
+            are not among the given settings.
     Raises:
         ConfigError: lists every problem of every source.
         SystemExit: after `--help`.
@@ -108,9 +112,16 @@ def load_config(
             settings[key], origins[key] = coerce(key, raw), origin
         except ConfigError as error:
             problems.append(f"{origin}: {error}")
+    if settings["init_from"]:
+        try:
+            taken = missing_shape(settings["init_from"], origins)
+            settings |= taken
+            origins |= dict.fromkeys(taken, str(Path(settings["init_from"]) / "config.json"))
+        except ConfigError as error:
+            problems.append(str(error))
     _adjust(settings, origins, [origin for origin, *_ in assignments])
     typed = {key for key, origin in origins.items() if origin == COMMAND_LINE}
-    problems += dopr_problems(settings, typed) + optimizer_arg_problems(settings, typed)
+    problems += moot_problems(settings, typed) + damping_problems(settings)
     problems += check_machine(settings)
     try:
         config = TrainConfig(**settings)

@@ -27,7 +27,10 @@ class ProcessLost(RuntimeError):
 
 
 class TrainingDiverged(RuntimeError):
-    """Too many steps in a row, or the last one, had a loss or gradient that was not finite."""
+    """A loss or gradient was not finite, in too many steps in a row or in the last one.
+
+    Or a weight, an average of the weights or a tensor of an optimizer's state is not finite.
+    """
 
 
 class MemoryExhausted(RuntimeError):

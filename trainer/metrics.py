@@ -57,7 +57,10 @@ class MetricsLog:
         self._unwritten: list[str] = []
         self._is_terminal_gone = False
         if is_writer and self._path.exists():
-            self._remove_rows_after(start_step)
+            try:
+                self._remove_rows_after(start_step)
+            except OSError as error:
+                self.say(f"WARNING: {self._path} keeps rows of later steps ({error.strerror})")
         self._max_steps = max_steps
         self._wandb: Any = None
         self._bar = tqdm(

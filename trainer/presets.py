@@ -1,9 +1,9 @@
 """Adjust or refuse settings that other settings make impossible or pointless.
 
 `python train.py config/demo.py --max_steps=20` shortens the preset's warmup. Of two settings that
-contradict each other in one source, neither is adjusted; `TrainConfig` refuses them. Settings of
-DoPr without DoPr, and of our optimizers with another class, are refused if they were typed; those
-of a preset have no effect.
+contradict each other in one source, neither is adjusted; `TrainConfig` refuses them. Settings that
+have no effect, such as those of DoPr without DoPr, are refused if they were typed; those of a
+preset are accepted.
 """
 
 import math
@@ -16,8 +16,13 @@ DOPR_KEYS = (  # arguments of DoPr's preconditioner that have no effect with dop
     *("gamma", "sigma_beta", "refresh_every", "collect_every", "token_stride", "exponent"),
     *("inverse", "trace_normalized", "fresh_mean", "block_diagonal", "embeddings", "statistics"),
 )
-OWN_KEYS = ("beta1", "beta2", "eps", "momentum", "nesterov")  # other classes have their own
-ADAMW_KEYS = ("beta1", "beta2", "eps")
+LAYER_KEYS = ("include", "exclude")  # of DoPr, too
+READERS = {  # a setting: our optimizers that read it; beside muon and adamuon, there is an AdamW
+    **dict.fromkeys(("beta1", "beta2", "eps"), ("adamw", "muon", "adamuon")),
+    "momentum": ("sgd", "signum", "muon", "adamuon"),
+    **dict.fromkeys(("nesterov", "ns_coefficients", "ns_dtype"), ("muon", "adamuon")),
+    "adjust_lr": ("muon",),
+}
 FP32_GAMMA = 1e-4  # the smallest damping for which DoPr needs no weights in float64
 Adjustment = tuple[str, Any, str]  # a setting's name, its new value, and the reason
 
@@ -34,44 +39,53 @@ def adjustments(values: dict[str, Any], rank: Callable[[str], int]) -> Iterator[
             yield key, new, f"{cause}={values[cause]} {reason}"
 
 
-def dopr_problems(values: dict[str, Any], typed: set[str]) -> list[str]:
-    """List typed settings of DoPr without DoPr, or a damping that is too small for float32.
+def moot_settings(values: dict[str, Any]) -> dict[str, str]:
+    """Return the settings that have no effect because of others, each with the reason and a remedy.
+
+    Args:
+        values: all settings.
+    """
+    moot: dict[str, str] = {}
+    if not values["dopr"]:
+        moot |= dict.fromkeys((*DOPR_KEYS, *LAYER_KEYS), "without DoPr; add --dopr=true")
+    if not values["ttf_every"]:
+        moot["ttf_episodes"] = "without ttf_every; add --ttf_every=<steps>"
+    if not values["init_from"]:
+        moot["allow_tokenizer_mismatch"] = "without init_from; remove it"
+    name, remedy = values["optimizer"], "remove it, it is for {}"
+    reader = name
+    if not _is_ours(name):
+        reader = "adamw" if _has_aux(values) else ""
+        remedy = "write its arguments in --optimizer_args, by the names that the class gives them"
+    unread = {key: readers for key, readers in READERS.items() if reader not in readers}
+    return moot | {
+        key: f"on optimizer={name}; {remedy.format(', '.join(readers))}"
+        for key, readers in unread.items()
+    }
+
+
+def moot_problems(values: dict[str, Any], typed: set[str]) -> list[str]:
+    """List typed settings that have no effect.
 
     Args:
         values: all settings.
         typed: the names of the settings that the command line gives.
     """
-    if not values["dopr"]:
-        return [
-            f"{key}={values[key]}: has no effect without DoPr; add --dopr=true"
-            for key in (*DOPR_KEYS, "include", "exclude")
-            if key in typed
-        ]
-    if not 0 <= values["gamma"] < FP32_GAMMA:  # optim.dopr.settings refuses a negative one
-        return []
+    return [
+        f"{key}={values[key]}: has no effect {reason}"
+        for key, reason in moot_settings(values).items()
+        if key in typed
+    ]
+
+
+def damping_problems(values: dict[str, Any]) -> list[str]:
+    """List a damping that is too small for float32."""
+    if not (values["dopr"] and 0 <= values["gamma"] < FP32_GAMMA):
+        return []  # optim.dopr.settings refuses a negative one
     return [
         f"gamma={values['gamma']:g}: must be at least {FP32_GAMMA:g}, because weights are float32 "
         "here, and rounding then changes M by up to a percent, or more if Σ is nearly singular; "
         "use a larger gamma, or the library (optim.ActivationPreconditioner) with float64 weights"
-    ]
-
-
-def optimizer_arg_problems(values: dict[str, Any], typed: set[str]) -> list[str]:
-    """List typed settings of our optimizers that the class of another package does not have.
-
-    Args:
-        values: all settings.
-        typed: the names of the settings that the command line gives.
-    """
-    name = values["optimizer"]
-    if not typed & {*OWN_KEYS} or _is_ours(name):
-        return []
-    keys = set(OWN_KEYS) - (set(ADAMW_KEYS) if _has_aux(values) else set())
-    return [
-        f"{key}={values[key]}: has no effect on optimizer={name}; write its arguments in "
-        f"--optimizer_args, by the names that the class gives them"
-        for key in OWN_KEYS
-        if key in typed & keys
     ]
 
 
@@ -102,9 +116,7 @@ def _rules(v: dict[str, Any]) -> Iterator[tuple[str, bool, str, Any, str]]:
 
 def _is_ours(optimizer: str) -> bool:
     """Whether an optimizer has settings of its own."""
-    from optim.build import OPTIMIZERS  # imports torch
-
-    return optimizer in OPTIMIZERS
+    return any(optimizer in readers for readers in READERS.values())
 
 
 def _has_aux(v: dict[str, Any]) -> bool:

@@ -180,7 +180,7 @@ def _range_problems(config: TrainConfig) -> list[str]:
     problems += [
         f"{key}={value}: must be finite"
         for key, value in vars(config).items()
-        if isinstance(value, float) and math.isinf(value)
+        if isinstance(value, float) and not math.isfinite(value)
     ]
     for key in ("lr", "aux_lr", "embedding_lr"):
         value = getattr(config, key)
@@ -213,11 +213,17 @@ def _cross_field_problems(config: TrainConfig) -> list[str]:
     return problems + _tied_table_problems(config) + _mup_problems(config)
 
 
+def split_names(names: str | None) -> list[str]:
+    """Return the names of layers in the setting include or exclude; none: an empty list."""
+    return [name.strip() for name in names.split(",")] if names else []
+
+
 def _tied_table_problems(config: TrainConfig) -> list[str]:
     """Refuse DoPr on a token embedding that is also the output head."""
 
-    def is_named(patterns: str | None) -> bool:
-        return any(fnmatchcase("transformer.wte", each) for each in (patterns or "").split(","))
+    def is_named(patterns: str | None) -> bool:  # as optim.dopr.weights.Weight.matches
+        names = ("transformer.wte", "transformer.wte.weight")
+        return any(fnmatchcase(name, each) for name in names for each in split_names(patterns))
 
     is_covered = not is_named(config.exclude) and (not config.include or is_named(config.include))
     if not (config.dopr and config.embeddings and config.tie_weights and is_covered):
@@ -251,4 +257,5 @@ def _mup_problems(config: TrainConfig) -> list[str]:
 # Settings that do not change the results of a run.
 RUN_ONLY = {"out_dir", "resume", "log_every", "ttf_every", "ttf_episodes", "wandb", "wandb_project"}
 RUN_ONLY |= {"parallel", "shard_size", "timeout_s", "checkpoint_format", "async_save"}
+RUN_ONLY |= {"loader_workers", "save_every", "keep_checkpoints"}
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}

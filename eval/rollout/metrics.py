@@ -31,6 +31,8 @@ from torch import Tensor
 from eval.rollout.environment import Rollout
 from eval.rollout.intervals import Estimate, bootstrap_weights, percentiles
 
+N_SAMPLES = 4  # the number of episodes whose tokens are kept as samples
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -58,12 +60,8 @@ class Grade:
         return asdict(self)
 
 
-def oracle_grade(data: Rollout, own: Rollout, n_samples: int = 4) -> Grade:
-    """Compare episodes decided by the oracle (`data`) with episodes decided by the model (`own`).
-
-    Args:
-        n_samples: the number of episodes whose tokens are kept as samples.
-    """
+def oracle_grade(data: Rollout, own: Rollout) -> Grade:
+    """Compare episodes decided by the oracle (`data`) with those decided by the model (`own`)."""
     weights = bootstrap_weights(len(own.tokens))  # (R, B)
     curves = {"A": _mean_over_episodes(weights, data.error).cumsum(1)}  # (R, H)
     if own.alive is not None and data.alive is not None:
@@ -86,7 +84,7 @@ def oracle_grade(data: Rollout, own: Rollout, n_samples: int = 4) -> Grade:
         values["entropy_drift"] = entropy_drift(weights, data.nll, own.entropy)
     values |= _outcome_means(weights, own.outcomes, "")
     values |= _outcome_means(weights, data.outcomes, "data_")
-    rows = zip(data.tokens[:n_samples].tolist(), own.tokens[:n_samples].tolist(), strict=True)
+    rows = zip(data.tokens[:N_SAMPLES].tolist(), own.tokens[:N_SAMPLES].tolist(), strict=True)
     return Grade(
         metrics={name: estimate(each, len(own.tokens)) for name, each in values.items()},
         curves={name: curve(each) for name, each in curves.items()},

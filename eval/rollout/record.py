@@ -23,7 +23,7 @@ from data.files import write_atomic
 from data.schema import OpenSchema, read_checked_json
 from eval.rollout.metrics import Grade
 from eval.rollout.tasks.task import TaskBase
-from trainer.presets import DOPR_KEYS
+from trainer.presets import moot_settings
 from trainer.settings import FIELDS, RUN_ONLY
 
 
@@ -97,13 +97,12 @@ def make_record(
 
 def train_command(config: dict[str, Any], threads: int) -> str:
     """Return the command that repeats a run in the folder NEW; it omits default settings."""
-    moot = () if config.get("dopr") else (*DOPR_KEYS, "include", "exclude")  # train.py refuses them
+    defaults = {key: field.default for key, field in FIELDS.items()}
+    moot = moot_settings(defaults | config)  # train.py refuses them
     changed = {
-        key: value
-        for key, value in config.items()
-        if key not in RUN_ONLY
-        and key not in moot
-        and (key not in FIELDS or value != FIELDS[key].default)
+        key: config[key]
+        for key, default in defaults.items()
+        if key not in RUN_ONLY and key not in moot and config.get(key, default) != default
     }
     flags = [f"--{key}={value}" for key, value in (changed | {"out_dir": "NEW"}).items()]
     return f"OMP_NUM_THREADS={threads} " + shlex.join(["python", "train.py", *flags])

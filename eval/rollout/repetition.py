@@ -1,20 +1,10 @@
 """Measure how repetitive token sequences are.
 
 Report these numbers beside every likelihood, because repetitive text is likely text. In all
-functions `ids` is an (N, T > 0) integer array; shorter rows are padded with -1 (see `padded`).
+functions `ids` is an (N, T > 0) integer array; shorter rows are padded with -1.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
-
-
-def padded(rows: Sequence[Sequence[int]]) -> np.ndarray:  # (N, T) int64
-    """Stack rows of different lengths and pad them with -1 on the right."""
-    ids = np.full((len(rows), max(map(len, rows), default=0)), -1)
-    for target, row in zip(ids, rows, strict=True):
-        target[: len(row)] = row
-    return ids
 
 
 def distinct(ids: np.ndarray, n: int) -> np.ndarray:  # (N, T) -> (N,) float64

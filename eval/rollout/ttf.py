@@ -5,8 +5,9 @@
 
 A model is graded on the task that it was trained on: its dataset `task:NAME,...`, pystdlib, or any
 other text. The command prints one line per checkpoint and writes the grade to
-out/run/ttf/step-N.json, or step-N-ema.json for averaged weights. A checkpoint that has a grade from
-the same code version and settings is not graded again.
+out/run/ttf/step-N.json, or step-N-ema.json for averaged weights. If a checkpoint is in no run's
+folder, ttf/ is in its own. A checkpoint that has a grade from the same code version and settings is
+not graded again.
 """
 
 import argparse
@@ -101,7 +102,7 @@ def grade_checkpoint(
     was trained in another precision.
     """
     found = open_checkpoint(path)
-    out_dir, name = found.path.parent.parent, f"step-{found.step:08d}"
+    out_dir, name = _out_dir(found.path), f"step-{found.step:08d}"
     target = out_dir / "ttf" / (f"{name}-ema.json" if ema else f"{name}.json")
     task = task_of(found.manifest["config"]["dataset"])
     grading = {"n": n, "seed": seed, "spec": task.spec, "device": str(device)}
@@ -109,6 +110,7 @@ def grade_checkpoint(
     if target.exists() and (record := read_record(target))["grading"] == grading:
         return record
     output_folder(target.parent)  # before the work
+    val_loss = _val_loss(out_dir, found.step, "ema_loss" if ema else "loss")
     run = run_of(found, device=device, ema=ema)
     _check_tokenizer(task, run)
     started, threads = time.perf_counter(), run.environment["threads"]
@@ -117,7 +119,7 @@ def grade_checkpoint(
         task,
         run.config,
         steps=run.step,
-        val_loss=_val_loss(out_dir, run.step, "ema_loss" if ema else "loss"),
+        val_loss=val_loss,
         grade=readable(grade, run.tokenizer.decode),
         grading=grading,
         command=f"{train_command(run.config, threads)} && OMP_NUM_THREADS={threads} "
@@ -149,8 +151,16 @@ def _check_tokenizer(task: Task, run: Run) -> None:
         raise TaskError(f"{run.path}: its tokenizer differs from the tokenizer of {task.spec}")
 
 
+def _out_dir(checkpoint: Path) -> Path:
+    """Return the run's folder; for a checkpoint that was copied elsewhere, the checkpoint's."""
+    path = checkpoint.resolve()
+    return path.parent.parent if path.parent.name == "checkpoints" else path
+
+
 def _val_loss(out_dir: Path, step: int, key: str) -> float | None:
-    """Return the validation loss at `step`, or None if the run was not validated there."""
+    """Return the validation loss at `step`, or None if there is no record of one."""
+    if not (out_dir / "metrics.jsonl").exists():
+        return None
     losses = [getattr(row, key) for row in read_metrics(out_dir, "val") if row.step == step]
     return losses[-1] if losses else None
 

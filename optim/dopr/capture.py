@@ -65,8 +65,8 @@ class Capture:
         self.backend = backend
         self.label = label
         self.rank, self.size = 0, 1  # of this process in the group that trains the layer
-        # What a tensor-parallel layer uses instead (`share_tokens`): whether its backward adds
-        # nothing here, and the rank by whose numbers it samples.
+        # Tensor-parallel layers only: tp_skips, whether this rank adds nothing; tp_first, the rank
+        # whose sequence numbers all ranks use to sample tokens.
         self.tp_skips, self.tp_first = is_paused, 0
         self.tp_rank, self.tp_size = 0, 1
         self.is_collecting = True  # whether the backward passes of this step add to the sum

@@ -92,7 +92,8 @@ class Census:
         layers = [x for x in self._layers if x.covered.module in modules and x not in lost]
         kept = {each.covered.module for each in layers}
         new = [each.full_name for each in possible if each.module not in kept]
-        reasons |= dict.fromkeys(new, "new: it was added or unfrozen after construction")
+        added = "new: it was added or unfrozen after construction"
+        reasons |= dict.fromkeys(new, added if self._layers else "the preconditioner was detached")
         reasons |= {layer.covered.full_name: why for layer, why in lost.items()}
         return layers, reasons
 

@@ -299,7 +299,7 @@ class ActivationPreconditioner:
 
         A row holds coverage and reason, memory, ‖M‖/‖G‖ and the number of fallbacks. With
         `condition`, also return the condition number of Σ + γ̄ I. This costs an eigendecomposition
-        of each Σ.
+        of each Σ. After detach(), no weight is covered.
         """
         return self._census.rows(condition=condition)
 

@@ -81,7 +81,7 @@ def measure(setup: Setup) -> Row:
     def loss_of(lr: float) -> float:
         return mean_loss([run_trial(setup.trial("tuning", lr, TUNING_SEED, 1))])
 
-    losses = search_rates(loss_of, TrainTrial.first_rates(setup.parsed.optimizer))
+    losses = search_rates(loss_of, TrainTrial.first_rates(setup.parsed.optimizer), setup.variant)
     lr, n = best_rate(losses), EPISODES[setup.task]
     records = [run_trial(setup.trial("fresh", lr, seed, n)) for seed in FRESH_SEEDS]
     row = vars(setup) | {"lr": lr, "sweep": losses}

@@ -69,7 +69,7 @@ def _tuned(setup: Setup, mode: str) -> tuple[Row, list[Curve]]:
         curve = run(setup, lr, TUNING_SEED, mode)
         return curve.losses[-1] if curve.has_finished else math.inf
 
-    sweep = search_rates(final_loss, RATES[setup.optimizer])
+    sweep = search_rates(final_loss, RATES[setup.optimizer], setup.optimizer)
     lr = best_rate(sweep)
     curves = [run(setup, lr, seed, mode) for seed in FRESH_SEEDS]
     finished = [curve for curve in curves if curve.has_finished]

@@ -111,7 +111,7 @@ class Pair:
                 loss = results.of(Run(variant, lr, TUNING_SEED))["loss"]
                 return math.inf if loss is None else loss
 
-            return best_rate(search_rates(loss_of, grid))
+            return best_rate(search_rates(loss_of, grid, variant))
 
         self.rates = {variant: tune(variant) for variant in (self.base, name)}
         lr = self.rates[name]

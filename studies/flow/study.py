@@ -50,7 +50,7 @@ class Comparison:
             metrics = self._run(mode, lr, TUNING_SEED, STEPS)
             return metrics["excess"] if metrics else math.inf
 
-        return best_rate(search_rates(loss_of, RATES[self.optimizer]))
+        return best_rate(search_rates(loss_of, RATES[self.optimizer], mode))
 
     def _run(self, mode: str, lr: float, seed: int, steps: int) -> Metrics:
         return self.results.of(Run(self.target, self.optimizer, mode, lr, seed, steps))

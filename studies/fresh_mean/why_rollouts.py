@@ -55,7 +55,7 @@ def measure(rule: str) -> dict[str, Any]:
         loss = fmean(run(rule, lr, seed)["loss"] for seed in TUNING_SEEDS)
         return math.inf if math.isnan(loss) else loss
 
-    losses = search_rates(tuning_loss, GRIDS["adamw"])
+    losses = search_rates(tuning_loss, GRIDS["adamw"], rule)
     lr = best_rate(losses)
     return {
         "rule": rule,

@@ -83,7 +83,7 @@ def measure(setup: Setup) -> Row:
         return float(np.nan_to_num(train_and_grade(setup, lr, 0, 1)["val_loss"], nan=np.inf))
 
     optimizer = HumanoidTrial.parse_variant(setup.variant).optimizer
-    losses = search_rates(loss_of, HumanoidTrial.first_rates(optimizer))
+    losses = search_rates(loss_of, HumanoidTrial.first_rates(optimizer), setup.variant)
     lr, n = best_rate(losses), Humanoid.default_episodes
     runs = [train_and_grade(setup, lr, seed, n) for seed in FRESH_SEEDS]
     names = {"expert": setup.expert, "variant": setup.variant, "method": setup.method}

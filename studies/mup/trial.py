@@ -42,10 +42,15 @@ class WidthTrial:
 
     @property
     def lr(self) -> float:
-        settings = dict(self.variant.settings)
-        name = str(settings["optimizer"])
-        scale = settings.get("adjust_lr", "match_rms_adamw")
-        return RATES.get(f"{name} {scale}", RATES[name]) * 2**self.octave
+        """The learning rate. Raises ValueError if the optimizer has none in RATES."""
+        name = self.variant.optimizer
+        scale = (self.settings | dict(self.variant.settings)).get("adjust_lr")
+        rate = RATES.get(f"{name} {scale}", RATES.get(name))
+        if rate is None:
+            raise ValueError(
+                f"optimizer {name} has no rate here; add one to RATES in studies/mup/trial.py"
+            )
+        return rate * 2**self.octave
 
     @property
     def command(self) -> list[str]:

@@ -80,14 +80,15 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def differences(found: dict[str, Any], asked: dict[str, Any]) -> dict[str, str]:
     """Return the settings of a run on disk that differ from `asked`, as {key: "was .., is .."}.
 
-    Names of earlier releases are translated. A setting that one side lacks, because train.py did
-    not have it at that time, has its default.
+    Names of earlier releases are translated, and settings that do not change the model are left
+    out. A setting that one side lacks, because train.py did not have it at that time, has its
+    default.
     """
     found, _ = renamed_settings(found)
     default = {key: field.default for key, field in FIELDS.items()} | RETIRED
     pairs = {
         key: (found.get(key, default.get(key)), asked.get(key, default.get(key)))
-        for key in sorted(found.keys() | asked.keys())
+        for key in sorted((found.keys() | asked.keys()) - RUN_ONLY)
     }
     return {key: f"was {was}, is {now}" for key, (was, now) in pairs.items() if was != now}
 

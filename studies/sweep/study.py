@@ -37,7 +37,7 @@ MAX_RATES = 16  # the most rates of a sweep
 AUX_LR = 4e-3  # of the AdamW beside matrix optimizers, with and without DoPr
 
 
-class SweepError(RuntimeError):
+class SweepError(ValueError):
     """A sweep found no best learning rate. This is a result, which concerns one variant only."""
 
 
@@ -191,32 +191,30 @@ def further_rate(losses: dict[float, float]) -> float | None:
     return low / 2 if best == low or all_diverged else high * 2
 
 
-def search_rates(loss_of: Callable[[float], float], rates: Iterable[float]) -> dict[float, float]:
-    """Return {rate: loss} in increasing order, with the best rate inside the grid."""
+def search_rates(
+    loss_of: Callable[[float], float], rates: Iterable[float], name: str
+) -> dict[float, float]:
+    """Return {rate: loss} in increasing order, with the best rate inside the grid.
+
+    The grid grows while the best rate is at its edge, and downwards while every rate diverges.
+    Raises SweepError, which begins with `name`, if MAX_RATES rates do not contain a best one.
+    """
     losses = {lr: loss_of(lr) for lr in rates}
     while lr := further_rate(losses):
+        if len(losses) >= MAX_RATES:
+            raise SweepError(f"{name}: no best learning rate inside {sorted(losses)}")
         losses[lr] = loss_of(lr)
     return dict(sorted(losses.items()))
 
 
 def sweep(study: Study, variant: Variant, run: Callable[[list[Trial]], list[Record]]) -> float:
-    """Return the rate with the lowest validation loss on the tuning seeds.
+    """Return the rate with the lowest validation loss on the tuning seeds; see `search_rates`."""
 
-    The grid grows while the best rate is at its edge, and downwards while every rate diverges.
-    Raises SweepError if MAX_RATES rates do not contain a best one.
-    """
-    losses: dict[float, float] = {}
-    rates = list(study.first_rates(variant))
-    while len(losses) < MAX_RATES:
-        for lr in rates:
-            seeds = range(study.tuning_seeds)
-            records = run([study.trial(variant, "tuning", lr, seed) for seed in seeds])
-            losses[lr] = mean_loss(records)
-        further = further_rate(losses)
-        if further is None:
-            return best_rate(losses)
-        rates = [further]
-    raise SweepError(f"{variant.name}: no best learning rate inside {sorted(losses)}")
+    def loss_of(lr: float) -> float:
+        seeds = range(study.tuning_seeds)
+        return mean_loss(run([study.trial(variant, "tuning", lr, seed) for seed in seeds]))
+
+    return best_rate(search_rates(loss_of, study.first_rates(variant), variant.name))
 
 
 def compare(study: Study, workers: int) -> list[Record]:

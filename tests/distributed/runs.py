@@ -11,11 +11,11 @@ from trainer.checkpoint.read import open_checkpoint
 from trainer.checkpoint.sharded import read_all
 
 # The vocabulary of 257 ids does not divide evenly among 3 or 4 processes, nor the width among 3.
-# Newton-Schulz uses fp32, because bf16 would hide differences. There are no biases, because the
-# gradient of a key's bias is only rounding error, which AdamW would turn into a full step. For the
-# same reason, its eps is larger than usual: it does that to a single gradient that is nearly zero.
+# There are no biases, because the gradient of a key's bias is only rounding error, which AdamW
+# would turn into a full step. For the same reason, its eps is larger than usual: it does that to a
+# single gradient that is nearly zero.
 SETTINGS = {"n_embd": 20, "bias": "false", "batch_size": 12, "micro_batch_size": 1, "max_steps": 5}
-SETTINGS |= {"warmup_steps": 1, "grad_clip": 0.5, "ns_dtype": "float32", "log_every": 1}
+SETTINGS |= {"warmup_steps": 1, "grad_clip": 0.5, "log_every": 1}
 
 OPTIMIZERS = {
     "adamw": {"lr": 3e-3, "eps": 1e-5},

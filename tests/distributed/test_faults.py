@@ -196,7 +196,7 @@ def test_lost_data_in_one_process_ends_the_run_in_all_with_a_checkpoint(gang, da
 
 def with_own_settings(arguments: list[str]) -> tuple[int, str]:
     rank = os.environ["RANK"]
-    return main([*arguments, f"--seed={rank}", f"--momentum=0.{rank}"])
+    return main([*arguments, f"--seed={rank}", f"--beta1=0.{rank}"])
 
 
 def test_processes_with_different_settings_refuse_to_train(gang, dataset, tmp_path):
@@ -204,7 +204,7 @@ def test_processes_with_different_settings_refuse_to_train(gang, dataset, tmp_pa
     arguments = argv(dataset, tmp_path / "run", **SETTINGS | RUN, parallel="fsdp")
     for code, errors in gang.run(3, with_own_settings, arguments):
         assert code == 1
-        assert "the processes differ, by rank, in seed: 0, 1, 2; momentum: 0.0, 0.1, 0.2." in errors
+        assert "the processes differ, by rank, in seed: 0, 1, 2; beta1: 0.0, 0.1, 0.2." in errors
 
 
 def test_a_store_that_is_gone_does_not_hide_what_went_wrong(monkeypatch):

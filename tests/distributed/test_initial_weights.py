@@ -5,7 +5,7 @@ import torch
 
 from data.tokenizer import byte_tokenizer
 from eval.hf import export_hf
-from eval.hf_import import take_shape
+from eval.hf_import import missing_shape
 from eval.in_training import load_initial_weights
 from optim.process_group import local
 from tests.distributed.runs import PARALLEL, distance, trained
@@ -53,7 +53,7 @@ def test_shards_hold_the_weights_of_a_whole_model(gang, tmp_path, parallel, tie_
 
 def imported(arguments):
     """Return the number of local rows of every weight, and the whole weights, of a folder."""
-    config, _ = take_shape(*load_config(arguments))
+    config, _ = load_config(arguments, missing_shape=missing_shape)
     with Parallel(torch.device("cpu"), mode="fsdp", timeout_s=60) as parallel:
         model = make_model(config, VOCAB_SIZE, is_empty=True)
         parallel.place(model)

@@ -181,6 +181,19 @@ def test_a_smaller_block_size_keeps_the_first_positions(tmp_path):
         )
 
 
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_ids_that_pad_the_vocabulary_are_dropped_when_a_run_is_loaded(tmp_path, tie_weights):
+    padded = gpt(vocab_size=320, tie_weights=tie_weights)
+    export_hf(padded, byte_tokenizer(), tmp_path)
+    run = load_run(tmp_path)
+    assert run.model.config.vocab_size == run.tokenizer.n_vocab == 257
+    with torch.no_grad():
+        expected = padded(X)[0][..., :257]
+        torch.testing.assert_close(run.model(X)[0], expected, rtol=0, atol=ATOL)
+    for ids in generate(run.model, [[0]] * 32, 15, generator=torch.Generator().manual_seed(0)):
+        run.tokenizer.decode(ids)  # raises ValueError for an unknown id
+
+
 # -- errors
 
 

@@ -47,6 +47,29 @@ def test_sizes_that_are_not_given_come_from_the_folder(dataset, tmp_path, folder
 
 
 @pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"n_head": 5}, 1),
+        ({"n_layer": 1, "n_embd": 32}, 0),
+        ({"dopr": True, "embeddings": True}, 0),
+    ],
+)
+def test_settings_are_checked_against_the_sizes_of_the_folder(
+    dataset, tmp_path, folder, capsys, changes, code
+):
+    """The default sizes are 12 heads, a width of 768 and tied weights."""
+    assert start(dataset, tmp_path, folder, **changes) == code
+    assert ("n_embd=32: must be divisible by n_head=5" in capsys.readouterr().err) == (code == 1)
+
+
+def test_a_folder_that_cannot_be_read_is_listed_among_the_other_problems(tmp_path, capsys):
+    assert start("text", tmp_path, tmp_path / "none", lr="x") == 1
+    error = capsys.readouterr().err
+    assert f"init_from={tmp_path / 'none'}: " in error
+    assert "lr='x'" in error
+
+
+@pytest.mark.parametrize(
     "changes",
     [{"n_head": 2}, {"n_layer": 2}, {"block_size": 32}, {"tie_weights": True}, {"bias": False}],
 )

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from optim.kernels import cholesky
 from optim.kernels.cholesky import MAX_ATTEMPTS, damped_inverse_root
-from optim.kernels.dense_root import dense_inverse_root
 from tests.kernels.spectra import exact_inverse_root, relative_error, spd
 
 INVERSES = ["cholesky", "newton_schulz"]
+NONE = torch.zeros(())  # no damping
 
 
 def covariance(d, n, seed=0):
@@ -30,8 +30,8 @@ def mean_eigenvalue(sigma):
 def test_the_preconditioned_gradient_equals_a_float64_solve(p, condition, d, top):
     A, _ = spd(d, condition, top=top)
     G = torch.randn(24, d, generator=torch.Generator().manual_seed(1))
-    X, ok = dense_inverse_root(A, p)
-    assert ok
+    X, used, failures = damped_inverse_root(A, NONE, p)
+    assert used == failures == 0
     assert torch.equal(X, X.mT)
     assert relative_error(G @ X, G.double() @ exact_inverse_root(A, p)) < 1e-5
 
@@ -40,7 +40,7 @@ def test_the_preconditioned_gradient_equals_a_float64_solve(p, condition, d, top
 def test_the_preconditioned_gradient_equals_a_float64_solve_at_width_1024(p):
     A, _ = spd(1024, 1e4)
     G = torch.randn(24, 1024)
-    X, _ = dense_inverse_root(A, p)
+    X, _, _ = damped_inverse_root(A, NONE, p)
     assert relative_error(G @ X, G.double() @ exact_inverse_root(A, p)) < 1e-5
 
 
@@ -63,24 +63,17 @@ def test_ragged_and_rank_deficient_covariances_are_inverted_with_damping(d, n, g
 
 @pytest.mark.parametrize("p", [1, 2, 4])
 def test_the_identity_is_its_own_inverse_root_bit_for_bit(p):
-    X, ok = dense_inverse_root(torch.eye(37).expand(3, 37, 37), p)
-    assert ok.all()
+    X, used, failures = damped_inverse_root(torch.eye(37).expand(3, 37, 37), NONE, p)
+    assert not used.any()
+    assert not failures.any()
     assert torch.equal(X, torch.eye(37).expand(3, 37, 37))
 
 
 @pytest.mark.parametrize("p", [1, 2, 4])
 @pytest.mark.parametrize("power", [-80, -4, -1, 1, 8, 80])
 def test_a_power_of_two_is_inverted_exactly(p, power):
-    X, _ = dense_inverse_root(torch.eye(19) * 2.0**power, p)
+    X, _, _ = damped_inverse_root(torch.eye(19) * 2.0**power, NONE, p)
     assert torch.equal(X, torch.eye(19) * torch.tensor(2 ** (-power / p)))
-
-
-@pytest.mark.parametrize("p", [1, 2, 4])
-def test_without_damping_the_identity_passes_through_unchanged(p):
-    X, used, failures = damped_inverse_root(torch.eye(12), torch.zeros(()), p)
-    assert torch.equal(X, torch.eye(12))
-    assert used == 0
-    assert failures == 0
 
 
 @pytest.mark.parametrize("p", [1, 2, 4])
@@ -90,19 +83,6 @@ def test_a_batch_equals_a_loop(p):
     X, _, _ = damped_inverse_root(sigma, damping, p)
     alone = [damped_inverse_root(s, g, p).X for s, g in zip(sigma, damping, strict=True)]
     assert torch.equal(X, torch.stack(alone))
-
-
-@pytest.mark.parametrize("p", [1, 2, 4])
-def test_a_matrix_without_an_inverse_is_nan_and_not_ok_and_others_are_unaffected(p):
-    A = torch.stack([torch.eye(4)] * 5)
-    A[1, 2, 2] = -1
-    A[2] = 0
-    A[3, 0, 0] = torch.nan
-    A[4] *= 2.0**-149  # its inverse overflows
-    X, ok = dense_inverse_root(A, p)
-    assert ok.tolist() == [True, False, False, False, p != 1]
-    assert torch.equal(X[0], torch.eye(4))
-    assert X[~ok].isnan().all()
 
 
 @pytest.mark.parametrize("inverse", INVERSES)
@@ -196,9 +176,9 @@ def test_a_wrong_inverse_does_not_pass_for_a_right_one(monkeypatch):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (lambda: dense_inverse_root(torch.ones(2, 3), 1), r"\(2, 3\)"),
-        (lambda: dense_inverse_root(torch.eye(2).bfloat16(), 1), "bfloat16"),
-        (lambda: dense_inverse_root(torch.eye(2), 3), "p=3"),
+        (lambda: damped_inverse_root(torch.ones(2, 3), NONE, 1), r"\(2, 3\)"),
+        (lambda: damped_inverse_root(torch.eye(2).bfloat16(), NONE, 1), "bfloat16"),
+        (lambda: damped_inverse_root(torch.eye(2), NONE, 3), "p=3"),
         (lambda: damped_inverse_root(torch.eye(2), torch.tensor(-1.0), 1), "damping"),
         (lambda: damped_inverse_root(torch.eye(2), torch.tensor(torch.nan), 1), "damping"),
         (lambda: damped_inverse_root(torch.eye(2), torch.ones(()), 1, inverse="qr"), "'qr'"),

@@ -6,7 +6,9 @@ triton = pytest.importorskip("triton", reason="triton is not installed; it suppo
 if triton.knobs.runtime.interpret:
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
-from bench.kernel_report import SHARED_LIMIT, SHARED_RESERVED, usage, variants  # noqa: E402
+from bench.kernel_report import SHARED_LIMIT, usage, variants  # noqa: E402
+
+SHARED_RESERVED = 1024  # bytes of the limit that the system reserves
 
 VARIANTS = {variant.name: variant for variant in variants()}
 TENSOR_CORES = [name for name in VARIANTS if "ieee" not in name and "reduce" not in name]
@@ -22,7 +24,7 @@ SOME = [
 def check(use, arch):
     assert use.spilled == 0
     assert use.registers <= 255
-    assert use.shared + SHARED_RESERVED[arch] <= SHARED_LIMIT[arch]
+    assert use.shared + SHARED_RESERVED <= SHARED_LIMIT[arch]
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)

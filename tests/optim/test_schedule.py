@@ -48,11 +48,6 @@ def test_wsd_is_flat_and_then_a_straight_line_over_the_last_fifth():
     assert scale[81:] == pytest.approx([1 - 0.9 * i / 20 for i in range(1, 21)])
 
 
-def test_wsd_decays_over_the_given_fraction():
-    assert curve("wsd", decay_fraction=0.5)[50] == 1
-    assert curve("wsd", decay_fraction=0.5)[51] < 1
-
-
 def test_wsd_never_decays_during_warm_up():
     scale = curve("wsd", warmup_steps=95)
     assert scale[95] == 1
@@ -97,7 +92,6 @@ def test_every_step_has_a_scale(step, schedule):
         ({"warmup_steps": 100}, "warmup_steps=100: must be below max_steps=100"),
         ({"min_lr_ratio": 1.5}, r"min_lr_ratio=1.5: must be in \[0, 1\]"),
         ({"min_lr_ratio": float("nan")}, "min_lr_ratio=nan"),
-        ({"decay_fraction": 0.0}, r"decay_fraction=0.0: must be in \(0, 1\]"),
     ],
 )
 def test_bad_input_is_named_with_its_value(changes, message):

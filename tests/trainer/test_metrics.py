@@ -48,6 +48,16 @@ def test_a_resumed_run_removes_the_rows_that_it_will_write_again(tmp_path):
     ]
 
 
+def test_old_rows_that_cannot_be_removed_do_not_stop_the_run(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 9}\n')
+    (tmp_path / "metrics.tmp").mkdir()  # in the way of the rewritten file
+    log = MetricsLog(tmp_path, 2, 10)
+    log.train(3, **TRAIN)
+    log.close()
+    assert [row["step"] for row in rows(tmp_path)] == [9, 3]
+    assert "keeps rows of later steps" in capsys.readouterr().out
+
+
 class BrokenRun:
     def log(self, *args, **kwargs):
         raise ConnectionError("no route")

@@ -1,13 +1,18 @@
 """What a later source of settings makes moot is adjusted; names of nanoGPT are answered."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from eval.rollout.record import train_command
+from optim.build import OPTIMIZERS, build_optimizers
 from optim.dopr.settings import settings_problems
+from tests.tiny_gpt import gpt
 from trainer.config import load_config
 from trainer.optimizers import optimizer_problems
-from trainer.settings import ConfigError
+from trainer.presets import READERS
+from trainer.settings import FIELDS, ConfigError
 
 
 def write(path: Path, text: str) -> str:
@@ -69,6 +74,54 @@ def test_a_typed_warmup_that_is_too_long_is_refused(tmp_path):
 @pytest.mark.parametrize("typed", ["--max_steps=5", "--optimizer=adamw", "--optimizer=sgd"])
 def test_every_preset_can_be_tried_quickly(path, typed):
     load_config([str(path), typed], problems)
+
+
+MOOT = [  # what the user types, and what is wrong with it
+    ("--optimizer=nadam --ns_dtype=float32", "ns_dtype=float32: .*optimizer=nadam.*optimizer_args"),
+    ("--optimizer=torch:muon --adjust_lr=original", "adjust_lr=original: .*optimizer_args"),
+    (
+        "--optimizer=signum --beta1=0.95",
+        "beta1=0.95: .*signum.*for adamw, muon, adamuon",
+    ),
+    ("--optimizer=adamuon --adjust_lr=original", "adjust_lr=original: has no effect on optimizer="),
+    ("--optimizer=sgd --nesterov=true", "nesterov=True: has no effect"),
+    ("--momentum=0.9", "momentum=0.9: has no effect on optimizer=adamw"),
+    ("--ttf_episodes=64", "ttf_episodes=64: has no effect without ttf_every"),
+    ("--allow_tokenizer_mismatch=true", "allow_tokenizer_mismatch=True: .*without init_from"),
+]
+
+
+@pytest.mark.parametrize(("typed", "message"), MOOT)
+def test_a_typed_setting_without_effect_is_refused_but_not_one_of_a_preset(
+    tmp_path, typed, message
+):
+    *others, moot = typed.split()
+    with pytest.raises(ConfigError, match=message):
+        load_config([*others, moot])
+    key, value = moot.removeprefix("--").split("=")
+    value = value.title() if value == "true" else repr(value)
+    load_config([write(tmp_path / "preset.py", f"{key} = {value}"), *others])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_table_names_the_optimizers_that_read_a_setting(optimizer):
+    def built(**changes):
+        settings = {key: FIELDS[key].default for key in READERS} | {"lr": 1.0, "weight_decay": 0.0}
+        groups = build_optimizers(gpt(), optimizer=optimizer, **settings | changes)
+        return repr([each.defaults for each in groups])
+
+    other = {"ns_dtype": "float32", "ns_coefficients": "quintic", "adjust_lr": "original"}
+    for key, readers in READERS.items():
+        value = other.get(key) or FIELDS[key].default / 2
+        assert (built(**{key: value}) != built()) == (optimizer in readers)
+
+
+def test_the_recorded_command_leaves_out_what_has_no_effect(tmp_path):
+    preset = write(tmp_path / "preset.py", "momentum = 0.5; gamma = 0.3; eps = 1e-6")
+    config, _ = load_config([preset])
+    command = train_command(asdict(config) | {"ns_steps": 5}, 1)
+    assert command.endswith("train.py --eps=1e-06 --out_dir=NEW")
+    load_config(command.split()[3:])
 
 
 NANOGPT = """

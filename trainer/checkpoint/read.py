@@ -55,6 +55,10 @@ class Checkpoint:
     ema: dict[str, Any] | None
     train: dict[str, Any]
 
+    def is_of(self, out_dir: Path) -> bool:
+        """Return whether the checkpoint is in the folder of the run `out_dir`."""
+        return self.path.resolve().parent == (out_dir / "checkpoints").resolve()
+
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read and verify all of one checkpoint folder.

@@ -1,6 +1,7 @@
 """Find the checkpoint from which a run resumes, and refuse one that does not fit."""
 
 import hashlib
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from trainer.checkpoint.read import (
     newest_good,
     open_checkpoint,
 )
+from trainer.checkpoint.schema import parse_manifest
 from trainer.parallel import Parallel
 from trainer.settings import ConfigError, TrainConfig
 
@@ -50,14 +52,21 @@ def find_checkpoint(config: TrainConfig, dataset: Dataset, parallel: Parallel) -
 
 def _find_checkpoint(config: TrainConfig, dataset: Dataset) -> Checkpoint | None:
     """Find the checkpoint in one process; see `find_checkpoint`."""
-    root = Path(config.out_dir) / "checkpoints"
+    out_dir = Path(config.out_dir)
+    root = out_dir / "checkpoints"
+    is_again = config.resume not in ("auto", "never") and _resume_of(root) == config.resume
+    if is_again:
+        print(
+            f"resume={config.resume}: {out_dir} already holds the run that started there, which "
+            "continues; to start there again, use a new out_dir"
+        )
     if config.resume == "never":
         if candidates(root):
             raise ConfigError(
                 f"resume=never, but {root} holds a run; choose another out_dir or resume=auto"
             )
         return None
-    if config.resume == "auto":
+    if config.resume == "auto" or is_again:
         try:
             found = newest_good(root)
         except CheckpointError as error:
@@ -66,7 +75,7 @@ def _find_checkpoint(config: TrainConfig, dataset: Dataset) -> Checkpoint | None
         found = open_checkpoint(Path(config.resume))
     if found is None:
         return None
-    if found.path.resolve().parent != root.resolve() and candidates(root):
+    if not found.is_of(out_dir) and candidates(root):
         raise ConfigError(
             f"resume={config.resume}, but {root} holds another run; use a new out_dir"
         )
@@ -82,6 +91,14 @@ def _find_checkpoint(config: TrainConfig, dataset: Dataset) -> Checkpoint | None
     if found.manifest["dataset_sha256"] != fingerprint(dataset):
         print(f"warning: {dataset.dir} is not the data that {found.path} was trained on")
     return found
+
+
+def _resume_of(root: Path) -> str | None:
+    """Return the setting `resume` of the run that wrote the newest readable checkpoint."""
+    for path in candidates(root):
+        with suppress(CheckpointError, OSError):
+            return parse_manifest((path / "manifest.json").read_bytes())[0]["config"].get("resume")
+    return None
 
 
 def check_same_function(found: Checkpoint, model: dict[str, Any]) -> None:

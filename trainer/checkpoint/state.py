@@ -143,7 +143,7 @@ class TrainState:
             sharded = {k: _shard_state(values, params[k]) for k, values in state.items()}
             optimizer.load_state_dict({"state": sharded, "param_groups": groups})
         train_weights(self.optimizers)
-        self.step = self.saved_step = checkpoint.step
+        self.step = checkpoint.step
         self.skipped = saved["skipped"]
         self.skipped_in_row = saved["skipped_in_row"]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eval.rollout.environment import Rollout
-from eval.rollout.metrics import oracle_grade
+from eval.rollout.metrics import N_SAMPLES, oracle_grade
 from eval.rollout.policy import GPTPredictor
 from eval.rollout.tasks.chain import Chain
 from eval.rollout.tasks.ctrl import Ctrl
@@ -114,9 +114,9 @@ def test_both_rollouts_are_resampled_together():
 def test_a_grade_is_json_and_shows_the_first_episodes():
     task = Chain()
     data, own = both_rollouts(task, GPTPredictor(random_gpt(task)), n=8, seed=0)
-    grade = json.loads(json.dumps(oracle_grade(data, own, n_samples=2).to_json()))
+    grade = json.loads(json.dumps(oracle_grade(data, own).to_json()))
     assert grade["samples"][1] == {"data": data.tokens[1].tolist(), "own": own.tokens[1].tolist()}
-    assert len(grade["samples"]) == 2
+    assert len(grade["samples"]) == N_SAMPLES
     assert len(grade["curves"]["G"]["hi"]) == task.horizon
     assert grade["metrics"]["gap"].keys() == {"mean", "lo", "hi", "n"}
 

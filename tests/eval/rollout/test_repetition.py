@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import linregress
 
-from eval.rollout.repetition import distinct, ends_in_loop, padded, seq_rep, zipf
+from eval.rollout.repetition import distinct, ends_in_loop, seq_rep, zipf
 
 PI = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]
 FIBONACCI = [0, 1, 0, 1, 2, 0, 1, 0, 1, 2, 0]
@@ -15,6 +15,14 @@ NLTK = [
     ([7] * 9, [(1, 9), (1, 8), (1, 7), (1, 6)]),
     (FIBONACCI, [(3, 11), (4, 10), (5, 9), (5, 8)]),
 ]
+
+
+def padded(rows):
+    """Stack rows of different lengths and pad them with -1 on the right."""
+    ids = np.full((len(rows), max(map(len, rows), default=0)), -1)
+    for target, row in zip(ids, rows, strict=True):
+        target[: len(row)] = row
+    return ids
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])

@@ -121,6 +121,42 @@ def test_a_replaced_checkpoint_is_graded_again(graded, tmp_path, capsys):
     assert after["grade"]["metrics"] != before["grade"]["metrics"]
 
 
+def test_a_run_without_metrics_is_graded(graded, tmp_path, capsys):
+    shutil.copytree(graded / "checkpoints", tmp_path / "checkpoints")  # as eval.convert writes
+    assert "val loss n/a" in grade(capsys, tmp_path)
+
+
+def test_a_line_of_the_metrics_that_a_kill_cut_is_skipped(graded, tmp_path, capsys):
+    run = shutil.copytree(graded, tmp_path / "run", ignore=shutil.ignore_patterns("ttf"))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "val", "st')
+    assert f"val loss {metrics(graded, 'val')[-1]['loss']:.4f}" in grade(capsys, run)
+
+
+def test_metrics_that_cannot_be_read_are_named_before_the_grading(
+    graded, tmp_path, capsys, monkeypatch
+):
+    run = shutil.copytree(graded, tmp_path / "run", ignore=shutil.ignore_patterns("ttf"))
+    (run / "metrics.jsonl").write_text("[1]\n")
+    monkeypatch.setattr(ttf, "grade_model", lambda *args, **rest: pytest.fail("graded"))
+    with pytest.raises(SystemExit, match="2"):
+        grade(capsys, run)
+    assert "metrics.jsonl, line 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("parent", "target"), [("checkpoints", "ttf"), ("copies", "copies/step-00000004/ttf")]
+)
+def test_a_checkpoint_given_by_a_relative_path_is_graded_in_its_run_or_in_itself(
+    graded, tmp_path, capsys, monkeypatch, parent, target
+):
+    shutil.copytree(graded / "checkpoints", tmp_path / parent)
+    monkeypatch.chdir(tmp_path / parent)
+    for _ in range(2):  # the grade is no damage to the checkpoint
+        grade(capsys, "step-00000004")
+    assert [*tmp_path.rglob("step-*.json")] == [tmp_path / target / "step-00000004.json"]
+
+
 @pytest.mark.parametrize(("owner", "name"), [(ttf, "GRADING_VERSION"), (Pdfa, "grading_version")])
 def test_a_raised_version_grades_again(graded, tmp_path, capsys, monkeypatch, owner, name):
     run = shutil.copytree(graded, tmp_path / "run")

@@ -97,6 +97,7 @@ def test_after_detach_there_can_be_another_but_not_the_same():
     model = mlp()
     preconditioner = ActivationPreconditioner(model, gamma=0.1)
     preconditioner.detach()
+    assert {row["reason"] for row in preconditioner.report()} == {"the preconditioner was detached"}
     preconditioner.detach()
     with pytest.raises(ValueError, match="detached: construct a new"):
         preconditioner.attach(sgd(model))

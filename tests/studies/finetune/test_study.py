@@ -69,7 +69,9 @@ def test_the_command_pretrains_and_a_run_is_a_function_of_its_settings(
     monkeypatch.setattr(pretrain, "SETTINGS", pretrain.SETTINGS | shape)
     monkeypatch.setattr(study, "SIZES", {"n_train": 8, "n_test": 3, "steps": 2, "batch_size": 4})
     monkeypatch.setattr(study, "N_SEEDS", 1)
-    monkeypatch.setattr(study, "search_rates", lambda loss_of, grid: {grid[0]: loss_of(grid[0])})
+    monkeypatch.setattr(
+        study, "search_rates", lambda loss_of, grid, name: {grid[0]: loss_of(grid[0])}
+    )
     options = ["--pretrained", str(tmp_path / "model"), "--pairs=lora-dopr-adamw"]
     files = [tmp_path / name for name in ("first.json", "second.json")]
     for path in files:

@@ -67,6 +67,19 @@ def test_an_octave_is_a_factor_of_two_on_the_rate_of_each_scale_of_muon(tmp_path
     found = runs_of(tmp_path, "--optimizers", names, *axes)
     assert [run.lr for run in found] == [2**-7, 2**-6, 2**-5, 2**-4]
     assert all(f"--aux_lr={2**-9}" in run.command for run in found)
+    words = ["--out", str(tmp_path), "--optimizers", "muon", *axes]
+    (run, _) = grid(
+        parse([*words, "--set", *TINY, "adjust_lr=original"])[1], settings_of(4), measure_update
+    )
+    assert run.lr == 2**-5
+
+
+def test_an_optimizer_without_a_rate_is_refused_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(command(tmp_path, "--optimizers", "lion"))
+    error = capsys.readouterr().err
+    assert "optimizer lion has no rate here" in error
+    assert error.count("\n") == 1
 
 
 def test_the_agents_of_a_wandb_sweep_run_the_same_grid(tmp_path):

@@ -14,7 +14,7 @@ from studies.sweep.compare import main, notes, study_of
 from studies.sweep.compare import parse as parse_arguments
 from studies.sweep.results import unite
 from studies.sweep.run_cache import TrialError, differences, finished, read_record
-from studies.sweep.study import FRESH, SweepError, sweep
+from studies.sweep.study import FRESH, MAX_RATES, SweepError, search_rates, sweep
 from studies.sweep.trial import run_trial
 from studies.sweep.variants import parse_variant
 from tests.studies.records import read_lines, record
@@ -65,6 +65,13 @@ def test_lower_rates_are_tried_if_the_whole_grid_diverges(tmp_path):
 def test_a_sweep_without_a_best_rate_is_an_error(tmp_path, loss):
     with pytest.raises(SweepError, match="no best learning rate inside"):
         swept(tmp_path, loss)
+
+
+def test_a_search_ends_if_every_rate_diverges():
+    tried = []
+    with pytest.raises(SweepError, match="adamw: no best learning rate inside"):
+        search_rates(lambda lr: tried.append(lr) or math.inf, (1.0, 2.0), "adamw")
+    assert len(tried) == MAX_RATES
 
 
 def test_a_class_without_a_grid_is_named_and_swept_around_its_default_rate(tmp_path):
@@ -285,6 +292,10 @@ def test_a_setting_that_a_record_lacks_had_its_default():
     assert not differences({"lr": 0.1}, now)
     assert differences({"lr": 0.1, "gamma": 1.0}, now) == {"gamma": "was 1.0, is 0.1"}
     assert differences({"lr": 0.1, "retired": 1}, now) == {"retired": "was 1, is None"}
+
+
+def test_a_record_of_an_earlier_version_may_have_settings_that_do_not_change_the_model():
+    assert not differences({"lr": 0.1, "save_every": 100_000}, {"lr": 0.1})
 
 
 def test_fresh_runs_at_a_new_best_rate_replace_those_at_the_old_one(tmp_path):
