@@ -31,8 +31,9 @@ def is_quick(optimizer, dopr, parallel):
     """Return whether a case is in `make test`."""
     if dopr in ("fast", "fresh mean"):
         return (optimizer, parallel) == ("adamw", "fsdp")
-    others = [("adamw", "ddp"), ("muon", "fsdp")]
-    return dopr == "exact" and (parallel == "hsdp" or (optimizer, parallel) in others)
+    if parallel == "hsdp":
+        return dopr == "exact" and optimizer in ("adamw", "muon", "adamuon")
+    return dopr == "exact" and (optimizer, parallel) in [("adamw", "ddp"), ("muon", "fsdp")]
 
 
 CASES = [
