@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ ADJUST_LR: dict[str, Callable[[int, int], float]] = {
     "unit_rms_norm": lambda d_out, d_in: math.sqrt(d_out / d_in),
     "original": lambda d_out, d_in: math.sqrt(max(1, d_out / d_in)),
 }
-ITERATION_DTYPES = ("auto", "bfloat16", "float32")
+ITERATION_DTYPES: tuple[str, ...] = get_args(IterationDtype)
 
 
 def muon_update(

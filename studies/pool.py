@@ -1,13 +1,12 @@
 """Call a function for every task in a pool of processes with one thread each."""
 
 import argparse
-import contextlib
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -60,7 +59,7 @@ def _start_worker(parent: Connection) -> None:
 
 
 def _exit_with(parent: Connection) -> None:
-    with contextlib.suppress(EOFError, OSError):
+    with suppress(EOFError, OSError):
         parent.recv()
     os._exit(1)
 

@@ -95,15 +95,19 @@ def test_a_damaged_record_is_named_with_what_to_do(graded, tmp_path, capsys, con
     assert error.count("\n") == 1
 
 
-def test_the_folder_of_the_grades_is_checked_before_the_grading(
-    graded, tmp_path, capsys, monkeypatch
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [("ttf", "", "ttf is not a folder"), ("metrics.jsonl", "[1]\n", "metrics.jsonl, line 1")],
+)
+def test_what_a_grade_needs_beside_the_model_is_checked_before_the_grading(
+    graded, tmp_path, capsys, monkeypatch, file, content, message
 ):
     run = shutil.copytree(graded, tmp_path / "run", ignore=shutil.ignore_patterns("ttf"))
-    (run / "ttf").write_text("")
+    (run / file).write_text(content)
     monkeypatch.setattr(ttf, "grade_model", lambda *args, **rest: pytest.fail("graded"))
     with pytest.raises(SystemExit, match="2"):
         grade(capsys, run)
-    assert "ttf is not a folder" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_replaced_checkpoint_is_graded_again(graded, tmp_path, capsys):
@@ -131,17 +135,6 @@ def test_a_line_of_the_metrics_that_a_kill_cut_is_skipped(graded, tmp_path, caps
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "val", "st')
     assert f"val loss {metrics(graded, 'val')[-1]['loss']:.4f}" in grade(capsys, run)
-
-
-def test_metrics_that_cannot_be_read_are_named_before_the_grading(
-    graded, tmp_path, capsys, monkeypatch
-):
-    run = shutil.copytree(graded, tmp_path / "run", ignore=shutil.ignore_patterns("ttf"))
-    (run / "metrics.jsonl").write_text("[1]\n")
-    monkeypatch.setattr(ttf, "grade_model", lambda *args, **rest: pytest.fail("graded"))
-    with pytest.raises(SystemExit, match="2"):
-        grade(capsys, run)
-    assert "metrics.jsonl, line 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
