@@ -55,7 +55,6 @@ from trainer.checkpoint.resume import (
     fingerprint,
 )
 from trainer.checkpoint.state import TrainState
-from trainer.environment import environment
 from trainer.failures import (
     MemoryExhausted,
     ProcessLost,
@@ -66,6 +65,7 @@ from trainer.failures import (
 from trainer.machine import device_of, lock_out_dir, machine_problems
 from trainer.metrics import MetricsLog, mfu
 from trainer.parallel import Parallel
+from trainer.provenance import provenance
 from trainer.saving import CheckpointSaver
 from trainer.settings import ConfigError, TrainConfig
 from trainer.sharding import full_tensor
@@ -147,7 +147,7 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
     if parallel.is_main:
         write_atomic(out_dir / "config.json", to_json(config))
         log.start_wandb(out_dir, config.wandb, config.wandb_project, asdict(config))
-    facts = environment(device, parallel.size)
+    facts = provenance(device, parallel.size)
     log.write("run", state.step, event="start", **facts, config=asdict(config))
     manifest = {"config": asdict(config), "model": asdict(model.config), **facts}
     manifest["tokenizer_sha256"] = dataset.tokenizer.sha256

@@ -27,7 +27,7 @@ from data.tokenizer import byte_tokenizer
 from eval.generate import generate
 from eval.hf import export_hf
 from model import GPT, GPTConfig
-from trainer.environment import environment
+from trainer.provenance import provenance
 
 SIZES: dict[str, dict[str, Any]] = {
     "demo": {"vocab_size": 8192, "block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 128},
@@ -113,7 +113,7 @@ def main() -> None:
                 row |= measure(pair, prompts, n, greedy, rounds) | {"greedy_agreement": equal}
                 rows.append(row)
                 print(*(f"{key} {value}" for key, value in row.items()), sep="  ", flush=True)
-    result = environment(torch.device("cpu")) | {"transformers": transformers.__version__}
+    result = provenance(torch.device("cpu")) | {"transformers": transformers.__version__}
     result |= {"load_average": os.getloadavg(), "sizes": SIZES, "tokens": TOKENS}
     write_rows(arguments.out, result, rows)
 

@@ -218,12 +218,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     import torch
 
-    from trainer.environment import environment
+    from trainer.provenance import provenance
 
     facts = {
         "seed": arguments.seed,
         "settings": RUN,
-        "environment": environment(torch.device("cpu")),
+        "environment": provenance(torch.device("cpu")),
     }
     started, tally = time.monotonic(), Tally()
     with tempfile.TemporaryDirectory() as folder:

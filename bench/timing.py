@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from bench.results import write_rows
-from trainer.environment import environment
+from trainer.provenance import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("bench", "config", "data", "eval", "kernels", "optim", "trainer", "model.py", "train.py")
@@ -79,7 +79,7 @@ def facts(device: torch.device) -> dict[str, Any]:
     Needs no package besides torch. The digest `source` changes with every source file that a
     benchmark may run; the git revision also changes with other files, and may be unknown.
     """
-    result = environment(device) | {"triton": _triton_version(), "source": source_digest()}
+    result = provenance(device) | {"triton": _triton_version(), "source": source_digest()}
     if device.type == "cuda":
         driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         result |= {"driver": driver.split()[0], "cuda": torch.version.cuda}

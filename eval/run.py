@@ -11,7 +11,7 @@ from eval.hf_import import is_hf_folder, load_hf
 from model import GPT, GPTConfig
 from trainer.checkpoint.read import Checkpoint, CheckpointError, load_into, open_checkpoint
 
-# The fields of trainer.environment.environment, which a checkpoint's manifest repeats.
+# The fields of trainer.provenance.provenance, which a checkpoint's manifest repeats.
 ENVIRONMENT = ("device", "threads", "python", "torch", "git", "world")
 
 

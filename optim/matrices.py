@@ -42,7 +42,7 @@ class Matrices:
         self._plans: list[tuple[list[int], Rows | Copies]] = []
         for (group, is_sharded, _), indices in sets.items():
             shapes, collective = [self.shapes[i] for i in indices], Collective(group)
-            owner = owners_of(shapes, collective.size)
+            owner = matrix_owners(shapes, collective.size)
             plan = (Rows if is_sharded else Copies)(shapes, collective, owner)
             self._plans.append((indices, plan))
 
@@ -121,7 +121,7 @@ def _layout(param: Any, process_group: ProcessGroup | None) -> tuple[Any, bool, 
     return process_group, False, param.dtype
 
 
-def owners_of(shapes: list[tuple[int, ...]], size: int) -> list[int]:
+def matrix_owners(shapes: list[tuple[int, ...]], size: int) -> list[int]:
     """Return the rank in [0, size) of the owner that orthogonalizes each matrix."""
     return owners([_cost(shape) for shape in shapes], size)
 

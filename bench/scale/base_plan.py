@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.scale.calls import FP32, CollectiveCall, Placement, rows_call
 from bench.scale.shapes import ModelShape, gpt, matrices, units
-from optim.matrices import MESSAGE_BYTES, owners_of
+from optim.matrices import MESSAGE_BYTES, matrix_owners
 
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # bytes; the defaults of DistributedDataParallel
 
@@ -33,7 +33,7 @@ def muon_calls(
         if placement.shards == 1:
             calls += gather_calls(max(owned_numel(tuple(shapes), size).values()), size)
         else:
-            calls += 2 * [rows_call(shapes, matrix_owners(tuple(shapes), size), placement, rank)]
+            calls += 2 * [rows_call(shapes, owners(tuple(shapes), size), placement, rank)]
     return calls
 
 
@@ -45,8 +45,8 @@ def gather_calls(largest: int, size: int) -> list[CollectiveCall]:
 
 
 @lru_cache
-def matrix_owners(shapes: tuple[tuple[int, ...], ...], size: int) -> list[int]:
-    return owners_of(list(shapes), size)
+def owners(shapes: tuple[tuple[int, ...], ...], size: int) -> list[int]:
+    return matrix_owners(list(shapes), size)
 
 
 @lru_cache
@@ -56,7 +56,7 @@ def owned_numel(shapes: tuple[tuple[int, int], ...], size: int) -> dict[int, int
     Processes without matrices are left out.
     """
     numel: dict[int, int] = {}
-    for (rows, columns), rank in zip(shapes, matrix_owners(shapes, size), strict=True):
+    for (rows, columns), rank in zip(shapes, owners(shapes, size), strict=True):
         numel[rank] = numel.get(rank, 0) + rows * columns
     return numel
 

@@ -13,7 +13,7 @@ from bench.scale.shapes import DoprMode, ModelShape, layers
 from optim.dopr.distributed import messages, sent_sizes
 from optim.dopr.exchange import exchange_chunks as exchange_chunks_of
 from optim.dopr.layer import Layer
-from optim.dopr.ownership import owners_of
+from optim.dopr.ownership import layer_owners
 from optim.dopr.triangles import packed_numel
 
 
@@ -22,7 +22,7 @@ def placed_layers(shape: ModelShape, mode: DoprMode, placement: Placement) -> li
     """Return the layers that DoPr covers, with their owners if statistics are sharded."""
     placed = [copy(layer) for layer in layers(shape, mode)]
     if placement.shares_statistics:
-        for layer, rank in owners_of(placed, placement.shards).items():
+        for layer, rank in layer_owners(placed, placement.shards).items():
             layer.owner = rank
     return placed
 
@@ -34,7 +34,7 @@ def layers_by_owner(
     """Return the layers whose P each process computes. Processes without layers are left out."""
     by_rank: dict[int, list[Layer]] = {}
     placed = placed_layers(shape, mode, placement)
-    for layer, rank in owners_of(placed, placement.inverters).items():
+    for layer, rank in layer_owners(placed, placement.inverters).items():
         by_rank.setdefault(rank, []).append(layer)
     return dict(sorted(by_rank.items()))
 

@@ -6,7 +6,7 @@ The time of matrix products follows from their FLOPs, the time of everything els
 from collections.abc import Callable, Iterable
 from math import ceil
 
-from bench.scale.base_plan import matrix_owners
+from bench.scale.base_plan import owners
 from bench.scale.calls import Placement
 from bench.scale.hardware import Hardware
 from bench.scale.plan import busiest, exchange_chunks, layers_by_owner, local_rows, placed_layers
@@ -76,7 +76,7 @@ def orthogonalization(shape: ModelShape, placement: Placement, hardware: Hardwar
     size, flops = placement.owners, 0.0
     for shapes, qkv_blocks in matrices(shape):
         load = [0.0] * size
-        for (rows, columns), rank in zip(shapes, matrix_owners(tuple(shapes), size), strict=True):
+        for (rows, columns), rank in zip(shapes, owners(tuple(shapes), size), strict=True):
             m, n = sorted((rows // qkv_blocks, columns))
             load[rank] += qkv_blocks * NS_STEPS * (3 * m * m * n + m**3)
         flops += max(load)

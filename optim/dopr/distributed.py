@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..process_group import Collective
 from .layer import Layer
-from .ownership import Processes, held, owners_of
+from .ownership import Processes, held, layer_owners
 from .statistics import InverseRoot, mean_eigenvalue
 from .triangles import pack, packed_numel, unpack
 
@@ -132,11 +132,11 @@ def made_by_owners(
 
     The owner broadcasts it, unless only the owner holds the statistics; the other processes then
     get a P without blocks. Owners are chosen so that all processes have about equal work, see
-    `owners_of`. If `make` raises FloatingPointError in one process, all processes raise it.
+    `layer_owners`. If `make` raises FloatingPointError in one process, all processes raise it.
     """
     replicated = [layer for layer in layers if layer.owner is None]
     owned = {layer: layer.owner for layer in layers if layer.owner is not None}
-    owner = owners_of(replicated, processes.everybody.size)
+    owner = layer_owners(replicated, processes.everybody.size)
     made = _made_by_owners(owner, make, processes.everybody, is_sent=True)
     return made + _made_by_owners(owned, make, processes.shards, is_sent=False)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..matrices import Copies, Rows
 from ..process_group import Collective, local, row_mesh_dim
 from .layer import Layer
-from .ownership import owners_of
+from .ownership import layer_owners
 
 CHUNK_BYTES = 256 * 2**20  # of whole gradients in one process; a single layer may exceed it
 Product = Callable[[Layer, Tensor], Tensor]  # maps a layer and its whole G to M
@@ -85,7 +85,7 @@ def _routes(layers: Iterable[Layer], shards: Collective) -> dict[Layer, Route]:
             spread[weight.device_mesh.get_group(mesh_dim)].append(layer)
     for process_group, members in spread.items():
         group = Collective(process_group)
-        for layer, rank in owners_of(members, group.size).items():
+        for layer, rank in layer_owners(members, group.size).items():
             routes[layer] = Route(group, 0 if layer.covered.is_transposed else 1, rank)
     return routes
 

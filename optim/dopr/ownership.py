@@ -89,7 +89,7 @@ def share(layers: Sequence[Layer], everybody: Collective, statistics: Sharing) -
                 raise ValueError(message) from None
             is_shared = False
     matrices = [layer for layer in layers if not layer.covered.is_diagonal]
-    owner = owners_of(matrices, processes.shards.size) if is_shared else {}
+    owner = layer_owners(matrices, processes.shards.size) if is_shared else {}
     for layer in layers:
         layer.hold(owner.get(layer), processes.shards.rank)
     return processes
@@ -128,7 +128,7 @@ def share_tokens(layers: Iterable[Layer]) -> None:
             layer.capture.share_tokens(ranks, ranks[chosen])
 
 
-def owners_of(layers: list[Layer], size: int) -> dict[Layer, int]:
+def layer_owners(layers: list[Layer], size: int) -> dict[Layer, int]:
     """Return which of `size` processes computes the P of each layer."""
     return dict(zip(layers, owners([_cost(each) for each in layers], size), strict=True))
 

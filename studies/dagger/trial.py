@@ -11,7 +11,7 @@ from eval.rollout.ttf import grade_model
 from studies.dagger.training import ROUNDS, OwnEpisodes, train, validation_loss
 from studies.sweep.trial import TrainTrial
 from trainer.config import load_config
-from trainer.environment import environment
+from trainer.provenance import provenance
 
 # Share of the model's own episodes in a batch, rounded down to whole sequences. The oracle's
 # documents never repeat, so their number sets no share; with a half, neither kind dominates.
@@ -44,5 +44,5 @@ class DaggerTrial(TrainTrial):
             val_loss=loss,
             grade=grade and grade | {"samples": []},
             label_share=own.label_share(),
-            environment=environment(torch.device("cpu")),
+            environment=provenance(torch.device("cpu")),
         )

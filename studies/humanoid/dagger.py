@@ -21,7 +21,7 @@ from eval.command import reported_errors
 from eval.tables import markdown
 from studies.humanoid.cloning import Clone
 from studies.humanoid.demonstrations import expert_policy
-from studies.humanoid.environment import rollout
+from studies.humanoid.episodes import rollout
 from studies.humanoid.grading import grade_policy
 from studies.humanoid.tables import with_half
 from studies.humanoid.task import Humanoid

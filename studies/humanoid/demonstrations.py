@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from data.files import write_atomic
 from eval.rollout.tasks.task import PREPARED
-from studies.humanoid.environment import Episodes, Policy, rollout
+from studies.humanoid.episodes import Episodes, Policy, rollout
 from studies.humanoid.expert import load_expert
 from studies.humanoid.simulator import gymnasium, mujoco
 from studies.humanoid.stand import Standing

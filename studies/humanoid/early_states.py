@@ -17,7 +17,7 @@ from eval.command import command_parser, reported_errors
 from eval.tables import markdown
 from studies.humanoid.cloning import spread
 from studies.humanoid.demonstrations import demonstrations_of
-from studies.humanoid.environment import LIMIT_STEPS
+from studies.humanoid.episodes import LIMIT_STEPS
 from studies.humanoid.grading import WINDOWS, squared_errors
 from studies.humanoid.matched import Setup, key_of
 from studies.humanoid.task import Humanoid

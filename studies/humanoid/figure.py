@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eval.command import command_parser, reported_errors
-from studies.humanoid.environment import LIMIT_STEPS, first_states, rollout
+from studies.humanoid.episodes import LIMIT_STEPS, first_states, rollout
 from studies.humanoid.grading import GRADING_SEED
 from studies.humanoid.matched import Row, key_of
 from studies.humanoid.strobe import HIGH, LOW, film, strobe

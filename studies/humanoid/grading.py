@@ -22,7 +22,7 @@ from eval.rollout.metrics import Grade, curve, estimate
 from studies.humanoid.body import N_ACTIONS
 from studies.humanoid.cloning import spread
 from studies.humanoid.demonstrations import demonstrations_of, expert_policy
-from studies.humanoid.environment import LIMIT_STEPS, Policy, rollout
+from studies.humanoid.episodes import LIMIT_STEPS, Policy, rollout
 from studies.humanoid.task import Humanoid
 
 GRADING_SEED = 2  # of the first states; the demonstrations have smaller ones

@@ -16,7 +16,7 @@ from scipy.optimize import brentq
 
 from eval.command import command_parser
 from studies.humanoid.body import ANGLES, GEAR, LIMIT, N_ACTIONS, coordinates
-from studies.humanoid.environment import rollout
+from studies.humanoid.episodes import rollout
 from studies.humanoid.simulator import HumanoidEnv, mujoco
 
 KNEE = -0.15  # in rad

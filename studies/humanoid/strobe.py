@@ -6,7 +6,7 @@ from the start of Python. Neither needs a GPU.
 
 import numpy as np
 
-from studies.humanoid.environment import Policy
+from studies.humanoid.episodes import Policy
 from studies.humanoid.simulator import HumanoidEnv, mujoco
 
 PIXELS_PER_METRE = 220

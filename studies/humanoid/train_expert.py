@@ -22,7 +22,7 @@ from torch import Tensor
 from data.files import write_atomic
 from eval.command import at_least, command_parser, output_file, reported_errors
 from studies.humanoid.body import N_COORDINATES, mirror
-from studies.humanoid.environment import rollout
+from studies.humanoid.episodes import rollout
 from studies.humanoid.expert import Expert, pd_actions
 from studies.humanoid.ppo import GAMMA, ActorCritic, Batch, Learner
 from studies.humanoid.training_physics import TrainingPhysics

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from studies.humanoid.body import N_COORDINATES
-from studies.humanoid.environment import LIMIT_STEPS
+from studies.humanoid.episodes import LIMIT_STEPS
 from studies.humanoid.simulator import HumanoidEnv, mujoco
 
 SUBSTEPS, TIMESTEP = 3, 0.005

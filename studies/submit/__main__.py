@@ -27,7 +27,7 @@ from studies.sweep.run_cache import TrialError
 from studies.sweep.runner import Runner
 from studies.sweep.study import run_line
 from studies.sweep.trial import run_trial
-from trainer.environment import environment
+from trainer.provenance import provenance
 
 
 def table(records: list[Record]) -> str:
@@ -46,7 +46,7 @@ def submit(
         TrialError: a run failed, or could not be repeated.
     """
     study, records = submitted_study(folder)
-    revision = environment(torch.device("cpu"))["git"]
+    revision = provenance(torch.device("cpu"))["git"]
     if problems := rule_problems(study, records, revision):
         listed = "\n  ".join(problems)
         raise ValueError(f"{folder} breaks {len(problems)} rule(s):\n  {listed}")

@@ -21,7 +21,7 @@ from eval.rollout.tasks.task import TaskBase
 from eval.rollout.ttf import grading_version
 from studies.sweep.trial import Trial, model_settings
 from studies.sweep.variants import FIXED, Variant, parse_variant
-from trainer.environment import environment
+from trainer.provenance import provenance
 
 
 class PolicyTrial(Trial):
@@ -85,7 +85,7 @@ class PolicyTrial(Trial):
             grade=grade and grade.to_json(),
             grading={"n": self.n, "seed": self.grading_seed, "code": code},
             command=self.repeat_command,
-            environment=environment(torch.device("cpu")),
+            environment=provenance(torch.device("cpu")),
         )
 
     @property

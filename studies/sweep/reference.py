@@ -17,7 +17,7 @@ from eval.rollout.record import make_record
 from eval.rollout.tasks import parse_task
 from studies.sweep.tasks import STUDY_TASKS
 from studies.sweep.trial import Trial
-from trainer.environment import environment
+from trainer.provenance import provenance
 
 
 class ReferenceTrial(Trial):
@@ -37,7 +37,7 @@ class ReferenceTrial(Trial):
             val_loss=loss.mean,
             grade=grade.to_json() | {"samples": []},
             command=command_of(self.task.spec, n=self.n, seed=self.grading_seed),
-            environment=environment(torch.device("cpu")),
+            environment=provenance(torch.device("cpu")),
         )
 
 

@@ -16,7 +16,7 @@ from studies.humanoid.dagger import (
     train,
 )
 from studies.humanoid.demonstrations import TRAINING_SEED, VALIDATION_SEED
-from studies.humanoid.environment import rollout
+from studies.humanoid.episodes import rollout
 from studies.humanoid.expert import load_expert
 from studies.humanoid.grading import GRADING_SEED, never_acts
 

@@ -7,7 +7,7 @@ import pytest
 
 from studies.humanoid import demonstrations
 from studies.humanoid.demonstrations import N_VALIDATION, demonstrations_of, expert_policy
-from studies.humanoid.environment import Episodes
+from studies.humanoid.episodes import Episodes
 from studies.humanoid.task import Humanoid
 from tests.studies.humanoid.small import SMALL
 

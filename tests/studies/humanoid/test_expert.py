@@ -14,7 +14,7 @@ from studies.humanoid.body import (
     mirror,
     mirror_actions,
 )
-from studies.humanoid.environment import rollout
+from studies.humanoid.episodes import rollout
 from studies.humanoid.expert import FOLDER, KD, KP, Q0, SHAPES, Expert, load_expert, pd_actions
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.npz"))

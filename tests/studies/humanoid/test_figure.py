@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from studies.humanoid import figure
-from studies.humanoid.environment import Episodes, first_states
+from studies.humanoid.episodes import Episodes, first_states
 from studies.humanoid.figure import (
     AFTER,
     BEFORE,

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from studies.humanoid.environment import first_states, rollout
+from studies.humanoid.episodes import first_states, rollout
 from studies.humanoid.grading import never_acts
 from studies.humanoid.strobe import film
 

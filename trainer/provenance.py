@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-def environment(device: torch.device, world_size: int = 1) -> dict[str, Any]:
+def provenance(device: torch.device, world_size: int = 1) -> dict[str, Any]:
     """Describe the environment of a result: device, processes, versions and git revision."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]

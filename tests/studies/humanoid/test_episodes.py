@@ -7,7 +7,7 @@ import gymnasium
 import numpy as np
 import pytest
 
-from studies.humanoid.environment import rollout
+from studies.humanoid.episodes import rollout
 from studies.humanoid.stand import Standing
 
 
