@@ -4,10 +4,10 @@
 
 AdamW alone, with DoPr in its modes, SOAP, Shampoo and Kron (of pytorch_optimizer), and K-FAC (of
 singd) train GPTs with the same weights and batch, as in bench.step_overhead. They take turns of one
-step, ten in a round. All peers renew their preconditioners every tenth step, as the fast mode does;
-SOAP's are those of its defaults. The last line of a width is the time that the optimizer itself
-takes in a step, besides forward and backward. Requires pip install '.[optimizers]' and pip install
-singd.
+step, ten in a round. All peers renew their preconditioners every tenth step, as DoPr does in fast
+and in sampled mode; SOAP's are those of its defaults. The last line of a width is the time that the
+optimizer itself takes in a step, besides forward and backward. Requires pip install '.[optimizers]'
+and pip install singd.
 """
 
 from functools import partial

@@ -6,9 +6,9 @@
 Collectives and bytes come from the code that trains (plan.py and base_plan.py); tests count them in
 real runs. Times follow from the numbers in bench/scale/hardware.py, each of which has an option.
 The GPUs share a model's batch, but each gets at least --tokens_per_gpu. Exact mode computes P every
-step. Fast mode computes P every 10 steps from one token in 8, in blocks as wide as the model. Fresh
-mean is fast mode with fresh_mean=True, the settings of config/gpt2_dopr.py. Statistics are sharded
-under FSDP2 and HSDP, unless --statistics=replicated.
+step. Sampled mode computes P every 10 steps from one token in 8, in blocks as wide as the model.
+Fresh mean is sampled mode with fresh_mean=True, the settings of config/gpt2_dopr.py. Statistics are
+sharded under FSDP2 and HSDP, unless --statistics=replicated.
 """
 
 import argparse

@@ -4,11 +4,11 @@
     python -m bench.step_overhead --preset gpt2 --rounds 3    # GPT-2 124M, 0.5M tokens a step: GPU
 
 Each optimizer trains alone and with DoPr in four modes: exact (a new Σ and P in every step), the
-same with Σ in blocks of the model's width, averaged (Σ of every token, a new P every 10 steps) and
-fast (as averaged, but Σ of one token in several and in one step in 10, as in config/gpt2_dopr.py);
-averaged and fast also with `fresh_mean`.
+same with Σ in blocks of the model's width, fast (Σ of every token, a new P every 10 steps) and
+sampled (as fast, but Σ in such blocks, of one token in several and in one step in 10, as in
+config/gpt2_dopr.py); fast and sampled also with `fresh_mean`.
 The variants run in one process, on GPTs with the same weights and the same batch. They take turns
-of one step; a round has as many turns as lie between two refreshes of the fast mode, so it contains
+of one step; a round has as many turns as lie between two refreshes of these modes, so it contains
 exactly one of them. The result has the median over rounds of the mean step time, and its ratio to
 the optimizer alone. On a GPU it also has the peak memory of each variant in a round, including its
 weights and optimizer state.
@@ -34,7 +34,7 @@ NUMBERS |= {"momentum": 0.95}
 
 
 class StepPreset(NamedTuple):
-    """The model, its batch, and the sampling of DoPr's fast mode."""
+    """The model, its batch, and the sampling of DoPr's sampled mode."""
 
     widths: tuple[int, ...]
     n_layer: int
@@ -61,14 +61,14 @@ def modes(preset: StepPreset, width: int, inverse: str) -> dict[str, dict[str, A
     """Return the settings of DoPr in each mode. None trains without DoPr."""
     every = preset.refresh_every
     exact = {"gamma": 0.1, "inverse": inverse}
-    averaged = exact | {"sigma_beta": 0.95, "refresh_every": every}
-    fast = averaged | {"collect_every": every, "token_stride": preset.token_stride}
+    fast = exact | {"sigma_beta": 0.95, "refresh_every": every}
     blocks, fresh = {"block_diagonal": width}, {"fresh_mean": True}
-    fast |= blocks
+    sampling = {"collect_every": every, "token_stride": preset.token_stride}
+    sampled = fast | sampling | blocks
     return {
         **{"base": None, "exact": exact, "exact, blocks": exact | blocks},
-        **{"averaged": averaged, "fast": fast},
-        **{"averaged, fresh mean": averaged | fresh, "fast, fresh mean": fast | fresh},
+        **{"fast": fast, "sampled": sampled},
+        **{"fast, fresh mean": fast | fresh, "sampled, fresh mean": sampled | fresh},
     }
 
 
@@ -120,7 +120,7 @@ class StepVariant:
         self.model.zero_grad()
 
     def round(self) -> None:
-        """Run the steps from one refresh of the fast mode to the next."""
+        """Run the steps from one refresh of P to the next."""
         for _ in range(self.refresh_every):
             self.step()
 

@@ -30,7 +30,7 @@ CANDIDATES = [
 ]
 TINY_CANDIDATES = [TileConfig(16, 16, 4, 2), TileConfig(32, 16, 4, 2)]
 SIZES: dict[str, list[Any]] = {
-    "gram": [  # dtype, tokens, covariance blocks, block width: of exact mode, then of fast mode
+    "gram": [  # dtype, tokens, covariance blocks, block width: of exact mode, then of sampled mode
         *((torch.bfloat16, 32768, 1, 768), (torch.bfloat16, 32768, 1, 3072)),
         *((torch.bfloat16, 4096, 1, 768), (torch.bfloat16, 4096, 4, 768)),
     ],

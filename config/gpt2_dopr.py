@@ -14,7 +14,7 @@ lr = 2e-3  # with adjust_lr = match_rms_adamw
 aux_lr = 6e-4
 weight_decay = 0.1
 eval_batches = 20  # 10M tokens
-# DoPr in fast mode with a fresh mean (docs/fresh_mean.md); exact mode: without the last six lines
+# DoPr in sampled mode with a fresh mean (docs/fresh_mean.md); without the last six lines, exact
 dopr = True
 gamma = 0.1
 sigma_beta = 0.95

@@ -14,7 +14,7 @@ lr = 1.2e-3  # unlike gpt2_adamw.py; a guess based on small runs
 weight_decay = 0.1
 eval_batches = 20  # 10M tokens
 
-# DoPr in fast mode with a fresh mean; see gpt2_dopr.py.
+# DoPr in sampled mode with a fresh mean; see gpt2_dopr.py.
 dopr = True
 gamma = 0.1
 sigma_beta = 0.95

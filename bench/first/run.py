@@ -4,7 +4,7 @@
 
 Steps, in this order, each with a time limit:
     correctness      compare every Triton kernel with float64; meanwhile fill the compiler's caches
-    steps            DoPr-Muon and DoPr-AdamW (recommended, fast, exact) against Muon and AdamW:
+    steps            DoPr-Muon and DoPr-AdamW (recommended, sampled, exact) against Muon and AdamW:
                      step time and memory of GPT-2 124M
     loop             the training loop against nanoGPT's; needs --nanogpt
     kernels_gram, kernels_apply, kernels_inverse

@@ -15,7 +15,7 @@ COLOURS = (
     "#7fb52c",
     "#d9a400",
 )  # from small to large models, based on viridis
-LINES = {"exact": DASHES[1], "fast": DASHES[2], "fresh mean": DASHES[0]}
+LINES = {"exact": DASHES[1], "sampled": DASHES[2], "fresh mean": DASHES[0]}
 TITLES = {"ddp": "DDP", "fsdp": "FSDP2", "hsdp": "HSDP, 8 GPUs a copy"}
 TICKS = (1, 8, 64, 512, 4096)
 

@@ -19,14 +19,14 @@ class ModeTimes(OpenSchema):
 
     base: float
     exact: float
-    fast: float
+    sampled: float
 
 
 class ModeRatios(OpenSchema):
     """The step times relative to the step without DoPr."""
 
     exact: float
-    fast: float
+    sampled: float
 
 
 class MeasuredRow(OpenSchema):
@@ -92,7 +92,8 @@ def shape_of(preset: StepPreset, width: int) -> ModelShape:
 def modes(preset: StepPreset, inverse: str) -> list[DoprMode]:
     """Return the modes of bench.step_overhead."""
     every = preset.refresh_every
+    sampling = (every, every, preset.token_stride)
     return [
         DoprMode("exact", inverse=inverse),
-        DoprMode("fast", every, every, preset.token_stride, blocks_of_width=True, inverse=inverse),
+        DoprMode("sampled", *sampling, blocks_of_width=True, inverse=inverse),
     ]

@@ -69,9 +69,9 @@ class DoprMode(NamedTuple):
 
 
 EXACT = DoprMode("exact")
-FAST = DoprMode("fast", 10, 10, 8, blocks_of_width=True)
-FRESH_MEAN = FAST._replace(name="fresh mean", fresh_mean=True)  # config/gpt2_dopr.py
-MODES = (EXACT, FAST, FRESH_MEAN)
+SAMPLED = DoprMode("sampled", 10, 10, 8, blocks_of_width=True)
+FRESH_MEAN = SAMPLED._replace(name="fresh mean", fresh_mean=True)  # config/gpt2_dopr.py
+MODES = (EXACT, SAMPLED, FRESH_MEAN)
 
 
 def meta_gpt(shape: ModelShape) -> GPT:

@@ -58,6 +58,6 @@ def test_a_missing_result_is_named(monkeypatch, results, capsys):
 
 def test_the_committed_results_can_be_drawn(monkeypatch, tmp_path):
     draw(monkeypatch, ROOT / "bench/results", tmp_path)
-    assert "DoPr, fast, fresh mean" in (tmp_path / "step_cost.svg").read_text()
+    assert "DoPr, sampled, fresh mean" in (tmp_path / "step_cost.svg").read_text()
     assert "gpt2 float32 16 greedy" in (tmp_path / "generation.svg").read_text()
     assert "round 5" in (tmp_path / "throughput.svg").read_text()

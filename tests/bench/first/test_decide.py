@@ -52,21 +52,22 @@ def turn(contender, ms, *, call=1, number=0, optimizer="muon"):
 
 def test_steps_are_compared_with_the_base_of_their_optimizer_call_and_round():
     rows = [
-        *(turn("base", 100.0), turn("fast", 105.0), turn("base", 200.0, number=1)),
-        *(turn("fast", 230.0, number=1), turn("base", 400.0, call=2), turn("exact", 600.0, call=2)),
-        *(turn("fast", 1.0, number=2), turn("base", 10.0, optimizer="adamw")),
-        turn("fast", 12.0, optimizer="adamw"),
+        *(turn("base", 100.0), turn("sampled", 105.0), turn("base", 200.0, number=1)),
+        *(turn("sampled", 230.0, number=1), turn("base", 400.0, call=2)),
+        turn("exact", 600.0, call=2),
+        *(turn("sampled", 1.0, number=2), turn("base", 10.0, optimizer="adamw")),
+        turn("sampled", 12.0, optimizer="adamw"),
     ]
     found = decisions(steps=rows)
-    assert found["step of muon, fast"].follows == "bar of 1.10 met"
-    assert "x 1.100" in found["step of muon, fast"].measured
+    assert found["step of muon, sampled"].follows == "bar of 1.10 met"
+    assert "x 1.100" in found["step of muon, sampled"].measured
     assert "x 1.500" in found["step of muon, exact"].measured
     assert found["step of muon, exact"].follows == "no bar"
-    assert found["step of adamw, fast"].follows == "bar of 1.10 missed"
+    assert found["step of adamw, sampled"].follows == "bar of 1.10 missed"
 
 
 def test_a_base_alone_decides_nothing():
-    found = decisions(steps=[turn("fast", 1.0)])
+    found = decisions(steps=[turn("sampled", 1.0)])
     assert found["step of GPT-2 124M"].measured == "not measured"
 
 

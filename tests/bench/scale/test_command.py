@@ -49,7 +49,7 @@ def test_measured_rows_are_compared_with_the_model(name, tmp_path, capsys):
     path = RESULTS / name
     if name == "tiny":
         path = tmp_path / "tiny.json"
-        ms, ratio = ({"base": b, "exact": 3 * b, "fast": 2 * b} for b in (4.0, 1.0))
+        ms, ratio = ({"base": b, "exact": 3 * b, "sampled": 2 * b} for b in (4.0, 1.0))
         row = {"width": 16, "optimizer": "adamw", "inverse": "newton_schulz", "tokens": 32}
         path.write_text(json.dumps({"rows": [row | {"step_ms": ms, "ratio": ratio}]}))
     assert main(["--measured", str(path), "--mfu", "0.1"]) == 0

@@ -6,7 +6,7 @@ import pytest
 
 from bench.scale.calls import Placement
 from bench.scale.memory import dopr_bytes, held_bytes, new_sum_bytes, peaks
-from bench.scale.shapes import EXACT, FAST, FRESH_MEAN, MODES, DoprMode, ModelShape
+from bench.scale.shapes import EXACT, FRESH_MEAN, MODES, SAMPLED, DoprMode, ModelShape
 from tests.bench.scale import counted
 
 pytestmark = pytest.mark.xdist_group("gang")  # all tests share one gang of processes
@@ -43,7 +43,7 @@ def test_sums_that_no_refresh_follows_are_kept_between_steps(gang, how):
     for process, (first, second, third) in enumerate(found):
         rank = process % placement.shards
         most = held_bytes(WIDE, LAZY, placement, rank)
-        fewest = most - new_sum_bytes(WIDE, FAST, placement, rank)
+        fewest = most - new_sum_bytes(WIDE, SAMPLED, placement, rank)
         assert fewest < most
         assert first == (most, most, fewest)
         assert second == (fewest,) * 3
@@ -58,7 +58,7 @@ def test_sharded_statistics_take_less_in_every_process(gang):
     assert 2 * max(max(step) for (step,) in sharded) < min(min(step) for (step,) in whole)
 
 
-@pytest.mark.parametrize("mode", [EXACT, FAST], ids=lambda mode: mode.name)
+@pytest.mark.parametrize("mode", [EXACT, SAMPLED], ids=lambda mode: mode.name)
 @pytest.mark.parametrize("how", SHARDED)
 def test_sums_and_rows_take_the_planned_bytes(gang, how, mode):
     placement = SHARDED[how]

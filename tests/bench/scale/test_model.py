@@ -12,7 +12,7 @@ from bench.scale.hardware import HARDWARE
 from bench.scale.memory import dopr_bytes
 from bench.scale.plan import reduce_calls, refresh_calls
 from bench.scale.refresh import refresh_seconds
-from bench.scale.shapes import EXACT, FAST, FRESH_MEAN, MODES, SHAPES, ModelShape, gpt, layers
+from bench.scale.shapes import EXACT, FRESH_MEAN, MODES, SAMPLED, SHAPES, ModelShape, gpt, layers
 from bench.scale.step import estimate, statistics_seconds
 from model import GPT
 from optim import ActivationPreconditioner
@@ -23,7 +23,7 @@ D, L = SMALL.n_embd, SMALL.n_layer
 TRIANGLE = 17 / 32  # the part of a matrix that is sent, in 16 strips of rows
 
 
-def step_of(placement, mode=FAST, hardware=H100):
+def step_of(placement, mode=SAMPLED, hardware=H100):
     return estimate(SMALL, placement, "adamw", mode, hardware, min_tokens=4096)
 
 
@@ -63,17 +63,17 @@ def test_the_flops_equal_the_closed_forms():
     hardware = replace(H100, **FREE, tf32=3, apply_fraction=1, bf16=1, gram_fraction=1)
     one_gpu = Placement("ddp", 1)
     assert work.apply(SMALL, EXACT, one_gpu, hardware) == 48 * L * D**3
-    assert work.apply(SMALL, FAST, one_gpu, hardware) == 24 * L * D**3
+    assert work.apply(SMALL, SAMPLED, one_gpu, hardware) == 24 * L * D**3
     batch = work.Batch(SMALL, 8, 1, SMALL.micro_tokens)
     assert work.gram(SMALL, one_gpu, EXACT, batch, hardware) == 2**16 * 19 * L * D**2
-    assert work.gram(SMALL, one_gpu, FAST, batch, hardware) == 2**13 * 7 * L * D**2
+    assert work.gram(SMALL, one_gpu, SAMPLED, batch, hardware) == 2**13 * 7 * L * D**2
 
 
 def test_a_sum_that_goes_to_an_owner_is_cleared_packed_and_added():
     hardware = replace(H100, memory_rate=1, memory_fraction=1, bf16=math.inf)
     batch = work.Batch(SMALL, 8, 1, 2**14)  # 4 micro-batches
     whole, shared = (
-        work.gram(SMALL, placement, FAST, batch, hardware)
+        work.gram(SMALL, placement, SAMPLED, batch, hardware)
         for placement in (Placement("ddp", 12), Placement("fsdp", 12))
     )
     assert whole == 4 * 8 * 7 * L * D**2
@@ -85,7 +85,7 @@ def test_a_sum_that_goes_to_an_owner_is_cleared_packed_and_added():
 def test_a_refresh_packs_and_unpacks_what_it_sends():
     hardware = replace(H100, memory_rate=1, memory_fraction=1)
     one, whole, replicated, shared, copies = (
-        work.repacking(SMALL, FAST, placement, hardware)
+        work.repacking(SMALL, SAMPLED, placement, hardware)
         for placement in (
             Placement("ddp", 1),
             Placement("ddp", 12),
@@ -116,8 +116,8 @@ def test_the_bytes_of_the_statistics_equal_the_closed_forms():
     assert found == {
         ("exact", 1, True): masking,
         ("exact", 1, False): 0,
-        ("fast", 8, True): (sampling + masking) / 8,
-        ("fast", 8, False): 0,
+        ("sampled", 8, True): (sampling + masking) / 8,
+        ("sampled", 8, False): 0,
         ("fresh mean", 8, True): (sampling + masking) / 8,  # the kernel of z zᵀ sums z
         ("fresh mean", 8, False): (sampling + masking + 2 * inputs) / 8,
         ("fresh mean", 1, True): masking,
@@ -143,12 +143,13 @@ def test_a_fresh_mean_corrects_m_where_it_is_computed():
 
 
 def test_a_fresh_mean_adds_a_sum_of_z_in_every_step_and_a_second_one_in_a_refresh():
-    fast, fresh_mean = (step_of(Placement("ddp", 8), mode) for mode in (FAST, FRESH_MEAN))
+    sampled, fresh_mean = (step_of(Placement("ddp", 8), mode) for mode in (SAMPLED, FRESH_MEAN))
     sent = 2 * 7 / 8 * 4 * L * (7 * D + 4) * (1 + 1 / 10)
-    assert fresh_mean.dopr_sent - fast.dopr_sent == pytest.approx(sent)
+    assert fresh_mean.dopr_sent - sampled.dopr_sent == pytest.approx(sent)
     held = 4 * L * (7 * D + 2 * (7 * D + 4))  # the means and both rows of sums
-    assert fresh_mean.dopr_bytes - fast.dopr_bytes == held
-    assert fresh_mean.dopr_s.keys() - fast.dopr_s.keys() == {"Σ z", "sums of z", "correction of M"}
+    assert fresh_mean.dopr_bytes - sampled.dopr_bytes == held
+    added = fresh_mean.dopr_s.keys() - sampled.dopr_s.keys()
+    assert added == {"Σ z", "sums of z", "correction of M"}
 
 
 def test_inverses_are_shared_by_owners():
@@ -205,13 +206,13 @@ def test_gradients_are_multiplied_by_owners_or_where_their_rows_are():
 def test_sums_to_owners_share_the_network_with_the_weights():
     placement, batch = Placement("fsdp", 64), work.Batch(SMALL, 8, 1, 2**14)  # 4 micro-batches
     slow, fast = (replace(H100, network=network) for network in (1e8, 1e15))
-    reduces = network.total(reduce_calls(SMALL, FAST, placement), placement, slow)
+    reduces = network.total(reduce_calls(SMALL, SAMPLED, placement), placement, slow)
     shown, hidden = (
-        statistics_seconds(SMALL, placement, FAST, batch, hardware, is_collecting=True)
+        statistics_seconds(SMALL, placement, SAMPLED, batch, hardware, is_collecting=True)
         for hardware in (slow, fast)
     )
     assert shown == pytest.approx(4 * reduces)
-    computed = work.statistics(SMALL, placement, FAST, batch, fast, is_collecting=True)
+    computed = work.statistics(SMALL, placement, SAMPLED, batch, fast, is_collecting=True)
     assert hidden == pytest.approx(computed)
 
 
