@@ -26,6 +26,7 @@ OPTIMIZERS = (
     *("muon", "fast-dopr-muon", "dopr-muon", "fast-dopr-muon+fresh_mean=true"),
     *("signum", "fast-dopr-signum", "adamuon", "fast-dopr-adamuon", "sgd", "fast-dopr-sgd"),
 )
+FIRST_LAYER_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 8e-3, 1.6e-2)
 MODES = ("{}", "dopr-{}", "fast-dopr-{}", "fast-dopr-{}+fresh_mean=true")
 GRID = tuple(  # every optimizer in every mode; shorter and with less tuning than the others
     RolloutStage(
@@ -47,6 +48,13 @@ STAGES = (
     RolloutStage("whitening-0.9", f"{TASK},whitening=0.9", STEPS, PAIR, SEEDS),
     RolloutStage("demonstrations-20", f"{TASK},demonstrations=20", STEPS, PAIR, SEEDS),
     RolloutStage("stand", STAND, STEPS, (*PAIR, "muon"), SEEDS),
+    RolloutStage(
+        "first-layer",
+        TASK,
+        STEPS,
+        ("adamw", *(f"adamw+embedding_lr={lr:g}" for lr in FIRST_LAYER_RATES)),
+        SEEDS,
+    ),
     RolloutStage("ten-times-the-steps", TASK, 10 * STEPS, PAIR[:1], SEEDS),
     *GRID,
 )

@@ -99,6 +99,7 @@ def train_clone(
     optimizer_args: str = "",
     whitening: float = 0.0,
     ema_decay: float = 0.0,
+    first_layer_lr: float | None = None,
     schedule: str = "cosine",
     data_at_step: Mapping[int, Callable[[Clone], tuple[np.ndarray, np.ndarray]]] | None = None,
 ) -> Clone | None:
@@ -110,6 +111,7 @@ def train_clone(
         seed: seed of the weights and of the batches, the same for all optimizers.
         whitening: of the inputs, see Scaling.of.
         ema_decay: above 0, the policy has an exponential moving average of the weights.
+        first_layer_lr: learning rate of the first layer's weight, if it is not `lr`.
         schedule: of the learning rate, see optim.schedule.
         data_at_step: {step: function of the clone at that step}; each function returns further
             observations and actions to train on.
@@ -117,7 +119,8 @@ def train_clone(
     scaling = Scaling.of(observations, actions, whitening)
     x, y = scaling.inputs(observations), scaling.targets(actions)  # (n, k), (n, 17)
     network = make_network(x.shape[1], y.shape[1], width, seed)
-    optimizers = build(network, optimizer, lr, dopr, optimizer_args)
+    own_lr = {} if first_layer_lr is None else {"0.weight": first_layer_lr}
+    optimizers = build(network, optimizer, lr, dopr, optimizer_args, own_lr)
     average_of = get_ema_multi_avg_fn(ema_decay)
     average = AveragedModel(network, multi_avg_fn=average_of) if ema_decay else None
     generator = torch.Generator().manual_seed(seed)

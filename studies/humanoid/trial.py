@@ -16,17 +16,21 @@ from trainer.presets import DOPR_KEYS
 
 LAYERS = ("include", "exclude")  # a layer of the network: 0, 2, 4 or 6
 AVERAGE, SCHEDULE = "ema_decay", "schedule"
+FIRST_LAYER = "embedding_lr"
 
 
 class HumanoidTrial(PolicyTrial):
-    """A clone. Its biases, which muon and adamuon leave to AdamW, have the rate of optim.build."""
+    """A clone. Its biases, which muon and adamuon leave to AdamW, have the rate of optim.build.
+
+    `embedding_lr` is the rate of the first layer, which takes the inputs as an embedding does.
+    """
 
     module = "studies.humanoid.trial"
     task_type = Humanoid
     batch_size = BATCH_SIZE
     default_steps = 2000
     dopr_settings: ClassVar = {*DOPR_KEYS, *LAYERS}
-    other_settings: ClassVar = {AVERAGE, SCHEDULE}
+    other_settings: ClassVar = {AVERAGE, SCHEDULE, FIRST_LAYER}
     grids: ClassVar = {
         "adamw": (5e-4, 1e-3, 2e-3),
         "sgd": (0.05, 0.1, 0.2),
@@ -80,6 +84,7 @@ def clone_of(
         dopr=dopr,
         whitening=task.whitening,
         ema_decay=settings.get(AVERAGE, 0.0),
+        first_layer_lr=settings.get(FIRST_LAYER),
         schedule=settings.get(SCHEDULE, "cosine"),
         data_at_step=data_at_step,
     )

@@ -1,5 +1,6 @@
 """Build and step the optimizers of a variant, for models that train.py does not train."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,12 @@ NUMBERS: dict[str, Any] = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "momentum":
 
 
 def build(
-    model: nn.Module, optimizer: str, lr: float, dopr: dict[str, Any], optimizer_args: str = ""
+    model: nn.Module,
+    optimizer: str,
+    lr: float,
+    dopr: dict[str, Any],
+    optimizer_args: str = "",
+    own_lr: Mapping[str, float] | None = None,
 ) -> list[torch.optim.Optimizer]:
     """Return the optimizers of a model, without weight decay.
 
@@ -24,6 +30,7 @@ def build(
         optimizer, optimizer_args: see `optim.build`. Ours have the defaults of train.py.
         dopr: settings of ActivationPreconditioner. Without any, the gradients are not
             preconditioned. gamma defaults to that of train.py.
+        own_lr: {name of a parameter: its learning rate}, where that is not `lr`.
     """
     optimizers = build_optimizers(
         model,
@@ -33,12 +40,28 @@ def build(
         weight_decay=0.0,
         **NUMBERS,
     )
+    for name, rate in (own_lr or {}).items():
+        _set_lr(optimizers, name, rate)
     if optimizer not in OPTIMIZERS:
         seed_all(0)
     if dopr:
         settings: dict[str, Any] = {"gamma": FIELDS["gamma"].default, **dopr}
         ActivationPreconditioner(model, **settings).attach(*optimizers)
     return optimizers
+
+
+def _set_lr(optimizers: list[torch.optim.Optimizer], name: str, lr: float) -> None:
+    """Move a parameter to a param group of its own, which has another learning rate."""
+    for each in optimizers:
+        for group in each.param_groups:
+            if name in group["param_names"]:
+                i = group["param_names"].index(name)
+                del group["param_names"][i]
+                settings = {key: group[key] for key in group.keys() - {"param_names"}}
+                own = {"params": [(name, group["params"].pop(i))], "lr": lr, "base_lr": lr}
+                each.add_param_group(settings | own)
+                return
+    raise ValueError(f"no optimizer holds a parameter {name}")
 
 
 def step(optimizers: list[torch.optim.Optimizer], scale: float) -> None:

@@ -123,6 +123,20 @@ def test_the_average_of_the_weights_is_graded(data, monkeypatch):
     assert np.any(found(data[0]) != clone(data, ema_decay=0.0))
 
 
+def test_the_first_layer_can_have_a_learning_rate_of_its_own(data):
+    options = {"optimizer": "muon", "dopr": FAST}  # the biases have another optimizer
+    same = clone(data, **options, first_layer_lr=RATES["muon"])
+    np.testing.assert_array_equal(same, clone(data, **options))
+    assert np.any(clone(data, **options, first_layer_lr=2 * RATES["muon"]) != same)
+    options = {"width": 16, "optimizer": "adamw", "lr": 0.003, "seed": 0, "steps": 20, "dopr": {}}
+    frozen = train_clone(*data, **options, first_layer_lr=0.0).network
+    at_first = cloning.make_network(11, 3, 16, seed=0)
+    is_kept = [
+        torch.equal(a, b) for a, b in zip(frozen.parameters(), at_first.parameters(), strict=True)
+    ]
+    assert is_kept == [True] + 7 * [False]
+
+
 def test_further_data_change_the_clone_from_their_step_on(data):
     """Data that arrive at the last step change only the last batch; earlier data change more."""
     seen = []

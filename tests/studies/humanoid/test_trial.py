@@ -61,13 +61,16 @@ def test_a_run_depends_on_its_settings_alone():
     assert len({first, fast, graded(refresh_every=10, sigma_beta=0.95, fresh_mean=True)}) == 3
 
 
-def test_a_study_can_average_the_weights_and_whiten_the_inputs(study, tmp_path):
-    variants = [HumanoidTrial.parse_variant(each) for each in ("adamw", "adamw+ema_decay=0.5")]
+def test_a_study_can_average_weights_whiten_inputs_and_give_the_first_layer_its_own_rate(
+    study, tmp_path
+):
+    names = ("adamw", "adamw+ema_decay=0.5", "adamw+embedding_lr=0.01")
+    variants = [HumanoidTrial.parse_variant(each) for each in names]
     whitened = replace(study, out=tmp_path / "whitened", task=replace(SMALL, whitening=0.5))
     trials = [replace(study, out=tmp_path).trial(each, "fresh", 2e-3, 0) for each in variants]
     trials.append(whitened.trial(variants[0], "fresh", 2e-3, 0))
-    assert len({run_trial(each)["val_loss"] for each in trials}) == 3
-    assert trials[2].first_rates("adamw") == HumanoidTrial.grids["adamw"]
+    assert len({run_trial(each)["val_loss"] for each in trials}) == 4
+    assert trials[-1].first_rates("adamw") == HumanoidTrial.grids["adamw"]
 
 
 def test_the_records_of_a_study_have_positive_errors_and_the_references(study, records):

@@ -1,5 +1,6 @@
 """Test the optimizers of models that train.py does not train."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -18,3 +19,8 @@ def test_finish_puts_the_weights_for_evaluation_in_place():
     finish(optimizers)
     assert not torch.equal(weight, y)
     torch.testing.assert_close(0.9 * weight.detach() + 0.1 * z, y)
+
+
+def test_a_rate_for_a_parameter_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="no optimizer holds a parameter first"):
+        build(nn.Linear(4, 3), "adamw", 0.1, {}, own_lr={"first": 0.2})
