@@ -62,7 +62,7 @@ from trainer.failures import (
     memory_errors,
     smaller_run,
 )
-from trainer.machine import device_of, lock_out_dir, machine_problems
+from trainer.machine import device_of, locked, machine_problems
 from trainer.metrics import MetricsLog, mfu
 from trainer.parallel import Parallel
 from trainer.provenance import provenance
@@ -156,7 +156,7 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
     saver = CheckpointSaver(state, config, parallel, files, log, stop)
 
     parameters = [*model.parameters()]
-    may_draw = any(map(is_third_party, optimizers))  # random numbers; ours do not
+    may_draw = any(map(is_third_party, optimizers))  # random numbers; our optimizers do not
     # The data are read one step ahead: the processes agree on them while they compute a step.
     read = partial(parallel.start_on_all_ranks, lambda: next_step(batches), DataError, count_scored)
     finish_read = read()
@@ -198,8 +198,8 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
                 (micro_loss * parallel.size).backward()  # DDP and FSDP average over ranks
                 loss += micro_loss.detach()
             loss = parallel.sum(loss)
-            grads = [p.grad for p in parameters if p.grad is not None]
-            grad_norm = full_tensor(get_total_norm(grads))
+            norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+            grad_norm = full_tensor(norm)
             if config.grad_clip:
                 clip_grads_with_norm_(parameters, config.grad_clip, grad_norm)
             scale = lr_scale(state.step, **chosen(config, SCHEDULE_KEYS))
@@ -279,7 +279,7 @@ def run(argv: list[str]) -> int:
         stack.enter_context(parallel)
         print(describe(config, origins))
         if parallel.is_main:
-            stack.enter_context(lock_out_dir(Path(config.out_dir)))
+            stack.enter_context(locked(Path(config.out_dir)))
         stack.enter_context(memory_errors(smaller_run(config.micro_batch_size)))
         start_max = parallel.start_all_reduce_flag if parallel.size > 1 else None
         return train(config, parallel, stack.enter_context(StopRequest(start_max)))

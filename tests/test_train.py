@@ -193,6 +193,20 @@ def test_dropout_differs_from_step_to_step(dataset, tmp_path, monkeypatch):
     assert len({each % 2**32 for each in seeds}) == 5
 
 
+def test_the_gradients_are_freed_before_the_next_step(dataset, tmp_path, monkeypatch):
+    norm, seen, alive = train.get_total_norm, [], []
+
+    def spied(grads):
+        alive.append(sum(grad() is not None for grad in seen))
+        seen[:] = map(weakref.ref, grads)
+        return norm(grads)
+
+    monkeypatch.setattr(train, "get_total_norm", spied)
+    train.main(argv(dataset, tmp_path / "run", max_steps=3, save_every=9))
+    assert seen
+    assert alive == [0, 0, 0]
+
+
 def test_dropout_differs_between_processes():
     seeds = {train.random_seed(1337, step, rank) for step in range(100) for rank in range(-1, 64)}
     assert len(seeds) == 6500

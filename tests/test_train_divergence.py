@@ -5,11 +5,13 @@ import signal
 
 import pytest
 import torch
+from torch import nn
 
 import train
 from model import GPT
 from tests.tiny import argv, metrics, weights
 from trainer.checkpoint import read as checkpoint
+from trainer.checkpoint.state import TrainState
 
 
 def poison(patch, *, steps, value=float("nan")):
@@ -102,3 +104,16 @@ def test_a_stop_after_a_skipped_step_keeps_the_previous_checkpoint(
     assert train.main(argv(dataset, tmp_path / "run")) == 128 + signal.SIGTERM
     assert "step 7 is not saved" in capsys.readouterr().out
     assert checkpoint.open_checkpoint(tmp_path / "run").step == 4
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_state_that_is_not_finite_is_found_in_every_optimizer(broken):
+    weights = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizers = [torch.optim.AdamW([weight]) for weight in weights]
+    state = TrainState(nn.ParameterList(weights), optimizers)
+    for weight, optimizer in zip(weights, optimizers, strict=True):
+        weight.grad = torch.ones(2)
+        optimizer.step()
+    assert state.non_finite() == ""
+    optimizers[broken].state[weights[broken]]["nested"] = [{"x": torch.tensor(float("nan"))}]
+    assert state.non_finite() == "nested of parameter 0 of AdamW"

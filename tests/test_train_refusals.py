@@ -90,6 +90,12 @@ def test_spaces_between_the_names_of_layers_are_ignored(dataset, tmp_path, capsy
     assert "DoPr covers 4 weights" in capsys.readouterr().out
 
 
+def test_an_untied_head_is_covered_if_it_is_named(dataset, tmp_path, capsys):
+    changes = {"dopr": True, "tie_weights": False, "include": "lm_head", "max_steps": 3}
+    assert train.main(argv(dataset, tmp_path / "run", **changes)) == 0
+    assert "DoPr covers 1 weights" in capsys.readouterr().out
+
+
 def test_a_checkpoint_of_another_model_optimizer_or_tokenizer_is_refused(dataset, tmp_path, capsys):
     out = tmp_path / "run"
     train.main(argv(dataset, out, max_steps=4))

@@ -86,13 +86,15 @@ def make_optimizers(config: TrainConfig, model: GPT, process_group: Any) -> list
 
 
 def make_preconditioner(config: TrainConfig, model: GPT) -> ActivationPreconditioner:
-    """Build DoPr's preconditioner. An untied output head is excluded unless `exclude` is set.
+    """Build DoPr's preconditioner.
+
+    An untied output head is excluded unless `include` or `exclude` is set.
 
     Raises:
         ConfigError: the settings cannot be used with this model.
     """
-    head = None if config.tie_weights else ["lm_head"]
     include = split_names(config.include) or None
+    head = None if config.tie_weights or include else ["lm_head"]
     exclude = split_names(config.exclude) or head
     try:
         return ActivationPreconditioner(

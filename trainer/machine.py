@@ -1,5 +1,7 @@
 """Check what a run asks of this machine: its devices, its number of processes, its out_dir."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +65,9 @@ def _mps_problems(settings: dict[str, Any]) -> list[str]:
     return problems
 
 
-def lock_out_dir(out_dir: Path) -> filelock.FileLock:
-    """Create `out_dir` and lock it for this process.
+@contextmanager
+def locked(out_dir: Path) -> Iterator[None]:
+    """Create `out_dir`, and lock it for this process inside the context.
 
     Raises:
         ConfigError: another run writes to the folder, or it is not writable.
@@ -77,4 +80,7 @@ def lock_out_dir(out_dir: Path) -> filelock.FileLock:
         raise ConfigError(f"out_dir={out_dir}: another run is writing to it") from None
     except OSError as error:
         raise ConfigError(f"out_dir={out_dir}: not writable ({error})") from None
-    return lock
+    try:
+        yield
+    finally:
+        lock.release()

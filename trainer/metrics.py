@@ -11,6 +11,7 @@ import math
 import os
 import secrets
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ class MetricsLog:
     """Write a run's records.
 
     Args:
-        out_dir: the run's folder. If it has a metrics.jsonl, the rows that a run resumed at
-            `start_step` will write again are removed.
+        out_dir: the run's folder. If it has a metrics.jsonl, the rows after `start_step` are
+            removed. A validation or grading of this step replaces its earlier row.
         is_writer: whether this process writes; the other processes discard their records.
     """
 
@@ -54,13 +55,10 @@ class MetricsLog:
         self, out_dir: Path, start_step: int, max_steps: int, *, is_writer: bool = True
     ) -> None:
         self._path = out_dir / "metrics.jsonl" if is_writer else Path(os.devnull)
+        self._start_step = start_step
         self._unwritten: list[str] = []
         self._is_terminal_gone = False
-        if is_writer and self._path.exists():
-            try:
-                self._remove_rows_after(start_step)
-            except OSError as error:
-                self.say(f"WARNING: {self._path} keeps rows of later steps ({error.strerror})")
+        self._keep_rows(lambda row: row.step <= start_step)
         self._max_steps = max_steps
         self._wandb: Any = None
         self._bar = tqdm(
@@ -70,22 +68,27 @@ class MetricsLog:
             disable=not (is_writer and sys.stderr.isatty()),
         )
 
-    def _remove_rows_after(self, step: int) -> None:
-        """Remove the rows that a resumed run will write again, and damaged lines."""
+    def _keep_rows(self, is_kept: Callable[[Row], bool]) -> None:
+        """Remove the other rows, and damaged lines. If that fails, warn and keep them."""
+        if not self._path.is_file():  # the first run in a folder, or not the writer
+            return
         kept, n_damaged = [], 0
-        for line in self._path.read_bytes().splitlines(keepends=True):
-            try:
-                row = parse_json(line, str(self._path), Row, DataError)
-            except DataError:
-                n_damaged += line.endswith(b"\n") and bool(line.strip())  # or cut by a crash
-                continue
-            if row.step < step or (row.step == step and row.kind not in ("val", "ttf")):
-                kept.append(line)
-        if n_damaged:
-            self.say(f"warning: {n_damaged} damaged lines of {self._path} were removed")
-        partial = self._path.with_suffix(".tmp")
-        partial.write_bytes(b"".join(kept))
-        partial.replace(self._path)
+        try:
+            for line in self._path.read_bytes().splitlines(keepends=True):
+                try:
+                    row = parse_json(line, str(self._path), Row, DataError)
+                except DataError:
+                    n_damaged += line.endswith(b"\n") and bool(line.strip())  # or cut by a crash
+                    continue
+                kept += [line] if is_kept(row) else []
+            partial = self._path.with_suffix(".tmp")
+            partial.write_bytes(b"".join(kept))
+            partial.replace(self._path)
+        except OSError as error:
+            self.say(f"WARNING: {self._path} keeps rows of later steps ({error.strerror})")
+        else:
+            if n_damaged:
+                self.say(f"warning: {n_damaged} damaged lines of {self._path} were removed")
 
     def start_wandb(self, out_dir: Path, mode: Any, project: str, config: dict[str, Any]) -> None:
         """Also send rows to Weights & Biases from now on; `mode` is off, online or offline."""
@@ -113,6 +116,8 @@ class MetricsLog:
         """Append a row to metrics.jsonl; rows of other kinds than "run" also go to wandb."""
         values = {key: _finite(value) for key, value in values.items()}
         row = {"kind": kind, "step": step, **values}
+        if step == self._start_step and kind in ("val", "ttf"):  # again, by a resumed run
+            self._keep_rows(lambda row: (row.kind, row.step) != (kind, step))
         self._append(json.dumps(row, allow_nan=False) + "\n")
         if self._wandb is not None and kind != "run":
             try:

@@ -120,7 +120,10 @@ class Parallel(Agreement):
         if self.size == 1:
             return
         if error is None:
-            distributed.barrier()
+            try:
+                distributed.barrier()
+            except RuntimeError as lost:
+                raise ProcessLost(cause_of_loss(self._store, self.rank, self.size)) from lost
             distributed.destroy_process_group()
         elif is_consequence(error):
             raise ProcessLost(cause_of_loss(self._store, self.rank, self.size)) from error

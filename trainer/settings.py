@@ -67,9 +67,8 @@ class TrainConfig:
     nesterov: bool = True  # of muon and adamuon
     adjust_lr: Literal["unit_rms_norm", "match_rms_adamw", "original"] = "match_rms_adamw"  # muon
     ns_coefficients: Literal["polar_express", "quintic"] = "polar_express"  # of Newton-Schulz
-    ns_dtype: Literal["auto", "bfloat16", "float32"] = (
-        "auto"  # of Newton-Schulz; auto: fp32 on CPUs
-    )
+    ns_dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of its products; auto: float32 on
+    # CPUs, bfloat16 elsewhere
     grad_clip: float = 1.0  # maximum global norm of the raw gradient; 0: off
     # -- DoPr: activation preconditioning before the optimizer (optim/dopr/preconditioner.py)
     dopr: bool = False
@@ -80,13 +79,14 @@ class TrainConfig:
     token_stride: int = 1  # use every n-th token for Σ; embeddings use every token
     exponent: int = 1  # p of (Σ + γ̄ I)^(-1/p): 1, 2 or 4
     inverse: Literal["cholesky", "newton_schulz"] = "cholesky"
-    trace_normalized: bool = True  # P times tr(Σ)/d_in, so M keeps the scale of G; false: the paper
+    trace_normalized: bool = True  # scale P so that M keeps the scale of G; false: the paper
     fresh_mean: bool = False  # use the mean of the inputs of every step, also between updates
-    block_diagonal: int | None = None  # largest block of Σ; none: full Σ
+    block_diagonal: int | None = None  # largest width of a block of Σ; none: full Σ
     embeddings: bool = False  # also precondition embeddings, by token frequency
     statistics: Literal["auto", "replicated", "sharded"] = "auto"  # auto: sharded if weights are
     include: str | None = None  # comma-separated names of layers, with * and ?; none: all
-    exclude: str | None = None  # names of layers to exclude; none: an untied output head
+    exclude: str | None = None  # names of layers to exclude; none: an untied
+    # output head, unless include is set
     # -- schedule
     max_steps: int = 10_000
     warmup_steps: int = 500

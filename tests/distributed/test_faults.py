@@ -15,7 +15,7 @@ from eval import in_training
 from model import GPT
 from tests.distributed.runs import SETTINGS, main, trained
 from tests.tiny import argv, metrics, weights
-from trainer import signals
+from trainer import failures, signals
 from trainer.checkpoint.read import candidates, load_checkpoint, open_checkpoint
 from trainer.parallel import Parallel
 
@@ -217,3 +217,20 @@ def test_a_store_that_is_gone_does_not_hide_what_went_wrong(monkeypatch):
     assert not parallel.__exit__(
         KeyError, KeyError("a bug"), None
     )  # the KeyError is not suppressed
+
+
+def test_a_process_that_is_done_names_the_one_that_failed_after_all_work(monkeypatch):
+    def lost():
+        raise RuntimeError("Connection closed by peer")
+
+    found = {"cause/1": b"KeyError: a bug"}
+    store = SimpleNamespace(
+        set=found.__setitem__, get=found.get, check=lambda keys: keys[0] in found
+    )
+    monkeypatch.setattr(distributed, "barrier", lost)
+    monkeypatch.setattr(failures, "GRACE_S", 0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    parallel = Parallel(torch.device("cpu"))
+    parallel._store = store
+    with pytest.raises(failures.ProcessLost, match="rank 1 failed: KeyError: a bug"):
+        parallel.__exit__(None, None, None)

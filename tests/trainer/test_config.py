@@ -3,14 +3,17 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from trainer import settings
 from trainer.config import describe, describe_changes, load_config, to_json
 from trainer.settings import FIELDS, ConfigError, TrainConfig
+from trainer.usage import help_text
 
 
 def write(path: Path, text: str) -> str:
@@ -139,6 +142,16 @@ def test_reading_settings_does_not_import_torch():
         "load_config(['--lr=1']); print_help(''); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_help_has_the_comment_of_every_setting():
+    source = Path(settings.__file__).read_text().partition("class TrainConfig:")[2]
+    lines = help_text("").splitlines()
+    for key in FIELDS:
+        (declaration,) = re.findall(rf"^    {key}: .* = .+", source, re.MULTILINE)
+        (line,) = (each for each in lines if each.startswith(f"  --{key}="))
+        assert declaration[-1] not in "(["  # continues, so the help would not find the comment
+        assert declaration.partition("  # ")[2] in line
 
 
 def test_the_description_shows_what_was_set_and_where():

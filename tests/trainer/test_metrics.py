@@ -32,7 +32,7 @@ def test_every_row_has_a_kind_and_a_step(tmp_path, capsys):
     assert "step 1/10 (10%)" in capsys.readouterr().out
 
 
-def test_a_resumed_run_removes_the_rows_that_it_will_write_again(tmp_path):
+def test_a_resumed_run_removes_later_rows_and_replaces_those_of_its_first_step(tmp_path):
     log = MetricsLog(tmp_path, 0, 10)
     for step in range(1, 5):
         log.train(step, **TRAIN)
@@ -40,12 +40,13 @@ def test_a_resumed_run_removes_the_rows_that_it_will_write_again(tmp_path):
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')  # killed while writing
-    MetricsLog(tmp_path, 2, 10).close()
-    assert [(row["kind"], row["step"]) for row in rows(tmp_path)] == [
-        ("train", 1),
-        ("val", 1),
-        ("train", 2),  # step 2 was trained, but its validation is repeated on resume
-    ]
+    log = MetricsLog(tmp_path, 2, 10)
+    kept = [("train", 1), ("val", 1), ("train", 2), ("val", 2)]
+    assert [(row["kind"], row["step"]) for row in rows(tmp_path)] == kept
+    log.val(2, {"loss": 1.5, "bits_per_byte": 1.0, "n_tokens": 7})
+    assert [(row["kind"], row["step"]) for row in rows(tmp_path)] == kept
+    assert [row["loss"] for row in rows(tmp_path) if row["kind"] == "val"] == [2.0, 1.5]
+    log.close()
 
 
 def test_old_rows_that_cannot_be_removed_do_not_stop_the_run(tmp_path, capsys):

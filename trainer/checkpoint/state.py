@@ -5,12 +5,14 @@ The state has no random generators and no position in the data, because both are
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._pytree import tree_leaves
 
 from optim import ActivationPreconditioner
 from optim.process_group import local
@@ -33,8 +35,8 @@ class TrainState:
     """Everything that changes during a run.
 
     `step` counts the optimizer steps, including the `skipped` steps whose loss or gradient was not
-    finite. `skipped_in_row` counts the skipped steps since the last good one. `is_loss_finite` says
-    whether the newest loss of the current weights is finite; None if it was not computed.
+    finite. `skipped_in_row` counts the skipped steps since the last good one. `is_loss_finite` is
+    False if the newest loss or gradient of the current weights is not; None if it is not known.
     """
 
     model: nn.Module
@@ -68,20 +70,23 @@ class TrainState:
 
         Looks at weights, averaged weights and the state of the optimizers.
         """
-        named = {
-            f"{prefix}{name}": p
-            for prefix, model in self.evaluated().items()
-            for name, p in model.named_parameters()
-        }
-        for optimizer in self.optimizers:
-            for i, values in enumerate(optimizer.state.values()):
-                named |= {f"{key} of parameter {i}": each for key, each in values.items()}
         broken = (
             name
-            for name, each in named.items()
-            if isinstance(each, Tensor) and not local(each.detach()).isfinite().all()
+            for name, tensor in self._named_tensors()
+            if not local(tensor.detach()).isfinite().all()
         )
         return next(broken, "")
+
+    def _named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights, the averaged weights, and the tensors of the optimizers' states."""
+        for prefix, model in self.evaluated().items():
+            for name, weight in model.named_parameters():
+                yield f"{prefix}{name}", weight
+        for optimizer in self.optimizers:
+            for i, values in enumerate(optimizer.state.values()):
+                for key, value in values.items():
+                    where = f"{key} of parameter {i} of {type(optimizer).__name__}"
+                    yield from ((where, x) for x in tree_leaves(value) if isinstance(x, Tensor))
 
     def evaluated(self) -> dict[str, nn.Module]:
         """Return the models to evaluate by the prefix of their metrics: "" and, if kept, "ema_"."""
