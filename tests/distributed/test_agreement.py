@@ -16,6 +16,13 @@ from trainer.parallel import Parallel
 pytestmark = pytest.mark.xdist_group("gang")  # the tests share a gang of processes
 
 
+def test_the_tests_of_a_group_run_in_one_worker(request):
+    """pytest-xdist groups tests by this suffix, and says nothing if it cannot."""
+    config = request.config
+    if hasattr(config, "workerinput") and config.getvalue("loadgroup"):
+        assert request.node.nodeid.endswith("@gang")
+
+
 def started(folder):
     """Start to agree, the first process before the others; return the results and the sum."""
     with Parallel(torch.device("cpu"), timeout_s=60) as parallel:
