@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.xdist_group("package")  # its fixtures are slow
+
 ROOT = Path(__file__).parent.parent
 TEN_STEPS = """
 import torch

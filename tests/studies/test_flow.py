@@ -19,6 +19,8 @@ from studies.flow.sampling import integrate, time_grid
 from studies.flow.targets import DIMENSIONS, THICKNESS, make_target
 from studies.flow.training import draw_pairs, train_field
 
+pytestmark = pytest.mark.xdist_group("flow")  # its fixtures are slow
+
 EXACT = 1e-9  # float64, relative
 FIRST = (100, 125)  # seed and steps of the shortest runs of the results
 RUN = Run("cond-100", "adamw", "base", 4e-3, 100, 125)

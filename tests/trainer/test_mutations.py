@@ -27,6 +27,8 @@ from trainer.config import load_config
 from trainer.metrics import MetricsLog
 from trainer.settings import ConfigError
 
+pytestmark = pytest.mark.xdist_group("mutations")  # its fixtures are slow
+
 RUN = {"n_layer": 1, "n_embd": 8, "block_size": 4, "max_steps": 2, "warmup_steps": 1}
 RUN |= {"optimizer": "muon", "dopr": True, "bias": False, "eval_every": 9, "eval_batches": 1}
 N = [100, pytest.param(3000, marks=pytest.mark.slow)]  # examples of each test

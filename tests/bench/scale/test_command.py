@@ -9,6 +9,8 @@ import pytest
 from bench.scale.fits import SIZES
 from bench.scale_model import main, placements
 
+pytestmark = pytest.mark.xdist_group("scale")  # its fixtures are slow
+
 RESULTS = Path(__file__).parents[3] / "bench/results"
 FEW = ["--models", "124M", "--placements", "ddp", "--gpus", "1", "8"]
 

@@ -18,6 +18,8 @@ from eval.rollout.tasks.pdfa import Pdfa
 from studies.stats.records import load_records
 from tests.tiny import argv, metrics
 
+pytestmark = pytest.mark.xdist_group("ttf")  # its fixtures are slow
+
 PDFA = "task:pdfa,states=4,alphabet=4,horizon=8,n_documents=64"
 SIZES = {"block_size": 8, "max_steps": 4, "eval_every": 4, "save_every": 2, "warmup_steps": 1}
 

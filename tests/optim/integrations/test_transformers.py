@@ -19,6 +19,8 @@ from optim import ActivationPreconditioner
 from optim.integrations.transformers import DoprCallback, check_supported
 from tests.optim.integrations.tiny import LENGTH, assert_equal, examples, gpt2, weights
 
+pytestmark = pytest.mark.xdist_group("transformers")  # its fixtures are slow
+
 SETTINGS = {"gamma": 0.1, "refresh_every": 2, "sigma_beta": 0.9}  # state that outlives a step
 
 

@@ -23,6 +23,8 @@ from studies.sweep.variants import parse_variant
 from tests.studies.humanoid.small import SMALL, SPEC
 from tests.studies.pages import read
 
+pytestmark = pytest.mark.xdist_group("humanoid")  # its fixtures are slow
+
 SETTINGS = {"optimizer": "adamw", "max_steps": 5}
 
 

@@ -9,6 +9,8 @@ from studies.report.__main__ import main
 from tests.studies.pages import read
 from tests.studies.records import fresh, study, write_lines, write_study
 
+pytestmark = pytest.mark.xdist_group("report")  # its fixtures are slow
+
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):

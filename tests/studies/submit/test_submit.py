@@ -12,6 +12,8 @@ from studies.submit import rules
 from studies.submit.repeat import chosen_run, hidden_seeds
 from studies.sweep import compare
 
+pytestmark = pytest.mark.xdist_group("submit")  # its fixtures are slow
+
 REVISION = "0123abc"
 STAGE = RolloutStage("lds", "lds", 20, ("sgd", "fast-dopr-sgd"), seeds=3, tuning_seeds=1)
 
