@@ -6,6 +6,7 @@ What only its owner holds (ownership.py) is not sent. A single process copies no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,25 +28,41 @@ class Sums:
     The captures do not change. Tokens may be distributed over processes in any way; a process
     without tokens adds zeros.
 
-    Attributes:
-        counts_and_mean_eigenvalues: for each layer (2,) float64, the number of tokens and the mean
-            eigenvalue tr(S) / d_in of the sum S of z zᵀ.
+    Args:
+        was_formed: whether a backward of this process formed gradients since the last step.
     """
 
-    def __init__(self, layers: list[Layer], processes: Processes) -> None:
+    def __init__(
+        self, layers: list[Layer], processes: Processes, *, was_formed: bool = False
+    ) -> None:
         everybody = processes.everybody
-        self._processes = processes
+        self._processes, self._was_formed = processes, was_formed
         self._packed: dict[Layer, Tensor] = {}
         self._works: dict[Layer, Any] = {}
         rows = [torch.stack([each.capture.count.double(), _trace_mean(each)]) for each in layers]
-        sending = [each.capture.reduction for each in layers if each.capture.reduction]
-        digests = [rows[0].new_tensor([each.digest, 0]) for each in sending[:1]]
-        summed = [*rows, *digests]
-        if everybody.size > 1 and layers:
-            summed = [*everybody.sum_(torch.stack(summed))]
-        self.counts_and_mean_eigenvalues = dict(zip(layers, summed[: len(layers)], strict=True))
-        ends = zip(summed[len(layers) :], digests, strict=True)
-        self._digests = [(total[0], own[0]) for total, own in ends]
+        self._digest = next((x.capture.reduction.digest for x in layers if x.capture.reduction), 0)
+        self.is_shared = everybody.size > 1 and bool(layers)  # whether processes added them up
+        if self.is_shared:
+            flags = rows[0].new_tensor([self._digest, was_formed])
+            rows = [*everybody.sum_(torch.stack([*rows, flags]))]
+        self._rows = rows  # (2,) float64 each: one per layer, and the sum of the flags if shared
+        self._counts = {layer: row[0] for layer, row in zip(layers, rows, strict=False)}
+
+    @cached_property
+    def counts_and_mean_eigenvalues(self) -> list[list[float]]:
+        """The number of tokens and the mean eigenvalue tr(S) / d_in of the S of each layer.
+
+        The sum of the flags of all processes may follow. Waits for the device once.
+        """
+        rows = [row.to(self._rows[0].device) for row in self._rows]
+        return torch.stack(rows).tolist() if rows else []
+
+    @property
+    def was_formed(self) -> bool:
+        """Whether a backward of any of the processes that added up formed gradients."""
+        if self._was_formed or not self.is_shared:
+            return self._was_formed
+        return self.counts_and_mean_eigenvalues[-1][1] > 0
 
     def check_order(self) -> None:
         """Raise RuntimeError if the processes sent the sums of other layers, or in another order.
@@ -53,7 +70,7 @@ class Sums:
         Waits for the device.
         """
         size = self._processes.everybody.size
-        if any(float(total) != size * float(own) for total, own in self._digests):
+        if self.is_shared and self.counts_and_mean_eigenvalues[-1][0] != size * self._digest:
             raise RuntimeError(
                 "the processes ran backward passes through other layers, or in another order, so "
                 "that the sums of different layers were added: use statistics='replicated', which "
@@ -100,7 +117,7 @@ class Sums:
         """Return the number of tokens in `gram`, () int64."""
         if self._processes.everybody.size == 1:
             return layer.capture.count
-        return self.counts_and_mean_eigenvalues[layer][0].long()
+        return self._counts[layer].long()
 
 
 def _trace_mean(layer: Layer) -> Tensor:  # () float64

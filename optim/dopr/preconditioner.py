@@ -31,6 +31,7 @@ from ..process_group import (
 )
 from .census import Census
 from .coverage import Selection, find_layers
+from .distributed import Sums
 from .exchange import Exchange
 from .forwards import install, remove
 from .grads import FormedGrads, PreconditionedGrads
@@ -338,11 +339,11 @@ class ActivationPreconditioner:
         if due := [layer for layer in layers if layer.is_due]:
             self._census.check(layers)
         self._reduction.finish()
-        gram_means = update_means(layers, due, self._processes.everybody)
-        refreshed, unused = refresh(due, gram_means, self.settings, self._processes)
-        if len(unused) == len(layers) or self._is_empty_step(layers, due):
-            self._formed_grads.clear(layers)
+        sums = Sums(due, self._processes, was_formed=self._formed_grads.any(layers))
+        if self._is_empty_step(layers, sums):
             return
+        gram_means = update_means(layers, due, self._processes.everybody)
+        refreshed = refresh(due, sums, gram_means, self.settings, self._processes)
         written, local_norms = [], {}
         for layer, grad, G, M in preconditioned(layers, self.settings.backend, self._exchange):
             if layer in refreshed:
@@ -365,17 +366,18 @@ class ActivationPreconditioner:
         was_formed = self._formed_grads.any([layer])
         return not was_formed and self._preconditioned_grads.is_unchanged(grad, count)
 
-    def _is_empty_step(self, layers: list[Layer], due: list[Layer]) -> bool:
+    def _is_empty_step(self, layers: list[Layer], sums: Sums) -> bool:
         """Return whether no backward preceded this step and all gradients are zero.
 
-        torch.distributed.checkpoint takes such a step to create the optimizer's state. If all
-        layers are due, `refresh` notices it. Otherwise, every process decides alone, which it
-        cannot do from some rows of the weights.
+        torch.distributed.checkpoint takes such a step to create the optimizer's state. If no layer
+        is due, every process decides alone whether a backward ran: with sharded weights, it ran in
+        all of them or in none. Whole gradients are alike in all processes, but rows are not.
         """
-        is_known = len(due) == len(layers) or self._formed_grads.any(layers)
-        if is_known or any(is_sharded(layer.covered.weight) for layer in layers):
+        if sums.was_formed:
             return False
-        return not with_gradient(layers, Collective())
+        has_rows = any(is_sharded(layer.covered.weight) for layer in layers)
+        group = self._processes.everybody if sums.is_shared or has_rows else Collective()
+        return not with_gradient(layers, group)
 
     def _after_step(self) -> None:
         """Drop what the step itself captured when it differentiated the gradients again."""

@@ -43,10 +43,11 @@ CHUNK_BYTES = 256 * 2**20
 
 def refresh(
     layers: list[Layer],
+    sums: Sums,
     gram_means: dict[Layer, Tensor],
     settings: DoprSettings,
     processes: Processes,
-) -> tuple[list[Layer], list[Layer]]:
+) -> list[Layer]:
     """Compute Σ and P from the running sums of all processes.
 
     All processes must call this together. All P are computed before the first layer changes, so an
@@ -56,9 +57,10 @@ def refresh(
     only take note of the refresh.
 
     Args:
+        sums: of these layers.
         gram_means: what `update_means` returned.
     Returns:
-        The layers that have a new P, and the layers without tokens and without a gradient.
+        The layers that have a new P.
     Raises:
         RuntimeError: if a layer has a gradient but its activations were not captured.
         FloatingPointError: if activations are not finite and there is no earlier P to keep, or Σ
@@ -67,8 +69,7 @@ def refresh(
     """
     for layer in layers:
         layer.check_device_and_dtype()
-    sums = Sums(layers, processes)
-    usable, unused = with_usable_sums(layers, sums, processes.everybody)
+    usable = with_usable_sums(layers, sums, processes.everybody)
     sums.start(usable)
 
     def next_statistics(layer: Layer) -> Statistics:
@@ -82,7 +83,7 @@ def refresh(
         layer.n_refreshes += 1
         layer.next_refresh = layer.following_refresh
         layer.capture.clear()
-    return usable, unused
+    return usable
 
 
 def inverse_roots(

@@ -11,10 +11,8 @@ from .distributed import Sums
 from .layer import Layer
 
 
-def with_usable_sums(
-    layers: list[Layer], sums: Sums, collective: Collective
-) -> tuple[list[Layer], list[Layer]]:
-    """Return the layers whose running sum can be used, and those not used; handle the others.
+def with_usable_sums(layers: list[Layer], sums: Sums, collective: Collective) -> list[Layer]:
+    """Return the layers whose running sum can be used; handle the others.
 
     Synchronizes with the device once for all layers, and in `with_gradient`. Token counts and mean
     eigenvalues are enough: because |z_i z_j| <= (z_i² + z_j²) / 2, the sum of z zᵀ is zero or
@@ -22,9 +20,7 @@ def with_usable_sums(
     """
     sums.check_order()
     unseen, not_finite, zero, usable = [], [], [], []
-    values = list(sums.counts_and_mean_eigenvalues.values())
-    rows = torch.stack([v.to(values[0].device) for v in values]).tolist() if values else []
-    for layer, (count, mean) in zip(layers, rows, strict=True):
+    for layer, (count, mean) in zip(layers, sums.counts_and_mean_eigenvalues, strict=False):
         if not math.isfinite(mean):
             not_finite.append(layer)
         elif count == 0:
@@ -36,7 +32,7 @@ def with_usable_sums(
     _check_unseen(unseen, collective)
     _drop_not_finite(not_finite)
     _drop_zero(zero, collective)
-    return usable, unseen
+    return usable
 
 
 def _check_unseen(layers: list[Layer], collective: Collective) -> None:

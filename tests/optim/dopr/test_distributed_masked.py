@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import distributed, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from optim import ActivationPreconditioner
 from tests.optim import distributed as workers
@@ -90,6 +91,29 @@ def empty_step_between_refreshes():
 
 def test_an_empty_step_between_refreshes_is_none_in_all_processes(gang):
     assert gang.run(2, in_process_group, empty_step_between_refreshes) == [[1, 1]] * 2
+
+
+def resumed(how: str, state, at: int):
+    """Return step, refreshes and tokens after a load and after the checkpoint helpers of torch."""
+    model, forward, optimizer, preconditioner = workers.parts("adamw", how, refresh_every=4)
+    preconditioner.load_state_dict(state)
+    get_optimizer_state_dict(model, optimizer)  # takes a step with zero gradients
+    keys = "step", "n_refreshes", "count"
+    loaded = [[int(x[key]) for key in keys] for x in preconditioner.state_dict().values()]
+    workers.step(forward, optimizer, at)
+    return loaded, [(layer.step, layer.n_refreshes) for layer in preconditioner.layers]
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("at", [4, 5, 6])
+def test_the_checkpoint_helpers_of_torch_change_nothing_after_a_load(gang, how, at):
+    _, forward, optimizer, preconditioner = workers.parts("adamw", "alone", refresh_every=4)
+    for number in range(at):
+        workers.step(forward, optimizer, number)
+    before = [[at, 1 + (at > 4), (3 if at == 4 else at - 5) * workers.N]] * 2
+    after = [(at + 1, 2)] * 2
+    state = preconditioner.state_dict()
+    assert gang.run(2, in_process_group, resumed, how, state, at) == [(before, after)] * 2
 
 
 def noticed_gradients(how: str):

@@ -24,7 +24,7 @@ def train(model, optimizer, steps):
         optimizer.step()
 
 
-@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize("at", [0, 2, 4])
 @pytest.mark.parametrize("zeros", [True, False])
 def test_a_step_without_a_backward_changes_nothing(at, zeros):
     results = []
@@ -55,6 +55,35 @@ def test_the_checkpoint_helpers_of_torch_do_not_shift_the_schedule():
     assert [layer.step for layer in preconditioner.layers] == [0, 0]
     train(model, optimizer, range(5))
     assert [layer.n_refreshes for layer in preconditioner.layers] == [2, 2]
+
+
+@pytest.mark.parametrize("at", [4, 5, 6])
+def test_the_checkpoint_helpers_of_torch_change_nothing_after_a_load(at):
+    model = mlp()
+    optimizer, preconditioner = attached(model, refresh_every=4)
+    train(model, optimizer, range(at))
+    state = preconditioner.state_dict()
+    resumed = mlp()
+    optimizer = torch.optim.AdamW(resumed.parameters())
+    preconditioner = ActivationPreconditioner(resumed, gamma=0.1, refresh_every=4).attach(optimizer)
+    preconditioner.load_state_dict(state)
+    get_optimizer_state_dict(resumed, optimizer)
+    for name, layer in preconditioner.state_dict().items():
+        assert layer["step"] == at
+        assert layer["n_refreshes"] == state[name]["n_refreshes"]
+        assert layer["count"] == state[name]["count"]
+
+
+def test_a_step_whose_tokens_are_all_masked_is_counted_whether_or_not_it_refreshes():
+    model = mlp()
+    before = [parameter.clone() for parameter in model.parameters()]
+    optimizer, preconditioner = attached(model, refresh_every=2)
+    for number in range(4):
+        optimizer.zero_grad()
+        backward(model, number, scale=0.0)
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    assert [layer.step for layer in preconditioner.layers] == [4, 4]
 
 
 def warnings_of(caplog):

@@ -1,7 +1,5 @@
 """Attaching, detaching and reporting."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -175,14 +173,3 @@ def test_the_report_has_one_row_for_every_weight_matrix():
     }
     assert rows[0].keys() == rows[1].keys()
     assert rows[1]["reason"] == "an embedding (embeddings=False)"
-
-
-def test_a_backward_of_zero_gradients_alone_is_no_step():
-    model = mlp()
-    optimizer = sgd(model)
-    preconditioner = ActivationPreconditioner(model, gamma=0.1).attach(optimizer)
-    backward(model, scale=0.0)
-    before = copy.deepcopy(model.state_dict())
-    optimizer.step()
-    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
-    assert [layer.step for layer in preconditioner.layers] == [0, 0]
