@@ -110,7 +110,16 @@ class Layer:
         """Set whether, and from which offset, the coming step adds to the statistics."""
         on_schedule = self.step % self.settings.collect_every == 0
         self.capture.is_collecting = on_schedule or self.is_due
-        self.capture.offset.fill_(self.step // self.settings.collect_every)
+        self.capture.offset.fill_(self._first_offset)
+
+    @property
+    def _first_offset(self) -> int:
+        return self.step // self.settings.collect_every
+
+    @property
+    def was_seen(self) -> Tensor:  # () bool
+        """Whether a backward of this step, which collects, was captured, if only masked tokens."""
+        return self.capture.offset != self._first_offset
 
     @property
     def gram(self) -> Tensor:

@@ -206,6 +206,7 @@ class ActivationPreconditioner:
         for layer in self.layers:
             layer.capture.rank, layer.capture.size = together.rank, together.size
             layer.capture.reduce_by(self._reduction, layer.owner)
+            layer.schedule_next()
         share_tokens(self.layers)
         self._remove_hooks()
         self._registered_params = RegisteredParams(plain, self._weights())

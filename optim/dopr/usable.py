@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from ..process_group import Collective
 from .distributed import Sums
@@ -29,19 +30,21 @@ def with_usable_sums(layers: list[Layer], sums: Sums, collective: Collective) ->
             zero.append(layer)
         else:
             usable.append(layer)
-    _check_unseen(unseen, collective)
+    _handle_unseen(unseen, collective)
     _drop_not_finite(not_finite)
     _drop_zero(zero, collective)
     return usable
 
 
-def _check_unseen(layers: list[Layer], collective: Collective) -> None:
-    """Raise RuntimeError if a layer has a gradient but no tokens: its capture does not work.
+def _handle_unseen(layers: list[Layer], collective: Collective) -> None:
+    """Handle layers without tokens: one that has no gradient was not used in this step.
 
-    A layer with neither was not used in this step.
+    If a layer has a gradient, count a fallback if all its sampled tokens were masked. Raise
+    RuntimeError if no process captured it: its capture does not work.
     """
-    missed = with_gradient(layers, collective)
-    if missed:
+    without_tokens = with_gradient(layers, collective)
+    captured = _chosen(without_tokens, [each.was_seen for each in without_tokens], collective)
+    if missed := [layer for layer in without_tokens if layer not in captured]:
         names = [layer.name or layer.covered.full_name for layer in missed]
         others = f" (and {len(names) - 1} more layers)" if names[1:] else ""
         raise RuntimeError(
@@ -51,6 +54,7 @@ def _check_unseen(layers: list[Layer], collective: Collective) -> None:
             "before the preconditioner was constructed, or was followed by discard(); the gradient "
             f"was set by hand. To leave out layers that are never seen, pass exclude={names}"
         )
+    _count_fallbacks(captured, "all sampled tokens are masked")
 
 
 def _drop_not_finite(layers: list[Layer]) -> None:
@@ -70,9 +74,13 @@ def _drop_zero(layers: list[Layer], collective: Collective) -> None:
     """Drop sums that are zero. If the layer has a gradient all the same, count a fallback."""
     for layer in layers:
         layer.capture.clear()
-    for layer in with_gradient(layers, collective):
+    _count_fallbacks(with_gradient(layers, collective), "all sampled activations are zero")
+
+
+def _count_fallbacks(layers: list[Layer], reason: str) -> None:
+    for layer in layers:
         remedy = "the last P is kept" if layer.n_refreshes else "the gradient is left as it is"
-        layer.count_fallback(f"all sampled activations are zero; {remedy}")
+        layer.count_fallback(f"{reason}; {remedy}")
 
 
 def with_gradient(layers: list[Layer], collective: Collective) -> list[Layer]:
@@ -81,10 +89,15 @@ def with_gradient(layers: list[Layer], collective: Collective) -> list[Layer]:
     Synchronizes with the device once. All processes must pass the same layers, because a gradient
     may exist in some of them only.
     """
+    grads = [layer.covered.grad for layer in layers]
+    flags = [torch.zeros((), dtype=torch.bool) if g is None else g.any() for g in grads]
+    return _chosen(layers, flags, collective)
+
+
+def _chosen(layers: list[Layer], flags: list[Tensor], collective: Collective) -> list[Layer]:
+    """Return the layers whose flag is set in some process."""
     if not layers:
         return []
     device = layers[0].sigma.device
-    grads = [layer.covered.grad for layer in layers]
-    flags = [torch.zeros((), dtype=torch.bool) if g is None else g.any() for g in grads]
-    n_with = collective.sum_(torch.stack([flag.to(device) for flag in flags]).long())
-    return [layer for layer, n in zip(layers, n_with.tolist(), strict=True) if n]
+    n_set = collective.sum_(torch.stack([flag.to(device) for flag in flags]).long())
+    return [layer for layer, n in zip(layers, n_set.tolist(), strict=True) if n]

@@ -116,6 +116,20 @@ def test_the_checkpoint_helpers_of_torch_change_nothing_after_a_load(gang, how, 
     assert gang.run(2, in_process_group, resumed, how, state, at) == [(before, after)] * 2
 
 
+def masked_sample(how: str):
+    """Step with one sequence in each process, all masked but a token of process 0, not sampled."""
+    _, forward, optimizer, preconditioner = workers.parts("sgd", how, token_stride=4)
+    mask = (torch.arange(8) == 3) & (distributed.get_rank() == 0)
+    (forward(regression(0, 8)[0][None]).square().sum(-1) * mask).sum().backward()
+    optimizer.step()
+    return [(x.step, x.n_refreshes, x.n_fallbacks) for x in preconditioner.layers]
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_sample_of_masked_tokens_is_a_fallback_in_all_processes(gang, how):
+    assert gang.run(2, in_process_group, masked_sample, how) == [[(1, 0, 1)] * 2] * 2
+
+
 def noticed_gradients(how: str):
     """Return whether a backward of each layer was noticed."""
     _, forward, _, preconditioner = workers.parts("sgd", how)

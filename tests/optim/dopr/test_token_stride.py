@@ -105,3 +105,57 @@ def test_inputs_that_are_all_zero_have_no_gradient_and_need_no_mending():
     layer(torch.zeros(1, 4, 6)).sum().backward()
     optimizer.step()
     assert preconditioner.report()[0]["fallbacks"] == 0
+
+
+# -- a sample of masked tokens
+
+
+def masked_backward(layer, kept: list[int], seed: int):
+    """Run a backward on each sequence of 8 tokens, all masked but `kept`; return G of all."""
+    layer.weight.grad = None
+    for sequence, token in enumerate(kept):
+        grad_y = torch.zeros(1, 8, 5)
+        grad_y[0, token] = randn(5, seed=seed + sequence)
+        layer(randn(1, 8, 6, seed=seed + sequence)).backward(grad_y)
+    return layer.weight.grad.clone()
+
+
+@pytest.mark.parametrize("kept", [[3], [3, 2]], ids=["one backward", "accumulation"])
+@pytest.mark.parametrize("settings", [{}, {"refresh_every": 2, "fresh_mean": True}])
+def test_a_sample_of_masked_tokens_is_a_fallback(kept, settings, caplog):
+    layer = nn.Linear(6, 5)
+    preconditioner = ActivationPreconditioner(layer, gamma=0.1, token_stride=4, **settings)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    preconditioner.attach(optimizer)
+    (state,) = preconditioner.layers
+    G = masked_backward(layer, kept, seed=1)  # step 0 samples tokens 0 and 4, then 1 and 5
+    optimizer.step()
+    assert torch.equal(layer.weight.grad, G)
+    assert "all sampled tokens are masked; the gradient is left as it is" in caplog.text
+    masked_backward(layer, [1], seed=2)  # step 1 samples tokens 1 and 5
+    optimizer.step()
+    assert (state.n_refreshes, state.n_fallbacks) == (1, 1)
+    before = state.P.clone(), state.mean.clone()
+    state.next_refresh = state.step
+    state.schedule_next()
+    G = masked_backward(layer, [3], seed=3)  # step 2 samples tokens 2 and 6
+    optimizer.step()
+    assert "all sampled tokens are masked; the last P is kept" in caplog.text
+    assert torch.equal(state.P, before[0])
+    assert torch.equal(state.mean, before[1])
+    if not settings:
+        torch.testing.assert_close(layer.weight.grad, G @ state.P[0])
+
+
+@pytest.mark.parametrize("drop", ["discard", "load", "paused"])
+def test_a_gradient_whose_tokens_were_dropped_is_still_an_error(drop):
+    layer, optimizer, preconditioner = with_zero_sample()
+    state = preconditioner.state_dict()
+    if drop == "paused":
+        with preconditioner.paused():
+            backward(layer, token=1, seed=1)
+    else:
+        backward(layer, token=1, seed=1)
+        preconditioner.discard() if drop == "discard" else preconditioner.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="were not seen"):
+        optimizer.step()
