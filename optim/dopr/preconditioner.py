@@ -235,6 +235,7 @@ class ActivationPreconditioner:
 
         With refresh_every > 1 these include the activations of earlier steps that were not skipped.
         """
+        self._sums_before_step = []
         for layer in self.layers:
             layer.capture.clear()
             layer.schedule_next()
@@ -329,6 +330,7 @@ class ActivationPreconditioner:
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer) -> None:
         """Replace G by M in every covered weight that this optimizer holds."""
+        self._sums_before_step = []  # of a step that raised
         self._check_attached_to_group()
         self._registered_params.check(self._weights())
         held = parameters(optimizer)

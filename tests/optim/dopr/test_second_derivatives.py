@@ -105,6 +105,33 @@ def test_a_step_that_raises_does_not_stop_the_capture():
     assert [int(layer.capture.count) for layer in preconditioner.layers] == [64, 64]
 
 
+@CYCLE
+@pytest.mark.parametrize("is_skipped", [True, False])
+def test_a_step_that_raises_does_not_change_the_sums_of_the_next(is_skipped):
+    class Broken(torch.optim.SGD):
+        is_broken = True
+
+        def step(self, closure=None):
+            if self.is_broken:
+                raise ZeroDivisionError
+            return super().step(closure)
+
+    model = mlp()
+    optimizer = Broken(model.parameters(), lr=0.1)
+    preconditioner = ActivationPreconditioner(model, gamma=0.1, refresh_every=4).attach(optimizer)
+    (model(regression()[0])).square().mean().backward(create_graph=True)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    optimizer.zero_grad()
+    if is_skipped:
+        preconditioner.discard()
+        assert preconditioner._sums_before_step == []
+    optimizer.is_broken = False
+    backward(model)
+    optimizer.step()
+    assert [int(layer.capture.count) for layer in preconditioner.layers] == [64, 64]
+
+
 def test_a_copy_can_be_differentiated_twice():
     model = mlp()
     ActivationPreconditioner(model, gamma=0.1)
