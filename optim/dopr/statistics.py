@@ -84,8 +84,9 @@ def apply_P(G: Tensor, P: Tensor) -> Tensor:
 
 
 def norms(M: Tensor, G: Tensor) -> Tensor:  # (2,)
-    """Return ‖M‖ and ‖G‖."""
-    return torch.stack([torch.linalg.vector_norm(M), torch.linalg.vector_norm(G, dtype=M.dtype)])
+    """Return ‖M‖ and ‖G‖ in at least fp32; M has the dtype of G if it came from its owner."""
+    dtype = torch.promote_types(M.dtype, torch.float32)
+    return torch.stack([torch.linalg.vector_norm(each, dtype=dtype) for each in (M, G)])
 
 
 def norm_ratio(norms: Tensor) -> Tensor:  # ()

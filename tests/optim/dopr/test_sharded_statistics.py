@@ -130,6 +130,22 @@ def test_a_step_takes_the_collectives_of_the_plan(gang, base, how):
         assert [tuple(each.values()) for each in counts] == [refresh, other, other, refresh]
 
 
+def bf16_state():
+    """Return the dtypes of the norm ratios after a step of a model in bf16, whose state loads."""
+    model = mlp(**workers.WIDTHS).bfloat16()
+    forward = workers.sharded(model, "fsdp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    preconditioner = ActivationPreconditioner(model, gamma=0.1).attach(optimizer)
+    forward(regression(0)[0].bfloat16()).square().sum().backward()
+    optimizer.step()
+    preconditioner.load_state_dict(preconditioner.state_dict())
+    return [str(layer.norm_ratio.dtype) for layer in preconditioner.layers]
+
+
+def test_the_state_of_a_model_in_bf16_loads(gang):
+    assert gang.run(2, in_process_group, bf16_state) == [["torch.float32"] * 2] * 2
+
+
 def states(how, gather):
     """Return which tensors this process gets, whether they are its own, and the state's numbers."""
     _, forward, optimizer, preconditioner = workers.parts("adamw", how, **SETTINGS["fast"])
