@@ -101,7 +101,8 @@ class Census:
         """Return a row for every weight of two or more dimensions; see `Layer.report`."""
         layers, reasons = self.now()
         shapes = {each.full_name: tuple(each.parameter.shape) for each in weights_of(self._model)}
-        blank = {"covered": False, "bytes": 0, "condition": None, "norm_ratio": None}
+        blank = dict.fromkeys(("block_width", "condition", "norm_ratio"))
+        blank |= {"covered": False, "bytes": 0}
         return [layer.report(condition=condition) for layer in layers] + [
             {"name": name, "shape": shapes.get(name), "reason": reason, **blank, "fallbacks": 0}
             for name, reason in reasons.items()
@@ -125,6 +126,22 @@ class Census:
         if (share := self.share(without_excluded=True)) < 0.5:
             log.warning(
                 "DoPr covers only %.0f %% of the trained parameters; see summary()", 100 * share
+            )
+
+    def warn_of_narrow_blocks(self, widest: int | None) -> None:
+        """Log the layers whose blocks of Σ are less than half as wide as `widest` allows."""
+        narrow = []
+        for layer in self._layers:
+            d, b = layer.covered.d_in, layer.shape[-1]
+            if widest is not None and 2 * b < min(widest, d):
+                wider = next(n for n in range(widest + 1, d + 1) if d % n == 0)
+                narrow.append(f"{layer.label} (blocks of {b}; {wider} divides its {d} inputs)")
+        if narrow:
+            log.warning(
+                "block_diagonal=%d leaves narrow blocks, as equal ones must divide the width: %s. "
+                "Set it to a width named here, or pass these layers to exclude=",
+                widest,
+                ", ".join(narrow),
             )
 
     def _new(self) -> list[str]:

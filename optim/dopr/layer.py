@@ -189,6 +189,7 @@ class Layer:
             "shape": tuple(self.covered.weight.shape),
             "covered": True,
             "reason": "",
+            "block_width": None if self.covered.is_diagonal else self.shape[-1],  # of Σ
             "bytes": self.n_bytes,
             "condition": kappa,
             "norm_ratio": self.norm_ratio.item() if has_P else None,

@@ -79,8 +79,8 @@ class ActivationPreconditioner:
             and blocks of Σ of width >= 128).
         trace_normalized: multiply P by the p-th root of the mean eigenvalue of Σ. M then keeps the
             scale of G, so that eps and width rules stay valid. False gives the P of the paper.
-        block_diagonal: largest width of a block of Σ. Wider inputs are cut into equal blocks. None
-            uses a single block.
+        block_diagonal: largest width of a block of Σ. Wider inputs are cut into equal blocks, whose
+            width divides that of the input. None uses a single block.
         embeddings: also cover nn.Embedding. Its Σ is diagonal and holds the frequency of every
             token t, so that row t of the gradient is divided by (frequency of t + γ̄)^(1/p), up to
             the scale of P. Exclude a table that the model also uses as a matrix (F.linear(h,
@@ -160,6 +160,7 @@ class ActivationPreconditioner:
         for layer in self.layers:
             install(layer.covered.module, layer.capture)
         self._census.warn_below_half()
+        self._census.warn_of_narrow_blocks(block_diagonal)
 
     def attach(
         self, *optimizers: Any, process_group: ProcessGroup | None = None
@@ -300,9 +301,9 @@ class ActivationPreconditioner:
     def report(self, *, condition: bool = False) -> list[dict[str, Any]]:
         """Return one row for every weight of two or more dimensions of the model as it is.
 
-        A row holds coverage and reason, memory, ‖M‖/‖G‖ and the number of fallbacks. With
-        `condition`, also return the condition number of Σ + γ̄ I. This costs an eigendecomposition
-        of each Σ. After detach(), no weight is covered.
+        A row holds coverage and reason, the width of the blocks of Σ, memory, ‖M‖/‖G‖ and the
+        number of fallbacks. With `condition`, also return the condition number of Σ + γ̄ I. This
+        costs an eigendecomposition of each Σ. After detach(), no weight is covered.
         """
         return self._census.rows(condition=condition)
 

@@ -128,7 +128,7 @@ def test_the_report_gives_condition_norm_ratio_and_memory(block_diagonal):
     values = torch.linalg.eigvalsh(sigma) + 0.05 * mean
     assert row["condition"] == pytest.approx((values[-1] / values[0]).item(), rel=1e-4)
     assert row["norm_ratio"] == pytest.approx((layer.weight.grad.norm() / G.norm()).item())
-    assert row["bytes"] == 3 * 4 * 12 * b
+    assert (row["bytes"], row["block_width"]) == (3 * 4 * 12 * b, b)
     assert (row["name"], row["shape"], row["covered"], row["fallbacks"]) == (
         "weight",
         (5, 12),
@@ -162,6 +162,17 @@ def test_the_condition_number_counts_the_damping_of_a_mended_block_in_that_block
     values = torch.linalg.eigvalsh(A.double())
     condition = preconditioner.report(condition=True)[0]["condition"]
     assert condition == pytest.approx((values[-1] / values[0]).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("d", "widest", "is_narrow"), [(13, 8, True), (12, 8, False), (4, 8, False)]
+)
+def test_blocks_of_less_than_half_the_width_asked_for_are_named_once(d, widest, is_narrow, caplog):
+    model = nn.ModuleDict({"odd": nn.Linear(d, 8), "even": nn.Linear(16, 8)})
+    ActivationPreconditioner(model, gamma=0.1, block_diagonal=widest)
+    found = [each.getMessage() for each in caplog.records]
+    assert len(found) == is_narrow
+    assert all("odd (blocks of 1; 13 divides its 13 inputs). Set" in each for each in found)
 
 
 def test_the_report_has_one_row_for_every_weight_matrix():
