@@ -73,14 +73,21 @@ class Collective:
 
 
 def everybody() -> Collective:
-    """Return a new group of all processes, or the current process without torch.distributed.
+    """Return a group of all processes, or the current process without torch.distributed.
 
     All processes must call this function. A separate group keeps its traffic independent of that of
-    the default group.
+    the default group. It is made once for each default group, and destroyed with it: to destroy it
+    earlier, all processes would have to do so at about the same time.
     """
     if n_processes() == 1:
         return Collective()
-    return Collective(distributed.new_group())
+    default = distributed.group.WORLD
+    if not _everybody or _everybody[0] is not default:
+        _everybody[:] = default, distributed.new_group()
+    return Collective(_everybody[1])
+
+
+_everybody: list[ProcessGroup] = []  # the default group, and the one that `everybody` made for it
 
 
 def n_processes() -> int:

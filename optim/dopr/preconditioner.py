@@ -176,8 +176,8 @@ class ActivationPreconditioner:
                 and Lightning.
             process_group: the processes that train these layers together: on different parts of the
                 batch (DDP, FSDP2), or on different parts of the layers (tensor parallelism).
-                Defaults to a new group of all processes of torch.distributed. All of them must call
-                this, after the weights were sharded.
+                Defaults to a group of all processes of torch.distributed, one for all
+                preconditioners. All of them must call this, after the weights were sharded.
         Raises:
             TypeError: if an argument is not a torch.optim.Optimizer, or has no step hooks.
             ValueError: if a covered weight is in no optimizer or in several, an optimizer is a

@@ -161,6 +161,22 @@ def test_attach_may_be_repeated_after_the_process_group_exists(gang):
     assert gang.run(2, attached_again) == [[1, 1]] * 2
 
 
+def groups_of_attachments():
+    """Return how many process groups three preconditioners, one after the other, have made."""
+    with pytest.MonkeyPatch.context() as patch:
+        made, new_group = [], distributed.new_group
+        patch.setattr(distributed, "new_group", lambda: made.append(new_group()) or made[-1])
+        for _ in range(3):
+            *_, preconditioner = workers.parts("sgd", "ddp")
+            preconditioner.detach()
+    return len(made)
+
+
+def test_attachments_share_one_process_group(gang):
+    for _ in range(2):  # the second time after the default group was destroyed and made again
+        assert gang.run(2, in_process_group, groups_of_attachments) == [1, 1]
+
+
 def fsdp1(*, first: bool):
     from torch.distributed.fsdp import FullyShardedDataParallel
 
