@@ -52,9 +52,9 @@ def refresh(
 
     All processes must call this together. All P are computed before the first layer changes, so an
     error leaves every Σ, P and schedule as it was, at the cost of holding every P twice for a
-    while. Sums that are not finite or all zero are dropped even so. Waits for the device a few
-    times per chunk of layers, not per layer. Processes that do not hold the statistics of a layer
-    only take note of the refresh.
+    while. Sums that are not finite or all zero are dropped even so, and the means of the step,
+    which `update_means` has set, stay. Waits for the device a few times per chunk of layers, not
+    per layer. Processes that do not hold the statistics of a layer only take note of the refresh.
 
     Args:
         sums: of these layers.
