@@ -60,14 +60,14 @@ def gram_(
 @torch.library.custom_op(
     "dopr::accumulate_gram",
     mutates_args=("S", "count", "offset", "column_sums"),
-    tags=(torch.Tag.cudagraph_unsafe,),  # a CUDA graph would replay the recorded `is_paused`
+    tags=(torch.Tag.cudagraph_unsafe,),  # a CUDA graph would replay the recorded `skips`
 )
 def accumulate_gram(
     S: Tensor,  # (blocks, d/blocks, d/blocks), updated in place
     count: Tensor,  # (), updated in place
     z: Tensor,  # (..., T, d)
     offset: Tensor,  # () int64, updated in place
-    is_paused: Tensor,  # () bool, on the CPU, so that reading it does not synchronize
+    skips: Tensor,  # () bool, on the CPU, so that reading it does not synchronize
     stride: int,
     backend: str = "auto",  # a `Backend`
     rank: int = 0,
@@ -76,7 +76,7 @@ def accumulate_gram(
     column_sums: Tensor | None = None,  # (2, d + 1), updated in place
     column_sums_only: bool = False,
 ) -> None:
-    """Add a batch: S += Σ z zᵀ, count += n, offset += sequences; do nothing if `is_paused`.
+    """Add a batch: S += Σ z zᵀ, count += n, offset += sequences; do nothing if `skips`.
 
     Tokens whose row of `grad_y`, the gradient of the layer's output, is zero add nothing and are
     not counted. None counts all tokens.
@@ -88,10 +88,10 @@ def accumulate_gram(
     same size, rank r continues the sequence numbers of rank r - 1.
 
     This is one opaque operator that torch.compile does not trace. It is meant for the backward of
-    an autograd.Function: `is_paused` is read each time the backward runs, also in compiled code.
+    an autograd.Function: `skips` is read each time the backward runs, also in compiled code.
     """
     check_not_recording(z.device)
-    if is_paused:
+    if skips:
         return
     # On a CPU the first column shows in a fraction of the time that no row is zero, as is usual. On
     # a GPU, reading a result would wait for the device.

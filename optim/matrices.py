@@ -95,7 +95,8 @@ class Matrices:
 class Layouts:
     """The layouts of lists of parameters, each computed once for as long as its list is the same.
 
-    The lists must have no parameter in common, and the sharding of a parameter must not change.
+    Lists that begin with the same parameter replace each other. The sharding of a parameter must
+    not change.
     """
 
     def __init__(self) -> None:

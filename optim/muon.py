@@ -75,7 +75,7 @@ def momentum_directions(
     """Update m <- momentum·m + (1 - momentum)·grad in place and return m, for every pair.
 
     With `nesterov`, return the same average of the new m and grad again, without storing it. With
-    momentum 0, both are grad.
+    momentum 0, m and the result are grad.
     """
     torch._foreach_lerp_(momentum_buffers, grads, 1 - momentum)  # pyright: ignore
     if not nesterov:

@@ -18,7 +18,7 @@ ProcessGroup = Any  # torch.distributed.ProcessGroup, which some builds of torch
 
 
 class Collective:
-    """Sum and broadcast over a process group. None stands for the current process alone."""
+    """Sum, reduce, broadcast and compare over a process group. None: this process alone."""
 
     def __init__(self, group: ProcessGroup | None = None) -> None:
         self.group = group
@@ -66,7 +66,7 @@ class Collective:
 
     @staticmethod
     def wait(works: Iterable[Any]) -> None:
-        """Wait for the handles that `start_sum_` and `start_broadcast_` returned."""
+        """Wait for what `start_sum_`, `start_reduce_` and `start_broadcast_` returned."""
         for work in works:
             if work is not None:
                 work.wait()

@@ -52,7 +52,8 @@ class Capture:
     ) -> None:
         self.shape = shape
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
-        # S, the sum of z zᵀ; the layer allocates it. Without any block, another process holds it.
+        # S, the sum of z zᵀ; the layer allocates it. No blocks: another process
+        # holds S, or this one freed it until the next sum arrives.
         self.gram = self.no_gram = torch.zeros(0, dtype=self.dtype, device=weight.device)
         self.count = torch.zeros((), dtype=torch.int64, device=weight.device)  # tokens summed
         self.offset = torch.zeros((), dtype=torch.int64, device=weight.device)
@@ -182,8 +183,8 @@ class Tap(torch.autograd.Function):
     """Return y itself; the backward captures z, the input that y was computed from.
 
     `geometry` holds the arguments of F.unfold that cut the input of a convolution into patches.
-    None captures z itself. y is declared as modified, not copied or viewed, so that the model may
-    change it in place.
+    None captures z itself. Hence `mark_dirty(y)`: a view of y returned from here could not be
+    changed in place by the model, and a copy would cost memory.
     """
 
     @staticmethod
@@ -272,18 +273,18 @@ def _common(
 @torch.library.custom_op(
     "dopr::accumulate_token_counts",
     mutates_args=("S", "count"),
-    tags=(torch.Tag.cudagraph_unsafe,),  # a CUDA graph would replay an old `is_paused`
+    tags=(torch.Tag.cudagraph_unsafe,),  # a CUDA graph would replay an old `skips`
 )
 def accumulate_token_counts(
-    S: Tensor, count: Tensor, idx: Tensor, is_paused: Tensor, grad_y: Tensor | None = None
+    S: Tensor, count: Tensor, idx: Tensor, skips: Tensor, grad_y: Tensor | None = None
 ) -> None:
     """Count token ids: S[t] grows by the number of ids t in idx, `count` by the number of all ids.
 
-    S is the diagonal of the sum of z zᵀ over one-hot inputs z. Does nothing while `is_paused` is
+    S is the diagonal of the sum of z zᵀ over one-hot inputs z. Does nothing if `skips` is
     true. If `grad_y` (..., d_out) is given, ids whose row of it is zero are not counted.
     """
     check_not_recording(idx.device)
-    if is_paused:
+    if skips:
         return
     n = S.numel()
     ids = idx.flatten()

@@ -1,4 +1,4 @@
-"""Run a callback before `optimizer.step()` of any optimizer."""
+"""Run callbacks around `optimizer.step()` of any optimizer."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Send each layer's sum of z zᵀ to the process that holds it, as soon as a backward formed it.
 
-So a process needs memory for the sums of the layers that it holds, and for two more at a time: one
-that is being formed, which takes twice its size, and a triangle that is on its way.
+So a process needs memory for the sums of the layers that it holds and, for one layer at a time, 2.5
+times its Σ: the sum being formed, its temporary, and a packed triangle on its way.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Reduction:
 @torch.library.custom_op(
     "dopr::reduce_gram",
     mutates_args=("ticket", "count", "offset", "column_sums"),
-    tags=(torch.Tag.cudagraph_unsafe,),  # a CUDA graph would replay the recorded `is_paused`
+    tags=(torch.Tag.cudagraph_unsafe,),  # a CUDA graph would replay the recorded `skips`
 )
 def reduce_gram(
     key: int,  # of the capture
