@@ -103,21 +103,21 @@ def steps(
     n: int,
     has_small_messages: bool = False,
 ) -> list[Any]:
-    """Return the collectives of the last of n steps: of its two micro-batches, and of its end."""
+    """Return the collectives of each of n steps: of its two micro-batches, and of its end."""
     with (
         processes(placement) as parallel,
         small_messages() if has_small_messages else nullcontext(),
     ):
         model, forward, optimizers, _ = trainer(shape, parallel, base, placement, mode)
-        parts: list[Any] = []
+        found: list[Any] = []
         for _ in range(n):
             parts = [micro_batch(shape, parallel, forward, index) for index in range(2)]
             with recorded() as calls:
                 for optimizer in optimizers:
                     optimizer.step()
             model.zero_grad()
-            parts.append(calls)
-        return parts
+            found.append((*parts, calls))
+        return found
 
 
 def held(

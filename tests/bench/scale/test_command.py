@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from bench import scale_model
+from bench.scale import tables
 from bench.scale.fits import SIZES
 from bench.scale_model import main, placements
 
@@ -18,7 +20,9 @@ FEW = ["--models", "124M", "--placements", "ddp", "--gpus", "1", "8"]
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     out = tmp_path_factory.mktemp("scale")
-    assert main([*FEW, "--out", str(out)]) == 0
+    with pytest.MonkeyPatch.context() as patch:  # that table takes most of the time
+        patch.setattr(scale_model, "sensitivity", lambda *_: "")
+        assert main([*FEW, "--out", str(out)]) == 0
     return out
 
 
@@ -35,7 +39,8 @@ def test_the_committed_numbers_agree_with_the_code(written):
     assert (written / "estimates.png").stat().st_size > 10_000
 
 
-def test_the_tables_show_the_written_numbers(written, capsys):
+def test_the_tables_show_the_written_numbers(written, monkeypatch, capsys):
+    monkeypatch.setattr(scale_model, "sensitivity", lambda *_: "")
     main([*FEW, "--bases", "adamw", "--out", str(written)])
     rows = json.loads((written / "estimates.json").read_text())["rows"]
     line = next(row for row in capsys.readouterr().out.splitlines() if "| 124M ddp |" in row)
@@ -44,6 +49,17 @@ def test_the_tables_show_the_written_numbers(written, capsys):
         shown = [float(each) for each in cell.split("/")]
         assert shown == pytest.approx(written_percents, rel=0.05)  # of two digits
         assert len(shown) == 3
+
+
+@pytest.mark.slow  # it estimates large models for many changes of the hardware
+def test_the_sensitivity_has_a_row_for_every_change_of_the_hardware(tmp_path, capsys):
+    assert main([*FEW, "--bases", "adamw", "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    for knob in tables.KNOBS:
+        (row,) = (row for row in rows if row[0] == knob)
+        assert len(row) == 1 + len(tables.POINTS)
+        assert all(re.search(r"\d", cell) for cell in row[1:])
 
 
 @pytest.mark.parametrize("name", ["step_overhead_cpu_128.json", "tiny"])

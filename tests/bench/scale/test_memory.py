@@ -1,6 +1,7 @@
 """Tests of the planned bytes against those that real processes hold and allocate."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
@@ -19,8 +20,20 @@ SHARDED = {"fsdp": Placement("fsdp", 3), "hsdp": Placement("hsdp", 4, 2)}
 WHOLE = {"ddp": Placement("ddp", 2), "replicated": Placement("fsdp", 3, statistics="replicated")}
 
 
-@pytest.mark.parametrize("mode", [*MODES, DEFLATED], ids=lambda mode: mode.name)
-@pytest.mark.parametrize("how", SHARDED | WHOLE)
+QUICK = {("ddp", EXACT), ("fsdp", FRESH_MEAN), ("hsdp", DEFLATED), ("replicated", SAMPLED)}
+
+
+@pytest.mark.parametrize(
+    ("how", "mode"),
+    [
+        pytest.param(
+            *case,
+            id=f"{case[0]}-{case[1].name}",
+            marks=[] if case in QUICK else [pytest.mark.slow],
+        )
+        for case in product(SHARDED | WHOLE, [*MODES, DEFLATED])
+    ],
+)
 def test_every_process_holds_the_planned_statistics(gang, how, mode):
     placement = (SHARDED | WHOLE)[how]
     found = gang.run(placement.size, counted.held, WIDE, placement, mode, 1)
@@ -35,7 +48,7 @@ def test_every_process_holds_the_planned_statistics(gang, how, mode):
     assert (planned["new sums"] > 0) == (how in SHARDED)
 
 
-@pytest.mark.parametrize("how", SHARDED)
+@pytest.mark.parametrize("how", ["fsdp", pytest.param("hsdp", marks=pytest.mark.slow)])
 def test_sums_that_no_refresh_follows_are_kept_between_steps(gang, how):
     placement = SHARDED[how]
     found = gang.run(placement.size, counted.held, WIDE, placement, LAZY, 3)
@@ -58,8 +71,15 @@ def test_sharded_statistics_take_less_in_every_process(gang):
     assert 2 * max(max(step) for (step,) in sharded) < min(min(step) for (step,) in whole)
 
 
-@pytest.mark.parametrize("mode", [EXACT, SAMPLED], ids=lambda mode: mode.name)
-@pytest.mark.parametrize("how", SHARDED)
+@pytest.mark.parametrize(
+    ("how", "mode"),
+    [
+        pytest.param("fsdp", EXACT, id="fsdp-exact"),
+        pytest.param("fsdp", SAMPLED, id="fsdp-sampled", marks=pytest.mark.slow),
+        pytest.param("hsdp", EXACT, id="hsdp-exact", marks=pytest.mark.slow),
+        pytest.param("hsdp", SAMPLED, id="hsdp-sampled", marks=pytest.mark.slow),
+    ],
+)
 def test_sums_and_rows_take_the_planned_bytes(gang, how, mode):
     placement = SHARDED[how]
     found = gang.run(placement.size, counted.peaks, WIDER, placement, mode)
