@@ -60,7 +60,7 @@ def counted(arguments: list[str]) -> Counter[tuple[str, int, bool]]:
     return counts
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "signum"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("signum", marks=pytest.mark.slow)])
 def test_a_step_that_is_not_logged_waits_for_no_other_process_but_for_its_loss(
     gang, dataset, tmp_path, optimizer
 ):

@@ -27,17 +27,9 @@ def alone(dataset, tmp_path_factory):
     return run
 
 
-def is_quick(optimizer, dopr, parallel):
-    """Return whether a case is in `make test`."""
-    if dopr in ("fast", "fresh mean"):
-        return (optimizer, parallel) == ("adamw", "fsdp")
-    if parallel == "hsdp":
-        return dopr == "exact" and optimizer in ("adamw", "muon", "adamuon")
-    return dopr == "exact" and (optimizer, parallel) in [("adamw", "ddp"), ("muon", "fsdp")]
-
-
+QUICK = {("adamw", "exact", "ddp"), ("adamw", "fresh mean", "fsdp"), ("muon", "exact", "hsdp")}
 CASES = [
-    pytest.param(*case, marks=[] if is_quick(*case) else [pytest.mark.slow])
+    pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.slow])
     for case in product(OPTIMIZERS, DOPR, PARALLEL)
 ]
 

@@ -36,8 +36,15 @@ def drawn(arguments, how):
         return rows, {name: full_tensor(w.detach()).numpy() for name, w in weights.items()}
 
 
-@pytest.mark.parametrize("tie_weights", ["true", "false"])
-@pytest.mark.parametrize("parallel", ["fsdp", "hsdp"])
+@pytest.mark.parametrize(
+    ("parallel", "tie_weights"),
+    [
+        ("fsdp", "true"),
+        ("hsdp", "false"),
+        pytest.param("fsdp", "false", marks=pytest.mark.slow),
+        pytest.param("hsdp", "true", marks=pytest.mark.slow),
+    ],
+)
 def test_shards_hold_the_weights_of_a_whole_model(gang, tmp_path, parallel, tie_weights):
     size, how = PARALLEL[parallel]
     settings = {"tie_weights": tie_weights, "bias": "true", "seed": 7}
@@ -72,7 +79,8 @@ def test_shards_are_read_from_a_hugging_face_folder(gang, tmp_path):
             assert rows[name] <= -(-len(weight) // 3)
 
 
-@pytest.mark.parametrize("ema_decay", [pytest.param(0, marks=pytest.mark.slow), 0.9])
+@pytest.mark.slow
+@pytest.mark.parametrize("ema_decay", [0, 0.9])
 def test_a_sharded_run_starts_from_a_folder_as_one_process_does(gang, dataset, tmp_path, ema_decay):
     folder = tmp_path / "hf"
     export_hf(gpt(vocab_size=VOCAB_SIZE, **SIZES), byte_tokenizer(), folder)

@@ -58,7 +58,7 @@ def test_the_micro_batch_size_changes_nothing(documents, tmp_path, reference, mi
     assert [row["loss"] for row in metrics(out, "train")] == pytest.approx(losses, abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_the_number_of_processes_changes_nothing(gang, documents, tmp_path, reference, parallel):
     size, how = PARALLEL[parallel]
     out = trained(gang, size, documents, tmp_path / "run", micro_batch_size=2, **SGD, **how)
