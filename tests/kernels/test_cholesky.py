@@ -36,7 +36,7 @@ def test_the_preconditioned_gradient_equals_a_float64_solve(p, condition, d, top
     assert relative_error(G @ X, G.double() @ exact_inverse_root(A, p)) < 1e-5
 
 
-@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("p", [1, *(pytest.param(p, marks=pytest.mark.slow) for p in (2, 4))])
 def test_the_preconditioned_gradient_equals_a_float64_solve_at_width_1024(p):
     A, _ = spd(1024, 1e4)
     G = torch.randn(24, 1024)

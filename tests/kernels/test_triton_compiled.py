@@ -1,5 +1,7 @@
 """The compiled Triton kernels, for GPU architectures that this host need not have."""
 
+from itertools import product
+
 import pytest
 
 triton = pytest.importorskip("triton", reason="triton is not installed; it supports Linux only")
@@ -21,14 +23,27 @@ SOME = [
 ]
 
 
+def some(*quick):
+    """Return the names in SOME, slow except for some."""
+    return [pytest.param(x, marks=[] if x in quick else [pytest.mark.slow]) for x in SOME]
+
+
 def check(use, arch):
     assert use.spilled == 0
     assert use.registers <= 255
     assert use.shared + SHARED_RESERVED <= SHARED_LIMIT[arch]
 
 
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
-@pytest.mark.parametrize("name", VARIANTS)
+QUICK = {*product(SOME, [90]), ("gram bf16", 80), ("symmetric bf16x3 + C", 80)}
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [
+        pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.slow])
+        for case in product(VARIANTS, SHARED_LIMIT)
+    ],
+)
 def test_a_shipped_configuration_fits_and_does_not_spill(name, arch):
     use = usage(VARIANTS[name], arch)
     check(use, arch)
@@ -38,14 +53,14 @@ def test_a_shipped_configuration_fits_and_does_not_spill(name, arch):
         assert use.ldgsts  # loads are pipelined
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", some("gram bf16 + columns", "symmetric bf16x3 + C"))
 def test_sizes_that_are_multiples_of_nothing_compile_without_spills(name):
     variant = VARIANTS[name]
     types = {k: t.split(":")[0] if t.startswith("i") else t for k, t in variant.types.items()}
     check(usage(variant._replace(types=types), 90), 90)
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", some("gram bf16", "apply tf32x3"))
 def test_sizes_of_one_which_are_constants_compile(name):
     variant = VARIANTS[name]
     ones = dict.fromkeys((k for k, t in variant.types.items() if t.startswith("i")), 1)

@@ -1,5 +1,7 @@
 """kernels/_triton_gram.py against kernels/gram.py, on a GPU or in Triton's interpreter."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -43,7 +45,9 @@ def test_it_equals_the_reference_on_ragged_shapes(B, T, b, blocks, stride, offse
     assert torch.equal(S, S.mT)
 
 
-@pytest.mark.parametrize("offset", [0, 1, 6, 12, 10**12 + 5, -4])
+@pytest.mark.parametrize(
+    "offset", [6, 10**12 + 5, -4, *(pytest.param(x, marks=pytest.mark.slow) for x in (0, 1, 12))]
+)
 def test_the_sampled_positions_are_those_of_the_reference(offset):
     z = torch.eye(4 * 13, device=DEVICE).reshape(4, 13, 52)  # its gram is a histogram
     S, expected, _, _ = both(z, stride=4, offset=torch.tensor(offset, device=DEVICE), beta=0.0)
@@ -58,7 +62,9 @@ def test_it_is_beta_s_plus_alpha_times_the_sum_with_coefficients_on_the_device()
     assert torch.equal(S, both(z, 2, **numbers)[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)]
+)
 def test_many_splits_give_the_same_sum_and_the_same_bits_every_time(dtype, monkeypatch):
     monkeypatch.setattr(triton_gram, "SPLIT_ROWS", 16)
     z = randn(3, 37, 40, dtype=dtype)
@@ -75,14 +81,27 @@ def test_integer_valued_inputs_give_the_exact_sum():
     assert torch.equal(S, expected)
 
 
+COLUMN_SUMS = {  # quick cases of the next test
+    (torch.bfloat16, 3, (33, 2)),
+    (torch.float32, 1, (5, 3)),
+    (torch.float32, 1, (40, 1)),
+    (torch.bfloat16, 3, (5, 3)),
+}
+
+
 @pytest.mark.parametrize(
-    ("b", "blocks"), [(40, 1), (5, 3), (33, 2), pytest.param(128, 1, marks=pytest.mark.slow)]
+    ("dtype", "stride", "shape"),
+    [
+        pytest.param(*case, marks=[] if case in COLUMN_SUMS else [pytest.mark.slow])
+        for case in product(
+            (torch.bfloat16, torch.float32), (1, 3), ((40, 1), (5, 3), (33, 2), (128, 1))
+        )
+    ],
 )
-@pytest.mark.parametrize("stride", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_column_sums_are_those_of_the_reference_and_change_no_bit_of_s(
-    b, blocks, stride, dtype, monkeypatch
+    dtype, stride, shape, monkeypatch
 ):
+    b, blocks = shape
     monkeypatch.setattr(triton_gram, "SPLIT_ROWS", 16)
     z = randn(3, 17, b * blocks, dtype=dtype)
     own = randn(b * blocks, seed=2)
