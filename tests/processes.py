@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 PRELOAD = ["torch.distributed.fsdp", "torch.distributed.checkpoint", "train", "tests.processes"]
+PRELOAD += ["torch._dynamo", "pytest", "transformers.pytorch_utils", "pytorch_optimizer"]
 LIMIT_S = 500.0  # per case; compilation takes minutes on a busy machine
 
 

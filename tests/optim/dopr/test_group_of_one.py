@@ -11,7 +11,7 @@ pytestmark = pytest.mark.xdist_group("gang")
 FAST = {"refresh_every": 2, "sigma_beta": 0.9}
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), *DEVICES[1:]])
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_a_group_of_one_trains_as_no_group(gang, how, device):
     for base in workers.BASES:

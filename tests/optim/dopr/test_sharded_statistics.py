@@ -24,21 +24,24 @@ SETTINGS = {
 }
 
 
+FAST_CASES = [(3, "ddp", "fresh mean"), (2, "fsdp", "blocks, deflated"), (4, "hsdp", "fresh mean")]
+SLOW_CASES = [
+    *FAST_CASES,
+    *((2, "ddp", "exact"), (4, "hsdp", "exact"), (3, "fsdp", "exact")),
+    *((4, "ddp", "fast"), (2, "hsdp", "fast"), (4, "hsdp", "blocks, deflated")),
+]
+
+
 @pytest.mark.parametrize(
-    ("size", "how", "mode"),
+    ("size", "how", "mode", "bases"),
     [
-        *((3, "ddp", "fresh mean"), (2, "fsdp", "blocks, deflated"), (4, "hsdp", "fresh mean")),
-        pytest.param(2, "ddp", "exact", marks=pytest.mark.slow),
-        pytest.param(4, "hsdp", "exact", marks=pytest.mark.slow),
-        pytest.param(3, "fsdp", "exact", marks=pytest.mark.slow),
-        pytest.param(4, "ddp", "fast", marks=pytest.mark.slow),
-        pytest.param(2, "hsdp", "fast", marks=pytest.mark.slow),
-        pytest.param(4, "hsdp", "blocks, deflated", marks=pytest.mark.slow),
+        *((*case, workers.FEW) for case in FAST_CASES),
+        *(pytest.param(*case, workers.BASES, marks=pytest.mark.slow) for case in SLOW_CASES),
     ],
 )
-def test_sharded_statistics_train_as_one_process(gang, size, how, mode):
+def test_sharded_statistics_train_as_one_process(gang, size, how, mode, bases):
     settings = SETTINGS[mode] | {"statistics": "sharded"}
-    workers.assert_trains_as_one_process(gang, size, how, settings)
+    workers.assert_trains_as_one_process(gang, size, how, settings, bases)
 
 
 def final_weights(how, statistics):
@@ -146,22 +149,31 @@ def test_the_state_of_a_model_in_bf16_loads(gang):
     assert gang.run(2, in_process_group, bf16_state) == [["torch.float32"] * 2] * 2
 
 
-def states(how, gather):
-    """Return which tensors this process gets, whether they are its own, and the state's numbers."""
+GATHER = ("all", "first", "none")
+
+
+def states(how):
+    """Return, for each of GATHER, which tensors this process gets, and the state's numbers.
+
+    Also return which tensors are its own, and the number of collectives.
+    """
     _, forward, optimizer, preconditioner = workers.parts("adamw", how, **SETTINGS["fast"])
     for number in range(5):  # two steps after the refresh at step 3
         workers.step(forward, optimizer, number)
-    counts = []
+    is_held = [layer.is_held for layer in preconditioner.layers]
+    counts, found = [], []
     with pytest.MonkeyPatch.context() as patch:
         for name in ("broadcast", "all_gather"):
             original = getattr(distributed, name)
             patch.setattr(distributed, name, workers.counting(name, original, counts))
-        counts.append({"broadcast": 0, "all_gather": 0})
-        state = preconditioner.state_dict(gather=gather)
-    here = [not layer["sigma"].is_meta for layer in state.values()]
-    sizes = [(tuple(layer["gram"].shape), int(layer["count"])) for layer in state.values()]
-    grams = [None if layer["gram"].is_meta else layer["gram"].numpy() for layer in state.values()]
-    return here, [layer.is_held for layer in preconditioner.layers], sizes, grams, counts[0]
+        for gather in GATHER:
+            counts.append({"broadcast": 0, "all_gather": 0})
+            layers = preconditioner.state_dict(gather=gather).values()
+            here = [not each["sigma"].is_meta for each in layers]
+            sizes = [(tuple(each["gram"].shape), int(each["count"])) for each in layers]
+            grams = [None if each["gram"].is_meta else each["gram"].numpy() for each in layers]
+            found.append((here, is_held, sizes, grams, counts[-1]))
+    return found
 
 
 @pytest.mark.parametrize("how", ["fsdp", "hsdp"])
@@ -170,9 +182,9 @@ def test_a_state_is_gathered_only_where_it_is_wanted(gang, how):
     for number in range(5):
         workers.step(forward, optimizer, number)
     expected = preconditioner.state_dict().values()
-    for gather in ("all", "first", "none"):
-        found = gang.run(4, in_process_group, states, how, gather)
-        for rank, (here, is_held, sizes, grams, counts) in enumerate(found):
+    processes = gang.run(4, in_process_group, states, how)
+    for rank, found in enumerate(processes):
+        for gather, (here, is_held, sizes, grams, counts) in zip(GATHER, found, strict=True):
             wanted = {"all": [True] * 2, "first": [rank == 0] * 2, "none": is_held}[gather]
             assert here == wanted
             assert sizes == [(tuple(each["gram"].shape), workers.N) for each in expected]
@@ -181,7 +193,7 @@ def test_a_state_is_gathered_only_where_it_is_wanted(gang, how):
                     np.testing.assert_allclose(ours, theirs["gram"], rtol=1e-4, atol=1e-4)
             if gather == "none":
                 assert counts == {"broadcast": 0, "all_gather": 0}
-    owners = [is_held for _, is_held, *_ in found]
+    owners = [is_held for (_, is_held, *_), *_ in processes]
     assert [sum(each) for each in zip(*owners, strict=True)] == [1 if how == "fsdp" else 2] * 2
 
 

@@ -34,8 +34,11 @@ SETTINGS = {
     "masked tokens counted": {"count_masked": True},
     "rare": {"refresh_every": 4, "collect_every": 2, "fresh_mean": True},
 }
-SLOW = ("blocks", "masked tokens counted", "fast")
-CASES = [pytest.param(x, marks=[pytest.mark.slow] if x in SLOW else []) for x in SETTINGS]
+ELEMENTWISE = ("adamw", "sgd", "signum")
+
+
+def slow(name, *more):
+    return pytest.param(name, *more, marks=pytest.mark.slow)
 
 
 def parallel():
@@ -98,7 +101,7 @@ def assert_all_close(found, expected, **tolerance) -> None:
         np.testing.assert_allclose(ours, theirs, **tolerance)
 
 
-def assert_equals_one_process(gang, size: int, settings: dict, bases=("adamw", "sgd", "signum")):
+def assert_equals_one_process(gang, size: int, settings: dict, bases):
     for base in bases:
         weights, statistics, ratios = train(base, settings)
         for found in gang.run(size, in_process_group, train, base, settings):
@@ -107,13 +110,22 @@ def assert_equals_one_process(gang, size: int, settings: dict, bases=("adamw", "
             assert found[2] == pytest.approx(ratios, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_two_tensor_parallel_processes_train_as_one(gang, name):
-    assert_equals_one_process(gang, 2, SETTINGS[name])
+@pytest.mark.parametrize(
+    ("name", "bases"),
+    [
+        ("exact", ELEMENTWISE),
+        ("fresh mean", ("adamw",)),
+        *(slow(name, ELEMENTWISE) for name in SETTINGS if name != "exact"),
+    ],
+)
+def test_two_tensor_parallel_processes_train_as_one(gang, name, bases):
+    assert_equals_one_process(gang, 2, SETTINGS[name], bases)
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name if name == "fresh mean" else slow(name) for name in SETTINGS]
+)
 def test_fsdp2_over_tensor_parallel_pairs_trains_as_one_process(gang, name):
     assert_equals_one_process(gang, 4, SETTINGS[name], bases=("adamw",))
 
@@ -171,13 +183,9 @@ def sent(settings: dict | None):
     return counts
 
 
-def added(gang, settings):
-    """Return what DoPr adds to the messages of each step's backward in a process."""
-    (plain, _), (found, _) = (gang.run(2, in_process_group, sent, s) for s in (None, settings))
-    return [
-        {key: now[key] - before.get(key, 0) for key in now if now[key] != before.get(key, 0)}
-        for now, before in zip(found, plain, strict=True)
-    ]
+@pytest.fixture(scope="module")
+def sent_without_dopr(gang):
+    return gang.run(2, in_process_group, sent, None)[0]
 
 
 GATHERED = {"all_gather_into_tensor": N * WIDTH // 2}  # half of the row-parallel layer's z
@@ -197,9 +205,14 @@ GATHERED = {"all_gather_into_tensor": N * WIDTH // 2}  # half of the row-paralle
     ],
 )
 def test_the_input_of_a_row_parallel_layer_travels_only_if_it_is_collected(
-    gang, settings, expected
+    gang, sent_without_dopr, settings, expected
 ):
-    assert added(gang, settings) == expected
+    found, _ = gang.run(2, in_process_group, sent, settings)
+    added = [
+        {key: now[key] - before.get(key, 0) for key in now if now[key] != before.get(key, 0)}
+        for now, before in zip(found, sent_without_dopr, strict=True)
+    ]
+    assert added == expected
 
 
 def gradient_messages():
@@ -445,7 +458,11 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSALS)
-def test_what_is_not_supported_is_refused(gang, case):
-    for message in gang.run(2, in_process_group, refused, case):
-        assert REFUSALS[case] in message
+def all_refused():
+    return {case: refused(case) for case in REFUSALS}
+
+
+def test_what_is_not_supported_is_refused(gang):
+    for messages in gang.run(2, in_process_group, all_refused):
+        for case, part in REFUSALS.items():
+            assert part in messages[case], case
