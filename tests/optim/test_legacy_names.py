@@ -7,6 +7,7 @@ import torch
 
 from optim import Muon
 from optim.legacy_names import STATE, renamed_settings, renamed_state
+from tests.optim.models import randn
 from tests.optim.runs import assert_same, made, train
 
 OLD_KEYS = {new: old for old, new in STATE.items()}
@@ -69,17 +70,27 @@ def test_old_param_group_keys_of_muon_are_renamed_with_a_warning():
     assert group["ns_coefficients"] == "quintic"
 
 
+def step(optimizer: Muon, param: torch.nn.Parameter, seed: int) -> None:
+    param.grad = randn(*param.shape, seed=seed)
+    optimizer.step()
+
+
 def test_an_old_state_dict_of_muon_continues():
-    param = torch.nn.Parameter(torch.ones(6, 4))
-    optimizer = Muon([param])
-    state = optimizer.state_dict()
+    settings = {"qkv_blocks": 3, "adjust_lr": "original", "lr": 0.1}
+    first, second = (torch.nn.Parameter(torch.ones(6, 4)) for _ in range(2))
+    expected, optimizer = Muon([{"params": [first], **settings}]), Muon([second])
+    step(expected, first, 0)
+    second.data.copy_(first.data)
+    state = copy.deepcopy(expected.state_dict())
     group = state["param_groups"][0]
     for new, old in (("qkv_blocks", "blocks"), ("adjust_lr", "scale")):
         group[old] = group.pop(new)
     with pytest.warns(FutureWarning):
         optimizer.load_state_dict(state)
-    param.grad = torch.ones(6, 4)
-    optimizer.step()
+    assert optimizer.param_groups[0].items() >= settings.items()
+    for each, param in ((expected, first), (optimizer, second)):
+        step(each, param, 1)
+    assert torch.equal(first, second)
 
 
 def continued_from(old: str, param: torch.nn.Parameter) -> Muon:

@@ -217,11 +217,11 @@ def test_an_optimizer_tensor_of_another_shape_is_an_error_that_names_it(case):
         case.load()
 
 
+@pytest.mark.parametrize("case", ["sharded"], indirect=True)
 def test_an_index_whose_rows_are_not_in_the_files_is_refused(case, monkeypatch):
-    if case.original.joinpath("shards").exists():
-        shape = sharded._unpickled(case.original / "shards")
-        next(iter(shape.state_dict_metadata.values())).size = torch.Size([2**40, 8])
-        monkeypatch.setattr(sharded, "_unpickled", lambda folder: shape)
-        case.refresh()
-        with pytest.raises(CheckpointError, match="are not in the files"):
-            case.load()
+    shape = sharded._unpickled(case.original / "shards")
+    next(iter(shape.state_dict_metadata.values())).size = torch.Size([2**40, 8])
+    monkeypatch.setattr(sharded, "_unpickled", lambda folder: shape)
+    case.refresh()
+    with pytest.raises(CheckpointError, match="are not in the files"):
+        case.load()

@@ -193,12 +193,16 @@ def test_detaching_frees_the_statistics():
 
 def test_a_lazy_module_that_is_added_later_does_not_disturb_a_step():
     model = mlp()
-    optimizer, _ = attached(model)
+    optimizer, preconditioner = attached(model)
     trained(model, optimizer)
     model.lazy = nn.LazyLinear(3)
     backward_of_first_layers = model[2](torch.tanh(model[0](regression()[0])))
     backward_of_first_layers.square().sum().backward()
+    gradients = [layer.weight.grad.clone() for layer in (model[0], model[2])]
     optimizer.step()
+    assert [layer.step for layer in preconditioner.layers] == [2, 2]
+    for layer, gradient in zip((model[0], model[2]), gradients, strict=True):
+        assert not torch.allclose(layer.weight.grad, gradient)  # it is M now
 
 
 def test_layers_that_are_frozen_in_turn_are_not_said_to_need_a_new_preconditioner(caplog):

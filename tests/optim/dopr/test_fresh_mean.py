@@ -1,6 +1,7 @@
 """With `fresh_mean`, M uses the mean of the step's tokens and the C of the last refresh."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -266,12 +267,15 @@ def trained(run, **settings):
 
 
 RUNS = {
-    "compile": torch.compile,
+    "compile": partial(torch.compile, backend="aot_eager"),
+    "inductor": torch.compile,
     "checkpoint": lambda model: lambda x: checkpoint(model, x, use_reentrant=False),
 }
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    "run", [pytest.param(x, marks=[pytest.mark.slow] if x == "inductor" else []) for x in RUNS]
+)
 def test_compiled_and_checkpointed_training_equal_eager_training(run):
     torch._dynamo.reset()
     for a, b in zip(trained(RUNS[run]), trained(lambda model: model), strict=True):

@@ -7,6 +7,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.optim.swa_utils import AveragedModel
 
 from optim import ActivationPreconditioner
+from tests.optim.models import randn
 
 
 def model():
@@ -57,19 +58,40 @@ def test_patterns_also_match_the_names_that_the_wrapped_model_has(name):
     assert [layer.name for layer in preconditioner.layers] == ["body.0"]
 
 
+def trained():
+    """Return a preconditioner of the plain model after a step."""
+    each = model()
+    optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
+    preconditioner = ActivationPreconditioner(each, gamma=0.1).attach(optimizer)
+    each["lm_head"](each["body"](randn(9, 4, seed=0))).square().sum().backward()
+    optimizer.step()
+    return preconditioner
+
+
+def assert_loaded(preconditioner, expected):
+    assert preconditioner.state_dict().keys() == expected.keys() == {"body.0", "lm_head"}
+    for layer in preconditioner.layers:
+        assert layer.sigma.any()
+        assert torch.equal(layer.sigma, expected[layer.name]["sigma"])
+
+
 @pytest.mark.parametrize("how", WRAPPED)
 def test_a_state_loads_into_a_wrapped_model_and_back(how):
-    plain = ActivationPreconditioner(model(), gamma=0.1)
+    state = trained().state_dict()
     wrapped = ActivationPreconditioner(WRAPPED[how](), gamma=0.1)
-    wrapped.load_state_dict(plain.state_dict())
+    wrapped.load_state_dict(state)
+    assert_loaded(wrapped, state)
+    plain = ActivationPreconditioner(model(), gamma=0.1)
     plain.load_state_dict(wrapped.state_dict())
+    assert_loaded(plain, state)
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
 def test_a_state_saved_with_the_names_of_a_wrapped_model_loads(prefix):
+    state = trained().state_dict()
     preconditioner = ActivationPreconditioner(model(), gamma=0.1)
-    state = {f"{prefix}{name}": each for name, each in preconditioner.state_dict().items()}
-    preconditioner.load_state_dict(state)
+    preconditioner.load_state_dict({f"{prefix}{name}": each for name, each in state.items()})
+    assert_loaded(preconditioner, state)
 
 
 def test_a_module_that_is_called_module_keeps_its_name_beside_others():
