@@ -97,14 +97,23 @@ def test_no_reference_kernel_imports_triton():
         assert "triton" not in {name.partition(".")[0] for name in imports(path)}
 
 
-def test_a_training_run_loads_neither_scipy_nor_matplotlib():
-    code = "import sys, train; print({'scipy', 'matplotlib'} & {*sys.modules})"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
-    )
-    assert done.stdout == "set()\n"
+LIGHT = {  # module: what importing it, after the modules above it, must not import
+    "train": {"scipy", "matplotlib"},
+    "studies.sweep.compare": {"mujoco", "gymnasium"},
+    "studies.report.__main__": {"matplotlib.pyplot", "mujoco", "gymnasium"},
+}
 
 
+def test_a_module_does_not_load_what_it_seldom_needs():
+    code = "import importlib, sys\n"
+    for module, absent in LIGHT.items():
+        code += f"importlib.import_module({module!r})\n"
+        code += f"assert not {absent} & {{*sys.modules}}, {module!r}\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
 def test_other_packages_import_from_the_root_of_the_project():
     code = (
         "import transformers, datasets, wandb, tiktoken; from transformers import GPT2LMHeadModel"

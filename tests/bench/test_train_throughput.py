@@ -1,12 +1,15 @@
 """Tests of the comparison with nanoGPT, using a stand-in for nanoGPT's sources."""
 
+import io
 import json
+from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
 
 from bench import train_throughput
 from bench.train_throughput import PRESETS, prepare, run_nanogpt, run_ours
+from trainer.config import load_config
 
 # The settings of nanoGPT's train.py and their types. Its configurator.py accepts no others.
 NANOGPT = {
@@ -34,7 +37,8 @@ for argument in sys.argv[1:]:
         pass
     assert type(value).__name__ == known[key], argument
     settings[key] = value
-meta = pickle.load(open(f"data/{{settings['dataset']}}/meta.pkl", "rb"))
+with open(f"data/{{settings['dataset']}}/meta.pkl", "rb") as file:
+    meta = pickle.load(file)
 tokens = settings["batch_size"] * settings["gradient_accumulation_steps"] * settings["block_size"]
 for i in range(settings["max_iters"] + 1):
     ms = 1e6 if i < 4 else meta["vocab_size"] * tokens
@@ -51,7 +55,28 @@ def nanogpt(tmp_path):
     return folder
 
 
-def test_both_trainers_are_timed_without_their_warm_up(nanogpt, tmp_path, monkeypatch):
+def quick_train_py(settings, cwd):
+    """Do what train.py and the stand-in do, without training and without a process."""
+    words = [f"--{key}={value}" for key, value in settings.items()]
+    if cwd.name == "nanogpt":
+        with redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
+            patch.chdir(cwd)
+            patch.setattr("sys.argv", ["", *words])
+            exec((cwd / "train.py").read_text(), {})
+        return printed.getvalue()
+    config, _ = load_config(words)
+    settings["out_dir"].mkdir()
+    times = [1e6] * 4 + [7.0] * (config.max_steps - 4)
+    rows = [{"kind": "train", "step_ms": ms, "mfu": None} for ms in times]
+    (settings["out_dir"] / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+@pytest.mark.parametrize(
+    "is_quick", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["quick", "real"]
+)
+def test_both_trainers_are_timed_without_their_warm_up(nanogpt, tmp_path, monkeypatch, is_quick):
+    if is_quick:
+        monkeypatch.setattr(train_throughput, "run_train_py", quick_train_py)
     out = tmp_path / "result.json"
     arguments = ["", "--preset=tiny", "--rounds=1", f"--nanogpt={nanogpt}", f"--out={out}"]
     monkeypatch.setattr("sys.argv", arguments)

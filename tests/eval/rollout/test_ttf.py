@@ -1,5 +1,8 @@
 """Test grading from the command line and during training."""
 
+import builtins
+import inspect
+import io
 import json
 import os
 import shlex
@@ -163,6 +166,22 @@ def test_a_raised_version_grades_again(graded, tmp_path, capsys, monkeypatch, ow
     assert "val loss -1.0000" not in grade(capsys, run)
 
 
+def test_the_versions_of_grades_and_documents_read_no_source(monkeypatch):
+    def read(*args, **kwargs):
+        raise AssertionError(f"{args} was read")
+
+    task = task_of(PDFA)
+    expected = ttf.grading_version(task), task._fingerprint()
+    with monkeypatch.context() as patch:
+        for owner, name in ((builtins, "open"), (io, "open"), (os, "open")):
+            patch.setattr(owner, name, read)
+        patch.setattr(inspect, "getsource", read)
+        found = ttf.grading_version(task), task._fingerprint()
+    assert found == expected
+    assert found[0] == f"{ttf.GRADING_VERSION}.{Pdfa.grading_version}"
+
+
+@pytest.mark.slow  # a process imports everything from a changed copy
 def test_a_changed_docstring_invalidates_neither_grades_nor_documents(tmp_path):
     root, skip = Path(__file__).parents[3], shutil.ignore_patterns("prepared", "task", "*.pyc")
     for part in ("data", "eval", "kernels", "optim", "trainer"):

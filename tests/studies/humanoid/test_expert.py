@@ -87,7 +87,9 @@ def test_an_error_names_the_missing_array():
         Expert(arrays)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[] if x == "walk-1" else [pytest.mark.slow]) for x in NAMES]
+)
 def test_the_experts_in_the_repository_walk(name):
     assert (FOLDER / f"{name}.npz").stat().st_size < 200_000
     expert = load_expert(name)
