@@ -47,10 +47,15 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_a_run_resumed_twice_equals_an_uninterrupted_one_bit_for_bit(dataset, tmp_path, changes):
+SLOW = ("sgd", "signum", "muon", "adamuon")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.slow] if x in SLOW else []) for x in VARIANTS]
+)
+def test_a_run_resumed_twice_equals_an_uninterrupted_one_bit_for_bit(dataset, tmp_path, name):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    changes = changes | {"save_every": 1, "keep_checkpoints": 99}
+    changes = VARIANTS[name] | {"save_every": 1, "keep_checkpoints": 99}
     assert train.main(argv(dataset, whole, **changes)) == 0
     for stop_after in (4, 8):  # not multiples of refresh_every
         with pytest.MonkeyPatch.context() as patch:
@@ -258,6 +263,7 @@ def test_the_averaged_weights_are_the_average(dataset, tmp_path):
 @pytest.mark.parametrize("device", DEVICES)
 def test_bf16_and_compile_train(dataset, tmp_path, device):
     out, changes = tmp_path / "run", {"dtype": "bfloat16", "compile": True, "dopr": True}
+    changes |= {"n_layer": 1, "max_steps": 6}
     assert train.main(argv(dataset, out, device=device, **changes)) == 0
     val = metrics(out, "val")
     assert val[-1]["loss"] < val[0]["loss"]

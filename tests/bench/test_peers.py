@@ -13,17 +13,17 @@ from model import GPT, GPTConfig
 
 def test_every_variant_is_timed_and_compared_with_adamw(monkeypatch, tmp_path, capsys):
     out = tmp_path / "peers.json"
-    arguments = ["--preset", "tiny", "--rounds", "1", "--widths", "8", "16", "--out", str(out)]
+    arguments = ["--preset", "tiny", "--rounds", "1", "--widths", "8", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["peers", *arguments])
     peers.main()
     rows = json.loads(out.read_text())["rows"]
     names = {"AdamW", "DoPr, exact", "DoPr, fast", "SOAP", "Shampoo", "Kron", "K-FAC"}
-    for row, width in zip(rows, (8, 16), strict=True):
-        assert row["width"] == width
-        assert names < row["step_ms"].keys()
-        assert row["ratio"]["AdamW"] == 1
-        assert all(ms > 0 for ms in row["step_ms"].values())
-    assert capsys.readouterr().out.count("K-FAC") == 2
+    (row,) = rows
+    assert row["width"] == 8
+    assert names < row["step_ms"].keys()
+    assert row["ratio"]["AdamW"] == 1
+    assert all(ms > 0 for ms in row["step_ms"].values())
+    assert capsys.readouterr().out.count("K-FAC") == 1
 
 
 def test_k_fac_trains_the_matrices_and_renews_its_factors():

@@ -19,8 +19,8 @@ GPT2_CACHE = Path(__file__).parents[3] / "shared" / "tiktoken_cache"
 
 @pytest.fixture(scope="session")
 def counting_tokenizer() -> Tokenizer:
-    """A tokenizer with 8193 ids, so that a token's id can be its position in the data."""
-    return Tokenizer("counting", r".", {i.to_bytes(2, "big"): i for i in range(8192)})
+    """A tokenizer with 1025 ids, so that a token's id can be its position in the data."""
+    return Tokenizer("counting", r".", {i.to_bytes(2, "big"): i for i in range(1024)})
 
 
 @pytest.fixture(scope="session")

@@ -115,8 +115,8 @@ def test_data_shorter_than_a_block_is_refused_before_the_first_step(dataset):
 
 def test_a_token_outside_the_vocabulary_is_named(dataset):
     path = dataset.dir / "train_000001.bin"
-    write_shard(path, [np.r_[np.arange(99), 8193, np.arange(110)].astype(np.uint16)])
-    with pytest.raises(DataError, match=r"train_000001\.bin: token 99 is 8193, .* below 8193"):
+    write_shard(path, [np.r_[np.arange(99), 1025, np.arange(110)].astype(np.uint16)])
+    with pytest.raises(DataError, match=r"train_000001\.bin: token 99 is 1025, .* below 1025"):
         steps(dataset, 20)
 
 

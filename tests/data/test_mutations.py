@@ -34,7 +34,7 @@ from tests.tiny import write_dataset
 
 TEXT = "def f(x):\n    return x + 12345  # é"
 # Examples of each format.
-EXAMPLES = [pytest.param(40, id="few"), pytest.param(1000, id="many", marks=pytest.mark.slow)]
+EXAMPLES = [pytest.param(20, id="few"), pytest.param(1000, id="many", marks=pytest.mark.slow)]
 
 
 def outcome(read: Callable[[Any], Any], argument: Any) -> tuple[Any, str]:

@@ -53,6 +53,7 @@ def test_the_real_library_is_megabytes_of_text():
     assert not any(EXCLUDED & set(path.parts[-4:]) for path in files)
 
 
+@pytest.mark.slow
 def test_by_default_a_bpe_is_trained_on_the_sources(tmp_path):
     data.pystdlib.prepare.main(["--out", str(tmp_path)])
     dataset = open_dataset(tmp_path)

@@ -46,7 +46,9 @@ def test_results_come_in_the_order_of_the_tasks():
     assert map_in_pool(square, [3, 1, 2], 2) == [9, 1, 4]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "signum", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_the_workers_end_with_the_process_that_started_them(tmp_path, signum):
     file = tmp_path / "worker"
     started = subprocess.Popen([sys.executable, "-c", COMMAND, file], cwd=ROOT)

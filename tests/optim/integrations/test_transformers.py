@@ -84,8 +84,8 @@ def test_without_the_callback_the_weights_differ(six_steps, tmp_path):
     "changes",
     [
         {"gradient_accumulation_steps": 2},
-        {"data": examples(padded=True)},
-        {"gradient_checkpointing": True},
+        pytest.param({"data": examples(padded=True)}, marks=pytest.mark.slow),
+        pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.slow),
     ],
     ids=["accumulation", "padding", "checkpointing"],
 )
