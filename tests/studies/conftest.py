@@ -1,9 +1,20 @@
-"""Provide the fixture that writes reports."""
+"""Provide the fixtures that write reports and run studies in this process."""
 
 import pytest
 
 from studies.report.__main__ import main
 from tests.studies.pages import Page, read
+from tests.studies.synchronous import SynchronousExecutor, synchronous_pool
+
+
+@pytest.fixture
+def synchronous(monkeypatch):
+    """Start neither processes nor threads for the runs of a study.
+
+    Threads would run trials at the same time, which redirect the output of the whole process.
+    """
+    monkeypatch.setattr("studies.sweep.runner.worker_pool", synchronous_pool)
+    monkeypatch.setattr("studies.sweep.study.ThreadPoolExecutor", SynchronousExecutor)
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def finished(tmp_path_factory):
 def study(finished, tmp_path, monkeypatch):
     """Return a function that writes the study with changes, and submits it."""
     monkeypatch.setattr(rules, "STAGES", (STAGE,))
-    monkeypatch.setattr(command, "environment", lambda device: {"git": REVISION})
+    monkeypatch.setattr(command, "provenance", lambda device: {"git": REVISION})
     records, protocol = (json.loads(json.dumps(each)) for each in finished)
 
     def submit(*options, change=None):
@@ -51,6 +51,7 @@ def study(finished, tmp_path, monkeypatch):
     return submit
 
 
+@pytest.mark.usefixtures("synchronous")
 def test_a_study_that_keeps_the_rules_is_repeated_and_added(study, finished, capsys):
     place = study()
     assert read_records(place / "records.jsonl") == sorted(
@@ -156,7 +157,7 @@ def test_a_run_that_cannot_be_repeated_is_refused(study, finished, tmp_path, cap
 
 
 def test_uncommitted_code_is_refused(study, monkeypatch, capsys):
-    monkeypatch.setattr(command, "environment", lambda device: {"git": f"{REVISION}-dirty"})
+    monkeypatch.setattr(command, "provenance", lambda device: {"git": f"{REVISION}-dirty"})
     with pytest.raises(SystemExit):
         study()
     assert "has to be committed without changes" in capsys.readouterr().err

@@ -132,6 +132,7 @@ def rates(monkeypatch):
     return best
 
 
+@pytest.mark.usefixtures("synchronous")
 @pytest.mark.parametrize(
     ("lost", "other"),
     [
@@ -149,6 +150,7 @@ def test_a_variant_without_a_best_rate_does_not_stop_the_others(
     assert f"{lost} has no fresh runs" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("synchronous")
 def test_a_study_runs_fresh_seeds_and_controls_and_other_commands_extend_it(
     tmp_path, rates, capsys
 ):

@@ -19,6 +19,7 @@ def add_other_run(folder, name):
     (folder / "runs" / name / "record.json").write_text('{"asked": {}}')
 
 
+@pytest.mark.usefixtures("synchronous")
 def test_finished_runs_are_written_if_a_run_fails(tmp_path):
     add_other_run(tmp_path, "muon-lr0.016-seed1")
     with pytest.raises(SystemExit, match="2"):
