@@ -60,8 +60,9 @@ def step_calls(
     """
     refresh = refresh_calls(shape, mode, placement, rank) if is_due else None
     return [
+        *(refresh.calls[:1] if refresh else []),
         *mean_calls(shape, mode, placement, is_due=is_due),
-        *(refresh.calls if refresh else []),
+        *(refresh.calls[1:] if refresh else []),
         *exchange_calls(shape, mode, placement, rank),
         *(norm_calls(shape, mode, placement) if is_due else []),
     ]
@@ -83,7 +84,7 @@ def mean_calls(
 class RefreshCalls(NamedTuple):
     """The collectives of a refresh, in their order."""
 
-    counts_and_traces: CollectiveCall  # token counts, and mean eigenvalues of the sums
+    counts_and_traces: CollectiveCall  # token counts and mean eigenvalues of sums, and two flags
     sums: list[tuple[CollectiveCall, list[Layer]]]  # packed sums of z zᵀ, and their layers
     flags: CollectiveCall  # the mean eigenvalue of each layer, and whether its inversion failed
     inverses: list[CollectiveCall]  # P, damping and U, from the processes that computed them
@@ -110,10 +111,7 @@ def refresh_calls(
         summed, over, flags_over, sent = by_owner.get(rank, []), "replicate", "shard", {}
     n = len(layers(shape, mode))
     return RefreshCalls(
-        counts_and_traces=CollectiveCall(
-            "all_reduce",
-            (n + placement.shares_statistics) * 2 * FP64,  # also the order of the sums
-        ),
+        counts_and_traces=CollectiveCall("all_reduce", (n + 1) * 2 * FP64),
         sums=[
             (CollectiveCall("all_reduce", packed_bytes(message), over), message)
             for message in messages(summed)

@@ -176,9 +176,9 @@ def test_a_triangle_of_each_sum_and_inverse_is_sent():
     triangles = TRIANGLE * L * (3 + 16) * D**2
     sums = sum(call.n_bytes for call in calls if call.kind == "all_reduce")
     made = sum(call.n_bytes for call in calls if call.kind == "broadcast")
-    assert sums == 4 * triangles + 48 * (2 + 4) * 8
+    assert sums == 4 * triangles + (49 * 2 + 48 * 4) * 8
     assert made == 4 * (triangles + 48)  # and the damping of each
-    assert sent_bytes(calls[0], Placement("ddp", 8)) == 2 * 7 / 8 * 48 * 2 * 8
+    assert sent_bytes(calls[0], Placement("ddp", 8)) == 2 * 7 / 8 * 49 * 2 * 8
 
 
 def test_one_gpu_sends_nothing():

@@ -115,8 +115,8 @@ def test_a_fresh_mean_is_sent_in_every_step(gang, how):
     placement, due = PLACEMENTS[how], {3: False, 4: True}
     without, with_refresh = check(gang, TINY, placement, "adamw", LAZY_MEAN, due)
     kind, n_bytes = MEAN
-    for (_, _, (mean, *_)), rows in ((without, 1), (with_refresh, 2)):
-        assert mean == (kind, rows * n_bytes, placement.size)  # 2: also the sums of tokens in Σ
+    for (_, _, calls), rows in ((without, 1), (with_refresh, 2)):  # 2: also of the tokens in Σ
+        assert calls[rows - 1] == (kind, rows * n_bytes, placement.size)  # after the counts
 
 
 def test_muon_sends_its_matrices_after_the_rows_of_a_fresh_mean(gang):
