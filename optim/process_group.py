@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, distributed
@@ -76,18 +77,20 @@ def everybody() -> Collective:
     """Return a group of all processes, or the current process without torch.distributed.
 
     All processes must call this function. A separate group keeps its traffic independent of that of
-    the default group. It is made once for each default group, and destroyed with it: to destroy it
+    the default group. It is made once for each default group, and lives as long: to destroy it
     earlier, all processes would have to do so at about the same time.
     """
     if n_processes() == 1:
         return Collective()
     default = distributed.group.WORLD
-    if not _everybody or _everybody[0] is not default:
-        _everybody[:] = default, distributed.new_group()
-    return Collective(_everybody[1])
+    if default not in _everybody:
+        _everybody[default] = distributed.new_group()
+    return Collective(_everybody[default])
 
 
-_everybody: list[ProcessGroup] = []  # the default group, and the one that `everybody` made for it
+# {default group: the one that `everybody` made for it}. A strong reference to a default group would
+# keep its store, which the next one at the same address would meet.
+_everybody: WeakKeyDictionary[Any, ProcessGroup] = WeakKeyDictionary()
 
 
 def n_processes() -> int:

@@ -58,7 +58,10 @@ class MetricsLog:
         self._start_step = start_step
         self._unwritten: list[str] = []
         self._is_terminal_gone = False
-        self._keep_rows(lambda row: row.step <= start_step)
+        self._keep_rows(
+            lambda row: row.step <= start_step and (start_step > 0 or row.kind == "run"),
+            "rows of later steps",
+        )
         self._max_steps = max_steps
         self._wandb: Any = None
         self._bar = tqdm(
@@ -68,7 +71,7 @@ class MetricsLog:
             disable=not (is_writer and sys.stderr.isatty()),
         )
 
-    def _keep_rows(self, is_kept: Callable[[Row], bool]) -> None:
+    def _keep_rows(self, is_kept: Callable[[Row], bool], others: str) -> None:
         """Remove the other rows, and damaged lines. If that fails, warn and keep them."""
         if not self._path.is_file():  # the first run in a folder, or not the writer
             return
@@ -85,7 +88,7 @@ class MetricsLog:
             partial.write_bytes(b"".join(kept))
             partial.replace(self._path)
         except OSError as error:
-            self.say(f"WARNING: {self._path} keeps rows of later steps ({error.strerror})")
+            self.say(f"WARNING: {self._path} keeps {others} ({error.strerror})")
         else:
             if n_damaged:
                 self.say(f"warning: {n_damaged} damaged lines of {self._path} were removed")
@@ -117,7 +120,8 @@ class MetricsLog:
         values = {key: _finite(value) for key, value in values.items()}
         row = {"kind": kind, "step": step, **values}
         if step == self._start_step and kind in ("val", "ttf"):  # again, by a resumed run
-            self._keep_rows(lambda row: (row.kind, row.step) != (kind, step))
+            others = f"the {kind} row that step {step} had before"
+            self._keep_rows(lambda row: (row.kind, row.step) != (kind, step), others)
         self._append(json.dumps(row, allow_nan=False) + "\n")
         if self._wandb is not None and kind != "run":
             try:

@@ -139,7 +139,7 @@ class Census:
         if narrow:
             log.warning(
                 "block_diagonal=%d leaves narrow blocks, as equal ones must divide the width: %s. "
-                "Set it to a width named here, or pass these layers to exclude=",
+                "Set it to a width that suits all of them, or pass these layers to exclude=",
                 widest,
                 ", ".join(narrow),
             )

@@ -342,6 +342,8 @@ class ActivationPreconditioner:
         ]
         if due := [layer for layer in layers if layer.is_due]:
             self._census.check(layers)
+        for layer in due:
+            layer.check_device_and_dtype()
         self._reduction.finish()
         sums = Sums(due, self._processes, was_formed=self._formed_grads.any(layers))
         if self._is_empty_step(layers, sums):

@@ -65,10 +65,7 @@ def refresh(
         RuntimeError: if a layer has a gradient but its activations were not captured.
         FloatingPointError: if activations are not finite and there is no earlier P to keep, or Σ
             has no inverse at any damping.
-        ValueError: if the model was moved or cast after construction.
     """
-    for layer in layers:
-        layer.check_device_and_dtype()
     usable = with_usable_sums(layers, sums, processes.everybody)
     sums.start(usable)
 

@@ -51,10 +51,13 @@ def build(
 
 
 def _set_lr(optimizers: list[torch.optim.Optimizer], name: str, lr: float) -> None:
-    """Move a parameter to a param group of its own, which has another learning rate."""
+    """Give a parameter a learning rate of its own, in a param group of its own."""
     for each in optimizers:
         for group in each.param_groups:
             if name in group["param_names"]:
+                if len(group["params"]) == 1:
+                    group["lr"] = group["base_lr"] = lr
+                    return
                 i = group["param_names"].index(name)
                 del group["param_names"][i]
                 settings = {key: group[key] for key in group.keys() - {"param_names"}}

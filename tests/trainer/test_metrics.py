@@ -47,6 +47,8 @@ def test_a_resumed_run_removes_later_rows_and_replaces_those_of_its_first_step(t
     assert [(row["kind"], row["step"]) for row in rows(tmp_path)] == kept
     assert [row["loss"] for row in rows(tmp_path) if row["kind"] == "val"] == [2.0, 1.5]
     log.close()
+    MetricsLog(tmp_path, 0, 10).close()  # another run, which begins anew
+    assert rows(tmp_path) == []
 
 
 def test_old_rows_that_cannot_be_removed_do_not_stop_the_run(tmp_path, capsys):

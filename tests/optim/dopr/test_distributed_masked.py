@@ -1,5 +1,8 @@
 """Masked tokens, empty steps and refusals with several processes."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from optim import ActivationPreconditioner
+from optim.process_group import everybody
 from tests.optim import distributed as workers
 from tests.optim.distributed import full_tensor, in_process_group, message_of
 from tests.optim.models import backward, mlp, regression
@@ -175,6 +179,23 @@ def groups_of_attachments():
 def test_attachments_share_one_process_group(gang):
     for _ in range(2):  # the second time after the default group was destroyed and made again
         assert gang.run(2, in_process_group, groups_of_attachments) == [1, 1]
+
+
+def is_default_group_freed():
+    """Return whether nothing holds the default group, and so its store, once it is destroyed."""
+    groups = []
+
+    def make():
+        groups.append(weakref.ref(distributed.group.WORLD))
+        everybody()
+
+    in_process_group(make)
+    gc.collect()
+    return groups[0]() is None
+
+
+def test_a_default_group_that_was_destroyed_is_not_kept(gang):
+    assert gang.run(2, is_default_group_freed) == [True, True]
 
 
 def fsdp1(*, first: bool):
