@@ -27,7 +27,7 @@ from eval.command import command_parser
 from model import GPT, GPTConfig
 from optim import ActivationPreconditioner
 from optim.build import build_optimizers
-from optim.kernels.cholesky import WANTED_ERROR
+from optim.kernels.damped_root import WANTED_ERROR
 from optim.kernels.deflation import (
     NARROWEST,
     Deflated,

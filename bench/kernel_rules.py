@@ -4,7 +4,7 @@ from typing import Any
 
 SHIPPED = {  # the default implementation of each operation on a GPU, and its error tolerance
     "gram": ("triton", 2e-4),  # Tensor cores truncate the terms of an fp32 sum of up to n terms.
-    "inverse": ("triton deflated", 1e-3),  # kernels.cholesky.WANTED_ERROR
+    "inverse": ("triton deflated", 1e-3),  # kernels.damped_root.WANTED_ERROR
     "apply": ("triton tf32x3", 1e-5),  # 21 bits
     "orthogonalize": ("triton", 0.1),  # five iterations in bf16, whose resolution is 2^-8
 }

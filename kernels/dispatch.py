@@ -75,16 +75,6 @@ def describe_backend(backend: Backend, device: torch.device) -> str:
     return f"backend: triton (auto; torch for rows that are not multiples of {COPY_BYTES} bytes)"
 
 
-def check_not_recording(device: torch.device) -> None:
-    """Raise RuntimeError while a CUDA graph is recorded, which would replay old decisions."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "activation preconditioning cannot be recorded in a CUDA graph: keep the backward and "
-            "the step out of torch.cuda.graph and make_graphed_callables, or use "
-            'torch.compile(mode="reduce-overhead"), which leaves these operators out'
-        )
-
-
 def _reason_for_torch(tensors: tuple[Tensor, ...], row_bytes: Iterable[int]) -> str:
     """Return the reason why "auto" selects torch, or "" if it selects Triton."""
     for tensor in tensors:

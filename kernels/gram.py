@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import check_not_recording, choose_backend
+from .dispatch import choose_backend
+from .operators import check_not_recording, opaque
 from .symmetric import MIN_STRIP, add_symmetric_product_, mirror_
 
 
@@ -57,11 +58,7 @@ def gram_(
     return len(rows)
 
 
-@torch.library.custom_op(
-    "dopr::accumulate_gram",
-    mutates_args=("S", "count", "offset", "column_sums"),
-    tags=(torch.Tag.cudagraph_unsafe,),  # a CUDA graph would replay the recorded `skips`
-)
+@opaque("dopr::accumulate_gram", mutates_args=("S", "count", "offset", "column_sums"))
 def accumulate_gram(
     S: Tensor,  # (blocks, d/blocks, d/blocks), updated in place
     count: Tensor,  # (), updated in place
@@ -87,8 +84,8 @@ def accumulate_gram(
     See `gram_` for S, z, `stride` and `offset`. With `size` processes, each passing a batch of the
     same size, rank r continues the sequence numbers of rank r - 1.
 
-    This is one opaque operator that torch.compile does not trace. It is meant for the backward of
-    an autograd.Function: `skips` is read each time the backward runs, also in compiled code.
+    This is meant for the backward of an autograd.Function: `skips` is read each time the backward
+    runs, also in compiled code.
     """
     check_not_recording(z.device)
     if skips:
@@ -127,11 +124,6 @@ def _masked_tokens(grad_y: Tensor) -> Tensor | None:  # (..., T, d_out) -> (...,
     """Return which rows of `grad_y` are zero. On a CPU, return None if there are none."""
     is_masked = (grad_y.amax(-1) == 0) & (grad_y.amin(-1) == 0)  # several times faster than `any`
     return None if grad_y.is_cpu and not is_masked.any() else is_masked
-
-
-@accumulate_gram.register_fake
-def _(*args: Any, **kwargs: Any) -> None:
-    return None
 
 
 def _choose_gram(backend: Any, S: Tensor, z: Tensor) -> Callable[..., int]:

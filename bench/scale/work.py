@@ -14,7 +14,7 @@ from bench.scale.shapes import DoprMode, ModelShape, gpt, layers, matrices, n_we
 from optim.dopr.layer import Layer
 from optim.dopr.statistics import condition_bound
 from optim.dopr.triangles import packed_numel
-from optim.kernels.cholesky import BF16X3_FLOOR, PLAIN_BF16X3_FLOOR, WANTED_ERROR
+from optim.kernels.damped_root import BF16X3_FLOOR, PLAIN_BF16X3_FLOOR, WANTED_ERROR
 from optim.kernels.deflation import deflated_condition_bound
 from optim.kernels.newton_schulz import newton_iterations
 

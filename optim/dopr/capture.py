@@ -5,7 +5,8 @@ gradient, each of them once: in eager mode, under torch.compile and under activa
 Evaluation captures nothing. The backward cannot know that a weight gradient will be thrown away
 (`torch.autograd.grad` of the inputs, a pass before `zero_grad`): run such a pass inside `paused()`.
 A token whose output gradient is exactly zero (padding, a masked prompt) adds nothing to the weight
-gradient, so it is not counted. `forwards.py` replaces the forward of a module by one that captures.
+gradient, so it is not counted. The autograd functions of `autograd.py` call `accumulate`;
+`forwards.py` puts them into the forward of a module.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from types import NoneType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.dispatch import Backend, check_not_recording
+from ..kernels.dispatch import Backend
 from ..kernels.gram import accumulate_gram
+from ..kernels.token_counts import accumulate_token_counts
 from .reduction import Reduction, reduce_gram
 
 
@@ -151,61 +152,6 @@ class Capture:
         return NoneType, ()  # a pickled model does not capture, and loads without this package
 
 
-class CapturedLinear(torch.autograd.Function):
-    """Compute y = z Wᵀ + b.
-
-    The backward forms the weight gradient in at least fp32 and captures z. It can be differentiated
-    again, except for half-precision inputs on a GPU.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, W: Tensor, b: Tensor | None, capture: Capture) -> Tensor:
-        ctx.save_for_backward(z, W)
-        ctx.capture = capture
-        ctx.b_dtype = None if b is None else b.dtype
-        return F.linear(z, W.to(z.dtype), None if b is None else b.to(z.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        z, W = ctx.saved_tensors  # (..., d_in), (d_out, d_in)
-        accumulate(ctx.capture, z, grad_y)
-        rows = grad_y.reshape(-1, W.shape[0])  # (n, d_out)
-        with torch.autocast(z.device.type, enabled=False):  # the caller may have enabled it
-            grad_z = grad_y @ W.to(grad_y.dtype) if ctx.needs_input_grad[0] else None
-            G = _matmul_fp32(rows.mT, z.reshape(-1, W.shape[1])).to(W.dtype)  # (d_out, d_in)
-        grad_b = None
-        if ctx.b_dtype is not None:
-            grad_b = rows.sum(0, dtype=_at_least_fp32(rows)).to(ctx.b_dtype)
-        return grad_z, G, grad_b, None
-
-
-class Tap(torch.autograd.Function):
-    """Return y itself; the backward captures z, the input that y was computed from.
-
-    `geometry` holds the arguments of F.unfold that cut the input of a convolution into patches.
-    None captures z itself. Hence `mark_dirty(y)`: a view of y returned from here could not be
-    changed in place by the model, and a copy would cost memory.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, z: Tensor, capture: Capture, geometry: tuple[Any, ...] | None
-    ) -> Tensor:
-        ctx.mark_dirty(y)
-        ctx.save_for_backward(z)
-        ctx.capture, ctx.geometry = capture, geometry
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        (z,) = ctx.saved_tensors
-        if ctx.geometry is None:
-            accumulate(ctx.capture, z, grad_y)
-        elif ctx.capture.is_needed:
-            accumulate(ctx.capture, F.unfold(z, *ctx.geometry).mT, grad_y.flatten(-2).mT)
-        return grad_y, None, None, None
-
-
 @torch.no_grad()
 def accumulate(
     capture: Capture,
@@ -268,45 +214,3 @@ def _common(
         z, grad_y = z[None], grad_y if grad_y is None else grad_y[None]
     settings = capture.stride, capture.backend, rank, capture.size
     return capture.count, z, capture.offset, skips, *settings, grad_y, sums
-
-
-@torch.library.custom_op(
-    "dopr::accumulate_token_counts",
-    mutates_args=("S", "count"),
-    tags=(torch.Tag.cudagraph_unsafe,),  # a CUDA graph would replay an old `skips`
-)
-def accumulate_token_counts(
-    S: Tensor, count: Tensor, idx: Tensor, skips: Tensor, grad_y: Tensor | None = None
-) -> None:
-    """Count token ids: S[t] grows by the number of ids t in idx, `count` by the number of all ids.
-
-    S is the diagonal of the sum of z zᵀ over one-hot inputs z. Does nothing if `skips` is
-    true. If `grad_y` (..., d_out) is given, ids whose row of it is zero are not counted.
-    """
-    check_not_recording(idx.device)
-    if skips:
-        return
-    n = S.numel()
-    ids = idx.flatten()
-    if grad_y is not None:  # ids that are not counted become n, which is no id
-        ids = ids.where((grad_y != 0).any(-1).flatten(), n)
-    counts = torch.bincount(ids, minlength=n + 1)[:n]
-    S += counts
-    count += counts.sum()
-
-
-@accumulate_token_counts.register_fake
-def _(*args: Any, **kwargs: Any) -> None:
-    return None
-
-
-def _at_least_fp32(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _matmul_fp32(A: Tensor, B: Tensor) -> Tensor:
-    """Return A @ B in at least fp32. On CUDA, half-precision inputs stay on tensor cores."""
-    if A.is_cuda and A.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(A, B, out_dtype=torch.float32)
-    dtype = _at_least_fp32(A)
-    return A.to(dtype) @ B.to(dtype)

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..process_group import is_sharded
-from .capture import Capture, CapturedLinear, Tap
+from .autograd import CapturedLinear, Tap
+from .capture import Capture
 from .tensor_parallel import tensor_parallel_linear
 
 TAKEN = "another preconditioner is on it: call its detach() first"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..kernels.cholesky import Inverse
+from ..kernels.damped_root import Inverse
 from ..kernels.dispatch import Backend, check_backend
 from ..process_group import (
     Collective,

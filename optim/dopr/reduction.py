@@ -13,8 +13,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from ..kernels.dispatch import check_not_recording
 from ..kernels.gram import accumulate_gram
+from ..kernels.operators import check_not_recording, opaque
 from ..process_group import Collective
 from .triangles import pack, unpack
 
@@ -69,11 +69,7 @@ class Reduction:
             capture.gram = capture.gram.add_(S) if len(capture.gram) else S
 
 
-@torch.library.custom_op(
-    "dopr::reduce_gram",
-    mutates_args=("ticket", "count", "offset", "column_sums"),
-    tags=(torch.Tag.cudagraph_unsafe,),  # a CUDA graph would replay the recorded `skips`
-)
+@opaque("dopr::reduce_gram", mutates_args=("ticket", "count", "offset", "column_sums"))
 def reduce_gram(
     key: int,  # of the capture
     ticket: Tensor,  # of the reduction
@@ -101,8 +97,3 @@ def reduce_gram(
     common = (stride, backend, rank, size, grad_y, column_sums)
     accumulate_gram(S, count, z, offset, skips, *common)
     capture.reduction.start(capture, S)
-
-
-@reduce_gram.register_fake
-def _(*args: Any, **kwargs: Any) -> None:
-    return None

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.cholesky import damped_inverse_root
+from ..kernels.damped_root import damped_inverse_root
 from ..kernels.dispatch import Backend, choose_backend
 from ..process_group import Collective, first_row, is_sharded
 from .distributed import Sums, made_by_owners

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
-from ..kernels.cholesky import Inverse
+from ..kernels.damped_root import Inverse
 from ..kernels.dispatch import BACKENDS, Backend
 
 Sharing = Literal["auto", "replicated", "sharded"]

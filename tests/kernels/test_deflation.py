@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from optim.kernels import cholesky, deflation
-from optim.kernels.cholesky import damped_inverse_root
+from optim.kernels import damped_root, deflation
+from optim.kernels.damped_root import damped_inverse_root
 from optim.kernels.deflation import (
     DEFLATION_RANK,
     deflate,
@@ -226,7 +226,7 @@ def test_narrow_matrices_and_roots_are_not_deflated(d, p, monkeypatch):
     assert first_deflation_basis(torch.eye(d), p) is None
     blocks = torch.eye(D).expand(2, 3, D, D)
     assert first_deflation_basis(blocks, 1).shape == (2, 3, D, DEFLATION_RANK)
-    monkeypatch.setattr(cholesky, "deflate", None)
+    monkeypatch.setattr(damped_root, "deflate", None)
     sigma = torch.diag(torch.linspace(0, 2, d))
     damped_inverse_root(sigma, torch.tensor(0.1), p, inverse="newton_schulz")
 

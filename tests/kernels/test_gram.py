@@ -235,7 +235,7 @@ def test_gram_itself_compiles_to_one_graph_for_every_offset():
 def test_the_operator_passes_opcheck(count_dtype, is_paused):
     z, S = torch.randn(3, 6, 8), torch.zeros(2, 4, 4)
     args = (S, torch.zeros((), dtype=count_dtype), z, torch.tensor(1), is_paused, 2)
-    torch.library.opcheck(accumulate_gram, args)
+    torch.library.opcheck(torch.ops.dopr.accumulate_gram.default, args)
 
 
 def test_the_operator_adds_up_over_calls():

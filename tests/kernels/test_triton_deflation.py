@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from optim.kernels import cholesky
-from optim.kernels.cholesky import WANTED_ERROR, damped_inverse_root
+from optim.kernels import damped_root
+from optim.kernels.damped_root import WANTED_ERROR, damped_inverse_root
 from optim.kernels.deflation import DEFLATION_RANK, first_deflation_basis
 from tests.kernels.spectra import exact_inverse_root, relative_error
 from tests.kernels.test_deflation import D, covariance, damped
@@ -23,7 +23,7 @@ def launches(monkeypatch):
         return inverse_root(*args, **kwargs)
 
     monkeypatch.setattr(triton_newton_schulz, "inverse_root", recorded)
-    monkeypatch.setattr(cholesky, "_measured_condition", None)
+    monkeypatch.setattr(damped_root, "_measured_condition", None)
     return seen
 
 
@@ -85,7 +85,7 @@ def test_too_few_iterations_are_found_out_and_redone_by_cholesky(launches):
 
 
 def test_what_converges_too_little_for_the_wanted_error_would_pass_the_probe(launches, monkeypatch):
-    monkeypatch.setattr(cholesky, "WANTED_ERROR", 1.0)
+    monkeypatch.setattr(damped_root, "WANTED_ERROR", 1.0)
     sigma, _ = covariance(0.9, n_top=60, decay=0.1)
     X, _, failures = by_triton(
         sigma, 0.01, first_deflation_basis(sigma.to(DEVICE), 1), condition_bound=1000.0

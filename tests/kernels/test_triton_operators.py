@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from optim.kernels.gram import accumulate_gram
 from tests.kernels.spectra import spd
 from tests.kernels.triton_device import (
     DEVICE,
@@ -23,7 +22,7 @@ def test_the_sum_passes_opcheck():
     offset = torch.ones((), dtype=torch.int64, device=DEVICE)
     args = (*sums(), randn(3, 6, 8), offset, torch.tensor(False), 2, "triton")
     checks = ("test_schema", "test_faketensor")  # test_gram.py runs the others
-    torch.library.opcheck(accumulate_gram, args, test_utils=checks)
+    torch.library.opcheck(torch.ops.dopr.accumulate_gram.default, args, test_utils=checks)
 
 
 @pytest.mark.parametrize("G", [randn(2, 5, 12), randn(2, 12, 5).mT], ids=["rows", "columns"])

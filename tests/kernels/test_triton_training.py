@@ -5,8 +5,8 @@ import torch
 
 from optim import ActivationPreconditioner
 from optim.adamuon import AdaMuon
-from optim.kernels import cholesky
-from optim.kernels.cholesky import damped_inverse_root
+from optim.kernels import damped_root
+from optim.kernels.damped_root import damped_inverse_root
 from optim.muon import Muon
 from tests.kernels.spectra import relative_error, spd
 from tests.kernels.triton_device import (
@@ -70,7 +70,7 @@ def sgd(params):
 @pytest.mark.parametrize(
     ("settings", "inverses", "tolerance"),
     [  # 1e-4: tf32x3 rounds by 2^-21, times a condition number of at most 12 (1 + 1/γ) = 132.
-        # 1e-3: WANTED_ERROR of Newton-Schulz in kernels/cholesky.py
+        # 1e-3: WANTED_ERROR of Newton-Schulz in kernels/damped_root.py
         ({}, 0, 1e-4),
         pytest.param(FAST | BLOCKS, 0, 1e-4, marks=pytest.mark.slow),
         pytest.param(NEWTON_SCHULZ | BLOCKS, 3, 1e-3, marks=pytest.mark.slow),
@@ -125,7 +125,7 @@ def test_layers_of_equal_shape_are_preconditioned_in_one_launch(calls):
     ],
 )
 def test_the_bound_alone_makes_an_inverse_as_good_as_wanted(p, gamma, calls, monkeypatch):
-    monkeypatch.setattr(cholesky, "_measured_condition", None)  # it would read the device
+    monkeypatch.setattr(damped_root, "_measured_condition", None)  # it would read the device
     A, _ = spd(16, 1e6, top=0.5)
     sigma = A[None].to(DEVICE)
     mean = sigma[0].trace() / 16

@@ -256,7 +256,7 @@ def test_an_input_on_another_device_is_refused():
 
 
 def test_recording_a_cuda_graph_is_refused(monkeypatch):
-    from optim.kernels.dispatch import check_not_recording
+    from optim.kernels.operators import check_not_recording
 
     check_not_recording(torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

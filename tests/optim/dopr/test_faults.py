@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from optim import ActivationPreconditioner
-from optim.kernels import cholesky
+from optim.kernels import damped_root
 from tests.optim.models import backward, mlp, randn
 from tests.optim.runs import LAZY, assert_same, made, train
 
@@ -139,7 +139,7 @@ def test_a_covariance_that_has_no_inverse_at_all_is_an_error_and_changes_nothing
     train(parts, range(2))
     train(twin, range(2))
     backward(parts[0], 2)
-    monkeypatch.setattr(cholesky, "PROBE_TOLERANCE", -1.0)
+    monkeypatch.setattr(damped_root, "PROBE_TOLERANCE", -1.0)
     with pytest.raises(FloatingPointError, match=r"^0: .*no inverse after"):
         parts[1].step()
     monkeypatch.undo()
@@ -165,7 +165,7 @@ def test_dead_features_at_gamma_zero_give_finite_weights():
 
 def test_a_newton_schulz_that_cholesky_mends_says_so_and_no_damping(monkeypatch, caplog):
     _, _, preconditioner = parts = made(inverse="newton_schulz")
-    monkeypatch.setattr(cholesky, "inverse_root", lambda A, *_, **__: A * torch.nan)
+    monkeypatch.setattr(damped_root, "inverse_root", lambda A, *_, **__: A * torch.nan)
     with caplog.at_level(logging.WARNING, logger="dopr"):
         train(parts, range(1))
     assert "0: Newton-Schulz failed, redone by Cholesky" in caplog.text

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from optim import ActivationPreconditioner
-from optim.kernels import cholesky
+from optim.kernels import damped_root
 from tests.optim.models import backward, covariance, mlp, oracle, recorded, relative_error
 from tests.optim.runs import BASES, LAZY, assert_same, made, resumed, train
 from trainer.checkpoint.read import CheckpointError
@@ -149,7 +149,7 @@ def test_a_state_before_the_first_refresh_fits_other_settings_too():
 def test_the_same_settings_do_not_make_p_again(monkeypatch):
     parts = made(**LAZY)
     train(parts, range(3))
-    monkeypatch.setattr(cholesky, "PROBE_TOLERANCE", -1.0)  # any inverse would now fail
+    monkeypatch.setattr(damped_root, "PROBE_TOLERANCE", -1.0)  # any inverse would now fail
     assert_same(resumed(parts, **LAZY), parts)
 
 
@@ -158,7 +158,7 @@ def test_a_stored_sigma_without_an_inverse_is_an_error_that_changes_nothing(monk
     train(parts, range(3))
     train(other, range(2))
     before = resumed(other, gamma=0.5)
-    monkeypatch.setattr(cholesky, "PROBE_TOLERANCE", -1.0)
+    monkeypatch.setattr(damped_root, "PROBE_TOLERANCE", -1.0)
     with pytest.raises(FloatingPointError, match="no inverse after"):
         other[2].load_state_dict(parts[2].state_dict())
     assert_same(other, before)
@@ -224,7 +224,7 @@ def test_a_checkpoint_whose_sigma_has_no_inverse_is_an_error_that_names_it(monke
     parts, other = made(), made(gamma=0.5)
     train(parts, range(2))
     checkpoint = SimpleNamespace(path="out/step-2", train={"dopr": parts[2].state_dict()})
-    monkeypatch.setattr(cholesky, "PROBE_TOLERANCE", -1.0)
+    monkeypatch.setattr(damped_root, "PROBE_TOLERANCE", -1.0)
     with pytest.raises(CheckpointError, match=r"out/step-2: 0: .*no inverse after"):
         _restore_preconditioner(other[2], checkpoint)
 

@@ -1,12 +1,12 @@
-"""kernels/cholesky.py against dense float64 solves, and for matrices without an inverse."""
+"""kernels/damped_root.py against dense float64 solves, and for matrices without an inverse."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optim.kernels import cholesky
-from optim.kernels.cholesky import MAX_ATTEMPTS, damped_inverse_root
+from optim.kernels import damped_root
+from optim.kernels.damped_root import MAX_ATTEMPTS, damped_inverse_root
 from tests.kernels.spectra import exact_inverse_root, relative_error, spd
 
 INVERSES = ["cholesky", "newton_schulz"]
@@ -164,7 +164,7 @@ def test_a_wrong_inverse_does_not_pass_for_a_right_one(monkeypatch):
     def wrong(A, p, **_):
         return torch.eye(A.shape[-1]).expand_as(A)
 
-    monkeypatch.setattr(cholesky, "inverse_root", wrong)
+    monkeypatch.setattr(damped_root, "inverse_root", wrong)
     sigma = covariance(16, 40)
     X, _, failures = damped_inverse_root(
         sigma, 0.1 * mean_eigenvalue(sigma), 1, inverse="newton_schulz"
