@@ -4,14 +4,7 @@ import argparse
 from collections.abc import Collection
 from pathlib import Path
 
-from eval.command import command_parser
-
-
-def positive_int(text: str) -> int:
-    """Parse an integer of at least 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return int(text)
+from eval.command import command_parser, positive_int
 
 
 def nanogpt_checkout(text: str) -> Path:

@@ -99,6 +99,8 @@ def main() -> None:
     parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=["float32"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error(f"--rounds={arguments.rounds}: must be at least 2, for the quartiles")
     transformers.logging.set_verbosity_error()
     rows = []
     for size, dtype in itertools.product(arguments.sizes, arguments.dtypes):

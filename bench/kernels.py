@@ -24,6 +24,7 @@ from bench.kernel_rules import is_accurate
 from bench.timing import DEVICE, compared, interleaved, measure_all
 from optim.dopr.statistics import apply_P
 from optim.kernels import _triton_apply, _triton_gram, _triton_newton_schulz, gram, newton_schulz
+from optim.kernels._triton_tiles import Precision
 from optim.kernels.deflation import DEFLATION_RANK, deflate, deflated_condition_bound, restore
 from optim.kernels.dense_root import inverse_root_by_factorization
 from optim.kernels.newton_schulz import newton_iterations
@@ -56,7 +57,7 @@ class KernelCase(NamedTuple):
     """One operation at one size: the contenders, and the exact result in float64."""
 
     name: str
-    contenders: Mapping[str, Callable[[], Tensor]]
+    contenders: Mapping[str, Callable[[], Tensor | list[Tensor]]]
     exact: Callable[[], Tensor]
 
 
@@ -151,13 +152,19 @@ def _by_eigh(A: Tensor) -> Tensor:
 def apply_cases(N: int, m: int, n_blocks: int, b: int) -> Iterator[KernelCase]:
     """Compare implementations of M = G P for N layers, with P in blocks of width b.
 
-    The contender `bmm` multiplies all blocks of all layers as one batch.
+    The layers' G and P are tensors of their own, as in training, so that the Triton kernel has to
+    copy them. The contender `bmm` multiplies all blocks of all layers as one batch, without the
+    copies.
     """
     G, P = randn(N, m, n_blocks * b), mirror_(randn(N, n_blocks, b, b))
-    triton = partial(_triton_apply.apply, G, P)
+    Gs, Ps = [each.clone() for each in G], [each.clone() for each in P]
+
+    def triton(precision: Precision) -> Tensor:
+        return _triton_apply.apply(torch.stack(Gs), torch.stack(Ps), precision=precision)
+
     contenders = {
         "bmm": partial(_bmm, G, P),
-        "layer by layer": lambda: torch.stack(list(map(apply_P, G, P))),
+        "layer by layer": lambda: list(map(apply_P, Gs, Ps)),
         "triton tf32x3": partial(triton, precision="tf32x3"),
         "triton bf16x3": partial(triton, precision="bf16x3"),
         "triton ieee": partial(triton, precision="ieee"),
@@ -208,8 +215,10 @@ def measure(case: KernelCase, *, rounds: int, seconds: float = SECONDS) -> dict[
     exact = case.exact()
     errors = {}
     for name, work in case.contenders.items():  # the first call compiles
-        errors[name] = ((work() - exact).norm() / exact.norm()).item()
-    del exact
+        found = work()
+        found = torch.stack(found) if isinstance(found, list) else found
+        errors[name] = ((found - exact).norm() / exact.norm()).item()
+    del exact, found
     times = interleaved(case.contenders, DEVICE, rounds=rounds, seconds=seconds)
     return {"case": case.name, "error": errors, **compared(times)}
 

@@ -30,8 +30,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from bench.arguments import positive_int
-from eval.command import command_parser
+from eval.command import command_parser, positive_int
 
 PRELOAD = ["torch.distributed.checkpoint", "train"]
 FORMATS = ("full", "sharded")

@@ -5,7 +5,8 @@
 AdamW alone, with DoPr in its modes, SOAP, Shampoo and Kron (of pytorch_optimizer), and K-FAC (of
 singd) train GPTs with the same weights and batch, as in bench.step_overhead. They take turns of one
 step, ten in a round. All peers renew their preconditioners every tenth step, as DoPr does in fast
-and in sampled mode; SOAP's are those of its defaults. The last line of a width is the time that the
+and in sampled mode; SOAP's are those of its defaults. SOAP, Shampoo and Kron also precondition the
+embedding, which DoPr and K-FAC leave out. The last line of a width is the time that the
 optimizer itself takes in a step, besides forward and backward. Requires pip install '.[optimizers]'
 and pip install singd.
 """
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from bench.arguments import bench_parser, positive_int
+from bench.arguments import bench_parser
 from bench.step_overhead import (
     NUMBERS,
     PRESETS,
@@ -27,7 +28,7 @@ from bench.step_overhead import (
     modes,
 )
 from bench.timing import measure_all
-from eval.command import reported_errors
+from eval.command import positive_int, reported_errors
 from model import GPT
 from optim.build import build_optimizers
 

@@ -22,11 +22,11 @@ import torch
 
 import train
 from eval.command import command_parser
-from optim.dopr import capture
+from optim.dopr import autograd
 
 
 def bf16_gradients() -> AbstractContextManager:
-    return patch.object(capture, "_matmul_fp32", torch.matmul)
+    return patch.object(autograd, "_matmul_fp32", torch.matmul)
 
 
 def apply_in(precision: Literal["bf16x3", "ieee"]) -> AbstractContextManager:

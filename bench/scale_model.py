@@ -68,7 +68,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--measured", type=Path, help="compare with a result of bench.step_overhead"
     )
-    parser.add_argument("--out", type=Path, default=Path("bench/results/scale_model"))
+    parser.add_argument("--out", type=Path, default=Path("out/scale_model"), help="folder")
     parser.add_argument("--hardware", choices=HARDWARE, default="h100")
     for name in NUMBERS:
         parser.add_argument(
@@ -92,6 +92,8 @@ def hardware_of(arguments: argparse.Namespace) -> Hardware:
     if problems := [text for text, value in numbers.items() if not value > 0]:
         raise ValueError(f"{', '.join(problems)}: must be above 0")
     if "per_node" in given:
+        if given["per_node"] % 1:
+            raise ValueError(f"per_node={given['per_node']:g}: must be a whole number")
         given["per_node"] = int(given["per_node"])
     return replace(HARDWARE[arguments.hardware], **given)
 

@@ -7,6 +7,7 @@ once; writes meta.json and tokenizer.json, and copies of files whose tokens are 
 
 import argparse
 from collections.abc import Iterator, Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,8 @@ def _as_shard(path: Path, dtype: str | None, tokenizer: Tokenizer) -> Shard:
         raise DataError(f"{path}: {size:,} bytes of tokens, expected a multiple of {kind.itemsize}")
     ids = np.memmap(path, kind, "r", offset)
     copy = path.with_name(f"{path.name}.uint16")
+    for leftover in copy.parent.glob(f"{escape(copy.name)}.*.tmp"):  # an earlier command was killed
+        leftover.unlink()
     write_atomic(copy, (part.astype("<u2").tobytes() for part in _checked(path, ids, tokenizer)))
     return Shard(copy, headerless=True)
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from data.command import parser, path_option
 from data.corpus import Corpus, local_corpus
@@ -47,13 +48,24 @@ def hub_corpus(path: str, *, subset: str | None = None, column: str = "text") ->
 
     def documents(start: int) -> Iterator[Document]:
         _require_hub(path)
-        from datasets import load_dataset  # takes a second to import
-
-        rows = load_dataset(path, name=subset, split="train", streaming=True).skip(start)
-        numbered = ((f"row {number}", row) for number, row in enumerate(rows, start))
+        numbered = ((f"row {number}", row) for number, row in _rows(path, subset, start))
         return texts_in(numbered, column, f"dataset {path!r}")
 
     return Corpus(source={"hub": path, "subset": subset, "column": column}, documents=documents)
+
+
+def _rows(path: str, subset: str | None, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows from number `start` on. Any error of the connection becomes a DataError."""
+    from datasets import load_dataset  # takes a second to import
+
+    try:
+        rows = load_dataset(path, name=subset, split="train", streaming=True)
+        yield from enumerate(rows.skip(start), start)
+    except Exception as error:  # the libraries below raise classes of their own
+        raise DataError(
+            f"dataset {path!r}: {type(error).__name__}: {error}; run the same command again, which "
+            "continues where it stopped"
+        ) from error
 
 
 def is_offline() -> bool:

@@ -45,7 +45,14 @@ class TrainSteps(torch.utils.data.Dataset):
             rank::world_size
         ].flatten()  # this rank's rows of the global batch
 
-    def __getitem__(self, step: int) -> list[Batch]:
+    def __getitem__(self, step: int) -> list[Batch] | DataError:
+        """Return a DataError instead of raising it: a DataLoader adds a traceback to its text."""
+        try:
+            return self._micro_batches(step)
+        except DataError as error:
+            return error
+
+    def _micro_batches(self, step: int) -> list[Batch]:
         shard_ids, starts = self.windows.locate(step * self.batch_size + self.places)
         rows = self.split.rows(shard_ids, starts, self.windows.block_size + 1)
         x, y = rows[:, :-1].copy(), rows[:, 1:].copy()  # (batch_size / world_size, T) each
@@ -111,10 +118,16 @@ def train_batches(
         worker_init_fn=_leave_the_group,
         generator=torch.Generator(),  # keeps the loader from drawing from the global generator
     )
-    return iter(loader)
+    return map(_raise_error, loader)
 
 
-def _as_is(item: list[Batch]) -> list[Batch]:
+def _raise_error(item: list[Batch] | DataError) -> list[Batch]:
+    if isinstance(item, DataError):
+        raise item
+    return item
+
+
+def _as_is(item: list[Batch] | DataError) -> list[Batch] | DataError:
     return item
 
 

@@ -4,7 +4,8 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Mapping
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -175,5 +176,9 @@ def _with_ratio(split: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("numpy", "tiktoken", "rustbpe", "datasets")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    """Return the versions of Python and of the packages that are installed."""
+    found = {"python": platform.python_version()}
+    for name in ("numpy", "tiktoken", "rustbpe", "datasets"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -10,11 +10,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from data.corpus import Corpus
+from data.files import sha256_of
 from data.imported_tokenizers import check_tokenizer_name
 from data.meta import META, read_meta
 from data.preparation import PROGRESS, Preparation, read_progress
 from data.shards import DataError
 
+MAX_SHARD_TOKENS = 2**30  # with its last document, a shard has to stay below 2^31
 FULL = {
     errno.ENOSPC: "no space is left on the disk; free some",
     errno.EDQUOT: "the disk quota is used up; free some space",
@@ -47,6 +49,8 @@ def prepare(
     """
     _check_settings(tokenizer, vocab_size, num_proc, shard_tokens, val_fraction)
     settings = {**corpus.source, "tokenizer": tokenizer}
+    if Path(tokenizer).is_file():
+        settings["tokenizer_sha256"] = sha256_of(Path(tokenizer))
     if tokenizer == "bpe":
         settings["vocab_size"] = vocab_size or bpe_vocab_size
     settings |= {"shard_tokens": shard_tokens, "val_fraction": val_fraction}
@@ -100,6 +104,8 @@ def _check_settings(
     check_tokenizer_name(tokenizer)
     if num_proc < 1 or shard_tokens < 1:
         raise ValueError(f"num_proc={num_proc}, shard_tokens={shard_tokens}: must be at least 1")
+    if shard_tokens > MAX_SHARD_TOKENS:
+        raise ValueError(f"shard_tokens={shard_tokens}: must be at most {MAX_SHARD_TOKENS:,}")
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction}: must be between 0 and 1")
 

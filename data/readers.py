@@ -85,7 +85,7 @@ def read_text(path: Path) -> str:
 def decoded(raw: bytes, where: str) -> Document:
     """Return UTF-8 bytes as text."""
     try:
-        return raw.decode()
+        return raw.removeprefix(BOM).decode()
     except UnicodeDecodeError as error:
         for magic, name in UNREADABLE.items():
             if raw.startswith(magic):
@@ -198,7 +198,7 @@ def _separated_rows(delimiter: str, stream: BufferedReader, column: str) -> Iter
     """Yield the rows below the header of a CSV or TSV file; text comes as bytes."""
     csv.field_size_limit(2**31 - 1)
     with TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="") as text:
-        reader = csv.reader(text, delimiter=delimiter)
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
         header = next(reader, [])
         for fields in reader:
             row: dict[str, Any] = dict(zip(header, fields, strict=False))

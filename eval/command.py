@@ -72,6 +72,13 @@ def reported_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
         parser.exit(2, f"error: {error}\n")
 
 
+def positive_int(text: str) -> int:
+    """Parse an integer of at least 1."""
+    if int(text) < 1:
+        raise ArgumentError(f"{text}: must be at least 1")
+    return int(text)
+
+
 def at_least(low: int, **values: int | None) -> None:
     """Raise ArgumentError for each option that is given and below `low`."""
     if bad := [f"--{key}={n}" for key, n in values.items() if n is not None and n < low]:

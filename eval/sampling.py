@@ -8,6 +8,8 @@ from torch import Tensor
 
 from model import require
 
+MIN_TEMPERATURE = 1e-30  # logits divided by less may exceed float32
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -23,7 +25,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         t, k, p = self.temperature, self.top_k, self.top_p
-        claims = {f"temperature={t}: must be finite and not negative": 0 <= t < math.inf}
+        wanted = f"must be 0, or finite and at least {MIN_TEMPERATURE:g}"
+        claims = {f"temperature={t}: {wanted}": t == 0 or MIN_TEMPERATURE <= t < math.inf}
         claims[f"top_k={k}: must be at least 1"] = k is None or k >= 1
         claims[f"top_p={p}: must be in (0, 1]"] = p is None or 0 < p <= 1
         require(claims)

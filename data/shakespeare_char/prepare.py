@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data.command import parser, path_option, run
 from data.corpus import one_text_corpus
-from data.files import fetch, printable
+from data.files import fetch, printable, sha256_of
 from data.prepare import prepare
 from data.readers import read_text
 from data.shards import DataError
@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = vars(options.parse_args(argv))
     given = args.pop("input")
     source = {"dataset": "shakespeare_char", "input": printable(given) if given else URL}
+    if given:
+        source["sha256"] = sha256_of(given)
 
     def read() -> str:
         return read_text(given) if given else download(args["out"] / "input.txt")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from data.command import parser, path_option, run
 from data.corpus import local_corpus, one_text_corpus
-from data.files import printable
+from data.files import printable, sha256_of
 from data.prepare import prepare
 from data.readers import is_table, read_text
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if path.is_file() and (choice["include"] or choice["exclude"]):
         options.error("--include and --exclude choose the files of a folder, but --input is a file")
     if path.is_file() and not is_table(path):
-        source = {"local": printable(path)}
+        source = {"local": printable(path), "sha256": sha256_of(path)}
         corpus = one_text_corpus(source, lambda: read_text(path), args["val_fraction"])
     else:
         corpus = local_corpus(path, out=args["out"], **choice)

@@ -65,7 +65,11 @@ class Rollout:
 
 @torch.no_grad()
 def rollout(
-    environment: Environment, predictor: Predictor, uniforms: Tensor, actor: Actor
+    environment: Environment,
+    predictor: Predictor,
+    uniforms: Tensor,
+    actor: Actor,
+    context_tokens: int | None = None,
 ) -> Rollout:
     """Run every episode for H decisions.
 
@@ -74,11 +78,13 @@ def rollout(
         predictor: the model that is measured.
         uniforms: (B, H) float64 in [0, 1), one random number per decision.
         actor: whose distribution the decisions are drawn from, at temperature 1 and untruncated.
+        context_tokens: the tokens of an episode that the model reads. By default, the predictor
+            keeps memory for as many as the model can read.
     """
     columns: list[tuple[Tensor, ...]] = []
     alive: list[Tensor] = []
     answer = environment.prompts
-    log_p = predictor.start(answer).cpu()
+    log_p = predictor.start(answer, context_tokens).cpu()
     for t, u in enumerate(uniforms.unbind(1)):
         if t > 0:
             log_p = predictor.read(answer).cpu()  # (B, V)

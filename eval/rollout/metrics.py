@@ -131,6 +131,13 @@ def estimate(values: np.ndarray, n: int) -> Estimate:  # (R,)
     return Estimate(float(mean), float(lo), float(hi), n)
 
 
+def magnitude(signed: Estimate) -> Estimate:
+    """Return the estimate of |x| from that of x. Its interval contains 0 if that of x does."""
+    ends = abs(signed.lo), abs(signed.hi)
+    low = 0.0 if signed.lo <= 0 <= signed.hi else min(ends)
+    return Estimate(abs(signed.mean), low, max(ends), signed.n)
+
+
 def curve(values: np.ndarray) -> Curve:  # (R, H)
     """Build a curve from the values under the bootstrap weights."""
     mean, lo, hi = percentiles(values)

@@ -37,7 +37,8 @@ class GPTPredictor(Predictor):
     The caller is responsible for putting the model in eval mode.
 
     Args:
-        batch_size: the most rows that go through the model at once.
+        batch_size: the most rows that go through the model at once. The keys and values of all rows
+            stay in memory.
     Raises:
         ValueError: `start` or `read` is asked to exceed the model's block_size.
     """

@@ -87,8 +87,10 @@ def test_wide_tokens_without_a_header_are_recognized_and_converted_on_demand(tmp
         DataError, match=rf"train\.bin: looks like {dtype}.*is above 15.*--dtype={dtype}"
     ):
         adopt(tmp_path, byte_tokenizer())
+    (tmp_path / "train.bin.uint16.12ab34cd.tmp").write_bytes(b"of a command that was killed")
     main([str(tmp_path), "--tokenizer=byte", f"--dtype={dtype}"])
     assert train_tokens(tmp_path) == tokens.tolist()
+    assert not [*tmp_path.glob("*.tmp")]
 
 
 def test_files_in_subfolders_belong_to_the_split_of_their_folder(tmp_path):

@@ -109,6 +109,18 @@ def test_rows_of_the_hub_are_documents_from_any_start(tmp_path, monkeypatch):
     assert isinstance(last, Skipped)
 
 
+def test_a_connection_that_breaks_is_one_error_with_the_remedy(monkeypatch):
+    class Broken:
+        def skip(self, n):
+            yield {"text": "first"}
+            raise RuntimeError("reset by peer")
+
+    monkeypatch.setattr(data.hub, "_require_hub", lambda path: None)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Broken())
+    with pytest.raises(DataError, match=r"'some/set': RuntimeError: reset by peer; run the same"):
+        list(hub_corpus("some/set").documents(0))
+
+
 def test_a_folder_that_changed_is_another_corpus(tmp_path):
     write(tmp_path, **{"a.txt": "one"})
     before = local_corpus(tmp_path).source

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError
 from itertools import islice
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+import data.meta
 import data.preparation
 import data.text.prepare
 from data.corpus import Corpus
@@ -21,7 +23,7 @@ from data.meta import META
 from data.preparation import PROGRESS
 from data.prepare import prepare
 from data.readers import Skipped
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, char_tokenizer
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [f"document {i}: " + "words of text " * (i % 7) for i in range(400)]
@@ -201,6 +203,7 @@ BAD_SETTINGS = {
     "'gtp2': unknown; did you mean 'gpt2'": {"tokenizer": "gtp2"},
     "num_proc=0": {"num_proc": 0},
     "shard_tokens=0": {"shard_tokens": 0},
+    "shard_tokens=3000000000: must be at most": {"shard_tokens": 3_000_000_000},
     "val_fraction=1": {"val_fraction": 1.0},
 }
 
@@ -242,6 +245,31 @@ def test_a_single_text_file_is_cut_in_two(tmp_path):
     data.text.prepare.main([*arguments, "--tokenizer=byte", "--val_fraction=0.25"])
     dataset = open_dataset(tmp_path / "out")
     assert [texts(dataset, name) for name in ("train", "val")] == [[text[:750]], [text[750:]]]
+    (tmp_path / "in.txt").write_bytes(text.replace("two", "six").encode())
+    with pytest.raises(DataError, match="prepared with other settings"):
+        data.text.prepare.main([*arguments, "--tokenizer=byte", "--val_fraction=0.25"])
+
+
+def test_a_tokenizer_file_that_changed_is_another_setting(tmp_path):
+    path, corpus = tmp_path / "tokenizer.json", corpus_of(["a" * n + "b" for n in range(40)])
+    char_tokenizer("abc").save(path)
+    prepare(corpus, out=tmp_path / "out", **SETTINGS | {"tokenizer": str(path)})
+    char_tokenizer("abd").save(path)
+    with pytest.raises(DataError, match="prepared with other settings"):
+        prepare(corpus, out=tmp_path / "out", **SETTINGS | {"tokenizer": str(path)})
+
+
+def test_packages_that_are_not_installed_have_no_version(tmp_path, monkeypatch):
+    def version(name):
+        if name == "datasets":
+            raise PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(data.meta, "version", version)
+    prepare(corpus_of(DOCUMENTS), out=tmp_path, **SETTINGS)
+    versions = json.loads((tmp_path / "meta.json").read_text())["created_with"]
+    assert versions["numpy"] == "1"
+    assert "datasets" not in versions
 
 
 @pytest.mark.parametrize("name", ["fineweb", "openwebtext", "tinystories"])

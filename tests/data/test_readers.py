@@ -147,6 +147,7 @@ def test_a_table_without_rows_is_skipped(tmp_path, name):
         ("a.json", b"[" * 100_000),
         ("a.jsonl", b"\x1f\x8b not gzip"),
         ("a.csv", b"\x28\xb5\x2f\xfd not zstd"),
+        ("a.csv", b'text,b\n"abc,2\nfoo,1\n'),  # a quote that does not end
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, name, content):
@@ -194,3 +195,8 @@ def test_a_compression_that_is_not_read_is_named(tmp_path, name, compress):
     with pytest.raises(DataError, match=f"compressed with {name}.*gzip and zstd"):
         read_text(path)
     assert name in next(documents_in(path, "text")).reason
+
+
+def test_a_text_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
+    assert read_text(tmp_path / "a.txt") == "hello"

@@ -5,7 +5,7 @@ import torch
 
 from eval import generate as generation
 from eval.generate import KVCache, generate, linear, next_logits
-from eval.sampling import Sampling, sample_tokens
+from eval.sampling import MIN_TEMPERATURE, Sampling, sample_tokens
 from tests.tiny_gpt import gpt, tokens
 
 CACHE_ATOL = 1e-5  # fp32 logits of order 1; only the order of summation differs
@@ -232,6 +232,7 @@ BAD_CALLS = {
     "no prompts": ([], 1, {}),
     "max_new_tokens=0": ([[1]], 0, {}),
     "temperature=-1.0: must be": ([[1]], 1, {"temperature": -1.0}),
+    "temperature=1e-38: must be 0, or": ([[1]], 1, {"temperature": 1e-38}),
     "prompts \\[0\\] have more than block_size=16": ([[1] * 17], 1, {}),
     "top_k=0": ([[1]], 1, {"top_k": 0}),
     "top_p=1.5": ([[1]], 1, {"top_p": 1.5}),
@@ -305,3 +306,8 @@ def test_extreme_uniform_numbers_draw_no_forbidden_token(u, V):
     for how in (Sampling(), Sampling(top_p=0.9), Sampling(top_k=V)):
         token = sample_tokens(logits, torch.tensor([u], dtype=torch.float64), how).item()
         assert 2 <= token < V - 2
+
+
+def test_the_lowest_temperature_is_greedy():
+    lowest = generate(gpt(), PROMPTS, 8, temperature=MIN_TEMPERATURE)
+    assert lowest == generate(gpt(), PROMPTS, 8, greedy=True)

@@ -61,6 +61,8 @@ def parse_task(spec: str, tasks: dict[str, Any] = TASKS) -> Any:
                 f"task {name}: unknown knob {key!r}{_hint(key, types)}; "
                 f"choose from {', '.join(types)}"
             )
+        if key in knobs:
+            raise TaskError(f"task {name}: {key} is given more than once")
         try:
             knobs[key] = types[key](text)
         except ValueError:

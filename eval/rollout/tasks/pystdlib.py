@@ -19,7 +19,7 @@ from data.dataset import Dataset, open_dataset
 from data.tokenizer import Tokenizer
 from eval.rollout.environment import decide
 from eval.rollout.intervals import bootstrap_weights
-from eval.rollout.metrics import Grade, curve, entropy_drift, estimate
+from eval.rollout.metrics import Grade, curve, entropy_drift, estimate, magnitude
 from eval.rollout.policy import Predictor
 from eval.rollout.repetition import distinct, ends_in_loop, seq_rep, zipf
 from eval.rollout.tasks.task import Task, TaskError
@@ -55,6 +55,7 @@ class TextTask(Continue):
     dataset: str  # a dataset's name or folder
 
     name: ClassVar[str] = "text"
+    grading_version: ClassVar[int] = 2
     primary: ClassVar[str] = "abs_entropy_drift"
 
     def open(self) -> Dataset:
@@ -66,6 +67,7 @@ class PyStdlib(Continue):
     """Continue the sources of Python's standard library."""
 
     name: ClassVar[str] = "pystdlib"
+    grading_version: ClassVar[int] = 2
     primary: ClassVar[str] = "survival"
     higher_is_better: ClassVar[bool] = True
     is_python: ClassVar[bool] = True
@@ -138,8 +140,9 @@ def grade_text(
     values = _metrics(weights, data, own, end)
     curves = _survival(weights, texts, own.tokens) if is_python else {}
     values |= {name: each[:, -1] for name, each in curves.items() if name != "hazard"}
+    metrics = {name: estimate(each, len(texts.prompts)) for name, each in values.items()}
     return Grade(
-        metrics={name: estimate(each, len(texts.prompts)) for name, each in values.items()},
+        metrics=metrics | {"abs_entropy_drift": magnitude(metrics["entropy_drift"])},
         curves={name: curve(each) for name, each in curves.items()},
         n_t={"data": _count_graded(data), "own": _count_graded(own)},
         samples=_samples(texts, own.tokens),
@@ -177,11 +180,9 @@ def _continue_batch(
 def _metrics(
     weights: np.ndarray, data: Continuation, own: Continuation, end: int
 ) -> dict[str, np.ndarray]:  # (R,) each
-    drift = entropy_drift(weights, data.nll, own.entropy)
     return {
         "val_ce": _mean(weights, data.nll.mean(1).numpy()),
-        "entropy_drift": drift,
-        "abs_entropy_drift": np.abs(drift),
+        "entropy_drift": entropy_drift(weights, data.nll, own.entropy),
         "ended": _mean(weights, (own.tokens == end).any(1).numpy()),
         **_repetition(weights, own.tokens.masked_fill(own.tokens == end, -1).numpy(), ""),
         **_repetition(weights, data.tokens.numpy(), "data_"),

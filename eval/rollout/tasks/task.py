@@ -170,9 +170,11 @@ class OracleTask(Task):
         return torch.cat(parts, dim=1)[:, : self.document_tokens]
 
     def grade(self, predictor: Predictor, *, n: int, seed: int) -> Grade:
-        uniforms = self.uniforms(n, seed)
-        data = rollout(self.environment(n, seed), predictor, uniforms, "oracle")
-        own = rollout(self.environment(n, seed), predictor, uniforms, "model")
+        how = predictor, self.uniforms(n, seed)
+        data, own = (
+            rollout(self.environment(n, seed), *how, actor, self.context_tokens)
+            for actor in ("oracle", "model")
+        )
         return oracle_grade(data, own)
 
     def grade_reference(self, name: str, *, n: int, seed: int) -> Grade:

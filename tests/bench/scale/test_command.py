@@ -99,6 +99,11 @@ def test_all_numbers_that_are_not_positive_are_in_one_error(capsys):
     assert "error: network=0, gpus=0: must be above 0" in capsys.readouterr().err
 
 
+def test_nodes_have_whole_gpus(capsys):
+    assert main(["--per_node", "0.5"]) == 2
+    assert "error: per_node=0.5: must be a whole number" in capsys.readouterr().err
+
+
 def test_placements_that_do_not_differ_are_left_out():
     found = placements(["ddp", "fsdp", "hsdp"], [1, 8, 12, 16], per_node=8)
     assert [f"{each.parallel} {each.size}" for each in found] == [

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from eval.rollout.environment import Rollout
-from eval.rollout.metrics import N_SAMPLES, oracle_grade
+from eval.rollout.intervals import Estimate
+from eval.rollout.metrics import N_SAMPLES, magnitude, oracle_grade
 from eval.rollout.policy import GPTPredictor
 from eval.rollout.tasks.chain import Chain
 from eval.rollout.tasks.ctrl import Ctrl
@@ -158,3 +159,18 @@ def test_an_error_that_no_context_changes_accumulates_linearly_without_a_gap():
     assert pytest.approx(steps, rel=EXACT) == B / (A / steps)  # AccErr(l) = l
     assert np.abs(grade.curves["G"].mean).max() < EXACT
     assert grade.metrics["exact_match"].mean < 0.5  # the rollouts do leave the data's contexts
+
+
+@pytest.mark.parametrize(
+    ("signed", "expected"),
+    [((-1, -3, 2), (1, 0, 3)), ((2, 1, 3), (2, 1, 3)), ((-2, -3, -1), (2, 1, 3))],
+)
+def test_the_interval_of_a_magnitude_contains_zero_if_that_of_the_number_does(signed, expected):
+    found = magnitude(Estimate(*signed, 8))
+    assert (found.mean, found.lo, found.hi, found.n) == (*expected, 8)
+
+
+def test_the_cache_of_an_episode_is_as_long_as_what_is_read():
+    task, predictor = Ctrl(horizon=4), GPTPredictor(random_gpt(Ctrl(horizon=16)))
+    task.grade(predictor, n=3, seed=0)
+    assert predictor._caches[0].kv.size(4) == task.context_tokens

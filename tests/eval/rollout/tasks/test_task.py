@@ -1,6 +1,7 @@
 """Test what all tasks share: random streams, documents, files and error messages."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def test_equal_specs_give_equal_documents(given):
 
 @every_task
 def test_streams_and_instances_differ(given):
-    other = parse_task(f"{given.spec},instance=1")
+    other = replace(given, instance=1)
     streams = [given.documents(50, seed) for seed in ("train", "val", 0, 1)]
     streams += [other.documents(50, "train")]
     for i, stream in enumerate(streams):
@@ -120,6 +121,7 @@ def test_the_loss_counts_the_decisions_and_neither_prompt_nor_answers(given, pre
         ("chain,modulus=2,horizon=-1", ["modulus=2", "3 to 4096", "horizon=-1"]),
         ("pdfa,state=3", ["'state'", "did you mean 'states'", "alphabet"]),
         ("nav,nodes=many", ["nodes='many'", "int"]),
+        ("nav,nodes=32,nodes=64", ["nodes is given more than once"]),
         ("navi", ["'navi'", "did you mean 'nav'", "chain"]),
         ("task:lds,states=9", ["has no tokens", "python -m studies.sweep.compare --task lds"]),
     ],
