@@ -16,11 +16,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from data.files import write_atomic
+from eval.command import reported_errors
 from eval.tables import markdown
 from optim.build import MATRIX_OPTIMIZERS
 from studies.pool import map_in_pool, pool_parser
+from studies.sweep.run_cache import check_same_run
 from studies.sweep.study import best_rate, search_rates
-from studies.sweep.trial import train_in
+from studies.sweep.trial import model_settings, train_in
 from studies.sweep.variants import EXACT_DOPR, FAST_DOPR
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,17 +57,27 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 def run(optimizer: str, lr: float, seed: int, **changes: Any) -> float:
-    """Return the final validation loss of one training run; infinite if it diverged."""
+    """Return the final validation loss of one training run; infinite if it diverged.
+
+    Raises TrialError if the run fails, or its folder contains a run with other settings.
+    """
     settings = settings_of(optimizer, lr, seed, changes)
     varied = {
         key: settings[key] for key in (settings.keys() - (MODEL | RUN).keys()) | changes.keys()
     }
     out = RUNS / "_".join(f"{key}={value}" for key, value in sorted(varied.items()))
-    metrics = out / "metrics.jsonl"
+    command, metrics, diverged = command_of(settings, out), out / "metrics.jsonl", out / "diverged"
+    if (out / "config.json").exists():
+        check_same_run(out, model_settings(command))
+    if diverged.exists():
+        return math.inf
     finished = '"event": "end", "reason": "finished"'
     if metrics.exists() and finished in metrics.read_text():
         return final_loss(out)
-    return final_loss(out) if train_in(out, command_of(settings, out)) else math.inf
+    if train_in(out, command):
+        return final_loss(out)
+    diverged.touch()
+    return math.inf
 
 
 def settings_of(optimizer: str, lr: float, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
@@ -110,6 +123,9 @@ def change(task: tuple[str, float, str]) -> dict[str, Any]:
 
 
 def summary(losses: list[float]) -> dict[str, Any]:
+    """Return the losses with their mean and spread; an infinite mean if a run diverged."""
+    if not all(map(math.isfinite, losses)):
+        return {"losses": losses, "mean": math.inf, "sd": math.nan}
     return {"losses": losses, "mean": statistics.mean(losses), "sd": statistics.stdev(losses)}
 
 
@@ -128,16 +144,19 @@ def table_of(rows: Iterable[dict[str, Any]]) -> str:
 def main() -> None:
     parser = pool_parser("studies.optimizer_table", __doc__)
     arguments = parser.parse_args()
-    variants = [(optimizer, mode) for optimizer in RATES for mode in MODES]
-    table = map_in_pool(headline, variants, arguments.workers, "headline")
-    best = {row["name"]: row["lr"] for row in table}
-    tasks = [(base, best[f"dopr-{base}"], name) for name in CHANGES for base in ("adamw", "muon")]
-    changes = map_in_pool(change, tasks, arguments.workers, "ablations")
-    result = {"model": MODEL, "run": RUN, "aux_lr": AUX_LR, "modes": MODES}
-    result |= {"fresh_seeds": FRESH_SEEDS, "ablation_seeds": ABLATION_SEEDS}
-    result |= {"table": table, "ablations": changes}
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(table_of(table), table_of(changes), sep="\n\n")
+    with reported_errors(parser):
+        variants = [(optimizer, mode) for optimizer in RATES for mode in MODES]
+        table = map_in_pool(headline, variants, arguments.workers, "headline")
+        best = {row["name"]: row["lr"] for row in table}
+        tasks = [
+            (base, best[f"dopr-{base}"], name) for name in CHANGES for base in ("adamw", "muon")
+        ]
+        changes = map_in_pool(change, tasks, arguments.workers, "ablations")
+        result = {"model": MODEL, "run": RUN, "aux_lr": AUX_LR, "modes": MODES}
+        result |= {"fresh_seeds": FRESH_SEEDS, "ablation_seeds": ABLATION_SEEDS}
+        result |= {"table": table, "ablations": changes}
+        write_atomic(arguments.out, json.dumps(result, indent=2) + "\n")
+        print(table_of(table), table_of(changes), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 from tqdm import tqdm
 
-from eval.command import command_parser
+from eval.command import command_parser, output_file, positive_int
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -24,8 +23,9 @@ Result = TypeVar("Result")
 def pool_parser(module: str, about: str | None) -> argparse.ArgumentParser:
     """Return a parser of the options that all studies in a pool have: --out and --workers."""
     parser = command_parser(module, about)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
+    parser.add_argument("--out", type=output_file, required=True)
+    about_workers = "runs at a time, a thread each"
+    parser.add_argument("--workers", type=positive_int, default=2, help=about_workers)
     return parser
 
 

@@ -6,8 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+from filelock import FileLock
+
 from data.files import write_atomic
 from studies.pool import iterate_in_pool
+from studies.sweep.optimizers import default_settings
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -21,16 +24,20 @@ class Results(ABC, Generic[Key, Value]):
     """
 
     list_name: ClassVar[str]  # of the entries in the file
+    optimizers: ClassVar[tuple[str, ...]]  # whose default settings the runs have
 
     def __init__(self, path: Path, protocol: dict[str, Any]) -> None:
         """Raises ValueError if the file contains results of another protocol."""
         self.path, self.protocol = path, json.loads(json.dumps(protocol))
+        defaults = {name: default_settings(name, True) for name in self.optimizers}
+        self.defaults = self._defaults_of_file = json.loads(json.dumps(defaults))
         self.found: dict[Key, Value] = {}
         if path.exists():
             content = json.loads(path.read_text())
             if content.get("protocol") != self.protocol:
                 raise ValueError(f"{path} holds results of another protocol; use another --out")
             self.found = dict(map(self.decode, content[self.list_name]))
+            self._defaults_of_file = content.get("defaults")
 
     @abstractmethod
     def make(self, run: Key) -> Value:
@@ -45,21 +52,42 @@ class Results(ABC, Generic[Key, Value]):
         """Convert an entry of the file to a run and its result."""
 
     def of(self, run: Key) -> Value:
-        """Return the result of a run, which is made if the file lacks it."""
+        """Return the result of a run, which is made if the file lacks it.
+
+        Raises ValueError if it is to be made, but the file is of a release with other defaults.
+        """
         if run not in self.found:
+            if self._defaults_of_file != self.defaults:
+                raise ValueError(
+                    f"{self.path} holds runs of a release with other default settings of the "
+                    "optimizers; use another --out for new runs"
+                )
             self.found[run] = self.make(run)
             entries = ",\n".join(json.dumps(self.encode(*each)) for each in self.found.items())
-            protocol = json.dumps(self.protocol)
-            text = f'{{"protocol": {protocol},\n"{self.list_name}": [\n{entries}\n]}}\n'
-            write_atomic(self.path, text)
+            header = json.dumps({"protocol": self.protocol, "defaults": self.defaults})
+            write_atomic(self.path, f'{header[:-1]},\n"{self.list_name}": [\n{entries}\n]}}\n')
         return self.found[run]
 
 
 def load_rows(path: Path, key_of: Callable[[Row], Key]) -> dict[Key, Row]:
-    """Return {key: row} of the rows that earlier commands wrote to a file; {} without one."""
+    """Return {key: row} of the rows that earlier commands wrote to a file; {} without one.
+
+    Raises ValueError if the file is not one of rows that have these keys.
+    """
+    return _load(path, key_of)[1]
+
+
+def _load(path: Path, key_of: Callable[[Row], Key]) -> tuple[Row, dict[Key, Row]]:
+    """Return the header of a file, and {key: row}."""
     if not path.exists():
-        return {}
-    return {key_of(row): row for row in json.loads(path.read_text())["rows"]}
+        return {}, {}
+    try:
+        header = json.loads(path.read_text())
+        return header, {key_of(row): row for row in header.pop("rows")}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} does not hold the rows of this study; use another file"
+        ) from error
 
 
 def add_rows(
@@ -73,15 +101,42 @@ def add_rows(
 ) -> list[Row]:
     """Measure a row for every key, and write the file after each.
 
+    Commands that run at the same time may share the file.
+
     Args:
         path: the file. Its rows with other keys are not changed.
         measure: called in a pool of processes.
-        header: what the file holds beside the rows.
+        header: what the file holds beside the rows: the settings that all of them share.
     Returns:
         All rows of the file.
+    Raises:
+        ValueError: the file holds something else, or rows of another header.
     """
-    rows = load_rows(path, key_of)
-    for key, row in zip(keys, iterate_in_pool(measure, keys, workers), strict=True):
-        rows[key] = row
+    if keys:
+        _check_header(path, key_of, header)
+    for row in iterate_in_pool(measure, keys, workers):
+        write_rows(path, [row], key_of, header)
+    return [*load_rows(path, key_of).values()]
+
+
+def write_rows(
+    path: Path, new: Sequence[Row], key_of: Callable[[Row], Key], header: dict[str, Any]
+) -> None:
+    """Add rows to a file, or replace those with the same keys. Raises what `add_rows` raises."""
+    with FileLock(path.with_suffix(".lock"), mode=0o644):
+        rows = _check_header(path, key_of, header) | {key_of(row): row for row in new}
         write_atomic(path, json.dumps(header | {"rows": [*rows.values()]}) + "\n")
-    return [*rows.values()]
+
+
+def _check_header(
+    path: Path, key_of: Callable[[Row], Key], header: dict[str, Any]
+) -> dict[Key, Row]:
+    """Return {key: row} of a file. Raises ValueError if it has another header."""
+    found, rows = _load(path, key_of)
+    wanted = json.loads(json.dumps(header))
+    if rows and found != wanted:
+        changed = ", ".join(
+            sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
+        )
+        raise ValueError(f"{path} holds rows of another {changed}; use another --out")
+    return rows

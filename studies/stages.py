@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
-from eval.command import command_parser
+from eval.command import command_parser, positive_int
 
 
 class Stage(Protocol):
@@ -42,17 +42,18 @@ def run_stages(
     Returns:
         The value of --out.
     Raises:
-        SystemExit: no stage begins with a prefix.
+        SystemExit: no stage begins with one of the prefixes.
     """
     parser = command_parser(module, about)
     names = ", ".join(stage.name for stage in stages)
     parser.add_argument("stages", nargs="*", help=f"prefixes of: {names}")
     parser.add_argument("--out", type=Path, default=Path(out))
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    parser.add_argument("--workers", type=positive_int, default=2, help="runs at a time")
     arguments = parser.parse_args(argv)
     prefixes = tuple(arguments.stages or [""])
-    if not (chosen := [stage for stage in stages if stage.name.startswith(prefixes)]):
-        parser.error(f"no stage begins with {', '.join(arguments.stages)}")
+    if lost := [each for each in prefixes if not any(s.name.startswith(each) for s in stages)]:
+        parser.error(f"no stage begins with {', '.join(lost)}; there are {names}")
+    chosen = [stage for stage in stages if stage.name.startswith(prefixes)]
     if prepare:
         prepare(arguments.out)
     for stage in chosen:

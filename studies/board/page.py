@@ -8,9 +8,9 @@ figure shows the rollout error against the time of a step (bench.board_costs); a
 an optimizer alone to the same with DoPr.
 """
 
-import json
 import math
 import sys
+from operator import itemgetter
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -24,6 +24,7 @@ from studies.board.stages import TASKS
 from studies.report.format import number, times
 from studies.report.style import GREY, INK, STYLE, save_png
 from studies.rollout.results import plain
+from studies.rows import load_rows
 from studies.stats.analysis import Compared, LeaderboardRow, leaderboard
 from studies.stats.records import RECORDS, AnalysisError, Record, read_records
 from studies.submit.repeat import HIDDEN
@@ -127,10 +128,10 @@ def main(argv: list[str]) -> None:
             raise AnalysisError(
                 f"{arguments.board} contains no records; add some by studies.submit"
             )
-        costs = {row["variant"]: row for row in json.loads(arguments.costs.read_text())["rows"]}
+        costs = load_rows(arguments.costs, itemgetter("variant"))
         write_atomic(arguments.board / "tables.md", tables(board, costs))
         save_png(draw(board, costs), arguments.figure)
-    except (AnalysisError, OSError) as error:
+    except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     print(f"{arguments.board / 'tables.md'}\n{arguments.figure}")
 

@@ -30,7 +30,6 @@ from studies.dagger.training import ROUNDS
 from studies.dagger.trial import OWN_SHARE
 from studies.pool import pool_parser
 from studies.rows import add_rows
-from studies.sweep.run_cache import TrialError
 from studies.sweep.variants import FAST_PREFIX
 
 
@@ -51,10 +50,7 @@ def main(argv: list[str]) -> None:
     with reported_errors(parser):
         at_least(1, workers=arguments.workers)
         path, keys = output_file(arguments.out), [] if arguments.show else setups
-        try:
-            rows = add_rows(path, measure, keys, key_of, workers=arguments.workers, header=header)
-        except TrialError as error:
-            parser.exit(2, f"error: {error}\n")
+        rows = add_rows(path, measure, keys, key_of, workers=arguments.workers, header=header)
         if not rows:
             raise ValueError(f"{path} has no rows; run without --show")
         print(tables_of(rows))

@@ -26,7 +26,8 @@ def labelled_episodes(task: OracleTask, predictor: Predictor, n: int, stream: st
             of the training documents.
     """
     uniforms = task.uniforms(n, stream)  # (n, horizon)
-    own = rollout(task.environment(n, stream), predictor, uniforms, "model")
+    episodes = task.environment(n, stream)
+    own = rollout(episodes, predictor, uniforms, "model", task.context_tokens)
     return label(task.environment(n, stream), own.tokens, uniforms)
 
 

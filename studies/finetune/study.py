@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from data.files import sha256_of
-from eval.command import command_parser, output_file, reported_errors
+from eval.command import at_least, command_parser, output_file, reported_errors
 from eval.hf import WEIGHTS
 from eval.rollout.intervals import Estimate
 from eval.tables import markdown
@@ -63,6 +63,7 @@ class FinetuneResults(Results[Run, Row]):
     """The rows of finished runs in a JSON file."""
 
     list_name = "rows"
+    optimizers = ("adamw", "muon")
 
     def __init__(self, path: Path, pretrained: Path) -> None:
         """Raises ValueError if the file contains results of another protocol."""
@@ -109,7 +110,7 @@ class Pair:
         def tune(variant: str) -> float:
             def loss_of(lr: float) -> float:
                 loss = results.of(Run(variant, lr, TUNING_SEED))["loss"]
-                return math.inf if loss is None else loss
+                return loss if loss is not None and math.isfinite(loss) else math.inf
 
             return best_rate(search_rates(loss_of, grid, variant))
 
@@ -163,8 +164,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--pairs: {', '.join(sorted(unknown))} unknown; there are {', '.join(PAIRS)}")
     torch.set_num_threads(1)
     with reported_errors(parser):
+        at_least(TUNING_SEED + 1, first_seed=arguments.first_seed)
         folder = arguments.pretrained / "model"
-        if not folder.exists():
+        if not (folder / WEIGHTS).exists():
             pretrain(arguments.pretrained, 0, [])
         results = FinetuneResults(arguments.out, folder)
         print(tables([Pair(results, name, arguments.first_seed) for name in names]))

@@ -129,11 +129,19 @@ def _backward(
     return total
 
 
-def dopr_settings(mode: str, gamma: float, fresh_mean: bool = False) -> dict[str, Any]:
-    """Return the settings of ActivationPreconditioner; {} for the mode "none"."""
-    if mode == "none":
-        return {}
-    return MODES[mode] | {"gamma": gamma, "fresh_mean": fresh_mean}
+def dopr_settings(
+    mode: str, gamma: float | None = None, fresh_mean: bool = False
+) -> dict[str, Any]:
+    """Return the settings of ActivationPreconditioner; {} for the mode "none".
+
+    Raises ValueError if others are given for that mode.
+    """
+    if mode != "none":
+        damping = FIELDS["gamma"].default if gamma is None else gamma
+        return MODES[mode] | {"gamma": damping, "fresh_mean": fresh_mean}
+    if gamma is not None or fresh_mean:
+        raise ValueError("--gamma and --fresh_mean have no effect without DoPr; add --dopr=fast")
+    return {}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -146,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--answer_key", default="answer")
     add("--optimizer", choices=OPTIMIZERS, default="adamw")
     add("--dopr", choices=MODES, default="none")
-    add("--gamma", type=float, default=FIELDS["gamma"].default, help="damping of DoPr")
+    add("--gamma", type=float, help=f"damping of DoPr; default: {FIELDS['gamma'].default:g}")
     add("--fresh_mean", action="store_true", help="with --dopr=fast; see docs/fresh_mean.md")
     add("--lora_rank", type=int, help="train adapters of this rank; default: the whole model")
     add("--lr", type=float, required=True)

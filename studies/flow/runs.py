@@ -49,6 +49,7 @@ class FlowResults(Results[Run, Metrics]):
     """The metrics of finished runs in a JSON file; None for a run that diverged."""
 
     list_name = "runs"
+    optimizers = ("adamw", "muon")
 
     def make(self, run: Run) -> Metrics:
         return train_and_grade(run)

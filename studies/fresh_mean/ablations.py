@@ -54,10 +54,10 @@ def main() -> None:
     arguments = parser.parse_args()
     with reported_errors(parser):
         rates = tuned_rates(arguments.optimizers)
-    tasks = [(name, rates[name], change) for change in CHANGES for name in rates]
-    rows = map_in_pool(measure, tasks, arguments.workers)
-    write_atomic(arguments.out, json.dumps({"seeds": SEEDS, "rows": rows}, indent=2) + "\n")
-    print(table_of(rows))
+        tasks = [(name, rates[name], change) for change in CHANGES for name in rates]
+        rows = map_in_pool(measure, tasks, arguments.workers)
+        write_atomic(arguments.out, json.dumps({"seeds": SEEDS, "rows": rows}, indent=2) + "\n")
+        print(table_of(rows))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import json
 from itertools import product
 from typing import Any
 
-from data.files import write_atomic
+from eval.command import reported_errors
 from eval.tables import markdown
 from studies.optimizer_table import (
     AUX_LR,
@@ -28,7 +28,7 @@ from studies.optimizer_table import (
     sweep,
 )
 from studies.pool import map_in_pool, pool_parser
-from studies.rows import load_rows
+from studies.rows import load_rows, write_rows
 from studies.stats.seeds import over_seeds
 from studies.sweep.study import best_rate
 
@@ -142,13 +142,13 @@ def main() -> None:
     for flag, known in known_names.items():
         if unknown := {*chosen[flag]} - known.keys():
             parser.error(f"--{flag}: {', '.join(sorted(unknown))}: must be of {', '.join(known)}")
-    rows = load_rows(arguments.out, key_of)
     variants = list(product(chosen["setups"], chosen["optimizers"], chosen["modes"]))
-    rows |= {key_of(row): row for row in rows_of(variants, arguments.workers)}
-    result = {"model": MODEL, "run": RUN, "aux_lr": AUX_LR, "modes": MODES, "setups": SETUPS}
-    result |= {"tuning_seed": TUNING_SEED, "fresh_seeds": FRESH_SEEDS, "rows": [*rows.values()]}
-    write_atomic(arguments.out, json.dumps(result, indent=2) + "\n")
-    print(table_of([*rows.values()]))
+    header = {"model": MODEL, "run": RUN, "aux_lr": AUX_LR, "modes": MODES, "setups": SETUPS}
+    header |= {"tuning_seed": TUNING_SEED, "fresh_seeds": FRESH_SEEDS}
+    with reported_errors(parser):
+        load_rows(arguments.out, key_of)  # raises an error before hours of work
+        write_rows(arguments.out, rows_of(variants, arguments.workers), key_of, header)
+        print(table_of([*load_rows(arguments.out, key_of).values()]))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files import write_atomic
+from eval.command import reported_errors
 from eval.tables import markdown
 from studies.fresh_mean.interventions import GAMMA, RULES, Intervention, folder_of, kept
 from studies.optimizer_table import KEY, MODEL, ROOT, RUN, command_of, final_loss, settings_of
@@ -58,11 +59,12 @@ def table_of(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = pool_parser("studies.fresh_mean.why", __doc__)
     arguments = parser.parse_args()
-    tasks = [("base", BASE_LR), *((rule, LR) for rule in RULES)]
-    rows = map_in_pool(measure, tasks, arguments.workers)
-    result = {"model": MODEL, "run": RUN, "gamma": GAMMA, "seeds": SEEDS, "rows": rows}
-    write_atomic(arguments.out, json.dumps(result) + "\n")
-    print(table_of(rows))
+    with reported_errors(parser):
+        tasks = [("base", BASE_LR), *((rule, LR) for rule in RULES)]
+        rows = map_in_pool(measure, tasks, arguments.workers)
+        result = {"model": MODEL, "run": RUN, "gamma": GAMMA, "seeds": SEEDS, "rows": rows}
+        write_atomic(arguments.out, json.dumps(result) + "\n")
+        print(table_of(rows))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from data.files import write_atomic
+from eval.command import reported_errors
 from eval.rollout.tasks import parse_task
 from eval.tables import markdown
 from studies.fresh_mean.interventions import RULES, Intervention, folder_of, kept
@@ -82,9 +83,10 @@ def table_of(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = pool_parser("studies.fresh_mean.why_rollouts", __doc__)
     arguments = parser.parse_args()
-    rows = map_in_pool(measure, TESTED, arguments.workers)
-    write_atomic(arguments.out, json.dumps({"seeds": [*FRESH_SEEDS], "rows": rows}) + "\n")
-    print(table_of(rows))
+    with reported_errors(parser):
+        rows = map_in_pool(measure, TESTED, arguments.workers)
+        write_atomic(arguments.out, json.dumps({"seeds": [*FRESH_SEEDS], "rows": rows}) + "\n")
+        print(table_of(rows))
 
 
 if __name__ == "__main__":

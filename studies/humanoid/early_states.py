@@ -56,6 +56,8 @@ def main(argv: list[str]) -> None:
         for pair in PAIRS:
             for variant, steps in zip(("adamw", f"{FAST_PREFIX}adamw"), pair, strict=True):
                 setup = Setup(arguments.expert, variant, steps)
+                if setup not in rows:
+                    raise ValueError(f"{arguments.results} has no row of {setup}")
                 lr, seeds = rows[setup]["lr"], range(FRESH, FRESH + N_SEEDS)
                 means = np.mean([errors_of(setup, lr, seed) for seed in seeds], axis=0)
                 cells.append((f"`{variant}`", f"{steps:,}", *(f"{each:.5f}" for each in means)))

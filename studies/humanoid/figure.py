@@ -40,10 +40,12 @@ NAMES = {"adamw": "AdamW", "muon": "Muon"}
 def chosen_pair(rows: list[Row]) -> tuple[Row, Row]:
     """Return the rows of the base and of DoPr that are shown.
 
-    Raises ValueError if the base's validation loss is never as low.
+    Raises ValueError if there is none, or the base's validation loss is never as low.
     """
     dopr = [row for row in rows if row["variant"].startswith(FAST_PREFIX)]
-    with_dopr = next(row for row in dopr if row["steps"] == STEPS)
+    with_dopr = next((row for row in dopr if row["steps"] == STEPS), None)
+    if with_dopr is None:
+        raise ValueError(f"the file has no run of this expert with DoPr and {STEPS} steps")
     base = with_dopr["variant"].removeprefix(FAST_PREFIX)
     bases = [row for row in rows if row["variant"] == base]
     loss = np.mean(with_dopr["val_loss"])

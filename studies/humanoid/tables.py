@@ -18,8 +18,10 @@ import numpy as np
 from eval.command import command_parser, reported_errors
 from eval.rollout.intervals import Estimate
 from eval.tables import markdown
+from studies.humanoid.task import Humanoid
 from studies.stats.errors import primary
 from studies.stats.records import (
+    AnalysisError,
     Record,
     by_variant,
     grouped,
@@ -75,6 +77,8 @@ def table(folder: Path, reference: str | None = None) -> str:
     reference: the optimizer to compare with; None compares each one with its base.
     """
     records = load_records([folder])
+    if others := {record["task"] for record in records} - {Humanoid.name}:
+        raise AnalysisError(f"{folder} is a study of {', '.join(others)}, not of clones")
     fresh = by_variant(filter(is_reported, records))
     tuning = by_variant(record for record in records if record["role"] == "tuning")
     rows = []

@@ -158,7 +158,7 @@ def run_command(
             write_sweep(parser.prog.split()[-1], arguments, more)
             return None
         return run_grid(trials, arguments.out, arguments.workers)
-    except (DataError, TrialError, ValueError, OSError) as error:
+    except (DataError, ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"stopped; the same command continues in {arguments.out}\n")

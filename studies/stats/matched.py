@@ -50,7 +50,7 @@ def matched_validation(records: Iterable[Record]) -> dict[str, Matched]:
         return {}
     found = {}
     for variant, own in by_variant(r for r in fresh if r["variant"] != r["base"]).items():
-        pairs = {r["seed"]: pair for r in own if (pair := _pair(r, fit.bases[r["seed"]]))}
+        pairs = {r["seed"]: pair for r in own if (pair := _pair(r, fit.bases.get(r["seed"], {})))}
         found[variant] = Matched(fit.mean(pairs), len(pairs), len(own))
     return found
 
@@ -161,7 +161,7 @@ def base_points(records: Iterable[Record]) -> dict[int, dict[str, Point]]:
     for record in records:
         if record["variant"] == record["base"] and (point := _point(record)):
             found[record["seed"]][record["base"]] = point
-    return found
+    return dict(found)
 
 
 def _pair(record: Record, bases: dict[str, Point]) -> tuple[Point, Point] | None:

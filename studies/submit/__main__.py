@@ -4,8 +4,9 @@
 
 Checks the folder against the rules of docs/leaderboard.md, repeats one of its runs bit for bit, and
 runs its optimizers on hidden seeds, which follow from the hash of the revision. Then adds the
-records to those of the task in --board, the hidden ones in a file of their own. Nothing is added
-unless all of this succeeds. The same command continues where it was stopped.
+records to those of the task in --board, the hidden ones in a file of their own; all records of
+these optimizers that the board has from before are removed. Nothing changes unless all of this
+succeeds. The same command continues where it was stopped.
 """
 
 import shlex
@@ -16,14 +17,15 @@ from pathlib import Path
 
 import torch
 
-from eval.command import at_least, command_parser
+from eval.command import command_parser, positive_int
+from eval.rollout.record import write_records
 from studies.report.tables import leaderboard_text
+from studies.stats import consistency
 from studies.stats.analysis import leaderboard
-from studies.stats.records import RECORDS, Record
+from studies.stats.records import RECORDS, Record, read_records
 from studies.submit.repeat import HIDDEN, chosen_run, hidden_trials, repeat
 from studies.submit.rules import rule_problems, submitted_study
-from studies.sweep.results import unite
-from studies.sweep.run_cache import TrialError
+from studies.sweep.results import united
 from studies.sweep.runner import Runner
 from studies.sweep.study import run_line
 from studies.sweep.trial import run_trial
@@ -63,9 +65,17 @@ def submit(
         hidden = runner.run(trials)
     place = board / study.task.name
     place.mkdir(parents=True, exist_ok=True)
+    names = {variant.name for variant in study.variants}
+    files = {place / HIDDEN: hidden, place / RECORDS: records}
+    merged = {
+        path: united([row for row in read_records(path) if row["variant"] not in names], new)
+        for path, new in files.items()
+    }
+    for rows in merged.values():
+        consistency.check(rows)
     replace(study, out=place).begin(command)
-    unite(place / HIDDEN, hidden)
-    unite(place / RECORDS, records)
+    for path, rows in merged.items():
+        write_records(path, rows)
     print(f"published seeds\n{table(records)}\n\nhidden seeds\n{table(hidden)}\n\nadded to {place}")
 
 
@@ -76,10 +86,9 @@ def main(argv: list[str]) -> None:
     add("--check", action="store_true", help="check the rules only; run and add nothing")
     add("--board", type=Path, default=Path("studies/results/board"))
     add("--out", type=Path, default=Path("out/submit"), help="folder of the hidden runs")
-    add("--workers", type=int, default=2, help="runs at a time")
+    add("--workers", type=positive_int, default=2, help="runs at a time")
     arguments = parser.parse_args(argv)
     try:
-        at_least(1, workers=arguments.workers)
         submit(
             arguments.folder,
             arguments.board,
@@ -88,7 +97,7 @@ def main(argv: list[str]) -> None:
             workers=arguments.workers,
             command=f"{parser.prog} {shlex.join(argv)}",
         )
-    except (TrialError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "stopped; nothing was added, the same command continues\n")

@@ -1,8 +1,10 @@
 """Check a study's folder against the rules of the board (docs/leaderboard.md)."""
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 
@@ -51,13 +53,11 @@ def rule_problems(study: Study, records: list[Record], revision: str) -> list[st
     Args:
         revision: the git revision of this checkout, which has to repeat the runs.
     """
-    problems = _protocol_problems(study)
-    try:
-        consistency.check(records)
-    except AnalysisError as error:
-        problems.append(str(error))
-    problems += _environment_problems(records, revision)
     names = {variant.name for variant in study.variants}
+    problems = _protocol_problems(study)
+    strays = _stray_problems(study, names, records)
+    problems += strays or _pooling_problems(records)
+    problems += _environment_problems(records, revision)
     for variant in study.variants:
         own = [record for record in records if record["variant"] == variant.name]
         problems += _sweep_problems(study, variant, own)
@@ -95,6 +95,29 @@ def _environment_problems(records: Iterable[Record], revision: str) -> list[str]
     return problems
 
 
+def _pooling_problems(records: list[Record]) -> list[str]:
+    """Say why records must not be compared, if they must not."""
+    try:
+        consistency.check(records)
+    except AnalysisError as error:
+        return [str(error)]
+    return []
+
+
+def _stray_problems(study: Study, names: set[str], records: list[Record]) -> list[str]:
+    """Check that every record is of a role and a variant that the study has."""
+    roles = {name: {"tuning", "fresh", "control"} for name in names}
+    roles |= {name: {"reference"} for name in study.task.references}
+    strays = {
+        f"{record['variant']} ({record['role']})"
+        for record in records
+        if record["role"] not in roles.get(record["variant"], ())
+    }
+    if not strays:
+        return []
+    return [f"records of runs that the study does not have: {', '.join(sorted(strays))}"]
+
+
 def _sweep_problems(study: Study, variant: Variant, own: list[Record]) -> list[str]:
     """Check that the sweep has the prescribed rates and seeds, and its best rate was used."""
     tuning = [record for record in own if record["role"] == "tuning"]
@@ -106,6 +129,8 @@ def _sweep_problems(study: Study, variant: Variant, own: list[Record]) -> list[s
     if not {*study.first_rates(variant)} <= losses.keys():
         first = ", ".join(f"{lr:g}" for lr in study.first_rates(variant))
         return [f"{where} has to begin with the rates {first}"]
+    if strays := _off_grid(losses):
+        return [f"{where} has rates that are off its factor-2 grid: {strays}"]
     if len(losses) > MAX_RATES:
         return [f"{where} has {len(losses)} rates; {MAX_RATES} are allowed"]
     if beyond := further_rate(losses):
@@ -114,6 +139,13 @@ def _sweep_problems(study: Study, variant: Variant, own: list[Record]) -> list[s
     if used - {best_rate(losses)}:
         return [f"{where} found lr {best_rate(losses):g}, but the fresh runs have {used}"]
     return []
+
+
+def _off_grid(rates: Iterable[float]) -> str:
+    """List the rates that are not twice the one before."""
+    return ", ".join(
+        f"{high:g}" for low, high in pairwise(sorted(rates)) if not math.isclose(high, 2 * low)
+    )
 
 
 def _seed_problems(study: Study, variant: Variant, records: list[Record]) -> list[str]:

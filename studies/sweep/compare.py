@@ -22,7 +22,6 @@ from studies.stats import consistency
 from studies.stats.analysis import leaderboard, references
 from studies.stats.matched import matched_validation, quantity
 from studies.stats.records import Record
-from studies.sweep.run_cache import TrialError
 from studies.sweep.study import Study, compare
 from studies.sweep.tasks import STUDY_TASKS, trial_type
 from studies.sweep.variants import split
@@ -118,7 +117,7 @@ def main(argv: list[str]) -> None:
         study.begin(f"{parser.prog} {shlex.join(argv)}")
         records = compare(study, arguments.workers)
         print(summary(records))
-    except (DataError, TrialError, ValueError, OSError) as error:
+    except (DataError, ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(

@@ -1,5 +1,6 @@
 """Build and step the optimizers of a variant, for models that train.py does not train."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,9 +10,11 @@ from torch import nn
 from optim.build import OPTIMIZERS, build_optimizers
 from optim.dopr.preconditioner import ActivationPreconditioner
 from optim.probe import seed_all
+from trainer.presets import DOPR_KEYS, READERS
 from trainer.settings import FIELDS
 
 NUMBERS: dict[str, Any] = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "momentum": 0.95}
+DOPR: dict[str, Any] = {"gamma": FIELDS["gamma"].default}
 
 
 def build(
@@ -45,9 +48,22 @@ def build(
     if optimizer not in OPTIMIZERS:
         seed_all(0)
     if dopr:
-        settings: dict[str, Any] = {"gamma": FIELDS["gamma"].default, **dopr}
-        ActivationPreconditioner(model, **settings).attach(*optimizers)
+        ActivationPreconditioner(model, **DOPR | dopr).attach(*optimizers)
     return optimizers
+
+
+def default_settings(optimizer: str, has_dopr: bool) -> dict[str, Any]:
+    """Return what `build` gives an optimizer of ours, and DoPr, where nothing else is asked for.
+
+    Recorded with a run, so that another default of a later release does not pass for the same run.
+    """
+    parameters = inspect.signature(build_optimizers).parameters
+    read = [key for key, readers in READERS.items() if optimizer in readers]
+    found = {key: NUMBERS.get(key, parameters[key].default) for key in read}
+    if has_dopr:
+        parameters = inspect.signature(ActivationPreconditioner).parameters
+        found |= {key: parameters[key].default for key in DOPR_KEYS} | DOPR
+    return found
 
 
 def _set_lr(optimizers: list[torch.optim.Optimizer], name: str, lr: float) -> None:

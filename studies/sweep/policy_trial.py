@@ -19,6 +19,7 @@ from eval.rollout.record import make_record
 from eval.rollout.tasks import parse_task
 from eval.rollout.tasks.task import TaskBase
 from eval.rollout.ttf import grading_version
+from studies.sweep.optimizers import default_settings
 from studies.sweep.trial import Trial, model_settings
 from studies.sweep.variants import FIXED, Variant, parse_variant
 from trainer.provenance import provenance
@@ -71,7 +72,9 @@ class PolicyTrial(Trial):
 
     def model_identity(self) -> dict[str, Any]:
         model_settings([*self.command, "--warmup_steps=0"])  # check the values
-        return {**self.settings, "lr": self.lr, "seed": self.seed, "spec": self.task.spec}
+        defaults = default_settings(self.settings["optimizer"], self.settings["dopr"])
+        run = {"lr": self.lr, "seed": self.seed, "spec": self.task.spec}
+        return defaults | self.settings | run
 
     def make(self) -> dict[str, Any]:
         grade = self.train_and_grade()

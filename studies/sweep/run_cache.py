@@ -21,7 +21,7 @@ DELETE = "delete the folder of the run or choose another --out"
 RETIRED = {"deterministic": False, "ns_steps": 5}  # former settings, with the values all runs have
 
 
-class TrialError(RuntimeError):
+class TrialError(ValueError):
     """A run failed without diverging, or its folder contains another run or a damaged file."""
 
 
@@ -61,10 +61,19 @@ def finished(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     elif (folder / "config.json").exists():  # train.py began the run
         found = model_only(read_settings(folder))
     changes = differences(found, asked)
-    trained = [f"{key} {change}" for key, change in changes.items() if not key.startswith(GRADING)]
-    if trained:
-        raise TrialError(f"{folder} holds another run: {'; '.join(trained)}; {DELETE}")
+    _refuse(folder, {key: each for key, each in changes.items() if not key.startswith(GRADING)})
     return None if changes else record
+
+
+def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
+    """Raise TrialError if train.py began another run than that of `settings` in a folder."""
+    _refuse(folder, differences(model_only(read_settings(folder)), settings))
+
+
+def _refuse(folder: Path, changes: dict[str, str]) -> None:
+    if changes:
+        listed = "; ".join(f"{key} {change}" for key, change in changes.items())
+        raise TrialError(f"{folder} holds another run: {listed}; {DELETE}")
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -151,7 +151,11 @@ class Study:
         write_atomic(path, json.dumps(protocol, indent=1) + "\n")
 
     def check(self) -> None:
-        """Raise ValueError if a variant cannot be trained with these settings."""
+        """Raise ValueError if tuning seeds are among the fresh ones, or a variant cannot train."""
+        if self.tuning_seeds > FRESH:
+            raise ValueError(
+                f"--tuning_seeds={self.tuning_seeds}: at most {FRESH}, where the fresh seeds begin"
+            )
         for variant in self.variants:
             try:
                 self.trial(variant, "tuning", self.first_rates(variant)[0], 0).asked()

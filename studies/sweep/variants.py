@@ -105,6 +105,9 @@ def parse_changes(
     """
     if malformed := [pair for pair in pairs if "=" not in pair]:
         raise ValueError(f"{where}: {malformed[0]!r} is not of the form key=value")
+    keys = [pair.partition("=")[0] for pair in pairs]
+    if repeated := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
+        raise ValueError(f"{where}: {repeated[0]} is given more than once")
     changes = dict(pair.split("=", 1) for pair in pairs)
     for key in changes:
         if key in refused:

@@ -92,3 +92,10 @@ def test_an_unknown_stage_is_refused_before_any_run(study, tmp_path, capsys):
         study.main(["gridworld", "--out", str(tmp_path)])
     assert "no stage begins with gridworld" in capsys.readouterr().err
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_mistyped_stage_beside_a_valid_one_is_refused_before_any_run(tmp_path, calls, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        rollout_study.main(["ctrl-500", "crtl-1500", "--out", str(tmp_path)])
+    assert "no stage begins with crtl-1500; there are" in capsys.readouterr().err
+    assert not calls["compare"]

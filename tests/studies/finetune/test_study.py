@@ -85,3 +85,33 @@ def test_the_command_pretrains_and_a_run_is_a_function_of_its_settings(
     with pytest.raises(SystemExit):
         study.main(["--out", str(files[0]), "--pairs=adamw"])
     assert "adamw unknown" in capsys.readouterr().err
+
+
+def test_runs_of_a_release_with_other_defaults_are_shown_but_no_new_ones_are_added(
+    tmp_path, monkeypatch, pretrained
+):
+    path = tmp_path / "study.json"
+    monkeypatch.setattr(FinetuneResults, "_train_and_grade", fake)
+    Pair(FinetuneResults(path, pretrained), "dopr-adamw")
+    content = json.loads(path.read_text())
+    content["defaults"]["muon"]["ns_dtype"] = "bfloat16"
+    path.write_text(json.dumps(content))
+    results = FinetuneResults(path, pretrained)
+    Pair(results, "dopr-adamw")
+    with pytest.raises(ValueError, match=r"other default settings .* use another --out"):
+        results.of(Run("adamw", 2e-3, 500))
+
+
+def test_the_tuning_seed_is_not_reported(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        study.main(["--out", str(tmp_path / "study.json"), "--first_seed=-3"])
+    assert "--first_seed=-3: must be at least 1" in capsys.readouterr().err
+
+
+def test_a_rate_whose_loss_is_not_finite_is_never_the_best(tmp_path, monkeypatch, pretrained):
+    def undefined_at_the_lowest(self, run):
+        row = fake(self, run)
+        return row | {"loss": math.nan} if run.lr == 1e-3 else row
+
+    monkeypatch.setattr(FinetuneResults, "_train_and_grade", undefined_at_the_lowest)
+    assert Pair(FinetuneResults(tmp_path / "study.json", pretrained), "dopr-adamw").rates == BEST

@@ -166,6 +166,8 @@ def test_replacing_conv1d_does_not_change_the_logits():
     [
         (["--lr=1e-3", "--steps=0"], "--steps=0: must be at least 1"),
         (["--lr=1e-3", "--dopr=fast", "--gamma=-1"], "gamma"),
+        (["--lr=1e-3", "--gamma=0.01"], "no effect without DoPr; add --dopr=fast"),
+        (["--lr=1e-3", "--fresh_mean"], "no effect without DoPr; add --dopr=fast"),
         (["--lr=1e-3", "--data=missing.jsonl"], "missing.jsonl: cannot be read"),
         (["--lr=1e-3", "--answer_key=result"], "result: Field required"),
         (["--lr=1e-3", "--model=no_model"], "no_model has no config.json"),

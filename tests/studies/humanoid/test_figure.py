@@ -78,3 +78,8 @@ def test_the_film_shows_the_median_episode_of_the_median_seed(monkeypatch):
     assert median_film(own)[1] == 7
     assert seen["run"] == ("walk-2", "adamw", 2000, 0.25, FRESH + 2)
     assert seen["film"] == (first_states(N, GRADING_SEED)[2], 7, "the clone", 1000 + AFTER)
+
+
+def test_a_file_without_the_clone_to_show_is_named():
+    with pytest.raises(ValueError, match="no run of this expert with DoPr and 2000 steps"):
+        chosen_pair([row("adamw", 2000, 1e-4)])

@@ -134,3 +134,12 @@ def test_the_interval_is_students_if_the_fit_is_exact():
 
 def test_two_bases_are_too_few_for_a_placebo():
     assert placebo(on_a_line(0.0)) == {}
+
+
+def test_a_seed_without_a_finished_base_is_left_out():
+    """All bases of one seed diverged, or only the variant ran it."""
+    rows = on_a_line(-0.3)
+    others = [r for r in rows if r["seed"] != 1 or r["variant"] == "dopr-adamw"]
+    found = dopr_of(others)
+    assert (found.n_inside, found.n) == (2, 3)
+    assert found.residual.mean == pytest.approx(-0.3)

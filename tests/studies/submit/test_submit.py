@@ -95,6 +95,10 @@ def edit(action):
     return lambda records, protocol: action(records, protocol)
 
 
+def of_role(records, role):
+    return next(each for each in records if each["role"] == role and each["variant"] == "sgd")
+
+
 BROKEN = {
     "other steps": (edit(lambda r, p: p.update(steps=10)), "steps is 10, must be 20"),
     "more tuning": (edit(lambda r, p: p.update(tuning_seeds=4)), "tuning_seeds is 4, must be 1"),
@@ -112,6 +116,18 @@ BROKEN = {
     "hidden momentum": (
         edit(lambda r, p: r[0]["asked"].update(momentum=0.5)),
         "departs from the rules: momentum was 0.5",
+    ),
+    "an optimizer that the study does not have": (
+        edit(lambda r, p: r.append(r[-1] | {"variant": "magic"})),
+        "records of runs that the study does not have: magic",
+    ),
+    "a role that is not compared": (
+        edit(lambda r, p: r.append(r[-1] | {"role": "single"})),
+        "records of runs that the study does not have",
+    ),
+    "a rate off the grid": (
+        edit(lambda r, p: r.append(of_role(r, "tuning") | {"lr": 0.15})),
+        "sgd: the sweep has rates that are off its factor-2 grid: 0.15",
     ),
     "no records": (edit(lambda r, p: r.clear()), "contains no records.jsonl"),
 }
@@ -168,3 +184,22 @@ def test_hidden_seeds_follow_from_the_revision_and_the_task():
     assert len({*seeds}) == 5
     assert seeds == hidden_seeds("a", "pdfa")
     assert not {*seeds} & {*hidden_seeds("b", "pdfa"), *hidden_seeds("a", "ctrl"), *range(1000)}
+
+
+@pytest.mark.usefixtures("synchronous")
+def test_a_second_submission_replaces_all_records_of_its_optimizers(study, finished, tmp_path):
+    """Hidden seeds of another revision are other seeds, and must not be mixed."""
+    place = tmp_path / "board/lds"
+    place.mkdir(parents=True)
+    older = [
+        record | {"seed": 7, "environment": {"git": "older", "torch": "2"}}
+        for record in finished[0]
+        if record["role"] in ("fresh", "tuning")
+    ]
+    other = [record | {"variant": "adamw", "base": "adamw"} for record in older]
+    for name in ("records.jsonl", "hidden.jsonl"):
+        write_records(place / name, older[:1] + other[-1:])
+    study()
+    for name in ("records.jsonl", "hidden.jsonl"):
+        kept = [r for r in read_records(place / name) if r["environment"]["git"] == "older"]
+        assert [record["variant"] for record in kept] == ["adamw"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from studies.sweep.optimizers import build, finish, step
+from studies.sweep.optimizers import build, default_settings, finish, step
 
 
 def test_finish_puts_the_weights_for_evaluation_in_place():
@@ -24,3 +24,13 @@ def test_finish_puts_the_weights_for_evaluation_in_place():
 def test_a_rate_for_a_parameter_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match="no optimizer holds a parameter first"):
         build(nn.Linear(4, 3), "adamw", 0.1, {}, own_lr={"first": 0.2})
+
+
+def test_default_settings_are_those_that_the_optimizer_reads_and_dopr_has():
+    plain, with_dopr = (default_settings("muon", has_dopr) for has_dopr in (False, True))
+    assert (plain["momentum"], plain["ns_dtype"]) == (0.95, "auto")
+    assert "gamma" not in plain
+    assert with_dopr.items() > plain.items()
+    assert (with_dopr["gamma"], with_dopr["refresh_every"]) == (0.1, 1)
+    assert "beta1" not in default_settings("signum", False)
+    assert default_settings("lion", False) == {}

@@ -215,6 +215,7 @@ def test_an_error_of_a_run_is_reported_with_its_message(tmp_path):
         (["--task", "pdfa,state=3", "--optimizers", "adamw"], "did you mean 'states'"),
         (["--task", "lds", "--optimizers", "adamm"], "NAME is one of"),
         (["--task", "lds", "--optimizers", "adamw", "--seeds", "0"], "--seeds=0"),
+        (["--task", "lds", "--optimizers", "adamw", "--tuning_seeds", "201"], "at most 200"),
         (["--task", "pdfa", "--optimizers", "adamw", "--set", "x"], "form key=value"),
         (["--task", "pdfa", "--optimizers", "adamw", "--set", "n_hed=2"], "did you mean 'n_head'"),
         (["--task", "pdfa", "--optimizers", "adamw", "--set", "lr=2"], "lr is fixed here"),

@@ -64,6 +64,7 @@ def test_a_list_is_split_outside_of_parentheses():
         ("lion+betas=5", "Lion fails on three small parameters"),
         ("lbfgs", "through a closure"),
         ("dopr-adamw+gamma=x", "gamma='x': must be a number"),
+        ("adamw+beta1=0.9+beta1=0.8", "beta1 is given more than once"),
     ],
 )
 def test_a_malformed_name_is_refused(name, problem):
