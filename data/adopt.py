@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from data.command import path_option, run
 from data.files import files_under, printable, sha256_of, write_atomic
@@ -47,8 +48,9 @@ def adopt(folder: Path, tokenizer: Tokenizer, dtype: str | None = None) -> None:
             f"{folder}: no .bin or .npy file has {' or '.join(map(repr, missing))} in its name"
         )
     splits = {name: empty_split() for name in SPLITS}
-    for path, split in split_of.items():
-        _add(splits[split], folder, _as_shard(path, dtype, tokenizer), tokenizer)
+    with FileLock(folder / "adopt.lock", mode=0o644):
+        for path, split in split_of.items():
+            _add(splits[split], folder, _as_shard(path, dtype, tokenizer), tokenizer)
     tokenizer.save(folder / TOKENIZER)
     write_meta(folder, {"adopted": printable(folder)}, tokenizer, splits)
 

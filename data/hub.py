@@ -55,13 +55,18 @@ def hub_corpus(path: str, *, subset: str | None = None, column: str = "text") ->
 
 
 def _rows(path: str, subset: str | None, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the rows from number `start` on. Any error of the connection becomes a DataError."""
+    """Yield the rows from number `start` on.
+
+    The libraries below raise classes of their own if the connection breaks: they become DataErrors.
+    """
     from datasets import load_dataset  # takes a second to import
 
     try:
         rows = load_dataset(path, name=subset, split="train", streaming=True)
         yield from enumerate(rows.skip(start), start)
-    except Exception as error:  # the libraries below raise classes of their own
+    except (ValueError, OSError):  # a wrong subset, a full disk
+        raise
+    except Exception as error:
         raise DataError(
             f"dataset {path!r}: {type(error).__name__}: {error}; run the same command again, which "
             "continues where it stopped"

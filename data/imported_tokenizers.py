@@ -35,6 +35,11 @@ def check_tokenizer_name(name: str) -> None:
     )
 
 
+def is_file_of_tokenizer(name: str) -> bool:
+    """Return whether `name` is that of a file that exists, not of a built-in tokenizer."""
+    return name not in NAMED + TRAINED and user_path(name).is_file()
+
+
 def named_tokenizer(name: str) -> Tokenizer:
     """Return a tokenizer that needs no training: "gpt2", "byte" or the path of a saved one.
 

@@ -10,13 +10,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from data.corpus import Corpus
-from data.files import sha256_of
-from data.imported_tokenizers import check_tokenizer_name
+from data.files import sha256_of, user_path
+from data.imported_tokenizers import check_tokenizer_name, is_file_of_tokenizer
 from data.meta import META, read_meta
 from data.preparation import PROGRESS, Preparation, read_progress
 from data.shards import DataError
 
 MAX_SHARD_TOKENS = 2**30  # with its last document, a shard has to stay below 2^31
+HASHES = ("sha256", "tokenizer_sha256")  # settings that earlier releases did not store
 FULL = {
     errno.ENOSPC: "no space is left on the disk; free some",
     errno.EDQUOT: "the disk quota is used up; free some space",
@@ -49,8 +50,8 @@ def prepare(
     """
     _check_settings(tokenizer, vocab_size, num_proc, shard_tokens, val_fraction)
     settings = {**corpus.source, "tokenizer": tokenizer}
-    if Path(tokenizer).is_file():
-        settings["tokenizer_sha256"] = sha256_of(Path(tokenizer))
+    if is_file_of_tokenizer(tokenizer):
+        settings["tokenizer_sha256"] = sha256_of(user_path(tokenizer))
     if tokenizer == "bpe":
         settings["vocab_size"] = vocab_size or bpe_vocab_size
     settings |= {"shard_tokens": shard_tokens, "val_fraction": val_fraction}
@@ -117,7 +118,7 @@ def _is_prepared(out: Path, settings: dict[str, Any]) -> bool:
         if not (out / name).exists():
             continue
         found = read(out).source
-        if found != settings:
+        if found != {key: settings[key] for key in settings if key in found or key not in HASHES}:
             raise DataError(
                 f"{out}: holds data prepared with other settings\n  there:  {found}\n"
                 f"  wanted: {settings}\nDelete the folder or choose another one with --out."

@@ -27,6 +27,7 @@ UNREADABLE = {
     b"7z\xbc\xaf\x27\x1c": "7z",
     b"PK\x03\x04": "zip",
 } | {b"BZh%d1AY&SY" % level: "bzip2" for level in range(1, 10)}
+END = "\ufffe end of the file"  # a line that no text has, to notice a quote that does not end
 FIRST_ROWS = 100  # if none of them has the column, the whole table is refused
 BOM = b"\xef\xbb\xbf"  # that some programs write at the beginning of UTF-8 text
 
@@ -198,9 +199,17 @@ def _separated_rows(delimiter: str, stream: BufferedReader, column: str) -> Iter
     """Yield the rows below the header of a CSV or TSV file; text comes as bytes."""
     csv.field_size_limit(2**31 - 1)
     with TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="") as text:
-        reader = csv.reader(text, delimiter=delimiter, strict=True)
-        header = next(reader, [])
+        reader = csv.reader(chain(text, [END]), delimiter=delimiter)
+        header, line = [], 1
         for fields in reader:
+            if fields and END in fields[-1] and fields != [END]:
+                raise csv.Error(f"the quote in the row of line {line} does not end")
+            line = reader.line_num + 1
+            if fields == [END]:
+                return
+            if not header:
+                header = fields
+                continue
             row: dict[str, Any] = dict(zip(header, fields, strict=False))
             if column in row:
                 row[column] = row[column].encode(errors="surrogateescape")

@@ -74,9 +74,13 @@ def reported_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
 
 def positive_int(text: str) -> int:
     """Parse an integer of at least 1."""
-    if int(text) < 1:
+    try:
+        number = int(text)
+    except ValueError:
+        raise ArgumentError(f"{text!r} is not a whole number") from None
+    if number < 1:
         raise ArgumentError(f"{text}: must be at least 1")
-    return int(text)
+    return number
 
 
 def at_least(low: int, **values: int | None) -> None:

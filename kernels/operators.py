@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 def opaque(
     name: str, mutates_args: tuple[str, ...]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a function the operator `name` wherever torch traces, and leave it a function elsewhere.
+    """Make a function the operator `name` where torch traces or dispatches, and a call elsewhere.
 
-    To call an operator costs 0.15 ms more, which is much for a small layer.
+    To call an operator costs 0.2 ms more, which is much for a small layer.
 
     Args:
         mutates_args: the arguments that the function changes in place.

@@ -31,13 +31,7 @@ class Results(ABC, Generic[Key, Value]):
         self.path, self.protocol = path, json.loads(json.dumps(protocol))
         defaults = {name: default_settings(name, True) for name in self.optimizers}
         self.defaults = self._defaults_of_file = json.loads(json.dumps(defaults))
-        self.found: dict[Key, Value] = {}
-        if path.exists():
-            content = json.loads(path.read_text())
-            if content.get("protocol") != self.protocol:
-                raise ValueError(f"{path} holds results of another protocol; use another --out")
-            self.found = dict(map(self.decode, content[self.list_name]))
-            self._defaults_of_file = content.get("defaults")
+        self.found: dict[Key, Value] = self._load()
 
     @abstractmethod
     def make(self, run: Key) -> Value:
@@ -57,16 +51,39 @@ class Results(ABC, Generic[Key, Value]):
         Raises ValueError if it is to be made, but the file is of a release with other defaults.
         """
         if run not in self.found:
-            if self._defaults_of_file != self.defaults:
-                raise ValueError(
-                    f"{self.path} holds runs of a release with other default settings of the "
-                    "optimizers; use another --out for new runs"
-                )
+            self._check_defaults()
             self.found[run] = self.make(run)
-            entries = ",\n".join(json.dumps(self.encode(*each)) for each in self.found.items())
-            header = json.dumps({"protocol": self.protocol, "defaults": self.defaults})
-            write_atomic(self.path, f'{header[:-1]},\n"{self.list_name}": [\n{entries}\n]}}\n')
+            with _locked(self.path):
+                self.found = self._load() | self.found
+                self._check_defaults()
+                entries = ",\n".join(json.dumps(self.encode(*each)) for each in self.found.items())
+                header = json.dumps({"protocol": self.protocol, "defaults": self.defaults})
+                text = f'{header[:-1]},\n"{self.list_name}": [\n{entries}\n]}}\n'
+                write_atomic(self.path, text)
         return self.found[run]
+
+    def _load(self) -> dict[Key, Value]:
+        """Return the results in the file, and note the defaults of their optimizers."""
+        if not self.path.exists():
+            return {}
+        content = json.loads(self.path.read_text())
+        if content.get("protocol") != self.protocol:
+            raise ValueError(f"{self.path} holds results of another protocol; use another --out")
+        self._defaults_of_file = content.get("defaults")
+        return dict(map(self.decode, content[self.list_name]))
+
+    def _check_defaults(self) -> None:
+        if self._defaults_of_file != self.defaults:
+            found = "other" if self._defaults_of_file else "unknown"
+            raise ValueError(
+                f"{self.path} holds runs of a release with {found} default settings of the "
+                "optimizers; use another --out for new runs"
+            )
+
+
+def _locked(path: Path) -> FileLock:
+    """Return a lock for the file, which other commands may write at the same time."""
+    return FileLock(path.with_suffix(".lock"), mode=0o644)
 
 
 def load_rows(path: Path, key_of: Callable[[Row], Key]) -> dict[Key, Row]:
@@ -113,7 +130,7 @@ def add_rows(
         ValueError: the file holds something else, or rows of another header.
     """
     if keys:
-        _check_header(path, key_of, header)
+        check_header(path, key_of, header)
     for row in iterate_in_pool(measure, keys, workers):
         write_rows(path, [row], key_of, header)
     return [*load_rows(path, key_of).values()]
@@ -123,20 +140,31 @@ def write_rows(
     path: Path, new: Sequence[Row], key_of: Callable[[Row], Key], header: dict[str, Any]
 ) -> None:
     """Add rows to a file, or replace those with the same keys. Raises what `add_rows` raises."""
-    with FileLock(path.with_suffix(".lock"), mode=0o644):
-        rows = _check_header(path, key_of, header) | {key_of(row): row for row in new}
+    with _locked(path):
+        rows = check_header(path, key_of, header) | {key_of(row): row for row in new}
         write_atomic(path, json.dumps(header | {"rows": [*rows.values()]}) + "\n")
 
 
-def _check_header(
+def check_header(
     path: Path, key_of: Callable[[Row], Key], header: dict[str, Any]
 ) -> dict[Key, Row]:
-    """Return {key: row} of a file. Raises ValueError if it has another header."""
+    """Return {key: row} of a file.
+
+    Raises ValueError if it has another header. A dict in the header may have gained entries.
+    """
     found, rows = _load(path, key_of)
     wanted = json.loads(json.dumps(header))
-    if rows and found != wanted:
-        changed = ", ".join(
-            sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
-        )
-        raise ValueError(f"{path} holds rows of another {changed}; use another --out")
+    changed = [
+        key
+        for key in sorted(found.keys() | wanted.keys())
+        if not _is_part(found.get(key), wanted.get(key))
+    ]
+    if rows and changed:
+        raise ValueError(f"{path} holds rows of another {', '.join(changed)}; use another --out")
     return rows
+
+
+def _is_part(found: Any, wanted: Any) -> bool:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        return found.items() <= wanted.items()
+    return found == wanted

@@ -129,6 +129,8 @@ def main(argv: list[str]) -> None:
                 f"{arguments.board} contains no records; add some by studies.submit"
             )
         costs = load_rows(arguments.costs, itemgetter("variant"))
+        if not costs:
+            raise AnalysisError(f"{arguments.costs} has no costs; run bench.board_costs")
         write_atomic(arguments.board / "tables.md", tables(board, costs))
         save_png(draw(board, costs), arguments.figure)
     except (ValueError, OSError) as error:

@@ -13,7 +13,7 @@ kept. With --show, nothing runs and the rows in FILE are printed.
 import sys
 from itertools import product
 
-from eval.command import at_least, output_file, reported_errors
+from eval.command import reported_errors
 from optim.build import OPTIMIZERS
 from studies.dagger.comparison import (
     FRESH_SEEDS,
@@ -48,8 +48,7 @@ def main(argv: list[str]) -> None:
     header = {"steps": STEPS, "rounds": ROUNDS, "own_share": OWN_SHARE}
     header |= {"tuning_seed": TUNING_SEED, "seeds": [*FRESH_SEEDS]}
     with reported_errors(parser):
-        at_least(1, workers=arguments.workers)
-        path, keys = output_file(arguments.out), [] if arguments.show else setups
+        path, keys = arguments.out, [] if arguments.show else setups
         rows = add_rows(path, measure, keys, key_of, workers=arguments.workers, header=header)
         if not rows:
             raise ValueError(f"{path} has no rows; run without --show")

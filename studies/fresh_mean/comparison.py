@@ -28,7 +28,7 @@ from studies.optimizer_table import (
     sweep,
 )
 from studies.pool import map_in_pool, pool_parser
-from studies.rows import load_rows, write_rows
+from studies.rows import check_header, load_rows, write_rows
 from studies.stats.seeds import over_seeds
 from studies.sweep.study import best_rate
 
@@ -146,7 +146,7 @@ def main() -> None:
     header = {"model": MODEL, "run": RUN, "aux_lr": AUX_LR, "modes": MODES, "setups": SETUPS}
     header |= {"tuning_seed": TUNING_SEED, "fresh_seeds": FRESH_SEEDS}
     with reported_errors(parser):
-        load_rows(arguments.out, key_of)  # raises an error before hours of work
+        check_header(arguments.out, key_of, header)  # before hours of work
         write_rows(arguments.out, rows_of(variants, arguments.workers), key_of, header)
         print(table_of([*load_rows(arguments.out, key_of).values()]))
 

@@ -79,14 +79,14 @@ def main() -> None:
     arguments = parser.parse_args()
     with reported_errors(parser):
         rates = tuned_rates(arguments.optimizers)
-    tasks = [(name, rates[name], n) for name in rates for n in LENGTHS]
-    found = dict(zip(tasks, map_in_pool(losses_of, tasks, arguments.workers), strict=True))
-    rows = []
-    for name in rates:
-        losses = {n: found[name, rates[name], n] for n in LENGTHS}
-        rows.append(row_of(name, row_in(name, "base")["losses"], losses))
-    write_atomic(arguments.out, json.dumps({"lengths": LENGTHS, "rows": rows}, indent=2) + "\n")
-    print(table_of(rows))
+        tasks = [(name, rates[name], n) for name in rates for n in LENGTHS]
+        found = dict(zip(tasks, map_in_pool(losses_of, tasks, arguments.workers), strict=True))
+        rows = []
+        for name in rates:
+            losses = {n: found[name, rates[name], n] for n in LENGTHS}
+            rows.append(row_of(name, row_in(name, "base")["losses"], losses))
+        write_atomic(arguments.out, json.dumps({"lengths": LENGTHS, "rows": rows}, indent=2) + "\n")
+        print(table_of(rows))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files import write_atomic
-from data.shards import DataError
+from eval.command import positive_int
 from eval.rollout.record import write_records
 from eval.rollout.tasks import open_data
 from studies.mup.trial import PARAMETRISATIONS, WidthTrial, run_width_trial
@@ -44,7 +44,8 @@ def add_axes(parser: argparse.ArgumentParser, **defaults: Any) -> None:
         " (studies/mup/trial.py), written --octaves=-3:4")  # fmt: skip
     add("--seeds", type=numbers, default=[0, 1, 2], help="seeds of weights and data order")
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other settings of train.py")
-    add("--workers", type=int, default=2, help="runs at a time, each in a process with one thread")
+    about = "runs at a time, each in a process with one thread"
+    add("--workers", type=positive_int, default=2, help=about)
     add("--shard", type=shard, default=(1, 1), metavar="I/N", help="every N-th run, from the I-th")
     add("--out", type=Path, help="folder of the records, plots and tables")
     about = "write a wandb sweep of this grid and run nothing"
@@ -153,12 +154,14 @@ def run_command(
         SystemExit: a run cannot be trained (2), or the user stops the command (130).
     """
     try:
+        if arguments.wandb_sweep and not any(x.startswith("wandb=") for x in arguments.set):
+            arguments.set = ["wandb=online", *arguments.set]
         trials = grid(arguments, settings, measure)
         if arguments.wandb_sweep:
             write_sweep(parser.prog.split()[-1], arguments, more)
             return None
         return run_grid(trials, arguments.out, arguments.workers)
-    except (DataError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"stopped; the same command continues in {arguments.out}\n")
@@ -231,7 +234,7 @@ def write_sweep(command: str, arguments: argparse.Namespace, more: Sequence[str]
     An agent calls the command with one value for each axis. The file is JSON, which is also YAML.
     """
     fixed = [f"--out={arguments.out}", "--workers=1", *more]
-    fixed += ["--set", "wandb=online", *arguments.set]
+    fixed += ["--set", *arguments.set]
     changes = parse_changes(arguments.set, GRID_SETTINGS)
     content = {
         "program": command,

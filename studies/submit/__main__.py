@@ -38,13 +38,28 @@ def table(records: list[Record]) -> str:
     return leaderboard_text(leaderboard(records), {}, first["primary"], higher_is_better=higher)
 
 
+def _others(path: Path, names: set[str]) -> list[Record]:
+    """Return the records of the board that stay: those of variants that are not in `names`.
+
+    Raises ValueError if one of these is compared with a base in `names`, whose runs are replaced.
+    """
+    others = [record for record in read_records(path) if record["variant"] not in names]
+    if orphans := sorted({each["variant"] for each in others if each["base"] in names}):
+        raise ValueError(
+            f"the board compares {', '.join(orphans)} with a base of this study, whose runs would "
+            "be replaced by those of another revision: submit them together"
+        )
+    return others
+
+
 def submit(
     folder: Path, board: Path, out: Path, *, only_check: bool, workers: int, command: str
 ) -> None:
     """Check a folder and add its rows.
 
     Raises:
-        ValueError: the folder breaks the rules; the message lists all problems.
+        ValueError: the folder breaks the rules, and the message lists all problems, or its records
+            cannot replace those of the board.
         TrialError: a run failed, or could not be repeated.
     """
     study, records = submitted_study(folder)
@@ -52,6 +67,10 @@ def submit(
     if problems := rule_problems(study, records, revision):
         listed = "\n  ".join(problems)
         raise ValueError(f"{folder} breaks {len(problems)} rule(s):\n  {listed}")
+    names, place = {variant.name for variant in study.variants}, board / study.task.name
+    kept = {name: _others(place / name, names) for name in (RECORDS, HIDDEN)}
+    published = united(kept[RECORDS], records)
+    consistency.check(published)
     print(f"{folder}: {len(records)} runs keep the rules")
     if only_check:
         return
@@ -63,19 +82,10 @@ def submit(
     trials = hidden_trials(study, records, revision, out / f"{study.task.name}-{revision}")
     with Runner("hidden seeds", workers, run_trial, run_line, len(trials)) as runner:
         hidden = runner.run(trials)
-    place = board / study.task.name
     place.mkdir(parents=True, exist_ok=True)
-    names = {variant.name for variant in study.variants}
-    files = {place / HIDDEN: hidden, place / RECORDS: records}
-    merged = {
-        path: united([row for row in read_records(path) if row["variant"] not in names], new)
-        for path, new in files.items()
-    }
-    for rows in merged.values():
-        consistency.check(rows)
     replace(study, out=place).begin(command)
-    for path, rows in merged.items():
-        write_records(path, rows)
+    write_records(place / HIDDEN, united(kept[HIDDEN], hidden))
+    write_records(place / RECORDS, published)
     print(f"published seeds\n{table(records)}\n\nhidden seeds\n{table(hidden)}\n\nadded to {place}")
 
 

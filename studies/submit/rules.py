@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 
@@ -129,8 +128,9 @@ def _sweep_problems(study: Study, variant: Variant, own: list[Record]) -> list[s
     if not {*study.first_rates(variant)} <= losses.keys():
         first = ", ".join(f"{lr:g}" for lr in study.first_rates(variant))
         return [f"{where} has to begin with the rates {first}"]
-    if strays := _off_grid(losses):
-        return [f"{where} has rates that are off its factor-2 grid: {strays}"]
+    octaves = {lr: math.log2(lr / study.first_rates(variant)[0]) for lr in losses}
+    if strays := [f"{lr:g}" for lr, k in octaves.items() if abs(k - round(k)) > 1e-6]:
+        return [f"{where} has rates off its factor-2 grid ({', '.join(strays)})"]
     if len(losses) > MAX_RATES:
         return [f"{where} has {len(losses)} rates; {MAX_RATES} are allowed"]
     if beyond := further_rate(losses):
@@ -139,13 +139,6 @@ def _sweep_problems(study: Study, variant: Variant, own: list[Record]) -> list[s
     if used - {best_rate(losses)}:
         return [f"{where} found lr {best_rate(losses):g}, but the fresh runs have {used}"]
     return []
-
-
-def _off_grid(rates: Iterable[float]) -> str:
-    """List the rates that are not twice the one before."""
-    return ", ".join(
-        f"{high:g}" for low, high in pairwise(sorted(rates)) if not math.isclose(high, 2 * low)
-    )
 
 
 def _seed_problems(study: Study, variant: Variant, records: list[Record]) -> list[str]:

@@ -13,7 +13,6 @@ import shlex
 import sys
 from pathlib import Path
 
-from data.shards import DataError
 from eval.command import at_least, command_parser
 from eval.rollout.tasks import parse_task
 from studies.report.summary_text import below_leaderboard, on_matched
@@ -117,7 +116,7 @@ def main(argv: list[str]) -> None:
         study.begin(f"{parser.prog} {shlex.join(argv)}")
         records = compare(study, arguments.workers)
         print(summary(records))
-    except (DataError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from optim.build import OPTIMIZERS, build_optimizers
+from optim.build import AUX_LR, MATRIX_OPTIMIZERS, OPTIMIZERS, build_optimizers
 from optim.dopr.preconditioner import ActivationPreconditioner
 from optim.probe import seed_all
 from trainer.presets import DOPR_KEYS, READERS
@@ -60,6 +60,8 @@ def default_settings(optimizer: str, has_dopr: bool) -> dict[str, Any]:
     parameters = inspect.signature(build_optimizers).parameters
     read = [key for key, readers in READERS.items() if optimizer in readers]
     found = {key: NUMBERS.get(key, parameters[key].default) for key in read}
+    if optimizer in MATRIX_OPTIMIZERS:
+        found["aux_lr"] = AUX_LR
     if has_dopr:
         parameters = inspect.signature(ActivationPreconditioner).parameters
         found |= {key: parameters[key].default for key in DOPR_KEYS} | DOPR

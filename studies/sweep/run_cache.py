@@ -14,11 +14,13 @@ from data.schema import OpenSchema
 from eval.rollout.record import write_record
 from optim.legacy_names import renamed_settings
 from studies.stats.records import read_object
+from trainer.presets import READERS
 from trainer.settings import FIELDS, RUN_ONLY
 
 GRADING = "grading "  # prefix of the keys of `asked` that determine the grade, not the model
 DELETE = "delete the folder of the run or choose another --out"
 RETIRED = {"deterministic": False, "ns_steps": 5}  # former settings, with the values all runs have
+FORMER = {"ns_dtype": "bfloat16"}  # what a record without the setting had, if not the default
 
 
 class TrialError(ValueError):
@@ -67,13 +69,14 @@ def finished(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
 
 def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
     """Raise TrialError if train.py began another run than that of `settings` in a folder."""
-    _refuse(folder, differences(model_only(read_settings(folder)), settings))
+    changes = differences(model_only(read_settings(folder)), settings)
+    _refuse(folder, changes, "delete the folder")
 
 
-def _refuse(folder: Path, changes: dict[str, str]) -> None:
+def _refuse(folder: Path, changes: dict[str, str], remedy: str = DELETE) -> None:
     if changes:
         listed = "; ".join(f"{key} {change}" for key, change in changes.items())
-        raise TrialError(f"{folder} holds another run: {listed}; {DELETE}")
+        raise TrialError(f"{folder} holds another run: {listed}; {remedy}")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -91,10 +94,12 @@ def differences(found: dict[str, Any], asked: dict[str, Any]) -> dict[str, str]:
 
     Names of earlier releases are translated, and settings that do not change the model are left
     out. A setting that one side lacks, because train.py did not have it at that time, has its
-    default.
+    default, or what it had then.
     """
     found, _ = renamed_settings(found)
     default = {key: field.default for key, field in FIELDS.items()} | RETIRED
+    reads = [key for key in FORMER if found.get("optimizer") in READERS[key]]
+    found = {key: FORMER[key] for key in reads} | found
     pairs = {
         key: (found.get(key, default.get(key)), asked.get(key, default.get(key)))
         for key in sorted((found.keys() | asked.keys()) - RUN_ONLY)

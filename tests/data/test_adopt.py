@@ -119,7 +119,7 @@ def test_an_array_that_holds_no_tokens_is_refused(tmp_path, array, problem):
         np.save(tmp_path / name, array)
     with pytest.raises(DataError, match=problem):
         adopt(tmp_path, byte_tokenizer())
-    assert {path.suffix for path in tmp_path.iterdir()} == {".npy"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".npy", ".lock"}
 
 
 def test_a_truncated_array_is_refused(tmp_path):

@@ -245,9 +245,22 @@ def test_a_single_text_file_is_cut_in_two(tmp_path):
     data.text.prepare.main([*arguments, "--tokenizer=byte", "--val_fraction=0.25"])
     dataset = open_dataset(tmp_path / "out")
     assert [texts(dataset, name) for name in ("train", "val")] == [[text[:750]], [text[750:]]]
+    command = [*arguments, "--tokenizer=byte", "--val_fraction=0.25"]
+    before = edit_meta(tmp_path / "out", lambda source: source.pop("sha256"))
+    data.text.prepare.main(command)  # a release that did not store it
+    (tmp_path / "out/meta.json").write_text(before)
     (tmp_path / "in.txt").write_bytes(text.replace("two", "six").encode())
     with pytest.raises(DataError, match="prepared with other settings"):
-        data.text.prepare.main([*arguments, "--tokenizer=byte", "--val_fraction=0.25"])
+        data.text.prepare.main(command)
+
+
+def edit_meta(folder, change):
+    """Change the source in meta.json, and return the text from before."""
+    before = (folder / "meta.json").read_text()
+    meta = json.loads(before)
+    change(meta["source"])
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return before
 
 
 def test_a_tokenizer_file_that_changed_is_another_setting(tmp_path):

@@ -73,6 +73,19 @@ def test_every_value_of_a_csv_file_is_text(tmp_path):
     assert list(documents_in(path, "text")) == ["NA", "null", "12"]
 
 
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_text_after_a_quote_belongs_to_its_field(tmp_path, end):
+    path = tmp_path / "a.csv"
+    path.write_text(f'text,id\n"one" two,1\n"a\nb",2\n"three" ,3{end}', encoding="utf-8")
+    assert list(documents_in(path, "text")) == ["one two", "a\nb", "three "]
+
+
+def test_a_quote_that_does_not_end_is_named(tmp_path):
+    (tmp_path / "a.csv").write_text('text,b\nx,1\n"abc,2\nfoo,1\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"a\.csv: .*the quote in the row of line 3 does not end"):
+        list(documents_in(tmp_path / "a.csv", "text"))
+
+
 def test_other_columns_do_not_matter(tmp_path):
     rows = [{"text": "a", "meta": None}] * 3 + [{"text": "a", "meta": {"b": [1, "c"]}}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")

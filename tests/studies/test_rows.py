@@ -50,6 +50,14 @@ def test_rows_of_other_settings_are_refused_before_any_work_and_kept(add, tmp_pa
     assert (tmp_path / "file.json").read_bytes() == before
 
 
+def test_a_dict_of_the_header_may_gain_entries_but_not_lose_or_change_them(add):
+    add(row, ["a"], {"modes": {"base": 1}})
+    add(row, ["b"], {"modes": {"base": 1, "fast": 2}})
+    for modes in ({"base": 1}, {"base": 3, "fast": 2}):
+        with pytest.raises(ValueError, match="rows of another modes"):
+            add(pytest.fail, ["c"], {"modes": modes})
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"runs": []}', '{"rows": [{"id": 1}]}'])
 def test_a_file_of_another_kind_is_named(tmp_path, content):
     path = tmp_path / "file.json"

@@ -87,3 +87,11 @@ def test_the_committed_tables_are_those_of_the_committed_records():
     rows = json.loads(page.COSTS.read_text())["rows"]
     costs = {row["variant"]: row for row in rows}
     assert page.tables(page.boards(place), costs) == (place / "tables.md").read_text()
+
+
+def test_missing_costs_are_named_and_nothing_is_written(board, capsys):
+    (board / "costs.json").unlink()
+    with pytest.raises(SystemExit):
+        write(board)
+    assert "costs.json has no costs; run bench.board_costs" in capsys.readouterr().err
+    assert not (board / "board.png").exists()

@@ -100,6 +100,19 @@ def test_runs_of_a_release_with_other_defaults_are_shown_but_no_new_ones_are_add
     Pair(results, "dopr-adamw")
     with pytest.raises(ValueError, match=r"other default settings .* use another --out"):
         results.of(Run("adamw", 2e-3, 500))
+    del content["defaults"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="with unknown default settings"):
+        FinetuneResults(path, pretrained).of(Run("adamw", 2e-3, 500))
+
+
+def test_runs_that_another_command_adds_meanwhile_are_kept(tmp_path, monkeypatch, pretrained):
+    monkeypatch.setattr(FinetuneResults, "_train_and_grade", fake)
+    first, second = (FinetuneResults(tmp_path / "study.json", pretrained) for _ in range(2))
+    first.of(Run("adamw", 2e-3, 500))
+    second.of(Run("adamw", 2e-3, 501))
+    found = FinetuneResults(tmp_path / "study.json", pretrained).found
+    assert {run.seed for run in found} == {500, 501}
 
 
 def test_the_tuning_seed_is_not_reported(tmp_path, capsys):

@@ -84,7 +84,8 @@ def test_an_optimizer_without_a_rate_is_refused_in_one_line(tmp_path, capsys):
 
 def test_the_agents_of_a_wandb_sweep_run_the_same_grid(tmp_path):
     axes = ["--optimizers", "adamw,dopr-sgd+gamma=1", "--widths", "16,32", "--octaves=-1,0"]
-    main(command(tmp_path, *axes, "--wandb_sweep", str(tmp_path / "sweep.yaml")))
+    words = [*command(tmp_path, *axes), "wandb_project=mine"]  # a setting of --set
+    main([*words, "--wandb_sweep", str(tmp_path / "sweep.yaml")])
     sweep = json.loads((tmp_path / "sweep.yaml").read_text())
     parameters, found = sweep["parameters"], []
     for values in itertools.product(*(each["values"] for each in parameters.values())):
@@ -96,7 +97,7 @@ def test_the_agents_of_a_wandb_sweep_run_the_same_grid(tmp_path):
         assert run.settings["wandb"] == "online"
         found.append((run.folder, run.command[-6:]))
     wanted = [(run.folder, run.command[-6:]) for run in runs_of(tmp_path, *axes)]
-    assert sweep["project"] == "dopr"
+    assert sweep["project"] == "mine"
     assert len(found) == 48
     assert sorted(found) == sorted(wanted)
     assert not (tmp_path / "runs").exists()

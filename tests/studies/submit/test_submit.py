@@ -127,7 +127,7 @@ BROKEN = {
     ),
     "a rate off the grid": (
         edit(lambda r, p: r.append(of_role(r, "tuning") | {"lr": 0.15})),
-        "sgd: the sweep has rates that are off its factor-2 grid: 0.15",
+        "sgd: the sweep has rates off its factor-2 grid (0.15)",
     ),
     "no records": (edit(lambda r, p: r.clear()), "contains no records.jsonl"),
 }
@@ -203,3 +203,17 @@ def test_a_second_submission_replaces_all_records_of_its_optimizers(study, finis
     for name in ("records.jsonl", "hidden.jsonl"):
         kept = [r for r in read_records(place / name) if r["environment"]["git"] == "older"]
         assert [record["variant"] for record in kept] == ["adamw"]
+
+
+@pytest.mark.parametrize("options", [(), ("--check",)])
+def test_a_base_is_submitted_with_all_that_the_board_compares_with_it(
+    study, finished, tmp_path, capsys, options
+):
+    place = tmp_path / "board/lds"
+    place.mkdir(parents=True)
+    exact = [record | {"variant": "dopr-sgd"} for record in finished[0] if record["base"] == "sgd"]
+    write_records(place / "hidden.jsonl", exact[:1])
+    with pytest.raises(SystemExit):
+        study(*options)
+    assert "the board compares dopr-sgd with a base of this study" in capsys.readouterr().err
+    assert [path.name for path in place.iterdir()] == ["hidden.jsonl"]

@@ -1,10 +1,14 @@
 """Test that a study treats all tasks alike, and that train.py refuses those without tokens."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from eval.rollout.tasks import POLICY_TASKS, TASKS, TaskError, open_data, parse_task
+from studies.sweep.lds import LdsTrial
+from studies.sweep.optimizers import default_settings
+from studies.sweep.run_cache import differences
 from studies.sweep.tasks import STUDY_TASKS, trial_type
 from studies.sweep.trial import run_folder
 
@@ -44,3 +48,17 @@ def test_a_task_without_tokens_is_no_dataset(name):
 
 def test_the_tasks_without_tokens_are_those_that_train_py_does_not_train():
     assert {*POLICY_TASKS} == STUDY_TASKS.keys() - TASKS.keys()
+
+
+@pytest.mark.parametrize(("optimizer", "is_other"), [("muon", True), ("adamw", False)])
+def test_runs_of_muon_from_before_it_had_a_dtype_are_other_runs(optimizer, is_other):
+    """They were made in bfloat16, and the default on a CPU is float32."""
+    variant = LdsTrial.parse_variant(optimizer)
+    settings = {"max_steps": 5} | dict(variant.settings)
+    task = parse_task("lds", STUDY_TASKS)
+    trial = LdsTrial(Path("out"), task, optimizer, optimizer, "fresh", 0.1, 200, settings, n=1)
+    new = json.loads(json.dumps(trial.asked()))
+    old = {key: new[key] for key in new.keys() - default_settings(optimizer, False).keys()}
+    assert old.keys() < new.keys()
+    assert bool(differences(old, new)) == is_other
+    assert not differences(new, new)

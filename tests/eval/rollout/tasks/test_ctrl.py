@@ -27,7 +27,7 @@ class VelocityBlind(Predictor):
         self.environment = task.environment(1, 0)
         self.centres = Bins(task.obs_bins, ctrl.THETA_MAX).centres
 
-    def start(self, prompts: Tensor) -> Tensor:
+    def start(self, prompts: Tensor, length: int | None = None) -> Tensor:
         return self.read(prompts)
 
     def read(self, tokens: Tensor) -> Tensor:
