@@ -56,6 +56,15 @@ STAGES = (
         SEEDS,
     ),
     RolloutStage("ten-times-the-steps", TASK, 10 * STEPS, PAIR[:1], SEEDS),
+    RolloutStage(
+        "why-exact",
+        "humanoid,expert=walk-2,demonstrations=10",
+        STEPS // 2,
+        (*PAIR, "fast-dopr-adamw+sigma_beta=none", "dopr-adamw+sigma_beta=0.95", "dopr-adamw"),
+        SEEDS,
+        tuning_seeds=1,
+        episodes=10,
+    ),
     *GRID,
 )
 
