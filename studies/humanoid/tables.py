@@ -54,11 +54,24 @@ def mean_of(values: list[float], form: str) -> str:
     return f"{np.mean(values):{form}}" if values else ""
 
 
-def difference(own: list[Record], others: list[Record]) -> str:
-    """Return the mean paired difference of the returns; "" without pairs."""
-    returns = {record["seed"]: primary(record) for record in others if is_finished(record)}
-    pairs = [primary(each) - returns[each["seed"]] for each in own if each["seed"] in returns]
-    return with_half(over_seeds(pairs), "+,.0f")
+def difference(own: list[Record], others: list[Record]) -> Estimate:
+    """Return the mean difference of the returns, paired by seed, of runs that did not diverge."""
+    mine, theirs = (
+        {record["seed"]: primary(record) for record in runs if is_finished(record)}
+        for runs in (own, others)
+    )
+    return over_seeds([mine[seed] - theirs[seed] for seed in mine if seed in theirs])
+
+
+def at_rate(records: list[Record], variant: str, lr: float) -> list[Record]:
+    """Return the runs of a variant at a rate on the fresh seeds."""
+    return [
+        record
+        for record in records
+        if record["variant"] == variant
+        and record["lr"] == lr
+        and (is_control(record) or is_reported(record))
+    ]
 
 
 def rate_of_rollouts(tuning: list[Record], chosen: float) -> str:
@@ -86,12 +99,9 @@ def table(folder: Path, reference: str | None = None) -> str:
         lr, base = runs[0]["lr"], reference or runs[0]["base"]
         own = [run for run in runs if is_finished(run)]
         lost = f" ({len(runs) - len(own)} of {len(runs)} diverged)" if len(own) < len(runs) else ""
-        at_this_lr = [
-            record
-            for record in records
-            if record["variant"] == base
-            and record["lr"] == lr
-            and (is_control(record) or is_reported(record))
+        minus = [
+            "" if name == base else with_half(difference(own, others), "+,.0f")
+            for others in (fresh.get(base, []), at_rate(records, base, lr))
         ]
         rows.append(
             (
@@ -100,8 +110,7 @@ def table(folder: Path, reference: str | None = None) -> str:
                 mean_of(list(map(val_loss, own)), ".5f"),
                 (with_half(over_seeds(list(map(primary, own))), ",.0f") + lost).strip(),
                 mean_of([each["grade"]["metrics"]["falls"]["mean"] for each in own], ".2f"),
-                difference(own, fresh.get(base, [])) if name != base else "",
-                difference(own, at_this_lr) if name != base else "",
+                *minus,
                 rate_of_rollouts(tuning[name], lr) if name in tuning else "",
             )
         )
