@@ -38,10 +38,11 @@ def table(records: list[Record]) -> str:
     return leaderboard_text(leaderboard(records), {}, first["primary"], higher_is_better=higher)
 
 
-def _others(path: Path, names: set[str]) -> list[Record]:
-    """Return the records of the board that stay: those of variants that are not in `names`.
+def merged(path: Path, names: set[str], records: list[Record]) -> list[Record]:
+    """Return the records of a file of the board in which those of the variants `names` are new.
 
-    Raises ValueError if one of these is compared with a base in `names`, whose runs are replaced.
+    Raises ValueError if others cannot be compared with them, or have a base in `names`, which is
+    replaced.
     """
     others = [record for record in read_records(path) if record["variant"] not in names]
     if orphans := sorted({each["variant"] for each in others if each["base"] in names}):
@@ -49,7 +50,9 @@ def _others(path: Path, names: set[str]) -> list[Record]:
             f"the board compares {', '.join(orphans)} with a base of this study, whose runs would "
             "be replaced by those of another revision: submit them together"
         )
-    return others
+    rows = united(others, records)
+    consistency.check(rows)
+    return rows
 
 
 def submit(
@@ -68,9 +71,8 @@ def submit(
         listed = "\n  ".join(problems)
         raise ValueError(f"{folder} breaks {len(problems)} rule(s):\n  {listed}")
     names, place = {variant.name for variant in study.variants}, board / study.task.name
-    kept = {name: _others(place / name, names) for name in (RECORDS, HIDDEN)}
-    published = united(kept[RECORDS], records)
-    consistency.check(published)
+    for name, known in {RECORDS: records, HIDDEN: []}.items():
+        merged(place / name, names, known)  # raises an error before any run
     print(f"{folder}: {len(records)} runs keep the rules")
     if only_check:
         return
@@ -82,10 +84,12 @@ def submit(
     trials = hidden_trials(study, records, revision, out / f"{study.task.name}-{revision}")
     with Runner("hidden seeds", workers, run_trial, run_line, len(trials)) as runner:
         hidden = runner.run(trials)
+    files = {HIDDEN: hidden, RECORDS: records}
+    rows = {name: merged(place / name, names, new) for name, new in files.items()}
     place.mkdir(parents=True, exist_ok=True)
     replace(study, out=place).begin(command)
-    write_records(place / HIDDEN, united(kept[HIDDEN], hidden))
-    write_records(place / RECORDS, published)
+    for name in files:
+        write_records(place / name, rows[name])
     print(f"published seeds\n{table(records)}\n\nhidden seeds\n{table(hidden)}\n\nadded to {place}")
 
 
