@@ -23,7 +23,7 @@ from studies.stats.records import (
     by_variant,
     is_finished,
     is_reported,
-    load_records,
+    read_records,
 )
 from studies.stats.seeds import over_seeds
 
@@ -39,10 +39,8 @@ def grid_table(folder: Path) -> str:
     """
     rows = []
     for stage in GRID:
-        if (folder / stage.name / RECORDS).exists():
-            records = load_records([folder / stage.name])
-            name = stage.name.removeprefix("grid-")
-            rows += [(f"`{name}`", *row) for base in BASES if (row := _row(records, base))]
+        records, name = read_records(folder / stage.name / RECORDS), stage.name[len("grid-") :]
+        rows += [(f"`{name}`", *row) for base in BASES if (row := _row(records, base))]
     if not rows:
         raise AnalysisError(f"{folder} has no records of the grid")
     return markdown(HEADER, rows)
