@@ -60,7 +60,10 @@ STAGES = (
         "why-exact",
         "humanoid,expert=walk-2,demonstrations=10",
         STEPS // 2,
-        (*PAIR, "fast-dopr-adamw+sigma_beta=none", "dopr-adamw+sigma_beta=0.95", "dopr-adamw"),
+        (
+            *(*PAIR, "dopr-adamw", "dopr-adamw+sigma_beta=0.95", "fast-dopr-adamw+sigma_beta=none"),
+            "fast-dopr-adamw+sigma_beta=none+collect_every=10",
+        ),
         SEEDS,
         tuning_seeds=1,
         episodes=10,
