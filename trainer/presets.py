@@ -50,8 +50,6 @@ def moot_settings(values: dict[str, Any]) -> dict[str, str]:
         moot |= dict.fromkeys((*DOPR_KEYS, *LAYER_KEYS), "without DoPr; add --dopr=true")
     if not values["ttf_every"]:
         moot["ttf_episodes"] = "without ttf_every; add --ttf_every=<steps>"
-    if not values["mup"]:
-        moot["mup_base_width"] = "without mup; add --mup=true"
     if values["schedule"] == "constant":
         moot["min_lr_ratio"] = "on schedule=constant; remove it"
     if values["wandb"] == "off":

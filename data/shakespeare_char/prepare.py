@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = vars(options.parse_args(argv))
     given = args.pop("input")
     source = {"dataset": "shakespeare_char", "input": printable(given) if given else URL}
-    if given:
+    if given and given.is_file():
         source["sha256"] = sha256_of(given)
 
     def read() -> str:

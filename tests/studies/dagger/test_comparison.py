@@ -154,7 +154,7 @@ def test_a_command_measures_four_rows_of_each_optimizer_and_keeps_earlier_ones(
         (["--task", "pdfa", "--optimizers", "adam"], "--optimizers: adam: choose from adamw"),
         (["--task", "pdfa", "--optimizers", "dopr-adamw"], "dopr-adamw: choose from adamw"),
         (["--task", "pdfa", "--optimizers", ""], "(empty): choose from adamw"),
-        (["--task", "pdfa", "--workers", "0"], "--workers=0: must be at least 1"),
+        (["--task", "pdfa", "--workers", "0"], "--workers: 0: must be at least 1"),
         (["--task", "pdfa", "--out", "nowhere/rows.json"], "folder nowhere does not exist"),
         (["--task", "pdfa", "--show"], "has no rows; run without --show"),
     ],
