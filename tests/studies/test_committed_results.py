@@ -8,6 +8,7 @@ import pytest
 from studies.dagger.tables import tables_of
 from studies.finetune import study as finetune
 from studies.finetune.study import FinetuneResults, Pair
+from studies.humanoid.grid import grid_table
 from studies.humanoid.tables import table
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +37,11 @@ def quoted():
 @pytest.mark.parametrize("name", ["optimizers", "noise", "demonstrations-20"])
 def test_the_docs_quote_the_returns_of_clones(name, quoted):
     assert_quoted(table(RESULTS / "humanoid" / name), quoted)
+
+
+def test_the_docs_quote_the_grid_of_clones_and_why_exact_mode_is_better(quoted):
+    assert_quoted(grid_table(RESULTS / "humanoid"), quoted)
+    assert_quoted(table(RESULTS / "humanoid/why-exact", "dopr-adamw"), quoted)
 
 
 def test_the_docs_quote_the_tables_of_dagger(quoted):
