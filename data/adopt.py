@@ -15,7 +15,7 @@ import numpy as np
 from filelock import FileLock
 
 from data.command import path_option, run
-from data.files import files_under, printable, sha256_of, write_atomic
+from data.files import files_under, printable, remove_leftovers, sha256_of, write_atomic
 from data.imported_tokenizers import named_tokenizer
 from data.meta import META, SPLITS, TOKENIZER, empty_split, write_meta
 from data.shards import DataError, Shard, has_header, is_npy, read_npy_header, shard_entry
@@ -89,8 +89,7 @@ def _as_shard(path: Path, dtype: str | None, tokenizer: Tokenizer) -> Shard:
         raise DataError(f"{path}: {size:,} bytes of tokens, expected a multiple of {kind.itemsize}")
     ids = np.memmap(path, kind, "r", offset)
     copy = path.with_name(f"{path.name}.uint16")
-    for leftover in copy.parent.glob(f"{escape(copy.name)}.*.tmp"):  # an earlier command was killed
-        leftover.unlink()
+    remove_leftovers(copy.parent, escape(copy.name))
     write_atomic(copy, (part.astype("<u2").tobytes() for part in _checked(path, ids, tokenizer)))
     return Shard(copy, headerless=True)
 

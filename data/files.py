@@ -95,6 +95,12 @@ def write_atomic(path: str | Path, content: str | Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
+def remove_leftovers(folder: Path, pattern: str) -> None:
+    """Delete the temporary files of killed writes of the files in a folder that match `pattern`."""
+    for leftover in folder.glob(f"{pattern}.*.tmp"):
+        leftover.unlink()
+
+
 def fsync(path: Path) -> None:
     """Force the content of a file, or the entries of a folder, onto the disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -10,7 +10,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from data.corpus import Corpus
-from data.files import sha256_of, user_path
+from data.files import remove_leftovers, sha256_of, user_path
 from data.imported_tokenizers import check_tokenizer_name, is_file_of_tokenizer
 from data.meta import META, read_meta
 from data.preparation import PROGRESS, Preparation, read_progress
@@ -60,8 +60,7 @@ def prepare(
         if _is_prepared(out, settings):
             print(f"{out}: already prepared")
             return
-        for leftover in out.glob("*.bin.*.tmp"):  # an earlier preparation was killed
-            leftover.unlink()
+        remove_leftovers(out, "*.bin")
         with _full_disk_explained():
             work = Preparation(corpus, out, settings, num_proc)
             work.write_parts()

@@ -21,7 +21,7 @@ from eval.command import reported_errors
 from eval.tables import markdown
 from optim.build import MATRIX_OPTIMIZERS
 from studies.pool import map_in_pool, pool_parser
-from studies.sweep.run_cache import check_same_run
+from studies.sweep.run_cache import recorded
 from studies.sweep.study import best_rate, search_rates
 from studies.sweep.trial import model_settings, train_in
 from studies.sweep.variants import EXACT_DOPR, FAST_DOPR
@@ -66,18 +66,15 @@ def run(optimizer: str, lr: float, seed: int, **changes: Any) -> float:
         key: settings[key] for key in (settings.keys() - (MODEL | RUN).keys()) | changes.keys()
     }
     out = RUNS / "_".join(f"{key}={value}" for key, value in sorted(varied.items()))
-    command, metrics, diverged = command_of(settings, out), out / "metrics.jsonl", out / "diverged"
-    if (out / "config.json").exists():
-        check_same_run(out, model_settings(command))
-    if diverged.exists():
-        return math.inf
-    finished = '"event": "end", "reason": "finished"'
-    if metrics.exists() and finished in metrics.read_text():
-        return final_loss(out)
-    if train_in(out, command):
-        return final_loss(out)
-    diverged.touch()
-    return math.inf
+    command, metrics = command_of(settings, out), out / "metrics.jsonl"
+
+    def make() -> dict[str, Any]:
+        finished = '"event": "end", "reason": "finished"'
+        is_trained = metrics.exists() and finished in metrics.read_text()
+        return {"loss": final_loss(out) if is_trained or train_in(out, command) else None}
+
+    loss = recorded(out, model_settings(command), make)["loss"]
+    return math.inf if loss is None else loss
 
 
 def settings_of(optimizer: str, lr: float, seed: int, changes: dict[str, Any]) -> dict[str, Any]:

@@ -4,8 +4,8 @@
     python -m studies.humanoid.all_stages noise           the stages whose names begin like this
 
 A stage is one command of studies.sweep.compare, with a folder of its own under --out. The clones
-are those of the expert `walk-1`, except in the stages `stand` and `grid`. The comparison at equal
-validation loss is a command of its own, studies.humanoid.matched.
+are those of the expert `walk-1`, except in the stages `stand`, `grid` and `why-exact`. The
+comparison at equal validation loss is a command of its own, studies.humanoid.matched.
 """
 
 import sys
@@ -28,15 +28,18 @@ OPTIMIZERS = (
 )
 FIRST_LAYER_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 8e-3, 1.6e-2)
 MODES = ("{}", "dopr-{}", "fast-dopr-{}", "fast-dopr-{}+fresh_mean=true")
-GRID = tuple(  # every optimizer in every mode; shorter and with less tuning than the others
-    RolloutStage(
+
+
+def short_stage(name: str, task: str, optimizers: tuple[str, ...]) -> RolloutStage:
+    """Return a stage with half of the steps and episodes of the others, and one tuning seed."""
+    return RolloutStage(name, task, STEPS // 2, optimizers, SEEDS, tuning_seeds=1, episodes=10)
+
+
+GRID = tuple(  # every optimizer in every mode
+    short_stage(
         f"grid-{expert}-{n}",
         f"humanoid,expert={expert},demonstrations={n}",
-        STEPS // 2,
         tuple(mode.format(base) for base in BASES for mode in MODES),
-        SEEDS,
-        tuning_seeds=1,
-        episodes=10,
     )
     for n in (10, 20)
     for expert in ("walk-0", "walk-1", "walk-2")
@@ -56,17 +59,13 @@ STAGES = (
         SEEDS,
     ),
     RolloutStage("ten-times-the-steps", TASK, 10 * STEPS, PAIR[:1], SEEDS),
-    RolloutStage(
+    short_stage(
         "why-exact",
         "humanoid,expert=walk-2,demonstrations=10",
-        STEPS // 2,
         (
             *(*PAIR, "dopr-adamw", "dopr-adamw+sigma_beta=0.95", "fast-dopr-adamw+sigma_beta=none"),
             "fast-dopr-adamw+sigma_beta=none+collect_every=10",
         ),
-        SEEDS,
-        tuning_seeds=1,
-        episodes=10,
     ),
     *GRID,
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 from eval.command import command_parser, reported_errors
 from eval.tables import markdown
 from studies.humanoid.all_stages import GRID, MODES
-from studies.humanoid.tables import at_rate, difference, with_half
+from studies.humanoid.tables import at_rate, difference, mean_of, with_half
 from studies.rollout.all_stages import BASES
 from studies.stats.errors import primary
 from studies.stats.records import (
@@ -25,7 +25,6 @@ from studies.stats.records import (
     is_reported,
     read_records,
 )
-from studies.stats.seeds import over_seeds
 
 BASE, EXACT, FAST, FRESH_MEAN = MODES
 SHOWN = (BASE, FAST, FRESH_MEAN, EXACT)
@@ -40,18 +39,16 @@ def grid_table(folder: Path) -> str:
     rows = []
     for stage in GRID:
         records, name = read_records(folder / stage.name / RECORDS), stage.name[len("grid-") :]
-        rows += [(f"`{name}`", *row) for base in BASES if (row := _row(records, base))]
+        fresh = by_variant(filter(is_reported, records))
+        rows += [(f"`{name}`", *_row(records, fresh, base)) for base in BASES if base in fresh]
     if not rows:
         raise AnalysisError(f"{folder} has no records of the grid")
     return markdown(HEADER, rows)
 
 
-def _row(records: list[Record], base: str) -> tuple[str, ...]:
-    """Return the cells of an optimizer in one setting; () if it did not run there."""
-    fresh = by_variant(filter(is_reported, records))
+def _row(records: list[Record], fresh: dict[str, list[Record]], base: str) -> tuple[str, ...]:
+    """Return the cells of an optimizer in one setting."""
     runs = {mode: fresh.get(mode.format(base), []) for mode in SHOWN}
-    if not runs[BASE]:
-        return ()
     cells = [_cell(records, own, runs[BASE]) for own in runs.values()]
     against_fast = with_half(difference(runs[EXACT], runs[FAST]), "+,.0f")
     return f"`{base}`", *cells, against_fast
@@ -63,7 +60,7 @@ def _cell(records: list[Record], own: list[Record], base: list[Record]) -> str:
     if not finished:
         return "diverged" if own else ""
     lost = f" ({len(own) - len(finished)} diverged)" if len(finished) < len(own) else ""
-    mean = f"{over_seeds([primary(record) for record in finished]).mean:,.0f}"
+    mean = mean_of([primary(record) for record in finished], ",.0f")
     same_rate = at_rate(records, base[0]["variant"], own[0]["lr"])
     both = [difference(own, others) for others in (base, same_rate)]
     if all(each.lo > 0 for each in both):

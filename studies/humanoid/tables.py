@@ -2,15 +2,16 @@
 
     python -m studies.humanoid.tables studies/results/humanoid/optimizers
 
-Differences are paired over seeds, with 95 % t-intervals. Numbers are of the runs that did not
-diverge; the return says how many did. The last column is the learning rate with
-the highest return on the tuning seeds, where that differs from the one with the lowest validation
-loss.
+Differences are paired over seeds, with 95 % t-intervals; so are the ratios of validation losses,
+which --base adds. Numbers are of the runs that did not diverge; the return says how many did. The
+last column is the learning rate with the highest return on the tuning seeds, where that differs
+from the one with the lowest validation loss.
 """
 
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from eval.command import command_parser, reported_errors
 from eval.rollout.intervals import Estimate
 from eval.tables import markdown
 from studies.humanoid.task import Humanoid
+from studies.report.format import times
+from studies.rollout.results import plain
 from studies.stats.errors import primary
 from studies.stats.records import (
     AnalysisError,
@@ -54,10 +57,15 @@ def mean_of(values: list[float], form: str) -> str:
     return f"{np.mean(values):{form}}" if values else ""
 
 
-def difference(own: list[Record], others: list[Record]) -> Estimate:
-    """Return the mean difference of the returns, paired by seed, of runs that did not diverge."""
+def difference(
+    own: list[Record], others: list[Record], value: Callable[[Record], float] = primary
+) -> Estimate:
+    """Return the mean difference of the returns, paired by seed, of runs that did not diverge.
+
+    value: what is compared instead of the returns.
+    """
     mine, theirs = (
-        {record["seed"]: primary(record) for record in runs if is_finished(record)}
+        {record["seed"]: value(record) for record in runs if is_finished(record)}
         for runs in (own, others)
     )
     return over_seeds([mine[seed] - theirs[seed] for seed in mine if seed in theirs])
@@ -117,6 +125,21 @@ def table(folder: Path, reference: str | None = None) -> str:
     return markdown((*HEADER, *COMPARED), rows)
 
 
+def loss_ratios(folder: Path, reference: str) -> str:
+    """Return a line: the validation loss of each optimizer over that of `reference`, by seed."""
+    fresh = by_variant(filter(is_reported, load_records([folder])))
+    ratios = [
+        f"`{name}` {plain(times(difference(own, fresh[reference], log_loss)))}"
+        for name, own in fresh.items()
+        if name != reference
+    ]
+    return f"val loss / that of `{reference}`: {', '.join(ratios)}"
+
+
+def log_loss(record: Record) -> float:
+    return math.log(val_loss(record))
+
+
 def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = command_parser("studies.humanoid.tables", __doc__)
     parser.add_argument("folders", nargs="+", type=Path)
@@ -129,6 +152,8 @@ def main(argv: list[str]) -> None:
     with reported_errors(parser):
         for folder in arguments.folders:
             print(f"{folder.name}\n\n{table(folder, arguments.base)}\n")
+            if arguments.base:
+                print(loss_ratios(folder, arguments.base))
 
 
 if __name__ == "__main__":

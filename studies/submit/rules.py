@@ -54,8 +54,7 @@ def rule_problems(study: Study, records: list[Record], revision: str) -> list[st
     """
     names = {variant.name for variant in study.variants}
     problems = _protocol_problems(study)
-    strays = _stray_problems(study, names, records)
-    problems += strays or _pooling_problems(records)
+    problems += _stray_problems(study, records) or _pooling_problems(records)
     problems += _environment_problems(records, revision)
     for variant in study.variants:
         own = [record for record in records if record["variant"] == variant.name]
@@ -103,9 +102,9 @@ def _pooling_problems(records: list[Record]) -> list[str]:
     return []
 
 
-def _stray_problems(study: Study, names: set[str], records: list[Record]) -> list[str]:
+def _stray_problems(study: Study, records: list[Record]) -> list[str]:
     """Check that every record is of a role and a variant that the study has."""
-    roles = {name: {"tuning", "fresh", "control"} for name in names}
+    roles = {variant.name: {"tuning", "fresh", "control"} for variant in study.variants}
     roles |= {name: {"reference"} for name in study.task.references}
     strays = {
         f"{record['variant']} ({record['role']})"

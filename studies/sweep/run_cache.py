@@ -63,20 +63,10 @@ def finished(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     elif (folder / "config.json").exists():  # train.py began the run
         found = model_only(read_settings(folder))
     changes = differences(found, asked)
-    _refuse(folder, {key: each for key, each in changes.items() if not key.startswith(GRADING)})
+    trained = [f"{key} {change}" for key, change in changes.items() if not key.startswith(GRADING)]
+    if trained:
+        raise TrialError(f"{folder} holds another run: {'; '.join(trained)}; {DELETE}")
     return None if changes else record
-
-
-def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
-    """Raise TrialError if train.py began another run than that of `settings` in a folder."""
-    changes = differences(model_only(read_settings(folder)), settings)
-    _refuse(folder, changes, "delete the folder")
-
-
-def _refuse(folder: Path, changes: dict[str, str], remedy: str = DELETE) -> None:
-    if changes:
-        listed = "; ".join(f"{key} {change}" for key, change in changes.items())
-        raise TrialError(f"{folder} holds another run: {listed}; {remedy}")
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class Continue(Task):
     horizon: int = 64
 
     is_python: ClassVar[bool] = False
+    grading_version: ClassVar[int] = 2
 
     def claims(self) -> dict[str, bool]:
         return self.at_least(prompt_tokens=1, horizon=1)
@@ -55,7 +56,6 @@ class TextTask(Continue):
     dataset: str  # a dataset's name or folder
 
     name: ClassVar[str] = "text"
-    grading_version: ClassVar[int] = 2
     primary: ClassVar[str] = "abs_entropy_drift"
 
     def open(self) -> Dataset:
@@ -67,7 +67,6 @@ class PyStdlib(Continue):
     """Continue the sources of Python's standard library."""
 
     name: ClassVar[str] = "pystdlib"
-    grading_version: ClassVar[int] = 2
     primary: ClassVar[str] = "survival"
     higher_is_better: ClassVar[bool] = True
     is_python: ClassVar[bool] = True

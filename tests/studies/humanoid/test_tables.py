@@ -65,3 +65,13 @@ def test_the_command_prints_the_name_of_the_folder(folder, capsys):
     with pytest.raises(SystemExit):
         main([str(folder.parent)])
     assert "contains neither records.jsonl nor ttf/" in capsys.readouterr().err
+
+
+def test_the_losses_are_compared_with_that_of_a_given_base(folder, capsys):
+    records = read_records(folder / RECORDS)
+    for each in records:
+        each["val_loss"] *= 1.5 if each["variant"] == "adamw" else 1
+    write_records(folder / RECORDS, records)
+    main([str(folder), "--base", "dopr-adamw"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("val loss / that of `dopr-adamw`: `adamw` 1.50 [1.50")
