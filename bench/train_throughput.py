@@ -7,8 +7,8 @@ Preset cpu is nanoGPT's CPU example: 4 layers, 4 heads, width 128, block size 64
 fp32, on characters. Preset gpt2 is nanoGPT's GPT-2 124M, compiled, in bf16, with 0.5M tokens per
 step, on random words with GPT-2's vocabulary size of 50,257, which nanoGPT pads to 50,304. Both
 sides train without dropout and biases on the same ids. The two alternate, each through its own
-command line and in its own process. The time of a run is the median of the step times that it
-reports, including data loading. Without --nanogpt, only our side is measured.
+command line and in its own process, and reports every step. The time of a run is the median of
+these step times, including data loading. Without --nanogpt, only our side is measured.
 """
 
 import json
@@ -55,7 +55,7 @@ def random_text(n_words: int) -> str:
 
 
 class ThroughputPreset(NamedTuple):
-    """The data, model and batch of both sides, and the reported step times that count."""
+    """The data, model, batch and number of steps of both sides."""
 
     text: Callable[[], str]
     tokenizer: list[str]  # arguments of data.text.prepare
@@ -63,8 +63,7 @@ class ThroughputPreset(NamedTuple):
     batch_size: int  # sequences per step
     micro_batch_size: int
     steps: int
-    log_every: int
-    warmup_rows: int  # reported step times to leave out
+    untimed_steps: int  # at the beginning, whose times are left out
     pads_vocab: bool = False  # whether nanoGPT's vocabulary is padded to a multiple of 64
     compile_in_bf16: bool = False
 
@@ -85,8 +84,7 @@ PRESETS = {
         batch_size=12,
         micro_batch_size=12,
         steps=300,
-        log_every=10,
-        warmup_rows=2,
+        untimed_steps=20,
     ),
     "gpt2": ThroughputPreset(
         partial(random_text, 300_000),
@@ -95,8 +93,7 @@ PRESETS = {
         batch_size=512,
         micro_batch_size=32,
         steps=30,
-        log_every=1,
-        warmup_rows=10,
+        untimed_steps=10,
         pads_vocab=True,
         compile_in_bf16=True,
     ),
@@ -107,8 +104,7 @@ PRESETS = {
         batch_size=4,
         micro_batch_size=2,
         steps=7,
-        log_every=1,
-        warmup_rows=4,
+        untimed_steps=4,
         pads_vocab=True,
     ),
 }
@@ -142,14 +138,14 @@ def run_ours(
     out = folder / f"out{round_number}"
     settings: dict[str, Any] = {**preset.shape, "batch_size": preset.batch_size}
     settings |= {"micro_batch_size": preset.micro_batch_size, "dataset": folder / "ours"}
-    settings |= {"out_dir": out, "max_steps": preset.steps, "log_every": preset.log_every}
+    settings |= {"out_dir": out, "max_steps": preset.steps, "log_every": 1}
     settings |= {"warmup_steps": 1, "eval_every": preset.steps, "eval_batches": 1, "bias": "false"}
     settings |= {"device": DEVICE.type, "save_every": preset.steps}
     if preset.compile_in_bf16:
         settings |= {"compile": "true", "dtype": "bfloat16", "loader_workers": 1}
     run_train_py(settings, cwd=ROOT)
     rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    rows = [row for row in rows if row["kind"] == "train"][preset.warmup_rows :]
+    rows = [row for row in rows if row["kind"] == "train"][preset.untimed_steps :]
     middle = sorted(rows, key=lambda row: row["step_ms"])[len(rows) // 2]
     return middle["step_ms"], middle["mfu"]
 
@@ -160,7 +156,7 @@ def run_nanogpt(folder: Path, preset: ThroughputPreset, vocab_size: int) -> floa
     settings["gradient_accumulation_steps"] = preset.batch_size // preset.micro_batch_size
     settings |= {"dataset": "corpus", "device": DEVICE.type, "dropout": 0.0, "bias": False}
     settings |= {"max_iters": preset.steps, "lr_decay_iters": preset.steps, "warmup_iters": 1}
-    settings |= {"log_interval": preset.log_every, "eval_iters": 1}
+    settings |= {"log_interval": 1, "eval_iters": 1}
     settings |= {"eval_interval": 10 * preset.steps, "compile": preset.compile_in_bf16}
     settings["dtype"] = "bfloat16" if preset.compile_in_bf16 else "float32"
     multiple = 64 if preset.pads_vocab else 1
@@ -168,7 +164,7 @@ def run_nanogpt(folder: Path, preset: ThroughputPreset, vocab_size: int) -> floa
         pickle.dump({"vocab_size": math.ceil(vocab_size / multiple) * multiple}, file)
     printed = run_train_py(settings, cwd=folder / "nanogpt")
     times = [float(ms) for ms in re.findall(r"time ([\d.]+)ms", printed)]
-    return statistics.median(times[preset.warmup_rows :])
+    return statistics.median_high(times[preset.untimed_steps :])
 
 
 def run_train_py(settings: dict[str, Any], cwd: Path) -> str:
@@ -223,9 +219,9 @@ def main() -> None:
     preset = PRESETS[arguments.preset]
     if arguments.steps is not None:
         preset = preset._replace(steps=arguments.steps)
-    if preset.steps // preset.log_every <= preset.warmup_rows:
-        n_steps = preset.log_every * (preset.warmup_rows + 1)
-        parser.error(f"--steps {preset.steps}: only covers the warm-up; use at least {n_steps}")
+    if preset.steps <= preset.untimed_steps:
+        enough = preset.untimed_steps + 1
+        parser.error(f"--steps {preset.steps}: only covers the warm-up; use at least {enough}")
     if preset.compile_in_bf16 and DEVICE.type != "cuda":
         parser.error(f"--preset {arguments.preset} needs a CUDA GPU; use --preset cpu")
 
