@@ -4,7 +4,7 @@
     python -m studies.humanoid.all_stages noise           the stages whose names begin like this
 
 A stage is one command of studies.sweep.compare, with a folder of its own under --out. The clones
-are those of the expert `walk-1`, except in the stages `stand`, `grid` and `why-exact`. The
+are those of the expert `walk-1`, but for the stages `stand`, `grid-...` and `why-...`. The
 comparison at equal validation loss is a command of its own, studies.humanoid.matched.
 """
 
@@ -66,6 +66,16 @@ STAGES = (
             *(*PAIR, "dopr-adamw", "dopr-adamw+sigma_beta=0.95", "fast-dopr-adamw+sigma_beta=none"),
             "fast-dopr-adamw+sigma_beta=none+collect_every=10",
         ),
+    ),
+    short_stage(
+        "why-own-noise",
+        "humanoid,expert=walk-2,demonstrations=10,label_noise=0.4",
+        (*PAIR, "dopr-adamw", "dopr-adamw+sigma_beta=0.95"),
+    ),
+    short_stage(
+        "why-own-batch",
+        "humanoid,expert=walk-2,demonstrations=10,batch_size=512",
+        ("adamw", "dopr-adamw", "dopr-adamw+sigma_beta=0.95"),
     ),
     *GRID,
 )

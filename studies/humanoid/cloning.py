@@ -15,7 +15,6 @@ from optim.schedule import lr_scale
 from studies.sweep.optimizers import build, finish, step
 from trainer.evaluation_weights import evaluation_weights
 
-BATCH_SIZE = 128
 WARMUP_STEPS = 50
 N_HIDDEN = 3  # layers
 LOWEST_SCALE = 1e-3  # by which an observation is divided
@@ -96,6 +95,7 @@ def train_clone(
     seed: int,
     steps: int,
     dopr: dict[str, Any],
+    batch_size: int = 128,
     optimizer_args: str = "",
     whitening: float = 0.0,
     ema_decay: float = 0.0,
@@ -134,7 +134,7 @@ def train_clone(
                 observations, actions = data_at_step[i](Clone(scaling, network))
             x = torch.cat([x, scaling.inputs(observations)])
             y = torch.cat([y, scaling.targets(actions)])
-        batch = torch.randint(len(x), (BATCH_SIZE,), generator=generator)
+        batch = torch.randint(len(x), (batch_size,), generator=generator)
         loss = (network(x[batch]) - y[batch]).square().mean()
         if not loss.isfinite():
             return None

@@ -16,6 +16,7 @@ from filelock import FileLock
 
 from data.files import write_atomic
 from eval.rollout.tasks.task import PREPARED
+from studies.humanoid.cloning import spread
 from studies.humanoid.episodes import Episodes, Policy, rollout
 from studies.humanoid.expert import load_expert
 from studies.humanoid.simulator import gymnasium, mujoco
@@ -45,7 +46,7 @@ def expert_policy(name: str) -> Policy:
 
 
 def demonstrations_of(task: Humanoid) -> Demonstrations:
-    """Return the demonstrations of a task, from disk if they exist."""
+    """Return the demonstrations of a task, from disk if they exist; without label noise."""
     path = FOLDER / f"{_fingerprint(task)}.npz"
     FOLDER.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock"), mode=0o644):
@@ -61,6 +62,12 @@ def demonstrations_of(task: Humanoid) -> Demonstrations:
         val_actions=np.split(arrays["val_actions"], ends),
         expert_return=float(arrays["expert_return"]),
     )
+
+
+def labels_of(task: Humanoid, actions: np.ndarray) -> np.ndarray:
+    """Return the labels that clones are trained on: actions (steps, 17) with label noise."""
+    noise = np.random.default_rng(TRAINING_SEED).standard_normal(actions.shape)
+    return (actions + task.label_noise * spread(actions) * noise).astype(np.float32)
 
 
 def _fingerprint(task: Humanoid) -> str:

@@ -125,15 +125,22 @@ def table(folder: Path, reference: str | None = None) -> str:
     return markdown((*HEADER, *COMPARED), rows)
 
 
-def loss_ratios(folder: Path, reference: str) -> str:
-    """Return a line: the validation loss of each optimizer over that of `reference`, by seed."""
+def ratios(folder: Path, reference: str, name: str, log_value: Callable[[Record], float]) -> str:
+    """Return a line: the value `name` of each optimizer over that of `reference`, by seed.
+
+    Means are geometric. log_value: the logarithm of the value in a record.
+    """
     fresh = by_variant(filter(is_reported, load_records([folder])))
-    ratios = [
-        f"`{name}` {plain(times(difference(own, fresh[reference], log_loss)))}"
-        for name, own in fresh.items()
-        if name != reference
+    found = [
+        f"`{variant}` {plain(times(difference(own, fresh[reference], log_value)))}"
+        for variant, own in fresh.items()
+        if variant != reference
     ]
-    return f"val loss / that of `{reference}`: {', '.join(ratios)}"
+    return f"{name} / that of `{reference}`: {', '.join(found)}"
+
+
+def log_return(record: Record) -> float:
+    return math.log(primary(record))
 
 
 def log_loss(record: Record) -> float:
@@ -153,7 +160,8 @@ def main(argv: list[str]) -> None:
         for folder in arguments.folders:
             print(f"{folder.name}\n\n{table(folder, arguments.base)}\n")
             if arguments.base:
-                print(loss_ratios(folder, arguments.base))
+                print(ratios(folder, arguments.base, "return", log_return))
+                print(ratios(folder, arguments.base, "val loss", log_loss))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from eval.rollout.metrics import Grade
-from eval.rollout.tasks.task import TaskBase, TaskError
+from eval.rollout.tasks.task import TaskBase, TaskError, later_knob
 from studies.humanoid.expert import FOLDER
 
 STAND = "stand"
@@ -42,6 +42,9 @@ class Humanoid(TaskBase):
     width: int = 128  # of the three hidden layers
     noise: float = 0.0  # standard deviation of Gaussian noise added to each executed action
     whitening: float = 0.0  # of the inputs, below 1; 0 leaves them standardized, see Scaling
+    batch_size: int = later_knob(128)  # steps of the demonstrations in a step of training
+    # Standard deviation of Gaussian noise added to each recorded action, in units of the actions'.
+    label_noise: float = later_knob(0.0)
 
     name: ClassVar[str] = "humanoid"
     primary: ClassVar[str] = "return"
@@ -56,7 +59,8 @@ class Humanoid(TaskBase):
             f"length={self.length}: must be at most 1000": self.length <= 1000,
             f"noise={self.noise}: must be from 0 to 1": 0 <= self.noise <= 1,
             f"whitening={self.whitening}: must be at least 0 and below 1": 0 <= self.whitening < 1,
-        } | self.at_least(demonstrations=1, length=1, width=1)
+            f"label_noise={self.label_noise}: must be from 0 to 10": 0 <= self.label_noise <= 10,
+        } | self.at_least(demonstrations=1, length=1, width=1, batch_size=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

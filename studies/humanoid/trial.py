@@ -9,7 +9,7 @@ for the task and grading.py for the metrics. Requires pip install '.[humanoid]'.
 from typing import Any, ClassVar
 
 from eval.rollout.metrics import Grade
-from studies.humanoid.cloning import BATCH_SIZE, Clone, train_clone
+from studies.humanoid.cloning import Clone, train_clone
 from studies.humanoid.task import Humanoid
 from studies.sweep.policy_trial import PolicyTrial
 from trainer.presets import DOPR_KEYS
@@ -27,7 +27,6 @@ class HumanoidTrial(PolicyTrial):
 
     module = "studies.humanoid.trial"
     task_type = Humanoid
-    batch_size = BATCH_SIZE
     default_steps = 2000
     dopr_settings: ClassVar = {*DOPR_KEYS, *LAYERS}
     other_settings: ClassVar = {AVERAGE, SCHEDULE, FIRST_LAYER}
@@ -38,6 +37,10 @@ class HumanoidTrial(PolicyTrial):
         "muon": (1e-3, 2e-3, 4e-3),
         "adamuon": (1e-3, 2e-3, 4e-3),
     }
+
+    @property
+    def batch_size(self) -> int:
+        return self.task.batch_size
 
     def model_identity(self) -> dict[str, Any]:
         return super().model_identity() | {"expert": self.task.expert_hash()}
@@ -67,14 +70,15 @@ def clone_of(
 
     data_at_step: see train_clone.
     """
-    from studies.humanoid.demonstrations import demonstrations_of  # requires the simulator
+    # They require the simulator.
+    from studies.humanoid.demonstrations import demonstrations_of, labels_of
 
     dopr = {key: settings[key] for key in DOPR_KEYS if key in settings}
     dopr |= {key: [settings[key]] for key in LAYERS if key in settings}
     data = demonstrations_of(task)
     return train_clone(
         data.observations,
-        data.actions,
+        labels_of(task, data.actions),
         width=task.width,
         optimizer=settings["optimizer"],
         optimizer_args=settings.get("optimizer_args", ""),
@@ -82,6 +86,7 @@ def clone_of(
         seed=seed,
         steps=settings["max_steps"],
         dopr=dopr,
+        batch_size=task.batch_size,
         whitening=task.whitening,
         ema_decay=settings.get(AVERAGE, 0.0),
         first_layer_lr=settings.get(FIRST_LAYER),

@@ -30,11 +30,14 @@ class LdsTrial(PolicyTrial):
 
     module = "studies.sweep.lds"
     task_type = Lds
-    batch_size = BATCH_SIZE
     default_steps = 200
     dopr_settings: ClassVar = {
         *("gamma", "sigma_beta", "refresh_every", "collect_every", "exponent"),
     }
+
+    @property
+    def batch_size(self) -> int:
+        return BATCH_SIZE
 
     def train_and_grade(self) -> Grade:
         """Train the policy and return its exact grade, which is infinite if training diverged."""

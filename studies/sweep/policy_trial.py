@@ -30,10 +30,14 @@ class PolicyTrial(Trial):
 
     module: ClassVar[str]  # `python -m MODULE` repeats a run
     task_type: ClassVar[type[TaskBase]]
-    batch_size: ClassVar[int]
     default_steps: ClassVar[int]  # of the command that repeats a run
     dopr_settings: ClassVar[set[str]]  # that the name of a variant can change
     other_settings: ClassVar[set[str]] = set()
+
+    @property
+    @abstractmethod
+    def batch_size(self) -> int:
+        """The number of states in a step of training."""
 
     @abstractmethod
     def train_and_grade(self) -> Grade | None:

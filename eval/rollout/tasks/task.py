@@ -7,9 +7,9 @@ eval/rollout/ttf.py grades the checkpoints of such a run.
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from filelock import FileLock
@@ -29,6 +29,11 @@ PREPARED = Path(__file__).parents[3] / "data" / "task" / "prepared"
 
 class TaskError(DataError):
     """Raised for an unknown task, for invalid knobs, and for a model that a task cannot grade."""
+
+
+def later_knob(default: Any) -> Any:
+    """Declare a knob that a task did not have at first; stored specs without it remain valid."""
+    return field(default=default, metadata={"later": True})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +71,16 @@ class TaskBase(ABC):
 
     @property
     def spec(self) -> str:
-        """The task's name with all knobs. Equal specs denote equal tasks."""
-        knobs = "".join(f",{key}={value}" for key, value in asdict(self).items())
-        return f"task:{self.name}{knobs}"
+        """The task's name with its knobs, less each later knob that has its default.
+
+        Equal specs denote equal tasks.
+        """
+        words = [f"task:{self.name}"]
+        for knob in fields(self):
+            value = getattr(self, knob.name)
+            if value != knob.default or not knob.metadata.get("later"):
+                words.append(f"{knob.name}={value}")
+        return ",".join(words)
 
     @property
     def has_instances(self) -> bool:

@@ -16,9 +16,9 @@ def test_every_stage_is_a_command_that_compare_takes(stage, tmp_path):
     if words[0] == "grid":
         expert, demonstrations = "-".join(words[1:3]), int(words[3])
         assert len(study.variants) == 20
-    if stage.name == "why-exact":
+    if words[0] == "why":
         expert = "walk-2"
-    short = words[0] == "grid" or stage.name == "why-exact"
+    short = words[0] in {"grid", "why"}
     assert (study.tuning_seeds, study.n) == ((1, 10) if short else (2, 20))
     assert study.task.expert == expert
     assert study.task.demonstrations == (20 if stage.name.endswith("-20") else demonstrations)

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from studies.humanoid import demonstrations
-from studies.humanoid.demonstrations import N_VALIDATION, demonstrations_of, expert_policy
+from studies.humanoid.demonstrations import (
+    N_VALIDATION,
+    demonstrations_of,
+    expert_policy,
+    labels_of,
+)
 from studies.humanoid.episodes import Episodes
 from studies.humanoid.task import Humanoid
 from tests.studies.humanoid.small import SMALL
@@ -71,3 +76,14 @@ def test_noise_changes_only_the_training_states():
     assert noisy.expert_return == plain.expert_return
     for own, other in zip(noisy.val_observations, plain.val_observations, strict=True):
         np.testing.assert_array_equal(own, other)
+
+
+def test_label_noise_changes_only_the_labels():
+    noisy_task = replace(SMALL, label_noise=0.5)
+    plain, noisy = demonstrations_of(SMALL), demonstrations_of(noisy_task)
+    for name, array in vars(plain).items():
+        np.testing.assert_array_equal(getattr(noisy, name), array)
+    np.testing.assert_array_equal(labels_of(SMALL, plain.actions), plain.actions)
+    labels = labels_of(noisy_task, plain.actions)
+    np.testing.assert_array_equal(labels_of(noisy_task, plain.actions), labels)
+    assert (labels - plain.actions).std() == pytest.approx(0.5 * plain.actions.std(), rel=0.1)

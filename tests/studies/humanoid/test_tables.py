@@ -73,5 +73,6 @@ def test_the_losses_are_compared_with_that_of_a_given_base(folder, capsys):
         each["val_loss"] *= 1.5 if each["variant"] == "adamw" else 1
     write_records(folder / RECORDS, records)
     main([str(folder), "--base", "dopr-adamw"])
-    last = capsys.readouterr().out.splitlines()[-1]
+    *_, returns, last = capsys.readouterr().out.splitlines()
+    assert returns.startswith("return / that of `dopr-adamw`: `adamw` ")
     assert last.startswith("val loss / that of `dopr-adamw`: `adamw` 1.50 [1.50")

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from eval.rollout.record import write_records
+from eval.rollout.tasks import parse_task
 from eval.rollout.tasks.task import TaskError
 from studies.humanoid import trial
 from studies.humanoid.grading import grade_policy
@@ -62,16 +63,27 @@ def test_a_run_depends_on_its_settings_alone():
     assert len({first, fast, graded(refresh_every=10, sigma_beta=0.95, fresh_mean=True)}) == 3
 
 
-def test_a_study_can_average_weights_whiten_inputs_and_give_the_first_layer_its_own_rate(
-    study, tmp_path
-):
+def test_settings_of_a_variant_and_knobs_of_the_task_change_the_clone(study, tmp_path):
     names = ("adamw", "adamw+ema_decay=0.5", "adamw+embedding_lr=0.01")
     variants = [HumanoidTrial.parse_variant(each) for each in names]
-    whitened = replace(study, out=tmp_path / "whitened", task=replace(SMALL, whitening=0.5))
     trials = [replace(study, out=tmp_path).trial(each, "fresh", 2e-3, 0) for each in variants]
-    trials.append(whitened.trial(variants[0], "fresh", 2e-3, 0))
-    assert len({run_trial(each)["val_loss"] for each in trials}) == 4
+    for knob, value in {"whitening": 0.5, "label_noise": 0.5, "batch_size": 64}.items():
+        other = replace(study, out=tmp_path / knob, task=replace(SMALL, **{knob: value}))
+        trials.append(other.trial(variants[0], "fresh", 2e-3, 0))
+    found = [run_trial(each) for each in trials]
+    assert len({each["val_loss"] for each in found}) == 6
+    assert [each["tokens"] for each in found] == 5 * [5 * 128] + [5 * 64]
     assert trials[-1].first_rates("adamw") == HumanoidTrial.grids["adamw"]
+
+
+def test_a_record_from_before_a_knob_existed_is_of_the_task_with_its_default():
+    assert "noise=0.0" in SMALL.spec
+    assert "label_noise" not in SMALL.spec
+    assert "batch_size" not in SMALL.spec
+    other = replace(SMALL, label_noise=0.5)
+    assert other.spec == f"{SMALL.spec},label_noise=0.5"
+    for task in (SMALL, other):
+        assert parse_task(task.spec, {"humanoid": Humanoid}) == task
 
 
 def test_the_records_of_a_study_have_positive_errors_and_the_references(study, records):
