@@ -4,8 +4,9 @@
     python -m studies.humanoid.all_stages noise           the stages whose names begin like this
 
 A stage is one command of studies.sweep.compare, with a folder of its own under --out. The clones
-are those of the expert `walk-1`, but for the stages `stand`, `grid-...` and `why-...`. The
-comparison at equal validation loss is a command of its own, studies.humanoid.matched.
+are those of the expert `walk-1`, but for the stages `stand`, `grid-...`, `why-...` and
+`own-sigma-...`. The comparison at equal validation loss is a command of its own,
+studies.humanoid.matched.
 """
 
 import sys
@@ -30,9 +31,11 @@ FIRST_LAYER_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 8e-3, 1.6e-2)
 MODES = ("{}", "dopr-{}", "fast-dopr-{}", "fast-dopr-{}+fresh_mean=true")
 
 
-def short_stage(name: str, task: str, optimizers: tuple[str, ...]) -> RolloutStage:
+def short_stage(
+    name: str, task: str, optimizers: tuple[str, ...], seeds: int = SEEDS
+) -> RolloutStage:
     """Return a stage with half of the steps and episodes of the others, and one tuning seed."""
-    return RolloutStage(name, task, STEPS // 2, optimizers, SEEDS, tuning_seeds=1, episodes=10)
+    return RolloutStage(name, task, STEPS // 2, optimizers, seeds, tuning_seeds=1, episodes=10)
 
 
 GRID = tuple(  # every optimizer in every mode
@@ -43,6 +46,19 @@ GRID = tuple(  # every optimizer in every mode
     )
     for n in (10, 20)
     for expert in ("walk-0", "walk-1", "walk-2")
+)
+OWN_SIGMA = tuple(  # 200 to 204 are the seeds of `grid`
+    short_stage(
+        f"own-sigma-{base}{suffix}",
+        f"humanoid,expert={expert},demonstrations=10{knobs}",
+        tuple(variant.format(base) for variant in variants),
+        seeds=13,
+    )
+    for base, expert in (("adamw", "walk-2"), ("signum", "walk-1"))
+    for suffix, knobs, variants in (
+        ("", "", ("{}", "dopr-{}", "dopr-{}+sigma_beta=0.5", "dopr-{}+sigma_beta=0.95")),
+        ("-another", ",sigma_batch=another", ("dopr-{}",)),
+    )
 )
 STAGES = (
     RolloutStage("optimizers", TASK, STEPS, OPTIMIZERS),
@@ -77,6 +93,7 @@ STAGES = (
         "humanoid,expert=walk-2,demonstrations=10,batch_size=512",
         ("adamw", "dopr-adamw", "dopr-adamw+sigma_beta=0.95"),
     ),
+    *OWN_SIGMA,
     *GRID,
 )
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from optim.schedule import lr_scale
-from studies.sweep.optimizers import build, finish, step
+from studies.sweep.optimizers import build, finish, precondition, step
 from trainer.evaluation_weights import evaluation_weights
 
 WARMUP_STEPS = 50
+OTHER_BATCHES = 1_000_000  # added to the seed of batches that only give Σ
 N_HIDDEN = 3  # layers
 LOWEST_SCALE = 1e-3  # by which an observation is divided
 CLIP_INPUTS = 10.0  # the largest standardized input; forces of rare contacts reach thousands
@@ -96,6 +97,7 @@ def train_clone(
     steps: int,
     dopr: dict[str, Any],
     batch_size: int = 128,
+    own_sigma: bool = True,
     optimizer_args: str = "",
     whitening: float = 0.0,
     ema_decay: float = 0.0,
@@ -109,6 +111,8 @@ def train_clone(
         observations, actions: of the expert, (n, 348) and (n, 17).
         optimizer, lr, dopr, optimizer_args: see studies.sweep.optimizers.build.
         seed: seed of the weights and of the batches, the same for all optimizers.
+        own_sigma: whether DoPr's Σ is of the batch of the gradient. If not, it is of another batch,
+            drawn in every step.
         whitening: of the inputs, see Scaling.of.
         ema_decay: above 0, the policy has an exponential moving average of the weights.
         first_layer_lr: learning rate of the first layer's weight, if it is not `lr`.
@@ -120,25 +124,36 @@ def train_clone(
     x, y = scaling.inputs(observations), scaling.targets(actions)  # (n, k), (n, 17)
     network = make_network(x.shape[1], y.shape[1], width, seed)
     own_lr = {} if first_layer_lr is None else {"0.weight": first_layer_lr}
-    optimizers = build(network, optimizer, lr, dopr, optimizer_args, own_lr)
+    optimizers = build(network, optimizer, lr, {}, optimizer_args, own_lr)
+    preconditioner = precondition(network, optimizers, dopr) if dopr else None
     average_of = get_ema_multi_avg_fn(ema_decay)
     average = AveragedModel(network, multi_avg_fn=average_of) if ema_decay else None
     generator = torch.Generator().manual_seed(seed)
+    others = torch.Generator().manual_seed(seed + OTHER_BATCHES)
     warmup = min(WARMUP_STEPS, steps // 10)
     lr_scale_at = partial(
         lr_scale, schedule=schedule, warmup_steps=warmup, max_steps=steps, min_lr_ratio=0
     )
+
+    def loss_of(batch: Tensor) -> Tensor:  # (batch_size,), rows of x and y
+        return (network(x[batch]) - y[batch]).square().mean()
+
     for i in range(steps):
         if data_at_step and i in data_at_step:
             with evaluation_weights(optimizers):
                 observations, actions = data_at_step[i](Clone(scaling, network))
             x = torch.cat([x, scaling.inputs(observations)])
             y = torch.cat([y, scaling.targets(actions)])
-        batch = torch.randint(len(x), (batch_size,), generator=generator)
-        loss = (network(x[batch]) - y[batch]).square().mean()
+        loss = loss_of(torch.randint(len(x), (batch_size,), generator=generator))
         if not loss.isfinite():
             return None
-        loss.backward()
+        if preconditioner and not own_sigma:
+            loss_of(torch.randint(len(x), (batch_size,), generator=others)).backward()
+            network.zero_grad()
+            with preconditioner.paused():
+                loss.backward()
+        else:
+            loss.backward()
         step(optimizers, lr_scale_at(i))
         if average:
             average.update_parameters(network)

@@ -22,6 +22,7 @@ from eval.rollout.tasks.task import TaskBase, TaskError, later_knob
 from studies.humanoid.expert import FOLDER
 
 STAND = "stand"
+OWN, ANOTHER = "own", "another"  # a batch
 
 
 def experts() -> tuple[str, ...]:
@@ -44,7 +45,11 @@ class Humanoid(TaskBase):
     whitening: float = 0.0  # of the inputs, below 1; 0 leaves them standardized, see Scaling
     batch_size: int = later_knob(128)  # steps of the demonstrations in a step of training
     # Standard deviation of Gaussian noise added to each recorded action, in units of the actions'.
+    # It is drawn once and is the same for all seeds.
     label_noise: float = later_knob(0.0)
+    sigma_batch: str = later_knob(
+        OWN
+    )  # that gives Σ in each step: that of the gradient, or another
 
     name: ClassVar[str] = "humanoid"
     primary: ClassVar[str] = "return"
@@ -59,6 +64,9 @@ class Humanoid(TaskBase):
             f"length={self.length}: must be at most 1000": self.length <= 1000,
             f"noise={self.noise}: must be from 0 to 1": 0 <= self.noise <= 1,
             f"whitening={self.whitening}: must be at least 0 and below 1": 0 <= self.whitening < 1,
+            f"sigma_batch={self.sigma_batch}: must be {OWN} or {ANOTHER}": (
+                self.sigma_batch in (OWN, ANOTHER)
+            ),
             f"label_noise={self.label_noise}: must be from 0 to 10": 0 <= self.label_noise <= 10,
         } | self.at_least(demonstrations=1, length=1, width=1, batch_size=1)
 

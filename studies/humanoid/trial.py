@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from eval.rollout.metrics import Grade
 from studies.humanoid.cloning import Clone, train_clone
-from studies.humanoid.task import Humanoid
+from studies.humanoid.task import OWN, Humanoid
 from studies.sweep.policy_trial import PolicyTrial
 from trainer.presets import DOPR_KEYS
 
@@ -87,6 +87,7 @@ def clone_of(
         steps=settings["max_steps"],
         dopr=dopr,
         batch_size=task.batch_size,
+        own_sigma=task.sigma_batch == OWN,
         whitening=task.whitening,
         ema_decay=settings.get(AVERAGE, 0.0),
         first_layer_lr=settings.get(FIRST_LAYER),

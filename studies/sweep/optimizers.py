@@ -48,8 +48,15 @@ def build(
     if optimizer not in OPTIMIZERS:
         seed_all(0)
     if dopr:
-        ActivationPreconditioner(model, **DOPR | dopr).attach(*optimizers)
+        precondition(model, optimizers, dopr)
     return optimizers
+
+
+def precondition(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], dopr: dict[str, Any]
+) -> ActivationPreconditioner:
+    """Attach a preconditioner with these settings to the optimizers, and return it."""
+    return ActivationPreconditioner(model, **DOPR | dopr).attach(*optimizers)
 
 
 def default_settings(optimizer: str, has_dopr: bool) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from scipy.linalg import sqrtm
 
 from optim.build import OPTIMIZERS
 from studies.humanoid import cloning
-from studies.humanoid.cloning import CLIP_INPUTS, Scaling, train_clone
+from studies.humanoid.cloning import CLIP_INPUTS, OTHER_BATCHES, Scaling, train_clone
 from studies.sweep.optimizers import step
 
 RATES = {"sgd": 0.03, "adamw": 0.003, "signum": 0.005, "muon": 0.02, "adamuon": 0.02}
@@ -36,6 +36,10 @@ def clone(data, optimizer="adamw", *, seed=0, steps=20, lr=None, dopr=None, **ot
         **others,
     )
     return found and found(data[0])
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("dopr", [{}, {"refresh_every": 1}], ids=["base", "dopr"])
@@ -69,6 +73,30 @@ def test_dopr_and_each_of_its_settings_change_the_clone(data):
     found = [clone(data, dopr=each) for each in settings]
     for i, own in enumerate(found):
         assert all(np.any(own != other) for other in found[:i])
+
+
+def test_the_covariance_is_that_of_the_batch_or_of_another_one(data):
+    """The first step of SGD must be that of a dense fp64 solve, for the layer of the outputs."""
+    gamma, lr = 0.1, 1.0
+    settings = {"width": 16, "optimizer": "sgd", "lr": lr, "seed": 3, "steps": 1, "batch_size": 7}
+    dopr = {"refresh_every": 1, "gamma": gamma}
+    start = cloning.make_network(11, 3, 16, seed=3)
+    x, y = Scaling.of(*data).inputs(data[0]), Scaling.of(*data).targets(data[1])
+    batches = [torch.randint(400, (7,), generator=seeded(3 + n)) for n in (0, OTHER_BATCHES)]
+    G = torch.autograd.grad((start(x[batches[0]]) - y[batches[0]]).square().mean(), start[6].weight)
+    for own_sigma, batch in zip((True, False), batches, strict=True):
+        found = train_clone(*data, dopr=dopr, own_sigma=own_sigma, **settings).network[6].weight
+        z = start[:6](x[batch]).double()
+        sigma = z.mT @ z / len(z)
+        m = sigma.trace() / 16
+        M = m * torch.linalg.solve(sigma + gamma * m * torch.eye(16), G[0].double(), left=False)
+        expected = start[6].weight.double() - lr * M
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
+        assert (found - start[6].weight).abs().max() > 0.01
+
+
+def test_without_dopr_the_batch_of_the_covariance_does_not_matter(data):
+    np.testing.assert_array_equal(clone(data, own_sigma=False), clone(data))
 
 
 def test_a_clone_whose_loss_is_not_finite_is_none(data):

@@ -64,15 +64,16 @@ def test_a_run_depends_on_its_settings_alone():
 
 
 def test_settings_of_a_variant_and_knobs_of_the_task_change_the_clone(study, tmp_path):
-    names = ("adamw", "adamw+ema_decay=0.5", "adamw+embedding_lr=0.01")
+    names = ("adamw", "adamw+ema_decay=0.5", "adamw+embedding_lr=0.01", "dopr-adamw")
     variants = [HumanoidTrial.parse_variant(each) for each in names]
     trials = [replace(study, out=tmp_path).trial(each, "fresh", 2e-3, 0) for each in variants]
-    for knob, value in {"whitening": 0.5, "label_noise": 0.5, "batch_size": 64}.items():
+    knobs = {"whitening": 0.5, "label_noise": 0.5, "sigma_batch": "another", "batch_size": 64}
+    for knob, value in knobs.items():
         other = replace(study, out=tmp_path / knob, task=replace(SMALL, **{knob: value}))
-        trials.append(other.trial(variants[0], "fresh", 2e-3, 0))
+        trials.append(other.trial(variants[-1], "fresh", 2e-3, 0))
     found = [run_trial(each) for each in trials]
-    assert len({each["val_loss"] for each in found}) == 6
-    assert [each["tokens"] for each in found] == 5 * [5 * 128] + [5 * 64]
+    assert len({each["val_loss"] for each in found}) == 8
+    assert [each["tokens"] for each in found] == 7 * [5 * 128] + [5 * 64]
     assert trials[-1].first_rates("adamw") == HumanoidTrial.grids["adamw"]
 
 
