@@ -2,10 +2,10 @@
 
     python -m studies.humanoid.tables studies/results/humanoid/optimizers
 
-Differences are paired over seeds, with 95 % t-intervals; so are the ratios of validation losses,
-which --base adds. Numbers are of the runs that did not diverge; the return says how many did. The
-last column is the learning rate with the highest return on the tuning seeds, where that differs
-from the one with the lowest validation loss.
+Differences are paired over seeds, with 95 % t-intervals; so are the ratios of returns and of
+validation losses, which --base adds. Numbers are of the runs that did not diverge; the return says
+how many did. The last column is the learning rate with the highest return on the tuning seeds,
+where that differs from the one with the lowest validation loss.
 """
 
 import argparse
@@ -92,15 +92,31 @@ def rate_of_rollouts(tuning: list[Record], chosen: float) -> str:
     return "" if best == chosen else f"{best:g}"
 
 
-def table(folder: Path, reference: str | None = None) -> str:
-    """Return the table of the study in a folder.
-
-    reference: the optimizer to compare with; None compares each one with its base.
-    """
+def records_of(folder: Path, first_seed: int = 0) -> list[Record]:
+    """Return the tuning runs of a study of clones, and its other runs from a seed on."""
     records = load_records([folder])
     if others := {record["task"] for record in records} - {Humanoid.name}:
         raise AnalysisError(f"{folder} is a study of {', '.join(others)}, not of clones")
+    return [each for each in records if each["role"] == "tuning" or each["seed"] >= first_seed]
+
+
+def table(
+    folder: Path,
+    reference: str | None = None,
+    base_folder: Path | None = None,
+    first_seed: int = 0,
+) -> str:
+    """Return the table of the study in a folder.
+
+    Args:
+        reference: the optimizer to compare with; None compares each one with its base.
+        base_folder: of the study with the runs to compare with, if that is another one.
+        first_seed: leaves out the reported runs of lower seeds.
+    """
+    records = records_of(folder, first_seed)
+    compared = records_of(base_folder, first_seed) if base_folder else records
     fresh = by_variant(filter(is_reported, records))
+    references = by_variant(filter(is_reported, compared))
     tuning = by_variant(record for record in records if record["role"] == "tuning")
     rows = []
     for name, runs in fresh.items():
@@ -108,8 +124,8 @@ def table(folder: Path, reference: str | None = None) -> str:
         own = [run for run in runs if is_finished(run)]
         lost = f" ({len(runs) - len(own)} of {len(runs)} diverged)" if len(own) < len(runs) else ""
         minus = [
-            "" if name == base else with_half(difference(own, others), "+,.0f")
-            for others in (fresh.get(base, []), at_rate(records, base, lr))
+            "" if name == base and not base_folder else with_half(difference(own, others), "+,.0f")
+            for others in (references.get(base, []), at_rate(compared, base, lr))
         ]
         rows.append(
             (
@@ -125,16 +141,27 @@ def table(folder: Path, reference: str | None = None) -> str:
     return markdown((*HEADER, *COMPARED), rows)
 
 
-def ratios(folder: Path, reference: str, name: str, log_value: Callable[[Record], float]) -> str:
+def ratios(
+    folder: Path,
+    reference: str,
+    name: str,
+    log_value: Callable[[Record], float],
+    base_folder: Path | None = None,
+    first_seed: int = 0,
+) -> str:
     """Return a line: the value `name` of each optimizer over that of `reference`, by seed.
 
-    Means are geometric. log_value: the logarithm of the value in a record.
+    Means are geometric. log_value: the logarithm of the value in a record. See `table` for the
+    others.
     """
-    fresh = by_variant(filter(is_reported, load_records([folder])))
+    fresh, references = (
+        by_variant(filter(is_reported, records_of(each, first_seed)))
+        for each in (folder, base_folder or folder)
+    )
     found = [
-        f"`{variant}` {plain(times(difference(own, fresh[reference], log_value)))}"
+        f"`{variant}` {plain(times(difference(own, references.get(reference, []), log_value)))}"
         for variant, own in fresh.items()
-        if variant != reference
+        if variant != reference or base_folder
     ]
     return f"{name} / that of `{reference}`: {', '.join(found)}"
 
@@ -151,17 +178,20 @@ def parse(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]
     parser = command_parser("studies.humanoid.tables", __doc__)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--base", help="compare all others with this one, not with their bases")
+    parser.add_argument("--base_folder", type=Path, help="the study that --base is in, if another")
+    parser.add_argument("--first_seed", type=int, default=0, help="leave out runs of lower seeds")
     return parser, parser.parse_args(argv)
 
 
 def main(argv: list[str]) -> None:
     parser, arguments = parse(argv)
     with reported_errors(parser):
+        selected = arguments.base_folder, arguments.first_seed
         for folder in arguments.folders:
-            print(f"{folder.name}\n\n{table(folder, arguments.base)}\n")
+            print(f"{folder.name}\n\n{table(folder, arguments.base, *selected)}\n")
             if arguments.base:
-                print(ratios(folder, arguments.base, "return", log_return))
-                print(ratios(folder, arguments.base, "val loss", log_loss))
+                print(ratios(folder, arguments.base, "return", log_return, *selected))
+                print(ratios(folder, arguments.base, "val loss", log_loss, *selected))
 
 
 if __name__ == "__main__":

@@ -76,3 +76,16 @@ def test_the_losses_are_compared_with_that_of_a_given_base(folder, capsys):
     *_, returns, last = capsys.readouterr().out.splitlines()
     assert returns.startswith("return / that of `dopr-adamw`: `adamw` ")
     assert last.startswith("val loss / that of `dopr-adamw`: `adamw` 1.50 [1.50")
+
+
+def test_a_study_is_compared_with_another_one_from_a_seed_on(folder, tmp_path, capsys):
+    other = tmp_path / "other"
+    write_records(
+        other / RECORDS, [run("dopr-adamw", seed, 110.0 * seed + 7, lr=0.02) for seed in (1, 2, 3)]
+    )
+    main([str(other), "--base", "dopr-adamw", "--base_folder", str(folder), "--first_seed", "2"])
+    name, _, _, _, line, _, returns, losses = capsys.readouterr().out.splitlines()
+    assert name == "other"
+    assert "| `dopr-adamw` | 0.02 | 0.00200 | 282 | 0.25 | +7 | +7 |" in line
+    assert returns.startswith("return / that of `dopr-adamw`: `dopr-adamw` 1.03")
+    assert losses.startswith("val loss / that of `dopr-adamw`: `dopr-adamw` 1.00")
