@@ -68,6 +68,8 @@ def iterate_in_pool(
     function: Callable[[Task], Result], tasks: Sequence[Task], workers: int, about: str = ""
 ) -> Iterator[Result]:
     """Yield the results in the order of the tasks, and show progress."""
+    if not tasks:
+        return
     with worker_pool(workers) as pool:
         yield from tqdm(pool.map(function, tasks), total=len(tasks), desc=about)
 

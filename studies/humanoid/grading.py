@@ -12,7 +12,7 @@ curves              survival: the share of episodes that go on, after every STRI
                     action_error: as above, the mean over STRIDE steps
 
 Squared errors are means over the 17 dimensions of an action, divided by the variance of the
-demonstrated actions, as in the training loss. Intervals are over episodes.
+demonstrated actions, here without the task's `label_noise`. Intervals are over episodes.
 """
 
 import numpy as np

@@ -26,15 +26,20 @@ Statistics = dict[str, tuple[Tensor, Tensor]]  # {layer: (G (m, d), Σ (d, d))}
 def statistics(model: nn.Module, names: Iterable[str], loss_of: Callable[[], Tensor]) -> Statistics:
     """Return G and Σ of the named linear layers on the batch whose loss `loss_of` computes.
 
-    Each layer must be used once.
+    Raises ValueError if a layer is used more than once.
     """
     layers = {name: model.get_submodule(name) for name in names}
     inputs: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable:
-        return lambda _, arguments: inputs.update({name: arguments[0].detach().flatten(0, -2)})
+    def keep(name: str, layer_inputs: tuple[Tensor, ...]) -> None:
+        if name in inputs:
+            raise ValueError(f"layer {name} is used more than once")
+        inputs[name] = layer_inputs[0].detach().flatten(0, -2)
 
-    hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, given, name=name: keep(name, given))
+        for name, layer in layers.items()
+    ]
     try:
         weights = [model.get_parameter(f"{name}.weight") for name in layers]
         gradients = torch.autograd.grad(loss_of(), weights)

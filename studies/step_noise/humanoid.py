@@ -55,6 +55,8 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     with reported_errors(parser):
         at_least(0, seed=arguments.seed)
+        if not arguments.lr > 0:
+            raise ValueError(f"--lr={arguments.lr:g}: must be above 0")
         task = parse_task(arguments.task, {Humanoid.name: Humanoid})
         batches = statistics_of(task, arguments.lr, arguments.steps, arguments.seed)
         print(table(batches, default_settings("adamw", has_dopr=True)["gamma"]))

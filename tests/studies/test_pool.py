@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from studies import pool
 from studies.pool import map_in_pool, worker_pool
 from tests.waiting import PATIENCE, wait_until
 
@@ -70,3 +71,9 @@ def test_an_exception_ends_a_worker_in_the_middle_of_its_task(tmp_path):
     with pytest.raises(KeyError):
         fail()
     wait_until(lambda: not is_alive(int(file.read_text())))
+
+
+def test_without_tasks_nothing_starts_and_nothing_is_shown(capsys, monkeypatch):
+    monkeypatch.setattr(pool, "worker_pool", None)
+    assert map_in_pool(len, [], 2) == []
+    assert capsys.readouterr().err == ""

@@ -38,6 +38,14 @@ def test_a_step_behind_its_own_covariance_is_that_of_exact_mode():
         torch.testing.assert_close(M, expected, rtol=1e-6, atol=0)
 
 
+def test_a_layer_that_is_used_twice_is_refused():
+    layer = nn.Linear(5, 5).double()
+    x = drawn(2, 5, seed=0)
+    with pytest.raises(ValueError, match="layer 0 is used more than once"):
+        statistics(nn.Sequential(layer), ("0",), lambda: layer(layer(x)).sum())
+    assert not layer._forward_pre_hooks
+
+
 def test_one_covariance_can_be_that_of_all_batches():
     G, z = drawn(3, 4, 6, seed=2), drawn(9, 6, seed=3)
     sigma = z.mT @ z / 9

@@ -40,6 +40,7 @@ def test_wrong_arguments_are_refused(capsys, tmp_path):
     for main, arguments, message in (
         (humanoid.main, ["--task", "humanoid,expert=run"], "expert=run: must be one of"),
         (humanoid.main, ["--task", SPEC, "--lr", "1e9"], "training diverged at --lr 1e+09"),
+        (humanoid.main, ["--task", SPEC, "--lr", "0"], "--lr=0: must be above 0"),
         (humanoid.main, ["--task", SPEC, "--seed", "-1"], "seed"),
         (checkpoint.main, [str(tmp_path)], "no checkpoint"),
     ):
