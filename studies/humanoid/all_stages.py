@@ -5,7 +5,7 @@
 
 A stage is one command of studies.sweep.compare, with a folder of its own under --out. The clones
 are those of the expert `walk-1`, but for the stages `stand`, `grid-...`, `why-...` and
-`own-sigma-...`. The comparison at equal validation loss is a command of its own,
+`own-...`. The comparison at equal validation loss is a command of its own,
 studies.humanoid.matched.
 """
 
@@ -60,6 +60,15 @@ OWN_SIGMA = tuple(  # 200 to 204 are the seeds of `grid`
         ("-another", ",sigma_batch=another", ("dopr-{}",)),
     )
 )
+OTHER_BATCHES = tuple(
+    short_stage(
+        f"own-batch-{size}",
+        f"humanoid,expert=walk-2,demonstrations=10,batch_size={size}",
+        ("dopr-adamw", "dopr-adamw+sigma_beta=0.95"),
+        seeds=8,
+    )
+    for size in (64, 256)
+)
 STAGES = (
     RolloutStage("optimizers", TASK, STEPS, OPTIMIZERS),
     RolloutStage("noise", f"{TASK},noise=0.08", STEPS, PAIR, SEEDS),
@@ -94,6 +103,7 @@ STAGES = (
         ("adamw", "dopr-adamw", "dopr-adamw+sigma_beta=0.95"),
     ),
     *OWN_SIGMA,
+    *OTHER_BATCHES,
     *GRID,
 )
 
