@@ -149,7 +149,7 @@ def train_clone(
             return None
         if preconditioner and not own_sigma:
             loss_of(torch.randint(len(x), (batch_size,), generator=others)).backward()
-            network.zero_grad()
+            network.zero_grad(set_to_none=False)  # the same gradients, so that DoPr does not warn
             with preconditioner.paused():
                 loss.backward()
         else:

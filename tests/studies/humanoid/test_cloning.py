@@ -95,6 +95,11 @@ def test_the_covariance_is_that_of_the_batch_or_of_another_one(data):
         assert (found - start[6].weight).abs().max() > 0.01
 
 
+def test_dopr_does_not_warn_of_the_gradients_that_only_give_the_covariance(data, caplog):
+    clone(data, dopr={"refresh_every": 1}, own_sigma=False)
+    assert not caplog.records
+
+
 def test_without_dopr_the_batch_of_the_covariance_does_not_matter(data):
     np.testing.assert_array_equal(clone(data, own_sigma=False), clone(data))
 
