@@ -3,9 +3,10 @@
     python -m studies.board.page [--board studies/results/board] [--figure docs/board.png]
 
 A table for each task, of the published and of the hidden seeds: the rollout error with DoPr over
-that without, each at its own learning rate and at equal rates, with 95 % intervals over seeds. The
-figure shows the rollout error against the time of a step (bench.board_costs); an arrow leads from
-an optimizer alone to the same with DoPr.
+that without, each at its own learning rate and at equal rates, with 95 % intervals over seeds; for
+a metric that is better if higher, such as the return, also its own ratio. The figure shows the
+rollout error against the time of a step; an arrow leads from an optimizer alone to the same with
+DoPr. bench.board_costs measures the times, which are the same for all language tasks.
 """
 
 import math
@@ -21,16 +22,27 @@ from data.files import write_atomic
 from eval.command import command_parser
 from eval.tables import markdown
 from studies.board.stages import TASKS
+from studies.humanoid.tables import difference
+from studies.humanoid.task import Humanoid
 from studies.report.format import number, times
 from studies.report.style import GREY, INK, STYLE, save_png
 from studies.rollout.results import plain
 from studies.rows import load_rows
 from studies.stats.analysis import Compared, LeaderboardRow, leaderboard
-from studies.stats.records import RECORDS, AnalysisError, Record, read_records
+from studies.stats.errors import error_of_metric, primary
+from studies.stats.records import (
+    RECORDS,
+    AnalysisError,
+    Record,
+    by_variant,
+    is_reported,
+    read_records,
+)
 from studies.submit.repeat import HIDDEN
 from studies.sweep.variants import FAST_PREFIX
 
-COSTS = Path("bench/results/board_costs.json")
+COSTS = Path("bench/results")
+CLONES_COSTS, LANGUAGE_COSTS = "board_costs_humanoid.json", "board_costs.json"
 FILES = (RECORDS, HIDDEN)  # of the published and of the hidden seeds
 Board = dict[str, dict[str, list[Record]]]  # {task: {name of the file: records}}
 Costs = dict[str, dict[str, float]]  # {variant: {"ms": time of a step, "MiB": its state}}
@@ -42,20 +54,36 @@ def boards(place: Path) -> Board:
     return {task: records for task, records in found.items() if records[RECORDS]}
 
 
-def tables(board: Board, costs: Costs) -> str:
+def costs_of(board: Board, folder: Path) -> dict[str, Costs]:
+    """Return the costs of the variants of each task.
+
+    Raises AnalysisError if the file of a task has none.
+    """
+    found = {}
+    for task in board:
+        path = folder / (CLONES_COSTS if task == Humanoid.name else LANGUAGE_COSTS)
+        found[task] = load_rows(path, itemgetter("variant"))
+        if not found[task]:
+            raise AnalysisError(f"{path} has no costs; run bench.board_costs")
+    return found
+
+
+def tables(board: Board, costs: dict[str, Costs]) -> str:
     """Return the tables of all tasks in Markdown."""
     parts = ["# The board", "", "Written by `python -m studies.board.page`.", ""]
     for task, records in board.items():
-        parts += [f"## {task}", "", task_table(records, costs), ""]
+        parts += [f"## {task}", "", task_table(records, costs[task]), ""]
     return "\n".join(parts)
 
 
 def task_table(records: dict[str, list[Record]], costs: Costs) -> str:
     """Return a row for each optimizer without DoPr, with the gain that DoPr brings."""
     published, hidden = (_rows(records[name]) for name in FILES)
-    metric = records[RECORDS][0]["primary"]
-    header = ["optimizer", "rate", f"{metric} alone", "with DoPr", "DoPr / alone, own rates"]
-    header += ["equal rates", "hidden seeds", "ms a step", "with DoPr", "state, MiB", "with DoPr"]
+    metric, error = _metric_and_error(records[RECORDS])
+    header = ["optimizer", "rate", f"{metric} alone", "with DoPr"]
+    header += [f"{error}, DoPr / alone, own rates", "equal rates", "hidden seeds"]
+    header += [f"{metric}, DoPr / alone", "hidden seeds"] if metric != error else []
+    header += ["ms a step", "with DoPr", "state, MiB", "with DoPr"]
     lines = []
     for name, row in published.items():
         if row.variant != row.base or not (pair := published.get(FAST_PREFIX + name)):
@@ -67,6 +95,7 @@ def task_table(records: dict[str, list[Record]], costs: Costs) -> str:
                 *(number(each.primary.mean) for each in (row, pair)),
                 *map(_factor, (pair.versus_base, pair.at_this_rate)),
                 _factor(again.versus_base if again else None),
+                *(_ratio(records[file], name) for file in FILES if metric != error),
                 *(
                     number(costs[each][key]) if each in costs else ""
                     for key in ("ms", "MiB")
@@ -85,13 +114,29 @@ def _factor(compared: Compared | None) -> str:
     return plain(times(compared.difference)) if compared else ""
 
 
-def draw(board: Board, costs: Costs) -> Figure:
+def _metric_and_error(records: list[Record]) -> tuple[str, str]:
+    """Return the names of the metric that ranks and of the rollout error: equal if lower is better.
+
+    See studies/stats/errors.py.
+    """
+    metric, higher = records[0]["primary"], records[0]["higher_is_better"]
+    return metric, error_of_metric(metric, higher_is_better=higher).source
+
+
+def _ratio(records: list[Record], name: str) -> str:
+    """Return the ratio of the metric with DoPr to that without, a geometric mean over seeds."""
+    fresh = by_variant(filter(is_reported, records))
+    own, others = fresh.get(FAST_PREFIX + name, []), fresh.get(name, [])
+    return plain(times(difference(own, others, lambda record: math.log(primary(record)))))
+
+
+def draw(board: Board, costs: dict[str, Costs]) -> Figure:
     """Draw a panel for each task: rollout error against the time of a step."""
     with rc_context(STYLE):
         figure = Figure(figsize=(4.8 * len(board), 3.6), layout="constrained")
         panels = figure.subplots(1, len(board), squeeze=False)[0]
         for ax, (task, records) in zip(panels, board.items(), strict=True):
-            _panel(ax, task, records[RECORDS], costs)
+            _panel(ax, task, records[RECORDS], costs[task])
         return figure
 
 
@@ -109,7 +154,7 @@ def _panel(ax: Axes, task: str, records: list[Record], costs: Costs) -> None:
         ax.annotate(
             name.split("+")[0], (x[0], y[0]), (0, 5), textcoords="offset points", fontsize=7
         )
-    error = records[0]["primary"]
+    _, error = _metric_and_error(records)
     ax.set_title(task)
     ax.set_xlabel("milliseconds a step")
     ax.set_ylabel(f"rollout error ({error}), lower is better")
@@ -128,9 +173,7 @@ def main(argv: list[str]) -> None:
             raise AnalysisError(
                 f"{arguments.board} contains no records; add some by studies.submit"
             )
-        costs = load_rows(arguments.costs, itemgetter("variant"))
-        if not costs:
-            raise AnalysisError(f"{arguments.costs} has no costs; run bench.board_costs")
+        costs = costs_of(board, arguments.costs)
         write_atomic(arguments.board / "tables.md", tables(board, costs))
         save_png(draw(board, costs), arguments.figure)
     except (ValueError, OSError) as error:

@@ -11,6 +11,7 @@ nothing in common. Everything is computed in float64.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -31,15 +32,12 @@ def statistics(model: nn.Module, names: Iterable[str], loss_of: Callable[[], Ten
     layers = {name: model.get_submodule(name) for name in names}
     inputs: dict[str, Tensor] = {}
 
-    def keep(name: str, layer_inputs: tuple[Tensor, ...]) -> None:
+    def keep(name: str, _: nn.Module, layer_inputs: tuple[Tensor, ...]) -> None:
         if name in inputs:
             raise ValueError(f"layer {name} is used more than once")
         inputs[name] = layer_inputs[0].detach().flatten(0, -2)
 
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, given, name=name: keep(name, given))
-        for name, layer in layers.items()
-    ]
+    hooks = [layer.register_forward_pre_hook(partial(keep, name)) for name, layer in layers.items()]
     try:
         weights = [model.get_parameter(f"{name}.weight") for name in layers]
         gradients = torch.autograd.grad(loss_of(), weights)

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import pytest
 import torch
 
 from bench import board_costs
@@ -20,9 +21,10 @@ def test_the_state_counts_every_tensor_once():
     assert state_bytes([optimizer]) == 2 * weight.nbytes + 4 + 16
 
 
-def test_dopr_adds_time_and_memory(tmp_path, monkeypatch):
+@pytest.mark.parametrize("task", ["pdfa", "humanoid"])
+def test_dopr_adds_time_and_memory(task, tmp_path, monkeypatch):
     out = tmp_path / "costs.json"
-    argv = ["board_costs", "--rounds", "1", "--bases", "sgd", "--out", str(out)]
+    argv = ["board_costs", "--rounds", "1", "--bases", "sgd", "--task", task, "--out", str(out)]
     monkeypatch.setattr(sys, "argv", argv)
     board_costs.main()
     alone, pair = json.loads(out.read_text())["rows"]

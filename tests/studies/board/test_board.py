@@ -30,12 +30,12 @@ def board(tmp_path):
     write_records(place / "records.jsonl", [*alone, *pair, *control, *runs("sgd", [9.0] * 3)])
     write_records(place / "hidden.jsonl", [*alone, *runs("fast-dopr-adamw", [8.0, 4.0, 2.0])])
     rows = [{"variant": name, "ms": ms, "MiB": mib} for name, (ms, mib) in COSTS.items()]
-    (tmp_path / "costs.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / page.LANGUAGE_COSTS).write_text(json.dumps({"rows": rows}))
     return tmp_path
 
 
 def write(folder) -> None:
-    places = {"board": "board", "costs": "costs.json", "figure": "board.png"}
+    places = {"board": "board", "costs": ".", "figure": "board.png"}
     page.main([word for key, name in places.items() for word in (f"--{key}", str(folder / name))])
 
 
@@ -56,11 +56,49 @@ def test_an_optimizer_without_its_pair_has_no_row(board):
 
 def test_the_figure_has_an_arrow_for_each_pair_with_costs(board):
     costs = {name: {"ms": ms, "MiB": mib} for name, (ms, mib) in COSTS.items()}
-    (ax,) = page.draw(page.boards(board / "board"), costs).axes
+    (ax,) = page.draw(page.boards(board / "board"), {"pdfa": costs}).axes
     arrows = [each for each in ax.texts if each.arrow_patch is not None]  # pyright: ignore
     assert [each.xy for each in arrows] == [(11.0, pytest.approx(2.0))]
     write(board)
     assert (board / "board.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_metric_that_is_better_if_higher_has_its_own_ratio_and_costs(board):
+    def clones(variant, returns):
+        metrics = [
+            {
+                key: {"mean": mean, "lo": mean, "hi": mean, "n": 9}
+                for key, mean in (("return", value), ("shortfall", 1 - value / 8))
+            }
+            for value in returns
+        ]
+        grades = [{"metrics": each, "curves": {}, "n_t": {}, "samples": []} for each in metrics]
+        changes = {"task": "humanoid", "primary": "return", "higher_is_better": True}
+        return [
+            record(variant, seed, 0.0, grade=grade, **changes)
+            for seed, grade in zip(SEEDS, grades, strict=True)
+        ]
+
+    place = board / "board" / "humanoid"
+    place.mkdir()
+    records = [*clones("adamw", [1.0, 2.0, 3.0]), *clones("fast-dopr-adamw", [2.0, 4.0, 6.0])]
+    for name in page.FILES:
+        write_records(place / name, records)
+    rows = [{"variant": name, "ms": 1.5, "MiB": 2.5} for name in COSTS]
+    (board / page.CLONES_COSTS).write_text(json.dumps({"rows": rows}))
+    write(board)
+    text = (board / "board" / "tables.md").read_text()
+    lines = text[text.index("## humanoid") :].splitlines()
+    heading, row = ([cell.strip() for cell in lines[i].strip("|").split("|")] for i in (2, 4))
+    found = dict(zip(heading[2:9], row[2:9], strict=True))
+    assert heading[2:] == [
+        *("return alone", "with DoPr", "shortfall, DoPr / alone, own rates", "equal rates"),
+        *("hidden seeds", "return, DoPr / alone", "hidden seeds"),
+        *("ms a step", "with DoPr", "state, MiB", "with DoPr"),
+    ]
+    assert found["return alone"] == "2.000"
+    assert found["return, DoPr / alone"] == "2.00 [2.00, 2.00]"
+    assert row[-4:] == ["1.500", "1.500", "2.500", "2.500"]
 
 
 def test_an_empty_board_says_what_to_do(tmp_path, capsys):
@@ -84,14 +122,13 @@ def test_compare_accepts_a_stage(stage, tmp_path):
 
 def test_the_committed_tables_are_those_of_the_committed_records():
     place = page.Path("studies/results/board")
-    rows = json.loads(page.COSTS.read_text())["rows"]
-    costs = {row["variant"]: row for row in rows}
-    assert page.tables(page.boards(place), costs) == (place / "tables.md").read_text()
+    board = page.boards(place)
+    assert page.tables(board, page.costs_of(board, page.COSTS)) == (place / "tables.md").read_text()
 
 
 def test_missing_costs_are_named_and_nothing_is_written(board, capsys):
-    (board / "costs.json").unlink()
+    (board / page.LANGUAGE_COSTS).unlink()
     with pytest.raises(SystemExit):
         write(board)
-    assert "costs.json has no costs; run bench.board_costs" in capsys.readouterr().err
+    assert "board_costs.json has no costs; run bench.board_costs" in capsys.readouterr().err
     assert not (board / "board.png").exists()
