@@ -58,6 +58,9 @@ def test_the_docs_quote_the_grid_of_clones_and_why_exact_mode_is_better(quoted):
     another = RESULTS / "humanoid/own-sigma-adamw-another"
     assert_quoted(table(own, "dopr-adamw", first_seed=205), quoted)
     assert_quoted(table(another, "dopr-adamw", own, first_seed=205), quoted)
+    for size in (64, 256):
+        folder = RESULTS / f"humanoid/own-batch-{size}"
+        assert_quoted(table(folder, "dopr-adamw+sigma_beta=0.95"), quoted)
 
 
 def test_the_docs_quote_the_tables_of_dagger(quoted):
