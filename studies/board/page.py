@@ -17,6 +17,7 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from data.files import write_atomic
 from eval.command import command_parser
@@ -43,6 +44,7 @@ from studies.sweep.variants import FAST_PREFIX
 
 COSTS = Path("bench/results")
 CLONES_COSTS, LANGUAGE_COSTS = "board_costs_humanoid.json", "board_costs.json"
+LABEL_GAP = 0.055  # between two names beside a panel, as a share of its height
 FILES = (RECORDS, HIDDEN)  # of the published and of the hidden seeds
 Board = dict[str, dict[str, list[Record]]]  # {task: {name of the file: records}}
 Costs = dict[str, dict[str, float]]  # {variant: {"ms": time of a step, "MiB": its state}}
@@ -142,6 +144,7 @@ def draw(board: Board, costs: dict[str, Costs]) -> Figure:
 
 def _panel(ax: Axes, task: str, records: list[Record], costs: Costs) -> None:
     rows = _rows(records)
+    ends = {}  # {optimizer: time of a step and rollout error with DoPr}
     for name, row in rows.items():
         pair = rows.get(FAST_PREFIX + name)
         if pair is None or name not in costs:
@@ -151,14 +154,39 @@ def _panel(ax: Axes, task: str, records: list[Record], costs: Costs) -> None:
         ax.annotate("", (x[1], y[1]), (x[0], y[0]), arrowprops={"arrowstyle": "->", "color": GREY})
         ax.plot(x[:1], y[:1], "o", color=GREY, ms=4)
         ax.plot(x[1:], y[1:], "o", color=INK, ms=4)
-        ax.annotate(
-            name.split("+")[0], (x[0], y[0]), (0, 5), textcoords="offset points", fontsize=7
-        )
+        ends[name.split("+")[0]] = x[1], y[1]
     _, error = _metric_and_error(records)
     ax.set_title(task)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(NullLocator())
     ax.set_xlabel("milliseconds a step")
     ax.set_ylabel(f"rollout error ({error}), lower is better")
     ax.margins(0.12)
+    _label(ax, ends)
+
+
+def _label(ax: Axes, points: dict[str, tuple[float, float]]) -> None:
+    """Write names beside the panel in the order of their points' heights, each with a thin line."""
+    names = sorted(points, key=lambda name: points[name][1])
+    height_of = ax.transData + ax.transAxes.inverted()
+    heights = [float(height_of.transform(points[name])[1]) for name in names]
+    for i in range(1, len(names)):
+        heights[i] = max(heights[i], heights[i - 1] + LABEL_GAP)
+    excess = max(0.0, heights[-1] - 1) if heights else 0.0
+    for name, height in zip(names, heights, strict=True):
+        ax.annotate(
+            name,
+            *(points[name], (1.03, height - excess)),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=7,
+            arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.4},
+            annotation_clip=False,
+        )
 
 
 def main(argv: list[str]) -> None:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from matplotlib.figure import Figure
 
 from eval.rollout.record import write_records
 from studies.board import page
@@ -57,8 +58,10 @@ def test_an_optimizer_without_its_pair_has_no_row(board):
 def test_the_figure_has_an_arrow_for_each_pair_with_costs(board):
     costs = {name: {"ms": ms, "MiB": mib} for name, (ms, mib) in COSTS.items()}
     (ax,) = page.draw(page.boards(board / "board"), {"pdfa": costs}).axes
-    arrows = [each for each in ax.texts if each.arrow_patch is not None]  # pyright: ignore
-    assert [each.xy for each in arrows] == [(11.0, pytest.approx(2.0))]
+    arrow, label = ax.texts
+    assert arrow.xy == label.xy == (11.0, pytest.approx(2.0))  # pyright: ignore
+    assert arrow.get_position() == (10.0, pytest.approx(4.0))
+    assert label.get_text() == "adamw"
     write(board)
     assert (board / "board.png").read_bytes().startswith(b"\x89PNG")
 
@@ -99,6 +102,16 @@ def test_a_metric_that_is_better_if_higher_has_its_own_ratio_and_costs(board):
     assert found["return alone"] == "2.000"
     assert found["return, DoPr / alone"] == "2.00 [2.00, 2.00]"
     assert row[-4:] == ["1.500", "1.500", "2.500", "2.500"]
+
+
+def test_names_beside_the_figure_keep_their_order_and_do_not_overlap():
+    ax = Figure().subplots()
+    ax.set_ylim(0, 1)
+    page._label(ax, {"low": (0.5, 0.9), "high": (0.5, 0.99), "middle": (0.5, 0.95)})
+    heights = {each.get_text(): each.get_position()[1] for each in ax.texts}
+    assert heights["middle"] - heights["low"] == pytest.approx(page.LABEL_GAP)
+    assert heights["high"] - heights["middle"] == pytest.approx(page.LABEL_GAP)
+    assert heights["high"] <= 1
 
 
 def test_an_empty_board_says_what_to_do(tmp_path, capsys):
