@@ -122,7 +122,8 @@ def _metric_and_error(records: list[Record]) -> tuple[str, str]:
     See studies/stats/errors.py.
     """
     metric, higher = records[0]["primary"], records[0]["higher_is_better"]
-    return metric, error_of_metric(metric, higher_is_better=higher).source
+    error = error_of_metric(metric, higher_is_better=higher)
+    return metric, (error.formula(metric) or metric) if error.source == metric else error.source
 
 
 def _ratio(records: list[Record], name: str) -> str:

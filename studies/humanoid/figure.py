@@ -9,7 +9,6 @@ Below, the share of the episodes that go on, as a mean over seeds, and the retur
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from studies.humanoid.strobe import HIGH, LOW, film, strobe
 from studies.humanoid.task import Humanoid
 from studies.humanoid.trial import HumanoidTrial, clone_of
 from studies.report.style import COLOURS, GREY, STYLE, logarithmic, save_png
+from studies.rows import load_rows
 from studies.sweep.study import FRESH
 from studies.sweep.variants import FAST_PREFIX
 
@@ -152,7 +152,7 @@ def main(argv: list[str]) -> None:
     parser, arguments = parse(argv)
     with reported_errors(parser):
         names = (arguments.optimizer, FAST_PREFIX + arguments.optimizer)
-        rows = json.loads(arguments.results.read_text())["rows"]
+        rows = load_rows(arguments.results, key_of).values()
         rows = [r for r in rows if r["expert"] == arguments.expert and r["variant"] in names]
         rows = [row for row in rows if key_of(row).rate_factor == 1]
         figure = draw(rows, [median_film(row) for row in chosen_pair(rows)])

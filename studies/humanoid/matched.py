@@ -11,8 +11,10 @@ kept. With --show, nothing runs and the rows in FILE are printed.
 
 With --rate_factor 0.5, only the optimizers without DoPr run, at half of their tuned rates, to see
 whether another rate than the one that validation chooses gives a better return at an equal loss.
+The lines below the table say so; the table has the tuned rates alone.
 """
 
+from argparse import Namespace
 from dataclasses import dataclass
 from itertools import product
 
@@ -21,13 +23,12 @@ import numpy as np
 from eval.command import reported_errors
 from eval.rollout.intervals import Estimate
 from eval.tables import markdown
-from studies.humanoid.grading import STRIDE
 from studies.humanoid.tables import with_half
 from studies.humanoid.task import Humanoid
 from studies.humanoid.trial import HumanoidTrial
 from studies.optimizer_table import ROOT
 from studies.pool import pool_parser
-from studies.rows import Row, add_rows
+from studies.rows import Row, add_rows, load_rows
 from studies.stats.equal_loss import difference_at_equal, over_lengths
 from studies.stats.seeds import over_seeds
 from studies.sweep.study import Study, sweep
@@ -132,9 +133,14 @@ def bases_of(row: Row, rows: list[Row], rate_factor: float = 1.0) -> list[Row]:
 
 
 def table_of(rows: list[Row]) -> str:
-    """Return a line for every row; those with DoPr are compared at equal validation loss."""
+    """Return a line for every row at its tuned rate.
+
+    Those with DoPr are compared at equal validation loss.
+    """
     cells = []
     for row in rows:
+        if key_of(row).rate_factor != 1:
+            continue
         names = (row["expert"], f"`{row['variant']}`", f"{row['steps']:,}", f"{row['lr']:g}")
         means = (f"{np.mean(row['val_loss']):.5f}", with_half(over_seeds(row["return"]), ",.0f"))
         falls, compared = f"{np.mean(row['falls']):.2f}", ()
@@ -163,6 +169,19 @@ def pooled_lines(rows: list[Row]) -> list[str]:
     return lines
 
 
+def run(arguments: Namespace, setups: list[Setup]) -> list[Row]:
+    """Run the setups; return all rows of the file."""
+    from studies.humanoid.grading import STRIDE  # requires the simulator
+
+    for setup in setups:
+        setup.study(1).check()
+    return add_rows(
+        *(arguments.out, measure, setups, key_of),
+        workers=arguments.workers,
+        header={"stride": STRIDE},
+    )
+
+
 def main() -> None:
     parser = pool_parser("studies.humanoid.matched", __doc__)
     parser.add_argument("--optimizers", default="adamw", help="comma-separated")
@@ -178,6 +197,13 @@ def main() -> None:
         arguments.experts.split(","), arguments.optimizers.split(","), ("", FAST_PREFIX)
     )
     factor, longest = arguments.rate_factor, arguments.longest
+    if not factor > 0:
+        parser.error(f"--rate_factor {factor:g}: must be above 0")
+    shortest = min(STEPS[False])
+    if longest < shortest:
+        parser.error(f"--longest {longest}: the shortest runs have {shortest} steps")
+    if arguments.show and not arguments.out.exists():
+        parser.error(f"--out {arguments.out}: there is no such file to show")
     setups = [
         Setup(expert, prefix + name, steps, factor)
         for expert, name, prefix in names
@@ -185,12 +211,10 @@ def main() -> None:
         if steps <= longest and (factor == 1 or not prefix)
     ]
     with reported_errors(parser):
-        for setup in setups:
-            setup.study(1).check()
-        rows = add_rows(
-            *(arguments.out, measure, [] if arguments.show else setups, key_of),
-            workers=arguments.workers,
-            header={"stride": STRIDE},
+        rows = (
+            [*load_rows(arguments.out, key_of).values()]
+            if arguments.show
+            else run(arguments, setups)
         )
         rows = [row for row in rows if row["steps"] <= longest]
         print(table_of(rows), *pooled_lines(rows), sep="\n")

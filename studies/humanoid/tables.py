@@ -97,7 +97,10 @@ def records_of(folder: Path, first_seed: int = 0) -> list[Record]:
     records = load_records([folder])
     if others := {record["task"] for record in records} - {Humanoid.name}:
         raise AnalysisError(f"{folder} is a study of {', '.join(others)}, not of clones")
-    return [each for each in records if each["role"] == "tuning" or each["seed"] >= first_seed]
+    kept = [each for each in records if each["role"] == "tuning" or each["seed"] >= first_seed]
+    if not any(map(is_reported, kept)):
+        raise AnalysisError(f"{folder} has no reported runs of the seeds from {first_seed} on")
+    return kept
 
 
 def table(
@@ -117,6 +120,10 @@ def table(
     compared = records_of(base_folder, first_seed) if base_folder else records
     fresh = by_variant(filter(is_reported, records))
     references = by_variant(filter(is_reported, compared))
+    if reference not in (None, *references):
+        raise AnalysisError(
+            f"{base_folder or folder} has no runs of {reference}; there are {', '.join(references)}"
+        )
     tuning = by_variant(record for record in records if record["role"] == "tuning")
     rows = []
     for name, runs in fresh.items():

@@ -30,6 +30,12 @@ class HumanoidTrial(PolicyTrial):
     default_steps = 2000
     dopr_settings: ClassVar = {*DOPR_KEYS, *LAYERS}
     other_settings: ClassVar = {AVERAGE, SCHEDULE, FIRST_LAYER}
+    further_commands: ClassVar = {
+        "the rates that rollouts would choose": "python -m studies.humanoid.tables {out}",
+        "bases that train longer, at equal validation loss": (
+            "python -m studies.humanoid.matched --out FILE"
+        ),
+    }
     grids: ClassVar = {
         "adamw": (5e-4, 1e-3, 2e-3),
         "sgd": (0.05, 0.1, 0.2),

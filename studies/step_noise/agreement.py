@@ -69,10 +69,16 @@ def agreements(G: Tensor, sigma: Tensor, gamma: float) -> tuple[float, ...]:
     return tuple(map(agreement, (G, *(preconditioned(G, each, gamma) for each in behind))))
 
 
-def table(batches: list[Statistics], gamma: float) -> str:
-    """Return a table with the agreements of every layer."""
-    cells = []
+def of_layers(batches: list[Statistics], gamma: float) -> dict[str, tuple[float, ...]]:
+    """Return {layer: its agreements}."""
+    found = {}
     for name in batches[0]:
         G, sigma = (torch.stack(each) for each in zip(*(b[name] for b in batches), strict=True))
-        cells.append((f"`{name}`", *(f"{each:.3f}" for each in agreements(G, sigma, gamma))))
+        found[name] = agreements(G, sigma, gamma)
+    return found
+
+
+def table(found: dict[str, tuple[float, ...]]) -> str:
+    """Return a table with the agreements of every layer."""
+    cells = [(f"`{name}`", *(f"{each:.3f}" for each in values)) for name, values in found.items()]
     return markdown(("layer", *COLUMNS), cells)

@@ -17,7 +17,7 @@ from data.loader import train_batches
 from eval.command import command_parser, reported_errors
 from eval.rollout.tasks import open_data
 from eval.run import Run, load_run
-from studies.step_noise.agreement import N_BATCHES, Statistics, statistics, table
+from studies.step_noise.agreement import N_BATCHES, Statistics, of_layers, statistics, table
 
 
 def statistics_of(run: Run, n_batches: int = N_BATCHES) -> list[Statistics]:
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     with reported_errors(parser):
         run = load_run(arguments.run)
-        print(table(statistics_of(run), run.config["gamma"]))
+        print(table(of_layers(statistics_of(run), run.config["gamma"])))
 
 
 if __name__ == "__main__":

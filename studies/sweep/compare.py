@@ -123,6 +123,8 @@ def main(argv: list[str]) -> None:
             130, f"stopped; finished runs are in {study.out}, the same command continues there\n"
         )
     print(f"{len(records)} runs in {study.out}; for a page: python -m studies.report {study.out}")
+    for about, command in trial_type(study.task).further_commands.items():
+        print(f"{about}: {command.format(out=study.out)}")
 
 
 if __name__ == "__main__":

@@ -62,6 +62,7 @@ class Trial(ABC):
 
     grids: ClassVar[dict[str, tuple[float, ...]]] = GRIDS
     has_aux_lr: ClassVar[bool] = False  # whether matrix optimizers train beside an AdamW
+    further_commands: ClassVar[dict[str, str]] = {}  # {what it shows of a study in {out}: command}
 
     @abstractmethod
     def model_identity(self) -> dict[str, Any]:

@@ -114,6 +114,14 @@ def test_names_beside_the_figure_keep_their_order_and_do_not_overlap():
     assert heights["high"] <= 1
 
 
+def test_the_error_of_a_share_of_successes_is_named_as_what_is_missing():
+    nav = {"primary": "success", "higher_is_better": True}
+    assert page._metric_and_error([nav]) == ("success", "1 − success")
+    assert page._metric_and_error([nav | {"primary": "return"}]) == ("return", "shortfall")
+    pdfa = {"primary": "jeffreys", "higher_is_better": False}
+    assert page._metric_and_error([pdfa]) == ("jeffreys", "jeffreys")
+
+
 def test_an_empty_board_says_what_to_do(tmp_path, capsys):
     with pytest.raises(SystemExit):
         write(tmp_path)

@@ -169,3 +169,24 @@ def test_the_rows_of_a_file_can_be_shown_without_runs(bases, monkeypatch, tmp_pa
         main()
         assert shown in capsys.readouterr().out
     assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rate_factor", "-1"], "--rate_factor -1: must be above 0"),
+        (["--longest", "499"], "--longest 499: the shortest runs have 500 steps"),
+        (["--show"], "there is no such file to show"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_run(words, message, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(rows, "iterate_in_pool", None)
+    monkeypatch.setattr("sys.argv", ["matched", "--out", str(tmp_path / "absent.json"), *words])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert message in capsys.readouterr().err
+
+
+def test_the_table_has_the_runs_at_the_tuned_rates_alone(bases):
+    slower = [base | {"rate_factor": 0.5, "lr": 7e-4} for base in bases]
+    assert table_of([*bases, *slower]) == table_of(bases)

@@ -89,3 +89,16 @@ def test_a_study_is_compared_with_another_one_from_a_seed_on(folder, tmp_path, c
     assert "| `dopr-adamw` | 0.02 | 0.00200 | 282 | 0.25 | +7 | +7 |" in line
     assert returns.startswith("return / that of `dopr-adamw`: `dopr-adamw` 1.03")
     assert losses.startswith("val loss / that of `dopr-adamw`: `dopr-adamw` 1.00")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--base", "adam"], "has no runs of adam; there are adamw, dopr-adamw"),
+        (["--first_seed", "4"], "has no reported runs of the seeds from 4 on"),
+    ],
+)
+def test_what_the_study_lacks_is_named(folder, words, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([str(folder), *words])
+    assert message in capsys.readouterr().err

@@ -162,3 +162,16 @@ def test_without_the_simulator_the_task_is_an_error_with_the_remedy(monkeypatch)
     monkeypatch.delitem(sys.modules, "studies.humanoid.simulator")
     with pytest.raises(TaskError, match=r"mujoco.*: pip install '\.\[humanoid\]'"):
         Humanoid()
+
+
+def test_compare_names_the_commands_that_show_more_of_a_study_of_clones(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(compare, "compare", lambda study, workers: [])
+    monkeypatch.setattr(compare, "summary", lambda records: "")
+    for task, shown in ((SPEC, True), ("ctrl", False)):
+        out = tmp_path / task.split(",")[0]
+        compare.main(["--task", task, "--optimizers", "adamw", "--out", str(out)])
+        printed = capsys.readouterr().out
+        assert (f"python -m studies.humanoid.tables {out}\n" in printed) == shown
+        assert ("python -m studies.humanoid.matched --out FILE\n" in printed) == shown

@@ -9,6 +9,7 @@ from studies.step_noise.agreement import (
     COLUMNS,
     agreement,
     agreements,
+    of_layers,
     preconditioned,
     statistics,
     table,
@@ -81,7 +82,7 @@ def test_the_table_has_a_row_for_each_layer_and_a_column_for_each_covariance():
         batches.append({"a": (drawn(3, 6, seed=9), z.mT @ z), "b": (z[:3], torch.eye(6).double())})
     heading, _, a, b = (
         [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in table(batches, 0.1).splitlines()
+        for line in table(of_layers(batches, 0.1)).splitlines()
     )
     assert heading == ["layer", *COLUMNS]
     assert a[:2] == ["`a`", "1.000"]  # one G for all batches
