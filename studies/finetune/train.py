@@ -1,6 +1,7 @@
 """Fine-tune a local Hugging Face model on questions with answers, with or without DoPr.
 
     python -m studies.finetune.train --model FOLDER --data train.jsonl --out FOLDER --lr 1e-3
+    python -m studies.finetune.grade --help          exact answers of the trained model
 
 The data have one JSON object per line with the keys "question" and "answer", as GSM8K has. Only
 the tokens of the answers are scored. The loss of a step is their mean. The learning rate follows a
@@ -23,7 +24,7 @@ from eval.command import (
     pick_device,
     reported_errors,
 )
-from optim.build import OPTIMIZERS
+from optim.build import OPTIMIZERS, third_party
 from optim.dopr.preconditioner import ActivationPreconditioner
 from optim.schedule import lr_scale
 from studies.finetune.models import (
@@ -43,10 +44,11 @@ from studies.finetune.questions import (
     read_questions,
     training_batches,
 )
-from studies.sweep.optimizers import build, step
+from studies.sweep.optimizers import build, finish, step
 from studies.sweep.variants import EXACT_DOPR, FAST_DOPR
 from trainer.settings import FIELDS
 
+OPTIMIZER = ("optimizer", "optimizer_args", "lr")  # fields of Settings
 MODES: dict[str, dict[str, Any]] = {  # settings of ActivationPreconditioner besides γ
     "none": {},
     "exact": EXACT_DOPR,
@@ -64,7 +66,8 @@ class Settings:
 
     lr: float
     steps: int
-    optimizer: str = "adamw"
+    optimizer: str = "adamw"  # see optim.build
+    optimizer_args: str = ""
     dopr: dict[str, Any] = field(default_factory=dict)  # of ActivationPreconditioner; {}: without
     lora_rank: int | None = None  # None trains the whole model
     batch_size: int = 32  # questions per step
@@ -93,7 +96,9 @@ def finetune(
         replace_conv1d(model)
     else:
         model = add_lora(model, settings.lora_rank)
-    optimizers = build(model, settings.optimizer, settings.lr, {})
+    optimizers = build(
+        *(model, settings.optimizer, settings.lr, {}), optimizer_args=settings.optimizer_args
+    )
     preconditioner = None
     if settings.dopr:
         preconditioner = ActivationPreconditioner(model, exclude=head_name(model), **settings.dopr)
@@ -110,6 +115,7 @@ def finetune(
             show(f"step {len(losses)}  loss {losses[-1]:.4f}")
     if preconditioner:
         preconditioner.detach()
+    finish(optimizers)
     return model.eval(), losses
 
 
@@ -152,7 +158,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=output_folder, required=True, help="folder of the trained model")
     add("--question_key", default="question")
     add("--answer_key", default="answer")
-    add("--optimizer", choices=OPTIMIZERS, default="adamw")
+    names = ", ".join(OPTIMIZERS)
+    add("--optimizer", default="adamw", help=f"{names}, or any class, see docs/optimizers.md")
+    add("--optimizer_args", default="", help="arguments of that class: betas=(0.9,0.95),...")
     add("--dopr", choices=MODES, default="none")
     add("--gamma", type=float, help=f"damping of DoPr; default: {FIELDS['gamma'].default:g}")
     add("--fresh_mean", action="store_true", help="with --dopr=fast; see docs/fresh_mean.md")
@@ -171,6 +179,7 @@ def main(argv: list[str] | None = None) -> None:
 def run(arguments: Any) -> None:
     """Train as the command line says, and save the model."""
     names = ("lora_rank", "steps", "batch_size", "micro_batch_size")
+    third_party(arguments.optimizer, arguments.optimizer_args)  # checks both
     at_least(1, **{name: getattr(arguments, name) for name in names})
     at_least(0, seed=arguments.seed)
     questions = read_questions(arguments.data, arguments.question_key, arguments.answer_key)
@@ -178,7 +187,7 @@ def run(arguments: Any) -> None:
     examples = encode(questions, tokenizer, context_length(model))
     settings = Settings(
         dopr=dopr_settings(arguments.dopr, arguments.gamma, arguments.fresh_mean),
-        **{name: getattr(arguments, name) for name in (*names, "optimizer", "lr", "seed")},
+        **{name: getattr(arguments, name) for name in (*names, *OPTIMIZER, "seed")},
     )
     model.to(pick_device(arguments.device))
     model, _ = finetune(model, examples, settings, padding_id(tokenizer))

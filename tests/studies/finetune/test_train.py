@@ -1,6 +1,7 @@
 """Test the fine-tuning: the trained weights, the saved folder, and the tokens that DoPr uses."""
 
 import json
+from dataclasses import replace
 from itertools import product
 
 import peft
@@ -54,7 +55,7 @@ QUICK |= {("gpt2", "adamuon")}  # each optimizer on one of the models
 )
 def test_every_optimizer_with_dopr_lowers_the_loss(kind, optimizer):
     lr = {"sgd": 1e-2, "signum": 2e-3}.get(optimizer, 1e-2)
-    settings = Settings(lr, 12, optimizer, FAST, batch_size=3)
+    settings = Settings(lr, 12, optimizer, dopr=FAST, batch_size=3)
     _, losses = finetune(MODELS[kind](), examples(), settings, pad_id=1)
     assert losses[-1] < 0.9 * losses[0]
 
@@ -70,7 +71,7 @@ def test_micro_batches_and_padding_do_not_change_a_step():
     """DoPr's M and the loss are those of the whole batch."""
     found = []
     for size, pad_id in ((None, 1), (1, 7), (2, 3)):
-        settings = Settings(0.1, 2, "sgd", dopr_settings("exact", 0.1), None, 3, size)
+        settings = Settings(0.1, 2, "sgd", "", dopr_settings("exact", 0.1), None, 3, size)
         found.append(finetune(gpt2(), examples(), settings, pad_id))
     for model, losses in found[1:]:
         assert losses == pytest.approx(found[0][1], rel=1e-5)
@@ -132,7 +133,7 @@ def test_the_saved_folder_has_the_same_logits(kind, tmp_path, capsys):
     options = ["--lr=1e-2", "--steps=3", "--batch_size=2", "--optimizer=muon", "--dopr=fast"]
     command(folder, data, tmp_path / "out", *options)
     assert "DoPr covers" in capsys.readouterr().out
-    settings = Settings(1e-2, 3, "muon", FAST, batch_size=2)
+    settings = Settings(1e-2, 3, "muon", dopr=FAST, batch_size=2)
     expected, _ = finetune(load(folder)[0], examples(), settings, 1)
     found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits(found), logits(expected))
@@ -155,6 +156,21 @@ def test_saved_adapters_load_on_their_model(kind, tmp_path, capsys):
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_a_class_of_another_package_takes_its_arguments(tmp_path):
+    folder, data = folder_of("gpt2", tmp_path / "base"), write(tmp_path / "data.jsonl")
+    options = ["--lr=1e-2", "--steps=3", "--batch_size=2", "--optimizer=schedulefreeadamw"]
+    args = "betas=(0.5,0.9)"
+    command(folder, data, tmp_path / "out", *options, f"--optimizer_args={args}")
+    settings = Settings(1e-2, 3, "schedulefreeadamw", args, batch_size=2)
+    others = replace(settings, optimizer_args="")
+    found, other = (
+        finetune(load(folder)[0], examples(), each, 1)[0] for each in (settings, others)
+    )
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(saved), logits(found))
+    assert (logits(saved) - logits(other)).abs().max() > 1e-5
+
+
 def test_replacing_conv1d_does_not_change_the_logits():
     model, expected = gpt2(), logits(gpt2())
     replace_conv1d(model)
@@ -172,6 +188,9 @@ def test_replacing_conv1d_does_not_change_the_logits():
         (["--lr=1e-3", "--answer_key=result"], "result: Field required"),
         (["--lr=1e-3", "--model=no_model"], "no_model has no config.json"),
         (["--lr=1e12", "--optimizer=sgd", "--steps=30"], "the loss is not finite"),
+        (["--lr=1e-3", "--optimizer=adamuom"], "adamuom"),
+        (["--lr=1e-3", "--optimizer=lion", "--optimizer_args=beta=1"], "beta"),
+        (["--lr=1e-3", "--optimizer_args=betas=(0.9,0.9)"], "optimizer_args"),
     ],
 )
 def test_wrong_input_raises_one_clear_error(tmp_path, capsys, options, message):
