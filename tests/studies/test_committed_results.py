@@ -11,6 +11,7 @@ from studies.finetune.study import FinetuneResults, Pair
 from studies.humanoid import matched
 from studies.humanoid.grid import grid_table
 from studies.humanoid.tables import table
+from studies.step_noise import tables as step_noise
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "studies" / "results"
@@ -54,13 +55,19 @@ def test_the_docs_quote_the_comparison_of_clones_at_equal_loss(quoted):
 def test_the_docs_quote_the_grid_of_clones_and_why_exact_mode_is_better(quoted):
     assert_quoted(grid_table(RESULTS / "humanoid"), quoted)
     assert_quoted(table(RESULTS / "humanoid/why-exact", "dopr-adamw"), quoted)
-    own = RESULTS / "humanoid/own-sigma-adamw"
-    another = RESULTS / "humanoid/own-sigma-adamw-another"
-    assert_quoted(table(own, "dopr-adamw", first_seed=205), quoted)
-    assert_quoted(table(another, "dopr-adamw", own, first_seed=205), quoted)
+    for base in ("adamw", "signum"):
+        own = RESULTS / f"humanoid/own-sigma-{base}"
+        another = RESULTS / f"humanoid/own-sigma-{base}-another"
+        assert_quoted(table(own, f"dopr-{base}", first_seed=205), quoted)
+        assert_quoted(table(another, f"dopr-{base}", own, first_seed=205), quoted)
     for size in (64, 256):
         folder = RESULTS / f"humanoid/own-batch-{size}"
         assert_quoted(table(folder, "dopr-adamw+sigma_beta=0.95"), quoted)
+
+
+def test_the_docs_quote_what_steps_have_in_common(quoted):
+    rows = json.loads((RESULTS / "step_noise.json").read_text())["rows"]
+    assert_quoted(step_noise.table(rows), quoted)
 
 
 def test_the_docs_quote_the_tables_of_dagger(quoted):
