@@ -185,7 +185,7 @@ def _label(ax: Axes, points: dict[str, tuple[float, float]]) -> None:
             textcoords="axes fraction",
             va="center",
             fontsize=7,
-            arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.4},
+            arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.4, "relpos": (0, 0.5)},
             annotation_clip=False,
         )
 

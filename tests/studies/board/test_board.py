@@ -1,6 +1,7 @@
 """Test the stages of the board, and its tables and figure on made-up records."""
 
 import json
+import re
 
 import pytest
 from matplotlib.figure import Figure
@@ -145,6 +146,14 @@ def test_the_committed_tables_are_those_of_the_committed_records():
     place = page.Path("studies/results/board")
     board = page.boards(place)
     assert page.tables(board, page.costs_of(board, page.COSTS)) == (place / "tables.md").read_text()
+
+
+def test_the_page_of_the_board_quotes_its_tables():
+    quoted = page.Path("docs/leaderboard.md").read_text()
+    ratios = re.findall(r"[\d.]+ \[[\d., ]+\]", quoted)
+    assert len(ratios) > 10
+    tables = page.Path("studies/results/board/tables.md").read_text()
+    assert [each for each in ratios if each not in tables] == []
 
 
 def test_missing_costs_are_named_and_nothing_is_written(board, capsys):
