@@ -35,7 +35,7 @@ check: setup-dev       ## lint, format, types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
 
-test: check            ## 10 to 15 minutes on 2 cores
+test: check            ## 5 to 15 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup -m "not slow"
 
 test-full: check       ## everything, the slow ones included
