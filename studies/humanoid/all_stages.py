@@ -60,7 +60,7 @@ OWN_SIGMA = tuple(  # 200 to 204 are the seeds of `grid`
         ("-another", ",sigma_batch=another", ("dopr-{}",)),
     )
 )
-OTHER_BATCHES = tuple(
+OWN_BATCH = tuple(
     short_stage(
         f"own-batch-{size}",
         f"humanoid,expert=walk-2,demonstrations=10,batch_size={size}",
@@ -103,7 +103,7 @@ STAGES = (
         ("adamw", "dopr-adamw", "dopr-adamw+sigma_beta=0.95"),
     ),
     *OWN_SIGMA,
-    *OTHER_BATCHES,
+    *OWN_BATCH,
     *GRID,
 )
 

@@ -149,28 +149,25 @@ def table(
 
 
 def ratios(
-    folder: Path,
-    reference: str,
-    name: str,
-    log_value: Callable[[Record], float],
-    base_folder: Path | None = None,
-    first_seed: int = 0,
+    folder: Path, reference: str, base_folder: Path | None = None, first_seed: int = 0
 ) -> str:
-    """Return a line: the value `name` of each optimizer over that of `reference`, by seed.
+    """Return a line for returns and one for losses: each optimizer's over that of `reference`.
 
-    Means are geometric. log_value: the logarithm of the value in a record. See `table` for the
-    others.
+    Means are geometric, over seeds. See `table` for the arguments.
     """
-    fresh, references = (
-        by_variant(filter(is_reported, records_of(each, first_seed)))
-        for each in (folder, base_folder or folder)
-    )
-    found = [
-        f"`{variant}` {plain(times(difference(own, references.get(reference, []), log_value)))}"
-        for variant, own in fresh.items()
-        if variant != reference or base_folder
-    ]
-    return f"{name} / that of `{reference}`: {', '.join(found)}"
+    fresh = by_variant(filter(is_reported, records_of(folder, first_seed)))
+    references = fresh
+    if base_folder:
+        references = by_variant(filter(is_reported, records_of(base_folder, first_seed)))
+    lines = []
+    for name, log_value in (("return", log_return), ("val loss", log_loss)):
+        found = [
+            f"`{variant}` {plain(times(difference(own, references[reference], log_value)))}"
+            for variant, own in fresh.items()
+            if variant != reference or base_folder
+        ]
+        lines.append(f"{name} / that of `{reference}`: {', '.join(found)}")
+    return "\n".join(lines)
 
 
 def log_return(record: Record) -> float:
@@ -197,8 +194,7 @@ def main(argv: list[str]) -> None:
         for folder in arguments.folders:
             print(f"{folder.name}\n\n{table(folder, arguments.base, *selected)}\n")
             if arguments.base:
-                print(ratios(folder, arguments.base, "return", log_return, *selected))
-                print(ratios(folder, arguments.base, "val loss", log_loss, *selected))
+                print(ratios(folder, arguments.base, *selected))
 
 
 if __name__ == "__main__":

@@ -8,16 +8,30 @@ It keeps 64 gradients and covariances of every layer, so it is for small models.
 """
 
 import sys
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 from torch import nn
 
-from data.loader import train_batches
+from data.loader import Batch, train_batches
 from eval.command import command_parser, reported_errors
 from eval.rollout.tasks import open_data
 from eval.run import Run, load_run
 from studies.step_noise.agreement import N_BATCHES, Statistics, of_layers, statistics, table
+
+
+def batches_of(run: Run, step: int) -> Iterator[list[Batch]]:
+    """Return the whole batches of a run from a step on."""
+    config = run.config
+    return train_batches(
+        open_data(config["dataset"]),
+        batch_size=config["batch_size"],
+        micro_batch_size=config["batch_size"],
+        block_size=config["block_size"],
+        seed=config["seed"],
+        start_step=step,
+    )
 
 
 def statistics_of(run: Run, n_batches: int = N_BATCHES) -> list[Statistics]:
@@ -27,23 +41,15 @@ def statistics_of(run: Run, n_batches: int = N_BATCHES) -> list[Statistics]:
     """
     if not run.config:
         raise ValueError(f"{run.path} has no training data: it is a Hugging Face folder")
-    model, config = run.model.double(), run.config
+    model = run.model.double()
     names = [
         name
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear) and name.startswith("transformer.h.")
     ]
-    batches = train_batches(
-        open_data(config["dataset"]),
-        batch_size=config["batch_size"],
-        micro_batch_size=config["batch_size"],
-        block_size=config["block_size"],
-        seed=config["seed"],
-        start_step=run.step,
-    )
     return [
         statistics(model, names, lambda x=x, y=y: model(x, y)[1])
-        for [(x, y)] in islice(batches, n_batches)
+        for [(x, y)] in islice(batches_of(run, run.step), n_batches)
     ]
 
 

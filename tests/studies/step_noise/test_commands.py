@@ -7,8 +7,6 @@ from itertools import islice
 import pytest
 import torch
 
-from data.loader import train_batches
-from eval.rollout.tasks import open_data
 from eval.run import load_run
 from studies.humanoid.trial import clone_of
 from studies.step_noise import checkpoint, humanoid
@@ -84,17 +82,8 @@ def test_a_run_is_measured_on_the_batches_that_it_would_read_next(dataset, tmp_p
     """The first batch after three steps is the fourth."""
     train(argv(dataset, tmp_path / "run", max_steps=3))
     run = load_run(tmp_path / "run")
-    config = run.config
     (found,) = checkpoint.statistics_of(run, 1)
-    batches = train_batches(
-        open_data(config["dataset"]),
-        batch_size=config["batch_size"],
-        micro_batch_size=config["batch_size"],
-        block_size=config["block_size"],
-        seed=config["seed"],
-        start_step=0,
-    )
-    *_, [(x, y)] = islice(batches, 4)
+    *_, [(x, y)] = islice(checkpoint.batches_of(run, 0), 4)
     names = list(found)
     G, sigma = statistics(run.model, names, lambda: run.model(x, y)[1])[names[0]]
     torch.testing.assert_close((G, sigma), found[names[0]])
