@@ -1,7 +1,7 @@
 """Does DoPr still help AdamW's rollouts if the embedding has a learning rate of its own?
 
-    python -m studies.rollout.embedding                  everything: hours; continues where it stopped
-    python -m studies.rollout.embedding pdfa --out DIR   one task
+    python -m studies.rollout.embedding         everything: hours; continues where it stopped
+    python -m studies.rollout.embedding pdfa    one task
 
 Each mode runs with one rate for all parameters and with each of EMBEDDING_RATES for the tied
 embedding, while the rate of the other parameters is tuned. The protocol is in
