@@ -33,7 +33,9 @@ class GPTConfig:
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
         given = ((key, getattr(self, key)) for key in sizes)
-        claims = {f"{key}={size}: must be at least 1": size >= 1 for key, size in given}
+        claims = {  # the message if it is false: what must be true
+            f"{key}={size}: must be at least 1": size >= 1 for key, size in given
+        }
         divides = self.n_head < 1 or self.n_embd % self.n_head == 0
         claims[f"n_embd={self.n_embd}: must be divisible by n_head={self.n_head}"] = divides
         claims[f"dropout={self.dropout}: must be in [0, 1)"] = 0 <= self.dropout < 1
@@ -146,7 +148,8 @@ class GPT(nn.Module):
         if targets is not None:
             rows, labels = logits.flatten(0, 1), targets.flatten()
             loss = F.cross_entropy(rows, labels, ignore_index=IGNORE, reduction=reduction)
-        return logits if return_logits or loss is None else None, loss
+        keeps_logits = return_logits or loss is None
+        return logits if keeps_logits else None, loss
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the output head, (..., C) -> (..., V)."""
@@ -170,7 +173,7 @@ class GPT(nn.Module):
 
 
 def tied_head(hidden: Tensor, W: Tensor) -> Tensor:  # (..., C), (V, C) -> (..., V)
-    """Return hidden Wᵀ. A large batch on a GPU uses `aligned_linear`."""
+    """Return hidden Wᵀ. A batch of 1,024 tokens or more on a GPU uses `aligned_linear`."""
     if W.is_cuda and len(W) % TILE and hidden.numel() >= 1024 * W.size(1):
         return aligned_linear(hidden, W)
     return F.linear(hidden, W)

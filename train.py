@@ -17,9 +17,9 @@ if __name__ == "__main__":
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -128,7 +128,7 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
         check_same_function(checkpoint, asdict(model.config))
         state.restore(checkpoint)
         if checkpoint.is_of(out_dir):
-            state.saved_step = state.step
+            state.saved_step = state.step  # it need not be saved again
         print(f"resumed {checkpoint.path} at step {state.step}")
         print(describe_changes(checkpoint.manifest["config"], config), end="")
         checkpoint = None  # frees its tensors, which are as large as the state
@@ -156,10 +156,14 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
     saver = CheckpointSaver(state, config, parallel, files, log, stop)
 
     parameters = [*model.parameters()]
-    may_draw = any(map(is_third_party, optimizers))  # random numbers; our optimizers do not
-    # The data are read one step ahead: the processes agree on them while they compute a step.
-    read = partial(parallel.start_on_all_ranks, lambda: next_step(batches), DataError, count_scored)
-    finish_read = read()
+    may_draw = any(map(is_third_party, optimizers))  # some classes draw random numbers
+
+    def start_read() -> Callable[[], tuple[list[Batch], int]]:
+        """Read the micro-batches of the next step; the returned function gives them."""
+        return parallel.start_on_all_ranks(lambda: next_step(batches), DataError, count_scored)
+
+    # A step ahead, so that the processes agree whether all could read while they compute.
+    finish_read = start_read()
     tokens_per_step = config.batch_size * config.block_size
     busy_s, busy_steps = 0.0, 0  # since the last logged step, without validation and saving
 
@@ -181,7 +185,8 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
                 if is_last:
                     break
                 started = time.perf_counter()
-                (micro_batches, n_scored), finish_read = finish_read(), read()
+                micro_batches, n_scored = finish_read()
+                finish_read = start_read()
             except DataError:  # the data became unreadable: save what was trained
                 saver.save(is_last=True)
                 raise
@@ -210,11 +215,11 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
                 for optimizer in optimizers:
                     for group in optimizer.param_groups:
                         group["lr"] = group["base_lr"] * scale
-                    optimizer.step()
+                    optimizer.step()  # with DoPr, attach() made it precondition the gradients first
                 if ema:
                     ema.update_parameters(model)
             elif preconditioner:
-                preconditioner.discard()
+                preconditioner.discard()  # the inputs since the last refresh; some are broken
             for parameter in parameters:
                 parameter.grad = None
             state.count_step(is_finite)
@@ -225,7 +230,7 @@ def train(config: TrainConfig, parallel: Parallel, stop: StopRequest) -> int:
             busy_s, busy_steps = busy_s + time.perf_counter() - started, busy_steps + 1
             if not is_finite:
                 log.say(f"step {state.step}: loss or gradient is not finite; step skipped")
-                saver.give_up_if_diverged()
+                saver.give_up_if_diverged()  # raises TrainingDiverged after max_skipped in a row
             if is_logged:
                 tokens_per_s = tokens_per_step * busy_steps / busy_s
                 flops = model.flops_per_token() * tokens_per_s / parallel.size  # of one device
@@ -282,7 +287,8 @@ def run(argv: list[str]) -> int:
             stack.enter_context(locked(Path(config.out_dir)))
         stack.enter_context(memory_errors(smaller_run(config.micro_batch_size)))
         start_max = parallel.start_all_reduce_flag if parallel.size > 1 else None
-        return train(config, parallel, stack.enter_context(StopRequest(start_max)))
+        stop = StopRequest(start_max)  # a signal to one process stops all
+        return train(config, parallel, stack.enter_context(stop))
 
 
 def main(argv: list[str]) -> int:

@@ -3,10 +3,10 @@
     python -m bench.pretraining [--seconds 540] --out FILE
 
 Trains GPT-2 124M (87M weights with a vocabulary of 2,048) with config/gpt2_muon.py and
-config/gpt2_dopr.py on `pystdlib`: 300 steps of 65,536 tokens, which is more than five epochs. First
-the learning rate of both is swept on a tuning seed, by validation loss. Then each fresh seed trains
-all variants in turn: Muon and DoPr-Muon at their best learning rates, and, at DoPr-Muon's learning
-rate, DoPr-Muon with bf16 weight gradients, with G P in bf16x3 and with G P in fp32 (see
+config/gpt2_dopr_muon.py on `pystdlib`: 300 steps of 65,536 tokens, which is more than five epochs.
+First the learning rate of both is swept on a tuning seed, by validation loss. Then each fresh seed
+trains all variants in turn: Muon and DoPr-Muon at their best learning rates, and, at DoPr-Muon's
+learning rate, DoPr-Muon with bf16 weight gradients, with G P in bf16x3 and with G P in fp32 (see
 bench/precisions.py). The result keeps the curves of validation loss and of rollout survival of each
 run, and its step time. Needs a GPU; --tiny trains tiny models in seconds on any machine.
 
@@ -43,7 +43,7 @@ TUNING_SEED, FRESH_SEEDS = 0, (200, 201, 202)
 RATES = (1e-3, 2e-3, 4e-3)  # A sweep extends these by factors of 2 while its best is at an edge.
 MAX_RATES = 8
 WARMUP_ROWS = 2  # The first logged step times include compilation and are left out.
-SWEPT = {"muon": "muon", "dopr-muon": "dopr"}  # variant: config/gpt2_<name>.py
+SWEPT = {"muon": "muon", "dopr-muon": "dopr_muon"}  # variant: config/gpt2_<name>.py
 VARIANTS = {  # variant: change of bench/precisions.py, and the swept variant that it is based on
     "muon": ("shipped", "muon"),
     "dopr-muon": ("shipped", "dopr-muon"),

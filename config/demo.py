@@ -17,6 +17,7 @@ save_every = 150
 
 optimizer = "adamw"
 lr = 4e-3
+embedding_lr = 3.2e-2  # eight times lr (docs/results.md#fresh-mean)
 dopr = True  # fast mode with a fresh mean, recommended for text (docs/fresh_mean.md)
 gamma = 0.1
 sigma_beta = 0.95

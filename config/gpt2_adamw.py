@@ -15,4 +15,3 @@ lr = 6e-4
 weight_decay = 0.1
 
 eval_batches = 20  # 10M tokens
-save_every = 1000

@@ -1,4 +1,4 @@
-# GPT-2 124M with DoPr-Muon on FineWeb: gpt2_muon.py with the DoPr settings at the end.
+# GPT-2 124M with DoPr-AdamW on FineWeb: gpt2_adamw.py with another lr and the DoPr settings.
 out_dir = "out/gpt2_dopr"
 dataset = "fineweb"
 dtype = "bfloat16"
@@ -9,11 +9,10 @@ batch_size = 512  # sequences of 1,024 tokens: 524,288 tokens per step
 micro_batch_size = 32
 max_steps = 19_073  # 10B tokens
 warmup_steps = 700
-optimizer = "muon"
-lr = 2e-3  # with adjust_lr = match_rms_adamw
-aux_lr = 6e-4
+lr = 1.2e-3  # twice that of gpt2_adamw.py; a guess based on small runs
 weight_decay = 0.1
 eval_batches = 20  # 10M tokens
+
 # DoPr in sampled mode with a fresh mean (docs/fresh_mean.md); without the last six lines, exact
 dopr = True
 gamma = 0.1

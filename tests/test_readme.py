@@ -71,12 +71,11 @@ def test_every_make_target_exists():
     assert all(f"\n{target}:" in makefile for target in targets)
 
 
-def test_every_training_command_is_accepted(tmp_path):
+def test_every_training_command_is_accepted():
     found = commands("python train.py")
     assert len(found) >= 3
-    (tmp_path / "mine.py").write_text("seed = 1\n")
     for command in found:
-        words = [word.replace("config/mine.py", f"{tmp_path}/mine.py") for word in command[2:]]
+        words = command[2:]
         with pytest.raises(SystemExit) if "--help" in words else nullcontext():
             load_config(words)
 

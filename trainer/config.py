@@ -20,7 +20,7 @@ from types import ModuleType, NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from trainer.nanogpt_names import Given, nanogpt_hint
-from trainer.presets import adjustments, damping_problems, moot_problems
+from trainer.presets import adjustments, damping_problems, moot_problems, moot_settings
 from trainer.settings import FIELDS, RUN_ONLY, ConfigError, TrainConfig
 from trainer.usage import print_help
 
@@ -220,11 +220,12 @@ def _suggestion(key: str) -> str:
 
 
 def describe(config: TrainConfig, origins: dict[str, str]) -> str:
-    """Format the settings that differ from their defaults, with their sources."""
+    """Format the settings that differ from their defaults and have an effect, with sources."""
+    moot = moot_settings(dataclasses.asdict(config))
     rows = [
         f"  {key} = {getattr(config, key)!r}  ({origins[key]})"
         for key in FIELDS
-        if key in origins and getattr(config, key) != FIELDS[key].default
+        if key in origins and key not in moot and getattr(config, key) != FIELDS[key].default
     ]
     return "\n".join(["settings (all others at their defaults, see config.json):", *rows])
 

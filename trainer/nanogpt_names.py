@@ -15,7 +15,7 @@ RENAMED = {
 DROPPED = {
     "lr_decay_iters": "the learning rate always decays until max_steps; remove it",
     "always_save_checkpoint": "every save_every steps a checkpoint is saved; remove it",
-    "eval_only": "python -m eval.loss evaluates a checkpoint; remove it",
+    "eval_only": "the command of a finished run evaluates it again; remove it",
     "wandb_run_name": "the name is the last part of out_dir; remove it",
 }
 

@@ -48,6 +48,8 @@ def moot_settings(values: dict[str, Any]) -> dict[str, str]:
     moot: dict[str, str] = {}
     if not values["dopr"]:
         moot |= dict.fromkeys((*DOPR_KEYS, *LAYER_KEYS), "without DoPr; add --dopr=true")
+    if not values["mup"]:
+        moot["mup_base_width"] = "without muP; add --mup=true"
     if not values["ttf_every"]:
         moot["ttf_episodes"] = "without ttf_every; add --ttf_every=<steps>"
     if values["schedule"] == "constant":
@@ -96,7 +98,7 @@ def damping_problems(values: dict[str, Any]) -> list[str]:
 def _rules(v: dict[str, Any]) -> Iterator[tuple[str, bool, str, Any, str]]:
     """Yield (setting, whether it is moot, the setting that makes it so, new value, reason)."""
     steps, batch, micro = v["max_steps"], v["batch_size"], v["micro_batch_size"]
-    is_too_long = v["schedule"] != "constant" and v["warmup_steps"] >= steps
+    is_too_long = v["schedule"] != "constant" and 0 < steps <= v["warmup_steps"]
     yield "warmup_steps", is_too_long, "max_steps", steps // 10, "is not longer than the warmup"
     reason = f"has no auxiliary AdamW; check lr={v['lr']}, too"
     yield "aux_lr", v["aux_lr"] is not None and not _has_aux(v), "optimizer", None, reason

@@ -71,7 +71,7 @@ class TrainConfig:
     # CPUs, bfloat16 elsewhere
     grad_clip: float = 1.0  # maximum global norm of the raw gradient; 0: off
     # -- DoPr: activation preconditioning before the optimizer (optim/dopr/preconditioner.py)
-    dopr: bool = False
+    dopr: bool = False  # exact mode, unless sigma_beta and refresh_every are set: docs/faq.md
     gamma: float = 0.1  # damping relative to the mean eigenvalue of Σ
     sigma_beta: float | None = None  # decay of the average of Σ over refreshes; none: no average
     refresh_every: int = 1  # steps between updates of the inverse
@@ -152,6 +152,11 @@ def _text_problems(config: TrainConfig) -> list[str]:
         if not getattr(config, key).strip()
     ]
     problems += [
+        f"{key}={value!r}: must be names separated by commas, none of them empty"
+        for key in ("include", "exclude")
+        if (value := getattr(config, key)) and "" in split_names(value)
+    ]
+    problems += [
         f"{key}={value!r}: must be text in UTF-8"
         for key, value in vars(config).items()
         if isinstance(value, str) and value.encode("utf-8", "ignore").decode() != value
@@ -199,7 +204,7 @@ def _cross_field_problems(config: TrainConfig) -> list[str]:
             f"batch_size={config.batch_size}: must be divisible by "
             f"micro_batch_size={config.micro_batch_size} (sequences per forward)"
         )
-    if config.schedule != "constant" and config.warmup_steps >= config.max_steps:
+    if config.schedule != "constant" and 0 < config.max_steps <= config.warmup_steps:
         problems.append(
             f"warmup_steps={config.warmup_steps}: must be below max_steps={config.max_steps}; "
             "set both"

@@ -146,7 +146,7 @@ def test_a_variant_is_trained_by_its_config_and_change(monkeypatch, tmp_path):
         row, command = commanded(
             monkeypatch, tmp_path, PretrainingRun(variant, 0.5, 7), FinishedProcess(0)
         )
-        config = "config/gpt2_muon.py" if base == "muon" else "config/gpt2_dopr.py"
+        config = "config/gpt2_muon.py" if base == "muon" else "config/gpt2_dopr_muon.py"
         assert command[2:5] == ["bench.precisions", change, config]
         assert {"--lr=0.5", "--seed=7", f"--out_dir={tmp_path}"} <= {*command}
         assert ("--refresh_every=2" in command) == (base == "dopr-muon")

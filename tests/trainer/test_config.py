@@ -70,6 +70,12 @@ def test_what_is_not_a_number_is_refused_also_if_it_has_no_effect(tmp_path, key)
         load_config([preset])
 
 
+def test_no_steps_are_one_problem():
+    with pytest.raises(ConfigError) as caught:
+        load_config(["config/demo.py", "--max_steps=0"])
+    assert str(caught.value) == "max_steps=0: must be at least 1"
+
+
 def test_every_problem_of_every_source_is_in_one_error(tmp_path):
     file = write(tmp_path / "bad.py", "weight_decy = 0.1\nn_head = 5\n")
     with pytest.raises(ConfigError) as caught:
@@ -161,6 +167,12 @@ def test_the_description_shows_what_was_set_and_where():
     assert "seed" not in text  # given, but equal to its default
 
 
+def test_the_description_leaves_out_what_has_no_effect():
+    preset = ["config/demo.py"]
+    assert "fresh_mean = True" in describe(*load_config(preset))
+    assert "fresh_mean" not in describe(*load_config([*preset, "--dopr=false"]))
+
+
 def test_json_round_trips():
     config, _ = load_config(["--lr=0.01", "--optimizer=muon", "--aux_lr=0.02"])
     assert TrainConfig(**json.loads(to_json(config))) == config
@@ -203,7 +215,7 @@ def test_the_home_folder_is_expanded_in_every_path(monkeypatch, key):
             "--n_embd=9223372036854775808",
         ),
         *("--batch_size=9223372036854775808", "--max_steps=100000000", "--timeout_s=1e18"),
-        "--loader_workers=100000",
+        *("--loader_workers=100000", "--exclude=a,,b", "--include=,"),
     ],
 )
 def test_a_value_that_no_run_can_use_is_refused_by_name(argument):

@@ -22,7 +22,7 @@ def row(optimizer, contender, call=1):
     return {"optimizer": optimizer, "contender": contender, "call": call}
 
 
-@pytest.mark.parametrize("config", ["gpt2_dopr.py", "gpt2_dopr_adamw.py"])
+@pytest.mark.parametrize("config", ["gpt2_dopr.py", "gpt2_dopr_muon.py"])
 def test_the_recommended_mode_is_that_of_the_presets(config):
     preset = runpy.run_path(str(ROOT / "config" / config))
     recommended = modes(PRESETS["gpt2"], 768, "cholesky")[CONTENDERS["recommended"]]
