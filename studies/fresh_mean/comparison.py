@@ -53,6 +53,10 @@ SETUPS: dict[str, dict[str, Any]] = {  # what they change, for all modes
         f"embedding-lr-{lr:g}": {"embedding_lr": lr} for lr in (4e-3, 1.6e-2, 3.2e-2, 6.4e-2)
     },
     "tokens-512": _steps(1600, 8),
+    **{  # in small batches, too
+        f"tokens-512-embedding-lr-{lr:g}": _steps(1600, 8) | {"embedding_lr": lr}
+        for lr in (1.6e-2, 6.4e-2)
+    },
     "tokens-8192": _steps(100, 128),
     "width-128": {"n_embd": 128},
     "width-256": {"n_embd": 256},
