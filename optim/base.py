@@ -14,6 +14,8 @@ from .process_group import local
 class DecoupledOptimizer(torch.optim.Optimizer):
     """W <- (1 - lr·weight_decay) W - lr·lr_mult·update, for every parameter with a gradient.
 
+    A parameter without elements is left alone.
+
     `lr_mult` is a key of a param group (default 1). It scales the update but not the decay. Use it
     for factors that depend on the width, so that lr·weight_decay does not.
 
@@ -79,7 +81,7 @@ class DecoupledOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._refuse_sparse_gradients()
         for group in self.param_groups:
-            params = [param for param in group["params"] if param.grad is not None]
+            params = [p for p in group["params"] if p.grad is not None and p.numel()]
             for param in params:
                 self._init_state(param)
             if params:

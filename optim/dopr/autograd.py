@@ -23,19 +23,19 @@ class CapturedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, W: Tensor, b: Tensor | None, capture: Capture) -> Tensor:
-        ctx.save_for_backward(z, W)
-        ctx.capture = capture
+        ctx.save_for_backward(z, W if ctx.needs_input_grad[0] else None)  # as F.linear does
+        ctx.capture, ctx.W_dtype = capture, W.dtype
         ctx.b_dtype = None if b is None else b.dtype
         return F.linear(z, W.to(z.dtype), None if b is None else b.to(z.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        z, W = ctx.saved_tensors  # (..., d_in), (d_out, d_in)
+        z, W = ctx.saved_tensors  # (..., d_in), (d_out, d_in) or None
         accumulate(ctx.capture, z, grad_y)
-        rows = grad_y.reshape(-1, W.shape[0])  # (n, d_out)
+        rows = grad_y.reshape(-1, grad_y.shape[-1])  # (n, d_out)
         with torch.autocast(z.device.type, enabled=False):  # the caller may have enabled it
-            grad_z = grad_y @ W.to(grad_y.dtype) if ctx.needs_input_grad[0] else None
-            G = _matmul_fp32(rows.mT, z.reshape(-1, W.shape[1])).to(W.dtype)  # (d_out, d_in)
+            grad_z = None if W is None else grad_y @ W.to(grad_y.dtype)
+            G = _matmul_fp32(rows.mT, z.reshape(-1, z.shape[-1])).to(ctx.W_dtype)  # (d_out, d_in)
         grad_b = None
         if ctx.b_dtype is not None:
             grad_b = rows.sum(0, dtype=_at_least_fp32(rows)).to(ctx.b_dtype)

@@ -38,6 +38,7 @@ class Capture:
         count_masked: also counts tokens whose output gradient is exactly zero.
         backend: implementation of the sum, see kernels/dispatch.py. Token ids always use torch.
         label: name of the layer, for messages.
+        padding_idx: the token of an embedding that counts only with `count_masked`.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Capture:
         count_masked: bool,
         backend: Backend,
         label: str,
+        padding_idx: int | None,
     ) -> None:
         self.shape = shape
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -66,6 +68,7 @@ class Capture:
         self.count_masked = count_masked
         self.backend = backend
         self.label = label
+        self.padding_idx = None if count_masked else padding_idx
         self.rank, self.size = 0, 1  # of this process in the group that trains the layer
         # Tensor-parallel layers only: tp_skips, whether this rank adds nothing; tp_first, the rank
         # whose sequence numbers all ranks use to sample tokens.
@@ -176,7 +179,7 @@ def accumulate(
     grad_y = None if capture.count_masked or grad_y is None else grad_y.detach()
     z = z.detach()
     if len(capture.shape) == 1:
-        accumulate_token_counts(capture.gram, capture.count, z, skips, grad_y)
+        accumulate_token_counts(capture.gram, capture.count, z, skips, grad_y, capture.padding_idx)
         return
     if not capture.is_collecting:
         assert capture.column_sums is not None  # or nothing would be needed

@@ -53,7 +53,7 @@ class Census:
 
     def check_before_attaching(self) -> None:
         """Raise RuntimeError if a covered layer can no longer be preconditioned, or is frozen."""
-        self._raise(self.lost() | dict.fromkeys(_frozen(self._layers), "was frozen"))
+        self._raise(dict.fromkeys(_frozen(self._layers), "was frozen") | self.lost())
 
     def _raise(self, lost: dict[Layer, str]) -> None:
         if lost:
@@ -73,6 +73,8 @@ class Census:
             module, weight = layer.covered.module, layer.covered.weight
             if module not in modules:
                 lost[layer] = "was replaced or removed"
+            elif not isinstance(weight, nn.Parameter):
+                lost[layer] = "was pruned or reparametrized (weight_norm, spectral_norm)"
             elif uses[weight] > 1:
                 lost[layer] = "was tied to another layer"
             elif weight.shape != self._shapes[layer]:

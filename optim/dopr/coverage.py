@@ -29,6 +29,7 @@ class CoveredLayer:
     d_in: int
     is_transposed: bool = False  # the weight is (d_in, d_out): Conv1D and Embedding
     is_diagonal: bool = False  # the inputs are one-hot, so Σ is diagonal
+    padding_idx: int | None = None  # the token whose row of G an embedding leaves zero
 
     @property
     def full_name(self) -> str:
@@ -197,8 +198,10 @@ def _describe(weight: Weight) -> CoveredLayer:
     """Describe a module that can be covered."""
     name, module, shape = weight.name, weight.module, weight.parameter.shape
     if isinstance(module, nn.Embedding):
-        d_in = module.num_embeddings
-        return CoveredLayer(name, module, d_in, is_transposed=True, is_diagonal=True)
+        d_in, padding = module.num_embeddings, module.padding_idx
+        return CoveredLayer(
+            name, module, d_in, is_transposed=True, is_diagonal=True, padding_idx=padding
+        )
     if is_conv1d(module):
         return CoveredLayer(name, module, shape[0], is_transposed=True)
     return CoveredLayer(name, module, math.prod(shape[1:]))

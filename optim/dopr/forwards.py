@@ -27,8 +27,16 @@ def install(module: nn.Module, capture: Capture) -> None:
     module.forward = MethodType(_capturing_forward(module), module)
 
 
-def remove(module: nn.Module) -> None:
+def reinstall(module: nn.Module, capture: Capture) -> None:
+    """Undo `remove`, unless others replaced the forward."""
+    if vars(module).get("_dopr_capture") is not capture and not why_replaced(module):
+        install(module, capture)
+
+
+def remove(module: nn.Module, capture: Capture) -> None:
     """Restore the `forward` of the module's class. Keep one that others put around ours."""
+    if vars(module).get("_dopr_capture") is not capture:
+        return  # removed already
     if getattr(vars(module).get("forward"), "__func__", None) in _FORWARDS:
         del module.forward, module._dopr_capture
     else:
@@ -97,20 +105,21 @@ def _conv2d_forward(self: Any, input: Tensor) -> Tensor:  # (B, C, H, W) -> (B, 
 
     The backward unfolds the input into patches.
     """
-    y = nn.Conv2d.forward(self, input)
     if _is_off(self):
-        return y
+        return nn.Conv2d.forward(self, input)
     _check_supported(self._dopr_capture, input, self.weight)
+    z = input.to(_autocast_dtype(input))  # which torch keeps, too
+    y = nn.Conv2d.forward(self, z)
     geometry = (self.kernel_size, self.dilation, self.padding, self.stride)
-    return Tap.apply(y, input.detach(), self._dopr_capture, geometry)
+    return Tap.apply(y, z.detach(), self._dopr_capture, geometry)
 
 
 def _embedding_forward(self: Any, input: Tensor) -> Tensor:  # (...) -> (..., d_out)
     """Forward of an embedding, a linear layer on one-hot inputs: Σ is diag(token frequencies)."""
-    y = nn.Embedding.forward(self, input)
     if _is_off(self):
-        return y
+        return nn.Embedding.forward(self, input)
     _check_supported(self._dopr_capture, input, self.weight)
+    y = nn.Embedding.forward(self, input)
     return Tap.apply(y, input, self._dopr_capture, None)
 
 
@@ -133,7 +142,7 @@ def _captured_linear(capture: Capture, z: Tensor, W: Tensor, b: Tensor | None) -
 
 
 def _check_supported(capture: Capture, z: Tensor, W: Tensor) -> None:
-    """Raise RuntimeError for an input or weight that is sharded here, or on another device.
+    """Raise RuntimeError for a nested, sparse or sharded input, or one on another device.
 
     FSDP2 gathers weights before the forward. Tensor parallelism shards inputs and weights.
     """
@@ -142,6 +151,11 @@ def _check_supported(capture: Capture, z: Tensor, W: Tensor) -> None:
             f"{capture.label}: a DTensor enters its forward, but only nn.Linear may be "
             "tensor-parallel, if both its input and its weight are DTensors: pass it to exclude=, "
             "or shard the model with FSDP2"
+        )
+    if z.layout != torch.strided or z.is_nested:
+        raise RuntimeError(
+            f"{capture.label}: its input is a nested or sparse tensor, but only a dense one can be "
+            f"captured: pad it, or pass exclude=[{capture.label!r}]"
         )
     if z.device != W.device:
         raise RuntimeError(

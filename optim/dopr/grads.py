@@ -24,7 +24,7 @@ class FormedGrads:
 
     def __init__(self, is_paused: Tensor) -> None:
         self._is_paused = is_paused
-        # The gradient, and whether its tokens were added to Σ.
+        # The gradient, and whether its backward ran outside `paused()`.
         self._formed: dict[Layer, tuple[TensorWeakRef, bool]] = {}
         self._has_warned = False
 
@@ -42,11 +42,11 @@ class FormedGrads:
 
     def _note(self, layer: Layer, grad: Tensor) -> None:
         earlier, was_counted = self._formed.get(layer, (None, False))
-        if was_counted and earlier is not None and earlier() is not grad:
-            self._warn(layer)
         # With create_graph, torch accumulates out of place, so every gradient is a new tensor.
-        is_counted = layer.capture.is_collecting and not self._is_paused
-        self._formed[layer] = TensorWeakRef(grad), bool(is_counted) and not grad.requires_grad
+        is_new = earlier is not None and earlier() is not grad and not grad.requires_grad
+        if was_counted and is_new and layer.capture.is_collecting:
+            self._warn(layer)
+        self._formed[layer] = TensorWeakRef(grad), not self._is_paused
 
     def _warn(self, layer: Layer) -> None:
         if not self._has_warned and n_processes() == 1:
@@ -61,6 +61,11 @@ class FormedGrads:
     def any(self, layers: Iterable[Layer]) -> bool:
         """Return whether a backward formed the gradient of one of these layers."""
         return any(layer in self._formed for layer in layers)
+
+    def raw(self) -> list[Layer]:
+        """Return the layers whose gradient, of a backward outside `paused()`, is still G."""
+        formed = [layer for layer, (_, is_counted) in self._formed.items() if is_counted]
+        return [layer for layer in formed if layer.covered.weight.grad is not None]
 
     def clear(self, layers: Iterable[Layer]) -> None:
         """Forget the gradients of these layers, after their step."""

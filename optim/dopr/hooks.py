@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
+import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from .optimizers import parameters
+from .grads import FormedGrads
+from .optimizers import REATTACH, parameters
 
 # The code of the wrapper that torch puts around every `step`.
 STEP_WRAPPER = Optimizer.profile_hook_step(lambda: None).__code__
@@ -31,11 +35,53 @@ class RegisteredParams:
         held = {param for each in self._optimizers for param in parameters(each)} if new else set()
         if lost := [f"{name}.weight" for name, w in new.items() if w not in held]:
             raise RuntimeError(
-                f"{', '.join(lost)} was replaced after attach by a Parameter that no attached "
+                f"{', '.join(lost)} was replaced after attach by a tensor that no attached "
                 "optimizer holds: construct and attach the optimizer after fully_shard (FSDP2) and "
                 "after load_state_dict(assign=True); after a forward of FSDP2 without a "
-                "backward, call model.reshard() before step()"
+                "backward, call model.reshard() before step(); after pruning or "
+                "reparametrizing it, construct and attach a new preconditioner"
             )
+
+
+class OtherSteps:
+    """Warn once if an optimizer that is not attached steps a covered weight with its G."""
+
+    def __init__(self, attached: Sequence[Optimizer], formed_grads: FormedGrads) -> None:
+        self._attached, self._formed_grads = {*attached}, formed_grads
+        self._has_warned = False
+
+    def watch(self) -> RemovableHandle:
+        """Examine every step of any optimizer until the returned hook is removed."""
+        while _DROPPED:
+            _DROPPED.pop().remove()
+        watcher = weakref.ref(self)  # torch holds the hook for as long as the process lives
+
+        def stepped(optimizer: Optimizer, *_: Any) -> None:
+            steps = watcher()
+            if steps is not None and optimizer not in steps._attached and not steps._has_warned:
+                steps._examine(optimizer)
+
+        hook = register_optimizer_step_post_hook(stepped)
+        weakref.finalize(self, _DROPPED.append, hook)
+        return hook
+
+    def _examine(self, optimizer: Optimizer) -> None:
+        if not (raw := self._formed_grads.raw()):
+            return
+        held = parameters(optimizer)
+        if names := [layer.label for layer in raw if layer.covered.weight in held]:
+            self._has_warned = True
+            warnings.warn(
+                f"{type(optimizer).__name__} is not attached and updated {names[0]}.weight by a "
+                f"gradient that is not preconditioned: {REATTACH}",
+                RuntimeWarning,
+                stacklevel=4,  # the call of step()
+            )
+
+
+# Hooks of preconditioners that were dropped without detach(). They are not removed at once, because
+# the garbage collector may run while torch iterates over the hooks.
+_DROPPED: list[RemovableHandle] = []
 
 
 def is_nested(optimizer: Optimizer) -> bool:
@@ -55,7 +101,8 @@ def call_before_step(
     """Call `function(optimizer)` before every step, once the gradients have been computed.
 
     If `step` gets a closure, the call follows the closure, and the optimizer may call the closure
-    only once per step. A `step` that calls the `step` of its parent class counts as one step.
+    only once per step. A first argument that is not callable is no closure and is passed on. A
+    `step` that calls the `step` of its parent class counts as one step.
     """
     has_run = False  # whether `function` has run in the current step
 
@@ -69,7 +116,7 @@ def call_before_step(
         nonlocal has_run
         has_run = has_run and is_nested(optimizer)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
+        if not callable(closure):
             once(optimizer)
             return None
         wrapped = _call_after(closure, once, optimizer)

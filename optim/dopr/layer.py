@@ -63,6 +63,7 @@ class Layer:
             settings.count_masked,
             settings.backend,
             self.label,
+            covered.padding_idx,
         )
         self._allocate(is_held or covered.is_diagonal)
         self.has_mean = self.capture.column_sums is not None
@@ -161,7 +162,7 @@ class Layer:
             log.warning("%s: %s (fallbacks so far: %d)", self.label, reason, self.n_fallbacks)
 
     def check_device_and_dtype(self) -> None:
-        """Raise ValueError if the weight was moved or cast after construction."""
+        """Raise ValueError if the weight was moved or cast after construction, or has no values."""
         weight, sigma = self.covered.weight, self.sigma
         dtype = torch.promote_types(weight.dtype, torch.float32)
         if (sigma.device, sigma.dtype) != (weight.device, dtype):
@@ -169,6 +170,11 @@ class Layer:
                 f"{self.label}.weight is {weight.dtype} on {weight.device}, but its statistics are "
                 f"{sigma.dtype} on {sigma.device}: construct the preconditioner after the model is "
                 "on its device and in its dtype"
+            )
+        if weight.is_meta:
+            raise ValueError(
+                f"{self.label}.weight is on the meta device, without values: construct the "
+                "preconditioner after the model is on its device"
             )
 
     @property

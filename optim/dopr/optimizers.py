@@ -15,6 +15,11 @@ from .layer import log
 # Wrappers whose step() calls that of the optimizer they hold: class name -> attribute.
 TRANSPARENT = {"AcceleratedOptimizer": "optimizer", "LightningOptimizer": "_optimizer"}
 
+REATTACH = (
+    "take state_dict(), call detach(), construct a new preconditioner, attach all optimizers to it "
+    "in one call, and give it the state by load_state_dict()"
+)
+
 
 def parameters(optimizer: Optimizer) -> set[Tensor]:
     """Return all parameters in the param groups of the optimizer."""

@@ -33,12 +33,12 @@ from .census import Census
 from .coverage import Selection, find_layers
 from .distributed import Sums
 from .exchange import Exchange
-from .forwards import install, remove
+from .forwards import install, reinstall, remove
 from .grads import FormedGrads, PreconditionedGrads
-from .hooks import RegisteredParams, call_around_steps
+from .hooks import OtherSteps, RegisteredParams, call_around_steps
 from .layer import Layer
 from .mean import clear_step_sums, update_means
-from .optimizers import check_optimizers, parameters, unwrapped
+from .optimizers import REATTACH, check_optimizers, parameters, unwrapped
 from .ownership import Processes, check_group, share, share_tokens, shares_statistics
 from .reduction import Reduction
 from .refresh import preconditioned, refresh, set_norm_ratios
@@ -169,7 +169,8 @@ class ActivationPreconditioner:
 
         Together, the optimizers must hold all covered weights, each of them once. If
         torch.distributed is initialized after attach(), call it again. This drops the tokens seen
-        so far if the statistics are then sharded.
+        so far if the statistics are then sharded. A first attach() that raises leaves the model as
+        it was before construction, and can be repeated.
 
         Args:
             optimizers: torch optimizers, lists or containers of them, or the wrappers of accelerate
@@ -186,12 +187,25 @@ class ActivationPreconditioner:
                 way that is not supported or over processes outside the group, the processes cover
                 different layers, or statistics are to be sharded but the weights are not all
                 sharded by rows in the same way.
-            RuntimeError: if covered layers were replaced, tied or frozen after construction.
+            RuntimeError: if covered layers were replaced, tied, frozen or reparametrized after
+                construction.
         """
         self._check_not_detached()
         if self._hooks and not self._misses_processes:
-            raise ValueError("attached already: pass all optimizers to one call of attach()")
-        plain = [each for given in optimizers for each in unwrapped(given)]
+            raise ValueError(f"attached already: to attach other optimizers, {REATTACH}")
+        was_attached = bool(self._hooks)
+        for layer in self.layers:
+            reinstall(layer.covered.module, layer.capture)
+        try:
+            plain = [each for given in optimizers for each in unwrapped(given)]
+            self._attach(plain, process_group)
+        except Exception:
+            if not was_attached:
+                self._remove_captures()
+            raise
+        return self
+
+    def _attach(self, plain: Sequence[Any], process_group: ProcessGroup | None) -> None:
         self._census.check_before_attaching()
         check_optimizers(plain, self._weights())
         for layer in self.layers:
@@ -211,20 +225,24 @@ class ActivationPreconditioner:
         share_tokens(self.layers)
         self._remove_hooks()
         self._registered_params = RegisteredParams(plain, self._weights())
+        self._other_steps = OtherSteps(plain, self._formed_grads)
         self._hooks = [
             *call_around_steps(plain, self._before_step, self._after_step),
             *map(self._formed_grads.watch, self.layers),
+            self._other_steps.watch(),
         ]
-        return self
 
     def detach(self) -> None:
         """Remove all hooks and captures from the optimizers and the model."""
         self._remove_hooks()
-        for layer in self.layers:
-            remove(layer.covered.module)
+        self._remove_captures()
         self._formed_grads.clear(self.layers)
         self._census.forget()
         self.layers = []
+
+    def _remove_captures(self) -> None:
+        for layer in self.layers:
+            remove(layer.covered.module, layer.capture)
 
     def _remove_hooks(self) -> None:
         for hook in self._hooks:
@@ -288,7 +306,8 @@ class ActivationPreconditioner:
         that it holds; the others may be on the meta device, or absent.
 
         Raises:
-            ValueError: if layers, shapes or types differ or values are not finite (all are listed).
+            ValueError: if layers, shapes or types differ, values are not finite, or counts are
+                negative or fractional (all are listed).
             FloatingPointError: if P must be recomputed and Σ has no inverse.
             RuntimeError: if there are several processes and `attach` was not called.
         """
@@ -332,6 +351,8 @@ class ActivationPreconditioner:
     def _before_step(self, optimizer: Optimizer) -> None:
         """Replace G by M in every covered weight that this optimizer holds."""
         self._sums_before_step = []  # of a step that raised
+        if getattr(optimizer, "found_inf", False):  # by GradScaler: a fused step changes nothing
+            return
         self._check_attached_to_group()
         self._registered_params.check(self._weights())
         held = parameters(optimizer)

@@ -149,10 +149,14 @@ def _layer_problems(state: Any, layer: Layer) -> list[str]:
         if not isinstance(value, Tensor) or value.is_meta:
             kind = "tensor without values" if isinstance(value, Tensor) else type(value).__name__
             problems.append(f"{key} is a {kind}, but must be a tensor")
+        elif value.layout != torch.strided or value.is_complex():
+            problems.append(f"{key} is sparse or complex, but must be a dense real tensor")
         elif tuple(value.shape) != wanted:
             problems.append(f"{key} is {tuple(value.shape)}, but must be {wanted}")
         elif key in FINITE_KEYS and not value.isfinite().all():
             problems.append(f"{key} is not finite")
+        elif key == "count" and not (value >= 0 and value == value.long()):
+            problems.append(f"count is {value.item()}, but must be an integer >= 0")
     for key in layer.NUMBERS:
         if not isinstance(state[key], int) or state[key] < 0:
             problems.append(f"{key} is {state[key]!r}, but must be an integer >= 0")

@@ -87,6 +87,11 @@ def test_a_zero_gradient_only_decays():
     assert torch.equal(stepped_weight, torch.full((4, 4), 0.75**2))
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+def test_a_parameter_without_elements_is_left_alone(shape):
+    assert stepped(torch.zeros(shape), [torch.zeros(shape)], lr=0.5).shape == shape
+
+
 def test_lr_mult_scales_the_update_and_not_the_decay():
     weight, grads = randn(4, 4, seed=9), [randn(4, 4, seed=0)]
     one, half = (

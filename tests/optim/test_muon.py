@@ -158,6 +158,14 @@ def test_a_zero_gradient_only_decays():
     assert torch.equal(param.detach(), torch.full((4, 4), 0.75))
 
 
+@pytest.mark.parametrize("adjust_lr", ADJUST_LR)
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0)])
+def test_a_parameter_without_elements_is_left_alone(shape, adjust_lr):
+    empty, other = stepped(Muon, [shape, (4, 4)], adjust_lr=adjust_lr)
+    assert empty.shape == shape
+    assert not torch.equal(other, randn(4, 4, seed=1))
+
+
 def test_lr_mult_scales_the_update_and_not_the_decay():
     weight = randn(8, 8, seed=0)
     decayed = weight * (1 - 0.25 * 0.5)

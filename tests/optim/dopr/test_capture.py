@@ -102,6 +102,17 @@ def test_a_checkpointed_layer_counts_once(use_reentrant):
     assert relative_error(sigma(captures["0"]), covariance(x.detach())) < FP32
 
 
+def test_the_weight_of_the_first_layer_may_change_before_the_backward():
+    model, plain, x = mlp(), mlp(), regression()[0]
+    captured(model)
+    for each in (model, plain):
+        loss = each(x).square().mean()
+        with torch.no_grad():
+            each[0].weight.mul_(2)
+        loss.backward()
+    torch.testing.assert_close(model[0].weight.grad, plain[0].weight.grad)
+
+
 def test_evaluation_in_between_changes_nothing():
     model = mlp()
     captures = captured(model)
@@ -172,6 +183,17 @@ def test_backward_under_autocast_of_an_fp32_forward_stays_fp32():
         y.backward(grad_y)
     assert relative_error(layer.weight.grad, grad_y.double().mT @ z.double()) < FP32
     assert relative_error(sigma(captures[""]), covariance(z)) < FP32
+
+
+def test_under_autocast_the_input_of_a_convolution_may_change_before_the_backward():
+    layer, x = nn.Conv2d(3, 4, 2), randn(2, 3, 5, 5, seed=1)
+    captures = captured(layer)
+    patches = nn.functional.unfold(x.bfloat16().float(), 2).mT
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    x.zero_()
+    y.float().square().sum().backward()
+    assert relative_error(sigma(captures[""]), covariance(patches)) < FP32
 
 
 def test_autocast_without_gradients_gives_the_same_output():
@@ -265,6 +287,28 @@ def test_the_state_dict_of_the_model_is_unchanged():
     before = list(model.state_dict())
     captured(model)
     assert list(model.state_dict()) == before
+
+
+NOT_DENSE = {
+    "jagged": lambda x: torch.nested.nested_tensor([x, x[1:]], layout=torch.jagged),
+    "nested": lambda x: torch.nested.nested_tensor([x, x[1:]]),
+    "sparse": lambda x: x.to_sparse(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*prototype", "ignore:.*deprecated")  # torch's own
+@pytest.mark.parametrize("form", NOT_DENSE)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_input_that_is_not_dense_is_refused_by_the_name_of_the_layer(form, compiled):
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(7, 4))
+    captured(model)
+    forward = torch.compile(model, backend="aot_eager") if compiled else model
+    x = NOT_DENSE[form](randn(5, 7, seed=1))
+    with pytest.raises(RuntimeError, match=r"^0: its input is a nested or .*exclude=\['0'\]"):
+        forward(x)
+    with torch.no_grad():
+        model(x)
 
 
 def test_a_captured_layer_takes_its_input_by_name_and_refuses_other_types():

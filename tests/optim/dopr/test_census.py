@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from optim import ActivationPreconditioner
 from tests.optim.models import backward, mlp, randn, regression
@@ -75,6 +76,36 @@ def test_a_layer_that_is_replaced_or_tied_later_is_refused_at_the_next_refresh(c
     backward(model)
     with pytest.raises(RuntimeError, match=message):
         optimizer.step()
+
+
+REPARAMETRIZED = [
+    lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    parametrizations.weight_norm,
+    pytest.param(
+        nn.utils.spectral_norm,  # the old one: its weight does not require a gradient
+        marks=pytest.mark.filterwarnings("ignore:.*spectral_norm.*deprecated"),
+    ),
+]
+
+
+@pytest.mark.parametrize("change", REPARAMETRIZED)
+@pytest.mark.parametrize("is_attached", [False, True])
+def test_a_weight_that_is_reparametrized_is_refused_with_the_cause(change, is_attached):
+    model = square()
+    preconditioner = ActivationPreconditioner(model, gamma=0.1)
+    if is_attached:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        preconditioner.attach(optimizer)
+    change(model[2])
+    if is_attached:
+        backward(model)
+        with pytest.raises(RuntimeError, match=r"2\.weight was replaced .* reparametrizing it"):
+            optimizer.step()
+    else:
+        with pytest.raises(RuntimeError, match=r"2\.weight was pruned or reparametrized"):
+            preconditioner.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    preconditioner.detach()
+    ActivationPreconditioner(model, gamma=0.1).attach(torch.optim.SGD(model.parameters(), lr=0.1))
 
 
 def warnings_of(caplog):

@@ -9,7 +9,7 @@ from torch import nn
 
 from optim import ActivationPreconditioner
 from optim.kernels import damped_root
-from tests.optim.models import backward, mlp, randn
+from tests.optim.models import backward, mlp, randn, regression
 from tests.optim.runs import LAZY, assert_same, made, train
 
 
@@ -59,6 +59,34 @@ def test_a_forward_that_was_bypassed_is_an_error_that_names_the_layer(settings):
     F.linear(randn(9, 12, seed=1), model[0].weight).sum().backward()
     with pytest.raises(RuntimeError, match=r"0 has a gradient .* not seen.*exclude=\['0'\]"):
         optimizer.step()
+
+
+def scaled_run(fused):
+    """Train with a GradScaler, which overflows in the second of four steps."""
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
+    preconditioner = ActivationPreconditioner(model, gamma=0.1).attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    for step in range(4):
+        scaler.scale(model(regression(step)[0]).square().mean()).backward()
+        if step == 1:
+            model[0].weight.grad[0, 0] = torch.inf
+        before = model[0].weight.grad.clone()
+        scaler.step(optimizer)
+        if step == 1:
+            assert torch.equal(model[0].weight.grad, before) == fused  # unfused are unscaled
+            preconditioner.discard()
+        scaler.update()
+        optimizer.zero_grad()
+    return model, preconditioner
+
+
+def test_a_fused_step_that_overflows_is_skipped_as_an_unfused_one():
+    (model, fused), (twin, unfused) = scaled_run(True), scaled_run(False)
+    assert [layer.step for layer in fused.layers] == [layer.step for layer in unfused.layers]
+    assert [layer.n_refreshes for layer in fused.layers] == [3, 3]
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 # -- numbers that break an inverse

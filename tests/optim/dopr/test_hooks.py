@@ -197,6 +197,25 @@ def test_a_step_inside_the_handling_of_a_failed_one_is_a_step():
     torch.testing.assert_close(2 * got[0], expected[0])
 
 
+class OfLosses(torch.optim.SGD):
+    """Take the loss as the first argument of `step`."""
+
+    def step(self, loss=None):
+        super().step()
+        return loss
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_an_argument_that_is_no_closure_is_passed_on(by_name):
+    model = mlp()
+    optimizer = OfLosses(model.parameters(), lr=0.1)
+    preconditioner = ActivationPreconditioner(model, gamma=0.1).attach(optimizer)
+    loss = backward(model)
+    G = model[0].weight.grad.clone()
+    assert (optimizer.step(loss=loss) if by_name else optimizer.step(loss)) == loss
+    torch.testing.assert_close(model[0].weight.grad, G @ preconditioner.layers[0].P[0])
+
+
 # -- gradients that were already preconditioned
 
 

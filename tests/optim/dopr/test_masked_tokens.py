@@ -128,6 +128,16 @@ def test_ids_of_an_embedding_without_gradient_do_not_count():
     assert capture.count == 4
 
 
+@pytest.mark.parametrize(("count_masked", "expected"), [(False, [1, 0, 1]), (True, [1, 2, 1])])
+def test_the_padding_of_an_embedding_counts_on_request_only(count_masked, expected):
+    layer, ids = nn.Embedding(3, 4, padding_idx=-2), torch.tensor([[0, 1], [2, 1]])
+    settings = {"embeddings": True, "count_masked": count_masked}
+    capture = ActivationPreconditioner(layer, gamma=0.1, **settings).layers[0].capture
+    layer(ids).sum().backward()
+    assert capture.gram.tolist() == expected
+    assert capture.count == sum(expected)
+
+
 def test_a_tiny_gradient_is_not_zero():
     layer = nn.Linear(D, 5)
     preconditioner = ActivationPreconditioner(layer, gamma=0.1)

@@ -40,10 +40,47 @@ def test_every_covered_weight_must_be_in_one_optimizer(owners, message):
     assert preconditioner.attach(sgd(model)) is preconditioner
 
 
+def test_an_attach_that_fails_leaves_no_captures():
+    model = mlp()
+    first = ActivationPreconditioner(model, gamma=0.1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="is in 0 of them"):
+            first.attach(sgd(mlp()))
+        assert not any("forward" in vars(module) for module in model.modules())
+    optimizer = sgd(model)
+    first.attach(optimizer)
+    backward(model)
+    optimizer.step()
+    assert [layer.n_refreshes for layer in first.layers] == [1, 1]
+
+
+def test_after_an_attach_that_fails_another_one_can_take_the_model_and_keeps_it():
+    model = mlp()
+    first = ActivationPreconditioner(model, gamma=0.1)
+    with pytest.raises(ValueError, match="is in 0 of them"):
+        first.attach(sgd(mlp()))
+    second = ActivationPreconditioner(model, gamma=0.1).attach(sgd(model))
+    with pytest.raises(RuntimeError, match="lost its capturing forward"):
+        first.attach(sgd(model))
+    first.detach()
+    backward(model)
+    assert [int(layer.capture.count) for layer in second.layers] == [64, 64]
+
+
+def test_a_second_attach_that_fails_keeps_the_captures(monkeypatch):
+    model = mlp()
+    preconditioner = ActivationPreconditioner(model, gamma=0.1).attach(sgd(model))
+    monkeypatch.setattr(type(preconditioner), "_misses_processes", True)  # so it may be repeated
+    with pytest.raises(ValueError, match="is in 0 of them"):
+        preconditioner.attach(sgd(mlp()))
+    backward(model)
+    assert preconditioner.layers[0].capture.count == 64
+
+
 def test_a_second_attach_is_refused():
     model = mlp()
     preconditioner = ActivationPreconditioner(model, gamma=0.1).attach(sgd(model))
-    with pytest.raises(ValueError, match="attached already"):
+    with pytest.raises(ValueError, match=r"attached already: .* detach\(\), construct a new"):
         preconditioner.attach(sgd(model))
 
 
@@ -62,6 +99,13 @@ def test_a_model_that_was_moved_or_cast_after_construction_is_refused(move, mess
     assert (
         ActivationPreconditioner(mlp().bfloat16(), gamma=0.1).layers[0].sigma.dtype == torch.float32
     )
+
+
+def test_a_model_without_values_is_refused():
+    model = mlp().to("meta")
+    preconditioner = ActivationPreconditioner(model, gamma=0.1)
+    with pytest.raises(ValueError, match=r"0\.weight is on the meta device.*construct the"):
+        preconditioner.attach(sgd(model))
 
 
 def test_a_model_that_was_cast_after_attach_is_refused_at_the_refresh():

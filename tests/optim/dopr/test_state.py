@@ -51,6 +51,11 @@ BAD_STATES = {
     "norm_ratio": (torch.zeros(2), r"2: norm_ratio is \(2,\), but must be \(\)"),
     "gram": (torch.zeros(9, 9), r"2: gram is \(9, 9\), but must be \(1, 9, 9\)"),
     "count": (torch.zeros(1), r"2: count is \(1,\), but must be \(\)"),
+    "count < 0": (torch.tensor(-1), r"2: count is -1, but must be an integer >= 0"),
+    "count, a fraction": (torch.tensor(2.5), r"2: count is 2\.5, but must be an integer >= 0"),
+    "count, infinite": (torch.tensor(math.inf), r"2: count is inf, but must be an integer"),
+    "P, sparse": (torch.zeros(1, 9, 9).to_sparse(), r"2: P is sparse or complex, but must be a"),
+    "gram, complex": (torch.zeros(1, 9, 9) + 1j, r"2: gram is sparse or complex, but must be a"),
     "sigma": ([1.0], r"2: sigma is a list, but must be a tensor"),
     "step": ("7", r"2: step is '7', but must be an integer"),
     "n_refreshes": (-1, r"2: n_refreshes is -1, but must be an integer >= 0"),
@@ -64,7 +69,7 @@ def test_every_tensor_and_number_of_a_state_is_checked(key):
     train(parts, range(2))
     before, state = resumed(parts), parts[2].state_dict()
     value, message = BAD_STATES[key]
-    state["2"] = state["2"] | {key: value}
+    state["2"] = state["2"] | {key.split()[0].strip(","): value}
     with pytest.raises(ValueError, match=message):
         parts[2].load_state_dict(state)
     assert_same(parts, before)
