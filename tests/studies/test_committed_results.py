@@ -11,6 +11,7 @@ from studies.finetune.study import FinetuneResults, Pair
 from studies.humanoid import matched
 from studies.humanoid.grid import grid_table
 from studies.humanoid.tables import table
+from studies.rollout import embedding_table
 from studies.step_noise import tables as step_noise
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +49,10 @@ def test_the_docs_quote_the_returns_of_clones(name, quoted):
 
 def test_the_docs_quote_the_longest_runs_of_the_only_optimizer_that_had_them(quoted):
     assert_quoted(table(RESULTS / "humanoid/ten-times-the-steps"), quoted, n_results=1)
+
+
+def test_the_docs_quote_the_rollouts_with_an_embedding_rate(quoted):
+    assert_quoted(embedding_table.table(RESULTS / "embedding_rate"), quoted)
 
 
 def test_the_docs_quote_the_comparison_of_clones_at_equal_loss(quoted):
