@@ -48,8 +48,6 @@ def moot_settings(values: dict[str, Any]) -> dict[str, str]:
     moot: dict[str, str] = {}
     if not values["dopr"]:
         moot |= dict.fromkeys((*DOPR_KEYS, *LAYER_KEYS), "without DoPr; add --dopr=true")
-    if not values["mup"]:
-        moot["mup_base_width"] = "without muP; add --mup=true"
     if not values["ttf_every"]:
         moot["ttf_episodes"] = "without ttf_every; add --ttf_every=<steps>"
     if values["schedule"] == "constant":

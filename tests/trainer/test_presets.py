@@ -88,7 +88,6 @@ MOOT = [  # what the user types, and what is wrong with it
     ("--momentum=0.9", "momentum=0.9: has no effect on optimizer=adamw"),
     ("--ttf_episodes=64", "ttf_episodes=64: has no effect without ttf_every"),
     ("--schedule=constant --min_lr_ratio=0.5", "min_lr_ratio=0.5: .*schedule=constant"),
-    ("--mup_base_width=128", "mup_base_width=128: has no effect without muP"),
     ("--wandb_project=x", "wandb_project=x: has no effect without wandb"),
     ("--allow_tokenizer_mismatch=true", "allow_tokenizer_mismatch=True: .*without init_from"),
 ]
