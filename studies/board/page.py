@@ -27,9 +27,9 @@ from studies.humanoid.tables import difference
 from studies.humanoid.task import Humanoid
 from studies.report.format import number, times
 from studies.report.style import GREY, INK, STYLE, save_png
-from studies.rollout.results import plain
+from studies.rollout.results import plain, ratio
 from studies.rows import load_rows
-from studies.stats.analysis import Compared, LeaderboardRow, leaderboard
+from studies.stats.analysis import LeaderboardRow, leaderboard
 from studies.stats.errors import error_of_metric, primary
 from studies.stats.records import (
     RECORDS,
@@ -95,9 +95,9 @@ def task_table(records: dict[str, list[Record]], costs: Costs) -> str:
             [
                 *(name, f"{row.lr:g}, {pair.lr:g}"),
                 *(number(each.primary.mean) for each in (row, pair)),
-                *map(_factor, (pair.versus_base, pair.at_this_rate)),
-                _factor(again.versus_base if again else None),
-                *(_ratio(records[file], name) for file in FILES if metric != error),
+                *map(ratio, (pair.versus_base, pair.at_this_rate)),
+                ratio(again.versus_base if again else None),
+                *(_metric_ratio(records[file], name) for file in FILES if metric != error),
                 *(
                     number(costs[each][key]) if each in costs else ""
                     for key in ("ms", "MiB")
@@ -112,10 +112,6 @@ def _rows(records: list[Record]) -> dict[str, LeaderboardRow]:
     return {row.variant: row for row in leaderboard(records)}
 
 
-def _factor(compared: Compared | None) -> str:
-    return plain(times(compared.difference)) if compared else ""
-
-
 def _metric_and_error(records: list[Record]) -> tuple[str, str]:
     """Return the names of the metric that ranks and of the rollout error: equal if lower is better.
 
@@ -126,7 +122,7 @@ def _metric_and_error(records: list[Record]) -> tuple[str, str]:
     return metric, (error.formula(metric) or metric) if error.source == metric else error.source
 
 
-def _ratio(records: list[Record], name: str) -> str:
+def _metric_ratio(records: list[Record], name: str) -> str:
     """Return the ratio of the metric with DoPr to that without, a geometric mean over seeds."""
     fresh = by_variant(filter(is_reported, records))
     own, others = fresh.get(FAST_PREFIX + name, []), fresh.get(name, [])

@@ -14,10 +14,9 @@ from statistics import fmean
 
 from eval.command import command_parser, reported_errors
 from eval.tables import markdown
-from studies.report.format import times
 from studies.rollout.embedding import BASE, EXACT, FAST, STAGES
-from studies.rollout.results import plain
-from studies.stats.analysis import Compared, LeaderboardRow, leaderboard, versus
+from studies.rollout.results import ratio
+from studies.stats.analysis import LeaderboardRow, leaderboard, versus
 from studies.stats.errors import error_of, log_error
 from studies.stats.records import (
     RECORDS,
@@ -81,12 +80,8 @@ def _cells(row: LeaderboardRow, base: str, records: list[Record]) -> tuple[str, 
     finished = [run for run in own if is_finished(run)]
     error = fmean(error_of(run).of(run) for run in finished) if finished else float("nan")
     ratios = (versus(own, others, log_error), row.at_this_rate)
-    cells = map(_ratio, ratios) if row.base != row.variant else ("", "")
+    cells = map(ratio, ratios) if row.base != row.variant else ("", "")
     return rate, f"{row.lr:g}", f"{row.val_loss.mean:.3f}", f"{error:.3g}", *cells
-
-
-def _ratio(compared: Compared | None) -> str:
-    return plain(times(compared.difference)) if compared else ""
 
 
 def main(argv: list[str]) -> None:

@@ -5,9 +5,10 @@ from itertools import chain
 from pathlib import Path
 
 from eval.tables import markdown
-from studies.report.format import Cell
+from studies.report.format import Cell, times
 from studies.report.sections import Section, make_sections
 from studies.rollout.all_stages import ABLATIONS, STAGES, RolloutStage, planned
+from studies.stats.analysis import Compared
 from studies.stats.consistency import check, knobs_of
 from studies.stats.records import RECORDS, load_records, stored
 
@@ -60,3 +61,8 @@ def with_records(stages: Sequence[RolloutStage], results: Path) -> list[RolloutS
 def plain(cell: Cell) -> str:
     """Join a cell without its multiplication sign."""
     return " ".join(filter(None, cell)).removeprefix("× ")
+
+
+def ratio(compared: Compared | None) -> str:
+    """Format a ratio of errors with its interval; "" without pairs."""
+    return plain(times(compared.difference)) if compared else ""
